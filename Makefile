@@ -1,0 +1,24 @@
+# Everything runs in .venv, which is made when there is none and again when pyproject.toml changes.
+.PHONY: demo test lint check clean
+PYTHON ?= python3
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed  ## the whole road on real images: curate, pretrain, distil, probe (about 10 minutes on two cores)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -C examples
+
+test: .venv/installed  ## the fast tests; `.venv/bin/pytest -m slow` and `-m gpu` run the others
+	.venv/bin/pytest -q
+
+lint: .venv/installed  ## ruff, formatting, types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+check: lint test
+
+clean:
+	rm -rf .venv build dist *.egg-info examples/out

@@ -1,0 +1,71 @@
+"""The `dinov2` command: mounts the groups, and turns every failure a user can cause into one line and an exit code."""
+
+import os
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from . import console
+from .curate.cli import app as curate
+from .errors import Stopped, ToolkitError
+from .evaluate.cli import app as evaluate
+from .manage.cli import app as catalog
+from .train.cli import app as train
+
+EXIT_ERROR, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(curate, name="curate")
+app.add_typer(train, name="train")
+app.add_typer(evaluate, name="evaluate")
+app.add_typer(catalog, name="catalog")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("dinov2-toolkit"))
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Curate images, train DINOv2 vision transformers on them, distil them, and measure the features."""
+
+
+def main() -> None:
+    """Run the command line; exits with 0, 1 (ToolkitError), 2 (usage), 75 (stopped, resumable) or 130 (Ctrl-C)."""
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `dinov2 ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except click.UsageError as problem:
+        where = problem.ctx.command_path if problem.ctx else "dinov2"
+        console.error(f"{problem.format_message().rstrip('.')}; see `{where} --help`")
+        sys.exit(EXIT_USAGE)
+    except click.ClickException as problem:
+        console.error(problem.format_message())
+        sys.exit(EXIT_ERROR)
+    except ToolkitError as problem:
+        console.error(str(problem))
+        sys.exit(EXIT_ERROR)
+    except OSError as problem:  # a full disk, a folder without permission
+        name = f": {problem.filename}" if problem.filename else ""
+        console.error(f"{problem.strerror or problem}{name}")
+        sys.exit(EXIT_ERROR)
+    except Stopped as problem:
+        console.say(str(problem))
+        sys.exit(EXIT_STOPPED)
+    except (KeyboardInterrupt, click.Abort):
+        console.error("interrupted; nothing was saved")
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,122 @@
+"""What people read: messages, progress and tables, all on stderr. Results go to stdout and never pass here."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+LOG_INTERVAL_S = 10.0  # chosen: how often a progress line is written where stderr is no terminal
+
+_verbosity = 1  # 0: errors only, 1: messages, 2: details
+
+
+def set_verbosity(quiet: bool, verbose: int) -> None:
+    """Let only errors through when `quiet`; also details when `verbose` > 0."""
+    global _verbosity
+    _verbosity = 0 if quiet else 1 + verbose
+
+
+def say(message: str) -> None:
+    """Write one line unless `-q` was given."""
+    if _verbosity >= 1:
+        _write(message)
+
+
+def warn(message: str) -> None:
+    """Write one line that starts with "warning:" unless `-q` was given."""
+    if _verbosity >= 1:
+        _write(f"warning: {message}")
+
+
+def detail(message: str) -> None:
+    """Write one line if `-v` was given."""
+    if _verbosity >= 2:
+        _write(message)
+
+
+def error(message: str) -> None:
+    """Write one line that starts with "error:", whatever the verbosity."""
+    _write(f"error: {' '.join(message.split())}")
+
+
+def _write(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Draw a table; figures are right-aligned, floats shown with four digits."""
+    if _verbosity < 1:
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=title or None, title_justify="left")
+    for position, name in enumerate(header):
+        is_text = all(isinstance(row[position], str) for row in rows)
+        drawn.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
+    Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(drawn)
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    """Show how far a loop is: a bar on a terminal, otherwise a line every ten seconds.
+
+    Yields `advance(count=1, note="")`, to be called after `count` more units; `note` stands behind the rate.
+    """
+    if _verbosity < 1:
+        yield lambda count=1, note="": None
+    elif sys.stderr.isatty():
+        with _bar(description, total, unit) as advance:
+            yield advance
+    else:
+        yield _log_lines(description, total, unit)
+
+
+@contextmanager
+def _bar(description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[rate]}"),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.fields[note]}"),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total, rate="", note="")
+        start = time.monotonic()
+        done = 0
+
+        def advance(count: int = 1, note: str = "") -> None:
+            nonlocal done
+            done += count
+            bar.update(task, advance=count, note=note, rate=_rate(done, time.monotonic() - start, unit))
+
+        yield advance
+
+
+def _log_lines(description: str, total: int, unit: str) -> Callable[..., None]:
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= LOG_INTERVAL_S:
+            last = now
+            left_s = (now - start) / done * max(total - done, 0)
+            rate = _rate(done, now - start, unit)
+            _write(f"{description}: {done:,} of {total:,} {unit}, {rate}, {left_s:.0f} s left {note}".rstrip())
+
+    return advance
+
+
+def _rate(done: int, seconds: float, unit: str) -> str:
+    return f"{done / max(seconds, 1e-9):,.1f} {unit}/s"

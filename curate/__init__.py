@@ -1,0 +1,1 @@
+"""Images in, smaller and better manifests out."""

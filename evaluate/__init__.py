@@ -1,0 +1,1 @@
+"""Runs and manifests in, scores and pictures out."""

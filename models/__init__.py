@@ -1,0 +1,1 @@
+"""The vision transformer, its heads, and every format its weights come in."""

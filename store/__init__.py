@@ -1,0 +1,1 @@
+"""What lies on disk: manifests, vectors, images, the catalog."""

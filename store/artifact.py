@@ -1,0 +1,111 @@
+"""What every finished step leaves behind, and whether it is there already."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .. import console
+from ..errors import ToolkitError
+from . import catalog
+from .manifest import Provenance, open_manifest, provenance_from, provenance_values, toolkit_version
+
+RUN_PROVENANCE = "provenance.json"  # in a run folder
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that every command with an output shares."""
+
+    seed: int = 0
+    force: bool = False  # overwrite an output that was made otherwise
+    dry_run: bool = False  # check everything, say what would happen, write nothing
+    limit: int | None = None  # only the first so many rows or images
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command prints on stdout: the output's name as it was given, or one value."""
+
+    output: str
+    figures: dict[str, object] = field(default_factory=dict)  # for --json
+    value: float | None = None  # printed instead of the output where it is the answer
+
+
+def check_manifest_name(output: str) -> Path:
+    """Return the output as a path.
+
+    Raises ToolkitError when it does not end in .parquet, or is a folder.
+    """
+    if not output.endswith(".parquet"):
+        raise ToolkitError(f"output {output!r} does not end in .parquet; a manifest is a Parquet file: name it so")
+    if Path(output).is_dir():
+        raise ToolkitError(f"output {output} is a folder; name a Parquet file")
+    return Path(output)
+
+
+def is_up_to_date(output: Path, provenance: Provenance, options: Options) -> bool:
+    """Tell whether `output` holds this very work already; if so, touch it (so that Make rests) and say so.
+
+    Raises ToolkitError when something else stands there and neither --force nor --dry-run was given.
+    """
+    if options.force or not output.exists():
+        return False
+    there = _provenance_at(output)
+    if there is not None and there.same_work(provenance):
+        console.say(f"{output} is up to date")
+        if not options.dry_run:
+            os.utime(output)
+        return True
+    reason = "is no manifest of ours" if there is None else f"was made otherwise ({difference(there, provenance)})"
+    raise ToolkitError(f"{output} exists and {reason}; choose another -o, or --force to overwrite it")
+
+
+def _provenance_at(output: Path) -> Provenance | None:
+    try:
+        return open_manifest(output).provenance
+    except ToolkitError:  # whatever stands there is not ours to judge, only to leave alone
+        return None
+
+
+def difference(there: Provenance, wanted: Provenance) -> str:
+    """Say in a few words what an existing output was made with, other than what is wanted."""
+    if there.command != wanted.command:
+        return f"by `{there.command}`"
+    for name in sorted(set(there.parameters) | set(wanted.parameters)):
+        old, new = there.parameters.get(name), wanted.parameters.get(name)
+        if old != new and str(old) != str(new):
+            return f"{name} {old}, now {new}"
+    if there.seed != wanted.seed:
+        return f"seed {there.seed}, now {wanted.seed}"
+    return "from other inputs"
+
+
+def write_run_provenance(folder: Path, provenance: Provenance) -> None:
+    """Keep the provenance of a run in its folder, as a manifest keeps its own in its metadata."""
+    temporary = folder / f".{RUN_PROVENANCE}.{os.getpid()}.tmp"
+    values = provenance_values(replace(provenance, version=toolkit_version()))
+    temporary.write_text(json.dumps(values, indent=1, sort_keys=True))
+    os.replace(temporary, folder / RUN_PROVENANCE)
+
+
+def read_run_provenance(folder: Path) -> Provenance | None:
+    """Return the provenance of the run in a folder, or None where there is no run."""
+    file = folder / RUN_PROVENANCE
+    return provenance_from(json.loads(file.read_text()), file) if file.exists() else None
+
+
+@contextmanager
+def recorded(output: Path) -> Iterator[list[Provenance]]:
+    """Time a step; afterwards enter `output` in the catalog with the provenance that the block appended.
+
+    The catalog row comes last: if the block raises, nothing is recorded.
+    """
+    start = time.monotonic()
+    finished: list[Provenance] = []
+    yield finished
+    (provenance,) = finished
+    catalog.record(output, provenance, time.monotonic() - start)

@@ -1,0 +1,347 @@
+"""Manifests: the Parquet files that every command reads and writes. Column names and types are declared here, once."""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import ToolkitError
+
+FORMAT_VERSION = 1
+PROVENANCE_KEY = "dinov2_toolkit"  # schema metadata: the Provenance as JSON, known before the first row
+RESULT_KEY = "dinov2_toolkit_result"  # file metadata: content id and figures as JSON, known after the last row
+ROW_GROUP_ROWS = 16_384  # chosen: a row group of 384 half floats is 12 MB, small enough to stream
+
+IMAGE_FIELDS = (
+    pa.field("image_id", pa.string()),  # BLAKE2b-128 of the encoded bytes, hex
+    pa.field("uri", pa.string()),  # absolute path, URL, or parquet://FILE?row=N
+    pa.field("width", pa.int32()),  # pixels, after EXIF orientation
+    pa.field("height", pa.int32()),
+    pa.field("label", pa.string()),  # null where there is none
+)
+OPTIONAL_IMAGE_FIELDS = (
+    pa.field("source", pa.string()),  # the query set or part by which the image came
+    pa.field("weight", pa.float32()),  # how often training draws it; 1 where absent
+)
+ROW_FIELD = pa.field("row", pa.int64())  # row in the embedding manifest that the selection refers to
+SELECTION_FIELDS = (
+    pa.field("duplicates", pa.int32()),  # dedup: how many images this one stands for, itself left out
+    pa.field("distance", pa.float32()),  # cluster: to the nearest centroid of the finest level
+    pa.field("query_id", pa.string()),  # retrieve: image_id of the query
+    pa.field("rank", pa.int32()),  # retrieve: 1 is the query's nearest
+    pa.field("similarity", pa.float32()),  # retrieve: cosine to the query, in [-1, 1]
+)
+REMOVED_FIELDS = (
+    pa.field("uri", pa.string()),
+    pa.field("reason", pa.string()),
+    pa.field("duplicate_of", pa.string()),  # uri of the kept image, or of the evaluation image it resembles
+    pa.field("similarity", pa.float32()),
+)
+SCORE_FIELDS = (
+    pa.field("model", pa.string()),
+    pa.field("method", pa.string()),
+    pa.field("parameters", pa.string()),  # JSON
+    pa.field("metric", pa.string()),
+    pa.field("value", pa.float64()),
+    pa.field("low", pa.float64()),  # 95 % interval
+    pa.field("high", pa.float64()),
+    pa.field("num_train", pa.int64()),
+    pa.field("num_test", pa.int64()),
+)
+
+
+def embedding_field(dim: int, dtype: pa.DataType) -> pa.Field:
+    """Return the column of `dim` numbers an image; `dtype` is pa.float16() or pa.float32()."""
+    return pa.field("embedding", pa.list_(pa.field("element", dtype, nullable=False), dim), nullable=False)
+
+
+def cluster_field(level: int) -> pa.Field:
+    """Return the column of cluster numbers at a level; level 0 is the finest."""
+    return pa.field(f"cluster_{level}", pa.int32())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something a step read: a manifest, a folder, a model."""
+
+    role: str  # images, manifest, queries, pool, against, model, train, test, ...
+    path: str
+    content_id: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a manifest came about; equal provenance means equal rows."""
+
+    kind: str  # embeddings, selection, removed, scores, metrics, run
+    command: str  # "curate dedup"
+    parameters: dict[str, object]
+    seed: int = 0
+    inputs: tuple[Source, ...] = ()
+    base: Source | None = None  # the embedding manifest that `row` counts in
+    role: str = "pool"  # pool, queries or eval: what bare commands take it for
+    version: str = ""
+    figures: dict[str, object] = field(default_factory=dict)  # what the step measured: thresholds, recall, counts
+    content_id: str = ""  # made while writing
+
+    def same_work(self, other: "Provenance") -> bool:
+        """Tell whether both describe the same command on the same contents with the same settings."""
+
+        def work(of: Provenance) -> tuple[object, ...]:
+            inputs = [(source.role, source.content_id) for source in of.inputs]
+            return of.command, json.loads(json.dumps(of.parameters)), of.seed, inputs
+
+        return work(self) == work(other)
+
+    def model(self) -> Source | None:
+        """Return the model that made the vectors, where it is known."""
+        return next((source for source in self.inputs if source.role == "model"), None)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An opened manifest: one Parquet file or a folder of parts, ours or anybody's."""
+
+    path: Path
+    parts: tuple[Path, ...]
+    schema: pa.Schema
+    num_rows: int
+    provenance: Provenance | None  # None for a foreign file
+    content_id: str
+
+    def names(self) -> list[str]:
+        """Return the column names."""
+        return [str(name) for name in self.schema.names]
+
+    def batches(self, columns: list[str], limit: int | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield the columns in row order, a row group or less at a time; `limit` ends it after so many rows."""
+        left = self.num_rows if limit is None else min(limit, self.num_rows)
+        for part in self.parts:
+            with pq.ParquetFile(part) as file:
+                for batch in file.iter_batches(batch_size=ROW_GROUP_ROWS, columns=columns):
+                    if left <= 0:
+                        return
+                    yield batch.slice(0, left)
+                    left -= batch.num_rows
+
+    def read(self, columns: list[str] | None = None, limit: int | None = None) -> pa.Table:
+        """Return the columns (all by default) as one table."""
+        columns = self.names() if columns is None else columns
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        return pa.Table.from_batches(self.batches(columns, limit), schema.remove_metadata())
+
+    def source(self, role: str) -> Source:
+        """Return this manifest as an input of a step."""
+        return Source(role, str(self.path.absolute()), self.content_id)
+
+
+def open_manifest(path: Path) -> Manifest:
+    """Open a Parquet file or a folder of parts (with `_manifest.json`).
+
+    Raises ToolkitError when there is nothing there, or something else than Parquet.
+    """
+    if not path.exists():
+        raise ToolkitError(f"no manifest at {path}; check the path, or make one with `dinov2 curate embed`")
+    if path.is_dir():
+        return _open_parts(path)
+    try:
+        with pq.ParquetFile(path) as file:
+            metadata, schema = file.metadata, file.schema_arrow
+    except (pa.ArrowInvalid, OSError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise ToolkitError(f"{path} is not a readable Parquet file ({reason}); name a manifest") from None
+    provenance = _read_provenance(metadata.metadata or {}, path)
+    content_id = provenance.content_id if provenance else foreign_content_id(path)
+    return Manifest(path, (path,), schema, metadata.num_rows, provenance, content_id)
+
+
+def _open_parts(path: Path) -> Manifest:
+    listing = path / "_manifest.json"
+    if not listing.exists():
+        raise ToolkitError(f"{path} is a folder without _manifest.json, so no manifest; name a Parquet file")
+    names = json.loads(listing.read_text())["parts"]
+    opened = [open_manifest(path / name) for name in names]
+    if not opened:
+        raise ToolkitError(f"{listing} lists no parts; make the manifest again")
+    digest = hashlib.blake2b("\n".join(part.content_id for part in opened).encode(), digest_size=16).hexdigest()
+    num_rows = sum(part.num_rows for part in opened)
+    return Manifest(path, tuple(part.path for part in opened), opened[0].schema, num_rows, opened[0].provenance, digest)
+
+
+def _read_provenance(metadata: dict[bytes, bytes], path: Path) -> Provenance | None:
+    text = metadata.get(RESULT_KEY.encode())
+    if text is None:
+        return None
+    return provenance_from({**json.loads(metadata[PROVENANCE_KEY.encode()]), **json.loads(text)}, path)
+
+
+def provenance_values(provenance: Provenance) -> dict[str, Any]:
+    """Return the provenance as plain values for JSON; `provenance_from` is its inverse."""
+    return {"format": FORMAT_VERSION, **asdict(provenance)}
+
+
+def provenance_from(values: dict[str, Any], path: Path) -> Provenance:
+    """Return the provenance that was kept as JSON in `path`.
+
+    Raises ToolkitError when a newer toolkit wrote it.
+    """
+    if values["format"] > FORMAT_VERSION:
+        raise ToolkitError(f"{path} was written by a newer toolkit ({values['version']}); update this one")
+    inputs = tuple(Source(**source) for source in values["inputs"])
+    base = Source(**values["base"]) if values["base"] else None
+    known = {key: value for key, value in values.items() if key != "format"}
+    return Provenance(**{**known, "inputs": inputs, "base": base})
+
+
+def foreign_content_id(path: Path) -> str:
+    """Return a cheap content id for a Parquet file of other origin: size, footer and 64 samples of 64 KiB."""
+    digest = hashlib.blake2b(digest_size=16)
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with path.open("rb") as file:
+        for position in sorted({size * part // 64 for part in range(64)} | {data_bytes(path)}):
+            file.seek(position)
+            digest.update(file.read(65_536))
+    return digest.hexdigest()
+
+
+def data_bytes(path: Path) -> int:
+    """Return how many bytes of a Parquet file stand before its footer."""
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        (footer_bytes,) = struct.unpack("<I", file.read(4))
+        return file.seek(0, os.SEEK_END) - 8 - int(footer_bytes)
+
+
+def data_content_id(path: Path) -> str:
+    """Read a file that a step wrote and return its content id: BLAKE2b-128 of everything before the footer."""
+    digest = hashlib.blake2b(digest_size=16)
+    left = data_bytes(path)
+    with path.open("rb") as file:
+        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+class _HashingFile:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.digest = hashlib.blake2b(digest_size=16)
+        self.closed = False
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+
+class ManifestWriter:
+    """Writes a manifest beside its place and renames it there when all went well.
+
+    Use as a context manager: after the block, `provenance.content_id` is set and the file stands; after an
+    exception the old file, if any, stands as it was.
+    """
+
+    def __init__(self, path: Path, fields: list[pa.Field], provenance: Provenance) -> None:
+        self.path = path
+        self.provenance = replace(provenance, version=toolkit_version())
+        known = provenance_values(self.provenance)
+        del known["figures"], known["content_id"]  # not known yet
+        self.schema = pa.schema(fields, {PROVENANCE_KEY: json.dumps(known, sort_keys=True)})
+        self.num_rows = 0
+
+    def __enter__(self) -> "ManifestWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
+        self._file = _HashingFile(self._temporary)
+        leaves = _leaf_paths(self.schema)
+        plain = [leaf for leaf in leaves if leaf.startswith("embedding.")]
+        # Dictionaries slow the reading of vectors sixfold, and compression gains nothing on them.
+        self._writer = pq.ParquetWriter(
+            pa.PythonFile(self._file, mode="w"),
+            self.schema,
+            use_dictionary=[leaf for leaf in leaves if leaf not in plain],
+            compression={leaf: "NONE" if leaf in plain else "ZSTD" for leaf in leaves},
+        )
+        return self
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows; columns are put in the declared order and cast to the declared types."""
+        self._writer.write_table(table.select(self.schema.names).cast(self.schema), row_group_size=ROW_GROUP_ROWS)
+        self.num_rows += table.num_rows
+
+    def set_figures(self, **figures: object) -> None:
+        """Add what was measured on the way to the provenance."""
+        self.provenance = replace(self.provenance, figures={**self.provenance.figures, **figures})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            with suppress(OSError):  # the disk may be full, and the file is thrown away
+                self._writer.close()
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+            return
+        try:
+            self.provenance = replace(self.provenance, content_id=self._file.digest.hexdigest())
+            result = {"content_id": self.provenance.content_id, "figures": self.provenance.figures}
+            self._writer.add_key_value_metadata({RESULT_KEY: json.dumps(result, sort_keys=True)})
+            self._writer.close()
+            self._file.close()
+            os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def _leaf_paths(schema: pa.Schema) -> list[str]:
+    """Return the Parquet names of all leaf columns, such as `image.bytes` and `embedding.list.element`."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    parquet = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    return [parquet.column(index).path for index in range(len(parquet))]
+
+
+def toolkit_version() -> str:
+    """Return the installed version of the toolkit."""
+    from importlib.metadata import version
+
+    return version("dinov2-toolkit")
+
+
+def removed_path(path: Path) -> Path:
+    """Return where the rows that a step dropped are listed: NAME.removed.parquet beside NAME.parquet."""
+    return path.with_name(path.name.removesuffix(".parquet") + ".removed.parquet")

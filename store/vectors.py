@@ -1,0 +1,213 @@
+"""A manifest's embeddings as one memory-mapped array."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from .. import console
+from ..errors import ToolkitError
+from .catalog import catalog_path
+from .manifest import Manifest, Source, open_manifest
+
+CACHE_BYTES = int(os.environ.get("DINOV2_CACHE_BYTES", 64 << 30))  # scratch arrays are kept up to this size
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+Stored = npt.NDArray[np.float16 | np.float32]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The embeddings of a manifest's images, in its row order, read from disk as they are needed."""
+
+    array: Stored  # (rows of the base, D), as stored
+    rows: Int64  # (N,) rows of `array`
+    base: Source  # the embedding manifest
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def dim(self) -> int:
+        """Return D, the length of a vector."""
+        return int(self.array.shape[1])
+
+    def raw(self, start: int, stop: int) -> Float32:
+        """Return vectors start..stop as stored, (stop - start, D) float32."""
+        return np.asarray(self.array[self._selector(start, stop)], dtype=np.float32)
+
+    def unit(self, start: int, stop: int) -> Float32:
+        """Return vectors start..stop at length 1, (stop - start, D) float32; a zero vector stays zero."""
+        return unit_length(self.raw(start, stop))
+
+    def exact(self, indices: Int64) -> Float64:
+        """Return the vectors at `indices` (M,) at length 1 in float64, (M, D): what settles ties and thresholds."""
+        vectors = np.asarray(self.array[self.rows[indices]], dtype=np.float64)
+        norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+        unit: Float64 = vectors / np.where(norms > 0, norms, 1.0)[:, None]
+        return unit
+
+    def _selector(self, start: int, stop: int) -> slice | Int64:
+        rows = self.rows[start:stop]
+        contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(np.diff(rows) == 1))
+        return slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else rows  # a slice reads the disk in sequence
+
+
+def unit_length(vectors: Float32) -> Float32:
+    """Return the rows of (N, D) at length 1; a zero row stays zero."""
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+    norms[norms == 0] = 1.0
+    scaled: Float32 = vectors / norms[:, None]
+    return scaled
+
+
+def has_vectors(manifest: Manifest) -> bool:
+    """Tell whether a step can find embeddings through this manifest."""
+    return "embedding" in manifest.names() or _base_of(manifest) is not None
+
+
+def open_vectors(manifest: Manifest, *, features: Path | None = None, limit: int | None = None) -> Vectors:
+    """Return the embeddings of a manifest's rows: its own, those of its base, or those of `features`.
+
+    `features` is another embedding manifest of the same images, matched by image_id and uri.
+    Raises ToolkitError when there are none, the base is missing or has changed, or vectors are not finite.
+    """
+    num_rows = manifest.num_rows if limit is None else min(limit, manifest.num_rows)
+    if features is not None:
+        base = open_manifest(features)
+        if "embedding" not in base.names():
+            raise ToolkitError(
+                f"{features} has no `embedding` column; --features takes an output of `dinov2 curate embed`"
+            )
+        return Vectors(_mapped_array(base), _matching_rows(manifest, base, num_rows), base.source("base"))
+    if "embedding" in manifest.names():
+        return Vectors(_mapped_array(manifest), np.arange(num_rows, dtype=np.int64), manifest.source("base"))
+    wanted = _base_of(manifest)
+    if wanted is None:
+        raise ToolkitError(
+            f"{manifest.path} has no embeddings (columns: {', '.join(manifest.names())});"
+            " run `dinov2 curate embed` on it first"
+        )
+    base = _open_base(manifest, wanted)
+    rows = manifest.read(["row"], num_rows).column("row")
+    if rows.null_count:
+        raise ToolkitError(
+            f"{rows.null_count} rows of {manifest.path} have no vector in {base.path};"
+            " embed it again, or give --features"
+        )
+    return Vectors(_mapped_array(base), rows.to_numpy().astype(np.int64), base.source("base"))
+
+
+def _base_of(manifest: Manifest) -> Source | None:
+    if "row" not in manifest.names() or manifest.provenance is None:
+        return None
+    return manifest.provenance.base
+
+
+def _open_base(manifest: Manifest, wanted: Source) -> Manifest:
+    recorded = Path(wanted.path)
+    beside = manifest.path.absolute().parent / recorded.name  # a folder that was moved as a whole
+    path = next((place for place in (recorded, beside) if place.exists()), None)
+    if path is None:
+        raise ToolkitError(
+            f"the embeddings of {manifest.path} are gone: no {recorded}; make them again, or give --features"
+        )
+    base = open_manifest(path)
+    if base.content_id != wanted.content_id:
+        raise ToolkitError(f"{path} has changed since {manifest.path} was made from it; make {manifest.path} again")
+    return base
+
+
+def _matching_rows(manifest: Manifest, base: Manifest, num_rows: int) -> Int64:
+    keys = ["image_id", "uri"]
+    for side in (manifest, base):
+        if missing := [key for key in keys if key not in side.names()]:
+            raise ToolkitError(
+                f"{side.path} has no column {missing[0]}, by which --features are matched; embed it here"
+            )
+    wanted = manifest.read(keys, num_rows).append_column("position", pa.array(np.arange(num_rows)))
+    offered = base.read(keys).append_column("base_row", pa.array(np.arange(base.num_rows)))
+    joined = wanted.join(offered.group_by(keys).aggregate([("base_row", "min")]), keys, join_type="left outer")
+    found = joined.sort_by("position").column("base_row_min")
+    if found.null_count:
+        raise ToolkitError(
+            f"{found.null_count} of {num_rows} images of {manifest.path} are not in {base.path}; embed them too"
+        )
+    return np.asarray(found, dtype=np.int64)
+
+
+def cache_folder() -> Path:
+    """Return where scratch arrays lie: `cache` beside the catalog."""
+    return catalog_path().parent / "cache"
+
+
+def _mapped_array(manifest: Manifest) -> Stored:
+    """Decode a manifest's `embedding` column once into a .npy file, and map it."""
+    path = cache_folder() / f"{manifest.content_id}.npy"
+    if not path.exists():
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        dim, dtype = _dimension(manifest)
+        _make_room(manifest.num_rows * dim * dtype.itemsize)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            _decode(manifest, temporary, dim, dtype)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    os.utime(path)  # the eldest by time stamp go first when room is needed
+    array: Stored = np.load(path, mmap_mode="r")
+    return array
+
+
+def _dimension(manifest: Manifest) -> tuple[int, np.dtype[np.float16] | np.dtype[np.float32]]:
+    """Return D and how the vectors are kept: half precision where they came so, float32 otherwise."""
+    if manifest.num_rows == 0:
+        raise ToolkitError(f"{manifest.path} has no rows; there is nothing to compare")
+    kind = manifest.schema.field("embedding").type
+    if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise ToolkitError(f"the `embedding` column of {manifest.path} is {kind}; it must be a list of floats")
+    if not pa.types.is_floating(kind.value_type):
+        raise ToolkitError(f"the `embedding` column of {manifest.path} holds {kind.value_type}; it must hold floats")
+    first = next(manifest.batches(["embedding"], 1)).column("embedding")[0].as_py()
+    if not first:
+        raise ToolkitError(f"row 0 of {manifest.path} has no embedding; remove such rows first")
+    return len(first), np.dtype(np.float16) if pa.types.is_float16(kind.value_type) else np.dtype(np.float32)
+
+
+def _decode(manifest: Manifest, target: Path, dim: int, dtype: np.dtype[np.float16] | np.dtype[np.float32]) -> None:
+    array = np.lib.format.open_memmap(target, mode="w+", dtype=dtype, shape=(manifest.num_rows, dim))
+    done = 0
+    with console.progress(f"reading the vectors of {manifest.path.name}", manifest.num_rows, "rows") as advance:
+        for batch in manifest.batches(["embedding"]):
+            column = batch.column("embedding")
+            values = column.flatten().to_numpy(zero_copy_only=False)
+            if column.null_count or len(values) != len(column) * dim:
+                raise ToolkitError(
+                    f"the embeddings of {manifest.path} are not all {dim} numbers long"
+                    f" (rows {done} to {done + len(column) - 1}); remove the others first"
+                )
+            block = values.reshape(-1, dim)
+            finite = np.isfinite(block).all(axis=1)
+            if not finite.all():
+                row = done + int(np.argmin(finite))
+                raise ToolkitError(
+                    f"row {row} of {manifest.path} has a vector that is not finite; remove such rows first"
+                )
+            array[done : done + len(block)] = block
+            done += len(block)
+            advance(len(block))
+    array.flush()
+
+
+def _make_room(num_bytes: int) -> None:
+    kept = sorted(cache_folder().glob("*.npy"), key=lambda file: file.stat().st_mtime, reverse=True)
+    total = num_bytes
+    for file in kept:
+        total += file.stat().st_size
+        if total > CACHE_BYTES:
+            file.unlink()

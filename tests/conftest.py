@@ -1,0 +1,14 @@
+"""Every test has a catalog of its own, and no settings from outside."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("DINOV2_") and name != "DINOV2_GOLDEN":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("DINOV2_CATALOG", str(tmp_path / ".dinov2" / "catalog.duckdb"))

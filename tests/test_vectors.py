@@ -1,0 +1,121 @@
+"""Vectors: a manifest's own, those of its base, and those of other features."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.store import vectors as vectors_module
+from dinov2_toolkit.store.manifest import IMAGE_FIELDS, ROW_FIELD, ManifestWriter, Provenance, open_manifest
+from dinov2_toolkit.store.vectors import cache_folder, open_vectors
+
+
+def foreign(path: Path, vectors: list[list[float]], kind: pa.DataType | None = None) -> Path:
+    ids = [f"id{row}" for row in range(len(vectors))]
+    column = pa.array(vectors, kind or pa.list_(pa.float32()))
+    pq.write_table(pa.table({"image_id": ids, "uri": [f"/{name}" for name in ids], "embedding": column}), path)
+    return path
+
+
+def select(path: Path, base: Path, rows: list[int | None]) -> Path:
+    provenance = Provenance("selection", "curate dedup", {}, base=open_manifest(base).source("base"))
+    filled = [row if row is not None else 0 for row in rows]
+    table = pa.table(
+        {
+            "image_id": [f"id{row}" for row in filled],
+            "uri": [f"/id{row}" for row in filled],
+            "width": pa.nulls(len(rows), pa.int32()),
+            "height": pa.nulls(len(rows), pa.int32()),
+            "label": pa.nulls(len(rows), pa.string()),
+            "row": pa.array(rows, pa.int64()),
+        }
+    )
+    with ManifestWriter(path, [*IMAGE_FIELDS, ROW_FIELD], provenance) as writer:
+        writer.write(table)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float16()), pa.list_(pa.float32(), 2), pa.large_list(pa.float64())])
+def test_any_list_of_floats_is_read(tmp_path: Path, kind: pa.DataType) -> None:
+    path = foreign(tmp_path / "a.parquet", [[3, 4], [0, 0], [1, 0]], kind)
+    vectors = open_vectors(open_manifest(path))
+    assert vectors.raw(0, 3).tolist() == [[3, 4], [0, 0], [1, 0]]
+    np.testing.assert_allclose(vectors.unit(0, 2), [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    assert vectors.exact(np.array([2, 0])).tolist() == [[1.0, 0.0], [0.6, 0.8]]
+
+
+def test_a_selection_reads_its_rows_from_the_base(tmp_path: Path) -> None:
+    base = foreign(tmp_path / "base.parquet", [[float(row), 1] for row in range(6)])
+    vectors = open_vectors(open_manifest(select(tmp_path / "s.parquet", base, [4, 1, 5])))
+    assert len(vectors) == 3
+    assert vectors.raw(0, 3)[:, 0].tolist() == [4, 1, 5]
+    assert vectors.raw(1, 2)[:, 0].tolist() == [1]
+
+
+def test_a_folder_moved_as_a_whole_still_works(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    base = foreign(tmp_path / "old" / "base.parquet", [[1, 2], [3, 4]])
+    select(tmp_path / "old" / "s.parquet", base, [1])
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert open_vectors(open_manifest(tmp_path / "new" / "s.parquet")).raw(0, 1).tolist() == [[3, 4]]
+
+
+def test_a_base_that_changed_or_went_is_an_error(tmp_path: Path) -> None:
+    base = foreign(tmp_path / "base.parquet", [[1, 2], [3, 4]])
+    selection = open_manifest(select(tmp_path / "s.parquet", base, [1]))
+    foreign(base, [[1, 2], [3, 5]])
+    with pytest.raises(ToolkitError, match="has changed since"):
+        open_vectors(selection)
+    base.unlink()
+    with pytest.raises(ToolkitError, match="are gone"):
+        open_vectors(selection)
+
+
+def test_other_features_are_matched_by_image(tmp_path: Path) -> None:
+    base = foreign(tmp_path / "base.parquet", [[0, 1], [1, 1], [2, 1]])
+    selection = open_manifest(select(tmp_path / "s.parquet", base, [2, 0]))
+    pq.write_table(
+        pq.read_table(foreign(tmp_path / "x.parquet", [[7], [8], [9]])).take([2, 1, 0]), tmp_path / "x.parquet"
+    )
+    assert open_vectors(selection, features=tmp_path / "x.parquet").raw(0, 2).tolist() == [[9], [7]]
+    foreign(tmp_path / "few.parquet", [[7]])
+    with pytest.raises(ToolkitError, match="1 of 2 images .* are not in"):
+        open_vectors(selection, features=tmp_path / "few.parquet")
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ([[1, 2], [np.nan, 1]], "row 1 of .* not finite"),
+        ([[1, 2], [np.inf, 1]], "row 1 of .* not finite"),
+        ([[1, 2], [1]], "not all 2 numbers long"),
+        ([[1, 2], None], "not all 2 numbers long"),
+        ([], "has no rows"),
+    ],
+)
+def test_vectors_that_cannot_be_compared_are_errors(tmp_path: Path, vectors: list[list[float]], message: str) -> None:
+    with pytest.raises(ToolkitError, match=message):
+        open_vectors(open_manifest(foreign(tmp_path / "a.parquet", vectors)))
+    assert not cache_folder().exists() or not list(cache_folder().iterdir())
+
+
+def test_a_manifest_without_embeddings_is_an_error(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"uri": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ToolkitError, match="has no embeddings"):
+        open_vectors(open_manifest(tmp_path / "a.parquet"))
+
+
+def test_included_queries_have_no_row(tmp_path: Path) -> None:
+    base = foreign(tmp_path / "base.parquet", [[1, 2], [3, 4]])
+    with pytest.raises(ToolkitError, match="1 rows of .* have no vector"):
+        open_vectors(open_manifest(select(tmp_path / "s.parquet", base, [1, None])))
+
+
+def test_the_scratch_arrays_stay_below_their_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors_module, "CACHE_BYTES", 100)
+    for number in range(3):
+        open_vectors(open_manifest(foreign(tmp_path / f"{number}.parquet", [[number, 2.0, 3.0, 4.0]])))
+    assert len(list(cache_folder().glob("*.npy"))) == 1
