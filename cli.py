@@ -4,7 +4,6 @@ import os
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from . import console
@@ -13,6 +12,10 @@ from .errors import Stopped, ToolkitError
 from .evaluate.cli import app as evaluate
 from .manage.cli import app as catalog
 from .train.cli import app as train
+
+# Typer carries its own copy of click, whose general exceptions it does not export by name.
+UsageError = typer.BadParameter.__bases__[0]
+ClickException = UsageError.__bases__[0]
 
 EXIT_ERROR, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
@@ -48,11 +51,11 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe has gone, as in `dinov2 ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except click.UsageError as problem:
+    except UsageError as problem:
         where = problem.ctx.command_path if problem.ctx else "dinov2"
         console.error(f"{problem.format_message().rstrip('.')}; see `{where} --help`")
         sys.exit(EXIT_USAGE)
-    except click.ClickException as problem:
+    except ClickException as problem:
         console.error(problem.format_message())
         sys.exit(EXIT_ERROR)
     except ToolkitError as problem:
@@ -65,7 +68,7 @@ def main() -> None:
     except Stopped as problem:
         console.say(str(problem))
         sys.exit(EXIT_STOPPED)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         console.error("interrupted; nothing was saved")
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)

@@ -14,7 +14,7 @@ from .manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, Manifest
 URI_COLUMNS = ("uri", "path", "image", "file_name")
 
 
-def read_images(manifest: Manifest, limit: int | None = None) -> pa.Table:
+def read_images(manifest: Manifest, limit: int | None = None, label_column: str = "label") -> pa.Table:
     """Return image_id, uri, width, height and label of every row, and source and weight where there are such columns.
 
     Of a foreign file a `uri`, `path` or `image` column is enough (Hugging Face's `image: struct<bytes, path>`
@@ -29,9 +29,9 @@ def read_images(manifest: Manifest, limit: int | None = None) -> pa.Table:
     num_rows = manifest.num_rows if limit is None else min(limit, manifest.num_rows)
     columns = {name: pa.nulls(num_rows, schema.field(name).type) for name in schema.names}
     if table is not None:
-        columns.update({name: pc.cast(table.column(name), schema.field(name).type) for name in wanted})
+        columns.update({name: _cast(table.column(name), schema.field(name), manifest) for name in wanted})
     columns["uri"] = _uris(manifest, limit, num_rows)
-    columns["label"] = _labels(manifest, limit, num_rows)
+    columns["label"] = _labels(manifest, label_column, limit, num_rows)
     return pa.table(columns, schema=schema)
 
 
@@ -60,6 +60,8 @@ def _uris(manifest: Manifest, limit: int | None, num_rows: int) -> pa.ChunkedArr
 def _struct_uris(manifest: Manifest, name: str, limit: int | None, num_rows: int) -> pa.Array:
     """Name an image by its row where the file holds its bytes, by its path where it does not."""
     inside = _row_uris(manifest, name, num_rows)
+    if _holds_all_bytes(manifest, name):
+        return pa.array(inside, pa.string())
     uris: list[str | None] = []
     for batch in manifest.batches([name], limit):
         structs = batch.column(0)
@@ -69,6 +71,18 @@ def _struct_uris(manifest: Manifest, name: str, limit: int | None, num_rows: int
         for held, path in zip(holds, paths, strict=True):
             uris.append(inside[len(uris)] if held else _absolute(path, manifest.path))
     return pa.array(uris, pa.string())
+
+
+def _holds_all_bytes(manifest: Manifest, name: str) -> bool:
+    """Tell by the footers alone, for the bytes may be many gigabytes, that no row lacks them."""
+    for part in manifest.parts:
+        metadata = pq.read_metadata(part)
+        for group in range(metadata.num_row_groups):
+            chunks = [metadata.row_group(group).column(index) for index in range(metadata.num_columns)]
+            statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == f"{name}.bytes"]
+            if not statistics or statistics[0] is None or statistics[0].null_count != 0:
+                return False
+    return True
 
 
 def _row_uris(manifest: Manifest, name: str, num_rows: int) -> list[str]:
@@ -86,21 +100,32 @@ def _absolute(uri: str | None, manifest_path: Path) -> str | None:
     return str(manifest_path.absolute().parent / uri)
 
 
-def _labels(manifest: Manifest, limit: int | None, num_rows: int) -> pa.ChunkedArray | pa.Array:
-    if "label" not in manifest.names():
+def _labels(manifest: Manifest, name: str, limit: int | None, num_rows: int) -> pa.ChunkedArray | pa.Array:
+    if name not in manifest.names():
         return pa.nulls(num_rows, pa.string())
-    column = manifest.read(["label"], limit).column("label")
-    names = _class_names(manifest)
+    column = manifest.read([name], limit).column(name)
+    names = _class_names(manifest, name)
     if names and pa.types.is_integer(column.type):
-        return pc.take(pa.array(names, pa.string()), column)
-    return pc.cast(column, pa.string())
+        has_name = pc.and_(pc.greater_equal(column, 0), pc.less(column, len(names)))  # -1: a test split without labels
+        return pc.take(pa.array(names, pa.string()), pc.if_else(has_name, column, None))
+    return _cast(column, pa.field(name, pa.string()), manifest)
 
 
-def _class_names(manifest: Manifest) -> list[str]:
+def _cast(column: pa.ChunkedArray, field: pa.Field, manifest: Manifest) -> pa.ChunkedArray:
+    try:
+        return pc.cast(column, field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ToolkitError(
+            f"the `{field.name}` column of {manifest.path} is {column.type} and cannot be read as {field.type};"
+            " rename or drop it"
+        ) from None
+
+
+def _class_names(manifest: Manifest, column: str) -> list[str]:
     """Return the class names that Hugging Face's `datasets` keeps in the schema metadata."""
     text = (manifest.schema.metadata or {}).get(b"huggingface")
     if text is None:
         return []
     features = json.loads(text).get("info", {}).get("features", {})
-    names = features.get("label", {}).get("names", [])
-    return [str(name) for name in names]
+    feature = features.get(column)
+    return [str(name) for name in feature.get("names", [])] if isinstance(feature, dict) else []

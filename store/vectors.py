@@ -1,7 +1,7 @@
 """A manifest's embeddings as one memory-mapped array."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,10 @@ class Vectors:
         unit: Float64 = vectors / np.where(norms > 0, norms, 1.0)[:, None]
         return unit
 
+    def take(self, indices: Int64) -> "Vectors":
+        """Return the vectors at `indices` (M,), in that order; nothing is read yet."""
+        return replace(self, rows=self.rows[indices])
+
     def _selector(self, start: int, stop: int) -> slice | Int64:
         rows = self.rows[start:stop]
         contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(np.diff(rows) == 1))
@@ -77,6 +81,17 @@ def open_vectors(manifest: Manifest, *, features: Path | None = None, limit: int
     `features` is another embedding manifest of the same images, matched by image_id and uri.
     Raises ToolkitError when there are none, the base is missing or has changed, or vectors are not finite.
     """
+    base, rows = locate_vectors(manifest, features=features, limit=limit)
+    return Vectors(_mapped_array(base), rows, base.source("base"))
+
+
+def locate_vectors(
+    manifest: Manifest, *, features: Path | None = None, limit: int | None = None
+) -> tuple[Manifest, Int64]:
+    """Return where those vectors are, without reading them: the embedding manifest, and rows (N,) of it.
+
+    Raises ToolkitError when there are none, or the base is missing or has changed.
+    """
     num_rows = manifest.num_rows if limit is None else min(limit, manifest.num_rows)
     if features is not None:
         base = open_manifest(features)
@@ -84,9 +99,9 @@ def open_vectors(manifest: Manifest, *, features: Path | None = None, limit: int
             raise ToolkitError(
                 f"{features} has no `embedding` column; --features takes an output of `dinov2 curate embed`"
             )
-        return Vectors(_mapped_array(base), _matching_rows(manifest, base, num_rows), base.source("base"))
+        return base, _matching_rows(manifest, base, num_rows)
     if "embedding" in manifest.names():
-        return Vectors(_mapped_array(manifest), np.arange(num_rows, dtype=np.int64), manifest.source("base"))
+        return manifest, np.arange(num_rows, dtype=np.int64)
     wanted = _base_of(manifest)
     if wanted is None:
         raise ToolkitError(
@@ -100,7 +115,14 @@ def open_vectors(manifest: Manifest, *, features: Path | None = None, limit: int
             f"{rows.null_count} rows of {manifest.path} have no vector in {base.path};"
             " embed it again, or give --features"
         )
-    return Vectors(_mapped_array(base), rows.to_numpy().astype(np.int64), base.source("base"))
+    return base, rows.to_numpy().astype(np.int64)
+
+
+def scratch_size(base: Manifest) -> tuple[int, int]:
+    """Return D, and how many bytes decoding an embedding manifest would add to the cache: 0 when it is there."""
+    dim, dtype = _dimension(base)
+    there = (cache_folder() / f"{base.content_id}.npy").exists()
+    return dim, 0 if there else base.num_rows * dim * dtype.itemsize
 
 
 def _base_of(manifest: Manifest) -> Source | None:

@@ -1,9 +1,13 @@
 """Every test has a catalog of its own, and no settings from outside."""
 
 import os
-from pathlib import Path
 
-import pytest
+# Before torch and faiss are imported: the tests are small, and threads that wait for each other slow them threefold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,129 @@
+"""dinov2 evaluate: runs and manifests in, scores and pictures out."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import console, options
+
+app = typer.Typer(no_args_is_help=True, help="Runs and manifests in, scores and pictures out.")
+
+MODEL_HELP = "Run folder, weights file, Hugging Face folder, random:ARCH or pixels."
+
+
+class Method(StrEnum):
+    """How features are scored; an Enum because typer knows no list of Literal."""
+
+    KNN = "knn"
+    LINEAR = "linear"
+
+
+@app.command()
+def probe(
+    train: Annotated[str, typer.Option(help="Labelled images to learn from: an embedding manifest, or images.")],
+    test: Annotated[str, typer.Option(help="Labelled images to classify, likewise.")],
+    output: Annotated[str, options.output_option("scores.parquet")] = "scores.parquet",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{MODEL_HELP} May be given several times. [default: the manifests' embeddings, else the newest"
+            " finished run, else pixels]",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        list[Method] | None,
+        typer.Option(help="May be given several times. [default: knn]", show_default=False),
+    ] = None,
+    k: Annotated[
+        str | None,
+        typer.Option(metavar="K,K...", help="Neighbours that vote. [default: 10,20,100,200]", show_default=False),
+    ] = None,
+    labels: Annotated[
+        str, typer.Option(metavar="folder|column:NAME", help="Where labels come from; folder: first below the source.")
+    ] = "folder",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images the model sees at a time.")] = 64,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that decode. [default: one a core]", show_default=False)
+    ] = None,
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    limit: options.Limit = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Classify images by frozen features, k-NN or linear; prints the best accuracy, writes all scores."""
+    console.set_verbosity(quiet, verbose)
+    from ..store.artifact import Options
+    from .probe import ProbeSettings, parse_ks, probe
+
+    ks = None if k is None else parse_ks(k)
+    methods = tuple(each.value for each in method or [Method.KNN])
+    settings = ProbeSettings(tuple(model or ()), methods, ks, labels, batch_size, num_workers)
+    options.emit(probe(train, test, output, settings, Options(seed, force, dry_run, limit)), json)
+
+
+@app.command()
+def pca(
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGES...", help="Images, folders, manifests, lists of names (.txt), - for stdin."),
+    ],
+    output: Annotated[str, options.output_option("pca.png")] = "pca.png",
+    model: Annotated[
+        str | None, typer.Option(help=f"{MODEL_HELP} [default: the newest finished run]", show_default=False)
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Short side in pixels, a multiple of the patch. [default: the model's own]"),
+    ] = None,
+    null: options.Null = False,
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    limit: options.Limit = 12,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Draw what the patch features of several images have in common: principal components as colours."""
+    console.set_verbosity(quiet, verbose)
+    from ..store.artifact import Options
+    from .pca import PcaSettings, draw_pca
+
+    settings = PcaSettings(model, image_size, null)
+    options.emit(draw_pca(images, output, settings, Options(seed, force, dry_run, limit)), json)
+
+
+@app.command()
+def neighbors(
+    manifest: Annotated[Path, typer.Argument(help="Embeddings of queries, or what `dinov2 curate retrieve` chose.")],
+    output: Annotated[str, options.output_option("neighbors.png")] = "neighbors.png",
+    pool: Annotated[
+        Path | None,
+        typer.Option(help="Embeddings to look in. [default: the newest pool in the catalog]", show_default=False),
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(help="Query images of what `retrieve` chose. [default: those it was given]", show_default=False),
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="Images beside each query.")] = 8,
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    limit: options.Limit = 12,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Draw queries and, beside each, its nearest images."""
+    console.set_verbosity(quiet, verbose)
+    from ..store.artifact import Options
+    from .neighbors import NeighborSettings, draw_neighbors
+
+    settings = NeighborSettings(pool, queries, k)
+    options.emit(draw_neighbors(manifest, output, settings, Options(seed, force, dry_run, limit)), json)

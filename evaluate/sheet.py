@@ -1,0 +1,134 @@
+"""Pictures for people: captioned images in rows, written as PNG files that know how they were made."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from .. import console
+from ..errors import ToolkitError
+from ..store.artifact import Options, difference
+from ..store.manifest import PROVENANCE_KEY, Provenance, provenance_from, provenance_values, toolkit_version
+
+MARGIN_PX, GAP_PX, GROUP_GAP_PX = 24, 6, 22
+TINY_TIMES = 3  # an image that fits this often into its tile is shown pixel by pixel
+CAPTION_PX, TITLE_PX = 12, 17
+PAPER, EDGE, INK, FAINT = "#fbfbf9", "#dcdcd6", "#22262b", "#6d737a"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image on a sheet."""
+
+    image: Image.Image
+    caption: str = ""
+
+
+Row = Sequence[Sequence[Tile]]  # groups of tiles: a little space between tiles, more between groups
+
+
+def draw_sheet(rows: Sequence[Row], *, title: str, note: str = "", tile_px: int = 128) -> Image.Image:
+    """Return a sheet with a title, a note and rows of tiles, each image scaled to fit a square of `tile_px`."""
+    line_px = tile_px + (2 * CAPTION_PX if any(tile.caption for row in rows for group in row for tile in group) else 6)
+    head_px = MARGIN_PX + 2 * TITLE_PX + (2 * CAPTION_PX if note else 0)
+    fonts = ImageFont.load_default(TITLE_PX), ImageFont.load_default(CAPTION_PX)
+    text_px = max(fonts[0].getlength(title), fonts[1].getlength(note))
+    width = 2 * MARGIN_PX + max(round(text_px), *(_row_width(row, tile_px) for row in rows))
+    sheet = Image.new("RGB", (width, head_px + len(rows) * (line_px + GAP_PX) + MARGIN_PX), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN_PX, MARGIN_PX), title, INK, fonts[0])
+    pen.text((MARGIN_PX, MARGIN_PX + round(1.6 * TITLE_PX)), note, FAINT, fonts[1])
+    for number, row in enumerate(rows):
+        left, top = MARGIN_PX, head_px + number * (line_px + GAP_PX)
+        for group in row:
+            for tile in group:
+                image = fit(tile.image, tile_px)
+                corner = left, top + tile_px - image.height  # down to its caption
+                sheet.paste(image, corner)
+                frame = (corner[0] - 1, corner[1] - 1, corner[0] + image.width, corner[1] + image.height)
+                pen.rectangle(frame, outline=EDGE)
+                pen.text((left, top + tile_px + 4), _shorten(tile.caption, fonts[1], tile_px), FAINT, fonts[1])
+                left += tile_px + GAP_PX
+            left += GROUP_GAP_PX - GAP_PX
+    return sheet
+
+
+def fit(image: Image.Image, side_px: int) -> Image.Image:
+    """Return an image scaled to fit a square; a tiny one a whole number of times, so that its pixels stay squares."""
+    longest = max(image.size)
+    if side_px // longest >= TINY_TIMES:
+        times = side_px // longest
+        return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    size = (max(1, image.width * side_px // longest), max(1, image.height * side_px // longest))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _row_width(row: Row, tile_px: int) -> int:
+    tiles = sum(len(group) * (tile_px + GAP_PX) - GAP_PX for group in row)
+    return tiles + (len(row) - 1) * GROUP_GAP_PX
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
+    if font.getlength(text) <= width_px:
+        return text
+    while text and font.getlength(f"{text}…") > width_px:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def check_picture_name(output: str) -> Path:
+    """Return the output as a path.
+
+    Raises ToolkitError when it does not end in .png, or is a folder.
+    """
+    if not output.endswith(".png"):
+        raise ToolkitError(f"output {output!r} does not end in .png; a picture is a PNG file: name it so")
+    if Path(output).is_dir():
+        raise ToolkitError(f"output {output} is a folder; name a PNG file")
+    return Path(output)
+
+
+def is_picture_up_to_date(path: Path, provenance: Provenance, options: Options) -> bool:
+    """Tell whether this very picture is there already; if so, touch it (so that Make rests) and say so.
+
+    Raises ToolkitError when something else stands there and --force was not given.
+    """
+    if options.force or not path.exists():
+        return False
+    there = _read_provenance(path)
+    if there is not None and there.same_work(provenance):
+        console.say(f"{path} is up to date")
+        if not options.dry_run:
+            os.utime(path)
+        return True
+    reason = "is no picture of ours" if there is None else f"was made otherwise ({difference(there, provenance)})"
+    raise ToolkitError(f"{path} exists and {reason}; choose another -o, or --force to overwrite it")
+
+
+def _read_provenance(path: Path) -> Provenance | None:
+    try:
+        with Image.open(path) as picture:
+            text = picture.info.get(PROVENANCE_KEY)
+    except OSError:  # no picture at all
+        return None
+    return None if text is None else provenance_from(json.loads(text), path)
+
+
+def write_picture(picture: Image.Image, path: Path, provenance: Provenance) -> None:
+    """Write a PNG with its provenance in a text chunk: beside its place first, then renamed."""
+    text = PngImagePlugin.PngInfo()
+    values = provenance_values(replace(provenance, version=toolkit_version()))
+    text.add_text(PROVENANCE_KEY, json.dumps(values, sort_keys=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            picture.save(file, "PNG", pnginfo=text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,309 @@
+"""The vision transformer of DINOv2, with the official parameter names, so that official weights load as they are.
+
+Shapes: B images of one size, N patch tokens, R register tokens, n = 1 + R + N tokens a sequence in the order class
+token, registers, patches; D embed_dim; T tokens of all sequences of all sizes, packed into one (T, D).
+Source: Oquab et al. 2023 (DINOv2), Darcet et al. 2023 (registers), github.com/facebookresearch/dinov2 (dinov2/models).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ToolkitError
+from .block import Block, Ffn, Groups
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The four numbers that `--arch` names; everything else about a model (patch size, registers, ...) is apart."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    ffn: Ffn
+
+
+ARCHITECTURES = {
+    "vit_tiny": Architecture(embed_dim=192, depth=12, num_heads=3, ffn="mlp"),
+    "vit_small": Architecture(embed_dim=384, depth=12, num_heads=6, ffn="mlp"),
+    "vit_base": Architecture(embed_dim=768, depth=12, num_heads=12, ffn="mlp"),
+    "vit_large": Architecture(embed_dim=1024, depth=24, num_heads=16, ffn="mlp"),
+    "vit_giant2": Architecture(embed_dim=1536, depth=40, num_heads=24, ffn="swiglu"),
+}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone says of B images, after its final norm."""
+
+    cls_token: Tensor  # (B, D)
+    register_tokens: Tensor  # (B, R, D)
+    patch_tokens: Tensor  # (B, N, D), row by row of the patch grid
+
+
+class PatchEmbed(nn.Module):
+    """Cut images into patches and project each: (B, C, H, W) -> (B, N, D)."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches: Tensor = self.proj(images)
+        return patches.flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, N, D)
+
+
+class VisionTransformer(nn.Module):
+    """A ViT whose position embedding is stored for one square grid and interpolated for every other.
+
+    Args:
+        patch_size: side of a patch in pixels.
+        embed_dim, depth, num_heads: width, blocks, attention heads (embed_dim must be a multiple of num_heads).
+        ffn: "mlp" or "swiglu".
+        num_register_tokens: extra tokens without position (Darcet et al. 2023).
+        in_chans: channels of an image.
+        img_size: side in pixels of the square image whose grid the position embedding is stored for.
+        layer_scale: initial LayerScale, 1e-5 to train from scratch.
+        drop_path: share of sequences whose residual branch is skipped while training, the same in all blocks.
+        pos_embed_antialias, pos_embed_offset: how the position embedding is interpolated. Released weights without
+            registers were made with (False, 0.1), those with registers with (True, 0.0); they differ in the result.
+            An offset above 0 samples by the scale factor (grid + offset) / stored grid, 0 by the grid's size.
+
+    Raises:
+        ToolkitError: if the numbers do not fit one another.
+    """
+
+    def __init__(
+        self,
+        *,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        ffn: Ffn = "mlp",
+        num_register_tokens: int = 0,
+        in_chans: int = 3,
+        img_size: int = 518,
+        layer_scale: float = 1e-5,
+        drop_path: float = 0.0,
+        pos_embed_antialias: bool = False,
+        pos_embed_offset: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ToolkitError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}; change one of them")
+        if img_size % patch_size:
+            raise ToolkitError(
+                f"image size {img_size} is not a multiple of patch size {patch_size}; "
+                f"use {img_size // patch_size * patch_size or patch_size}"
+            )
+        self.patch_size, self.embed_dim, self.depth, self.num_heads = patch_size, embed_dim, depth, num_heads
+        self.ffn: Ffn = ffn
+        self.num_register_tokens, self.in_chans, self.img_size = num_register_tokens, in_chans, img_size
+        self.pos_embed_antialias, self.pos_embed_offset = pos_embed_antialias, pos_embed_offset
+        self.pos_grid = img_size // patch_size  # patches a side
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.pos_grid**2, embed_dim))  # the class token's slot first
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        )
+        self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, ffn, layer_scale, drop_path) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw the weights as the official code does; the patch projection keeps Conv2d's own initialisation."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def interpolated_pos_embed(self, rows: int, columns: int) -> Tensor:
+        """Return the position embedding (1, 1 + rows * columns, D) of a patch grid, bicubic and in float32."""
+        if rows == columns == self.pos_grid:
+            return self.pos_embed
+        stored = self.pos_embed.float()
+        # (1, M * M, D) -> (1, D, M, M)
+        grid = stored[:, 1:].reshape(1, self.pos_grid, self.pos_grid, -1).permute(0, 3, 1, 2)
+        if self.pos_embed_offset:
+            offset = self.pos_embed_offset
+            scale = ((rows + offset) / self.pos_grid, (columns + offset) / self.pos_grid)
+            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=self.pos_embed_antialias)
+        else:
+            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=self.pos_embed_antialias)
+        # (1, D, rows, columns) -> (1, rows * columns, D)
+        return torch.cat([stored[:, :1], grid.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
+
+    def embed(self, images: Tensor, masks: Tensor | None) -> Tensor:
+        """Return the tokens (B, n, D) that enter the first block; masked patches keep their position."""
+        _, channels, height, width = images.shape
+        if channels != self.in_chans:
+            raise ToolkitError(f"images have {channels} channels, the model takes {self.in_chans}; convert the images")
+        if height % self.patch_size or width % self.patch_size:
+            raise ToolkitError(
+                f"images of {height} x {width} pixels are not a multiple of the patch size {self.patch_size}; "
+                "resize or crop them to one"
+            )
+        patches: Tensor = self.patch_embed(images)
+        if masks is not None:
+            patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
+        position = self.interpolated_pos_embed(height // self.patch_size, width // self.patch_size)
+        tokens = [(self.cls_token + position[:, :1]).expand(len(images), -1, -1), patches + position[:, 1:]]
+        if self.register_tokens is not None:
+            tokens.insert(1, self.register_tokens.expand(len(images), -1, -1))
+        return torch.cat(tokens, dim=1)
+
+    def embed_packed(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Groups]:
+        """Return the tokens of all image batches as one (T, D), and how to cut it."""
+        embedded = [self.embed(batch, mask) for batch, mask in zip(images, masks, strict=True)]
+        groups = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
+        return torch.cat([tokens.flatten(0, 1) for tokens in embedded]), groups
+
+    def unpack(self, tokens: Tensor, groups: Groups) -> list[Features]:
+        """Return the final norm of packed tokens (T, D), cut into each group's features."""
+        normed: Tensor = self.norm(tokens)
+        first_patch = 1 + self.num_register_tokens
+        features = []
+        for part, (sequences, length) in zip(torch.split(normed, [b * n for b, n in groups]), groups, strict=True):
+            sequence = part.view(sequences, length, -1)
+            features.append(Features(sequence[:, 0], sequence[:, 1:first_patch], sequence[:, first_patch:]))
+        return features
+
+    @overload
+    def forward_features(self, images: Tensor, masks: Tensor | None = None) -> Features: ...
+
+    @overload
+    def forward_features(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+    ) -> list[Features]: ...
+
+    def forward_features(
+        self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+    ) -> Features | list[Features]:
+        """Return the features of images (B, C, H, W), or a list of them for a list of image batches.
+
+        A list runs as one packed pass: norms, linear layers and feed-forward see all tokens together, attention
+        each size by itself, so the result is that of separate passes.
+
+        Args:
+            images: a batch, or a list of batches that may differ in B, H and W; H and W multiples of the patch size.
+            masks: (B, N) bool, True where the mask token replaces a patch; for a list, one entry or None a batch.
+        """
+        if isinstance(images, Tensor):
+            assert masks is None or isinstance(masks, Tensor), "one batch of images takes one tensor of masks"
+            return self.forward_features([images], [masks])[0]
+        assert not isinstance(masks, Tensor), "a list of image batches takes a list of masks"
+        tokens, groups = self.embed_packed(images, [None] * len(images) if masks is None else masks)
+        for block in self.blocks:
+            tokens = block(tokens, groups)
+        return self.unpack(tokens, groups)
+
+    def forward(
+        self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+    ) -> Features | list[Features]:
+        """Do what `forward_features` does: a backbone has no head of its own."""
+        return self.forward_features(images, masks)  # type: ignore[arg-type]  # the overloads pair the two arguments
+
+    def class_and_chosen_patch_tokens(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None], chosen: Sequence[Tensor | None]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the class tokens (B, D) and the chosen patch tokens (M, D) of each image batch.
+
+        They are those of `forward_features`, for less: the last block's feed-forward and the final norm run for no
+        other tokens.
+
+        Args:
+            images, masks: as in `forward_features`, as lists.
+            chosen: (B, N) bool for each batch, True M times, or None for no patch; M runs image by image.
+        """
+        tokens, groups = self.embed_packed(images, masks)
+        rows, start = [], 0
+        for (sequences, length), wanted in zip(groups, chosen, strict=True):
+            class_rows = start + length * torch.arange(sequences, device=tokens.device)
+            rows.append(class_rows)
+            if wanted is None:
+                rows.append(class_rows[:0])
+            else:
+                image, patch = wanted.nonzero(as_tuple=True)  # (M,), (M,)
+                rows.append(class_rows[image] + 1 + self.num_register_tokens + patch)
+            start += sequences * length
+        *first_blocks, last_block = self.blocks
+        for block in first_blocks:
+            tokens = block(tokens, groups)
+        normed: Tensor = self.norm(last_block(tokens, groups, torch.cat(rows)))
+        parts = torch.split(normed, [len(part) for part in rows])
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    def intermediate_layers(self, images: Tensor, layers: int | Sequence[int]) -> list[Features]:
+        """Return the features after each of the chosen blocks, the final norm applied to each.
+
+        Args:
+            images: (B, C, H, W).
+            layers: the last so many blocks, or block numbers from 0; in both cases the result runs from first to last.
+
+        Raises:
+            ToolkitError: if a block is named that the model does not have.
+        """
+        chosen = range(self.depth - layers, self.depth) if isinstance(layers, int) else sorted(layers)
+        if not chosen or chosen[0] < 0 or chosen[-1] >= self.depth:
+            raise ToolkitError(f"layers {layers} are not within the model's {self.depth} blocks; name 0 to depth - 1")
+        tokens, groups = self.embed_packed([images], [None])
+        features = []
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens, groups)
+            if number in chosen:
+                features += self.unpack(tokens, groups)
+        return features
+
+
+def build_vit(
+    arch: str,
+    *,
+    patch_size: int = 14,
+    depth: int | None = None,
+    ffn: Ffn | None = None,
+    num_register_tokens: int = 0,
+    in_chans: int = 3,
+    img_size: int | None = None,
+    layer_scale: float = 1e-5,
+    drop_path: float = 0.0,
+    pos_embed_antialias: bool = False,
+    pos_embed_offset: float = 0.1,
+) -> VisionTransformer:
+    """Return a freshly initialised ViT of a named architecture (arguments as in `VisionTransformer`).
+
+    `depth` and `ffn` None mean the architecture's own; `img_size` None means 37 patches a side, as the released
+    weights have.
+
+    Raises:
+        ToolkitError: if there is no such architecture.
+    """
+    if arch not in ARCHITECTURES:
+        raise ToolkitError(f"no architecture named {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
+    chosen = ARCHITECTURES[arch]
+    return VisionTransformer(
+        patch_size=patch_size,
+        embed_dim=chosen.embed_dim,
+        depth=chosen.depth if depth is None else depth,
+        num_heads=chosen.num_heads,
+        ffn=ffn or chosen.ffn,
+        num_register_tokens=num_register_tokens,
+        in_chans=in_chans,
+        img_size=37 * patch_size if img_size is None else img_size,
+        layer_scale=layer_scale,
+        drop_path=drop_path,
+        pos_embed_antialias=pos_embed_antialias,
+        pos_embed_offset=pos_embed_offset,
+    )

@@ -1,0 +1,384 @@
+"""Models from whatever holds them, and a run's model back to disk.
+
+A model folder (a run, or one of its checkpoints) is `model.json` + `teacher.safetensors`: all numbers needed to build
+the backbone and its heads and to prepare images, and the weights as `backbone.*`, `dino_head.*`, `ibot_head.*`.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b, file_digest
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import console
+from ..errors import ToolkitError
+from .architecture import (
+    BackboneSettings,
+    HeadSettings,
+    backbone_settings,
+    head_settings,
+    inferred_backbone_settings,
+    inferred_head_settings,
+    load_strictly,
+)
+from .formats import MODEL_METADATA, official_names, read_json, read_tensors
+from .head import ProjectionHead
+from .vit import ARCHITECTURES, VisionTransformer, build_vit
+
+MODEL_JSON, TEACHER_FILE = "model.json", "teacher.safetensors"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP_RATIO = 224 / 256  # centre crop / short side, as the released models were evaluated
+HEADS = ("dino_head", "ibot_head")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the model's input: short side to image_size / crop_ratio, centre crop, normalisation."""
+
+    image_size: int  # pixels a side
+    crop_ratio: float
+    mean: tuple[float, ...]  # a value a channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What a model.json says."""
+
+    backbone: BackboneSettings
+    heads: dict[str, HeadSettings]
+    preprocessing: Preprocessing
+
+
+@dataclass(frozen=True)
+class Model:
+    """A frozen backbone in evaluation mode, with what is needed to prepare images for it and to name it."""
+
+    name: str
+    content_id: str
+    backbone: VisionTransformer
+    image_size: int
+    crop_ratio: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    in_chans: int
+
+
+# Saving
+
+
+def save_model(
+    folder: Path,
+    *,
+    backbone: VisionTransformer,
+    heads: Mapping[str, ProjectionHead],
+    image_size: int,
+    crop_ratio: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """Write teacher.safetensors and then model.json into a folder (made when missing), each whole or not at all.
+
+    Args:
+        backbone: its weights are kept in float32, as are the heads'.
+        heads: `dino_head`, and `ibot_head` when it is apart; may be empty.
+        image_size, crop_ratio, mean, std: as in `Preprocessing`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = _described(backbone, heads, Preprocessing(image_size, crop_ratio, mean, std))
+    parts: dict[str, nn.Module] = {"backbone": backbone, **heads}
+    tensors = {
+        f"{part}.{name}": tensor.detach().to("cpu", torch.float32).contiguous()
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
+    }
+    _write_whole(folder / TEACHER_FILE, lambda path: save_file(tensors, path, metadata={MODEL_METADATA: text}))
+    _write_whole(folder / MODEL_JSON, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _described(backbone: VisionTransformer, heads: Mapping[str, ProjectionHead], preprocessing: Preprocessing) -> str:
+    content = {
+        "format": 1,
+        "backbone": asdict(backbone_settings(backbone)),
+        "heads": {name: asdict(head_settings(head)) for name, head in heads.items()},
+        "preprocessing": asdict(preprocessing),
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# Finding and reading
+
+
+def read_model_json(folder: Path) -> SavedModel:
+    """Return what a model folder's model.json says.
+
+    Raises:
+        ToolkitError: if it is missing, no JSON, or lacks something.
+    """
+    path = folder / MODEL_JSON
+    return _saved_model(read_json(path), path)
+
+
+def _saved_model(described: Mapping[str, object], path: Path) -> SavedModel:
+    try:
+        backbone, heads, preprocessing = (described[name] for name in ("backbone", "heads", "preprocessing"))
+        assert isinstance(backbone, dict) and isinstance(heads, dict) and isinstance(preprocessing, dict)
+        return SavedModel(
+            BackboneSettings(**backbone),
+            {name: HeadSettings(**numbers) for name, numbers in heads.items()},
+            Preprocessing(
+                **{**preprocessing, "mean": tuple(preprocessing["mean"]), "std": tuple(preprocessing["std"])}
+            ),
+        )
+    except (KeyError, TypeError, AssertionError) as problem:
+        raise ToolkitError(
+            f"{path} is not a model description of this version ({problem}); save the model again"
+        ) from None
+
+
+def weights_file(source: str | Path) -> Path:
+    """Return the file that holds a model's weights.
+
+    Args:
+        source: a weights file, a model folder, a run folder (an unfinished run stands for its latest checkpoint,
+            said on stderr), or a Hugging Face folder.
+
+    Raises:
+        ToolkitError: if there is nothing of the kind.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        if not path.exists():
+            raise ToolkitError(
+                f"no model {str(source)!r}; give a run folder, a weights file, a Hugging Face folder or random:ARCH"
+            )
+        return path
+    if (path / MODEL_JSON).exists():
+        return path / TEACHER_FILE
+    checkpoints = {
+        int(found.parent.name.removeprefix("step-")): found.parent
+        for found in path.glob(f"checkpoints/step-[0-9]*/{MODEL_JSON}")
+    }
+    if checkpoints:
+        latest = checkpoints[max(checkpoints)]
+        console.say(f"{path} is not finished: taking the teacher of its latest checkpoint, {latest.name}")
+        return latest / TEACHER_FILE
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / "config.json").exists() and (path / name).exists():
+            return path / name
+    raise ToolkitError(
+        f"folder {path} holds no model: no {MODEL_JSON}, no checkpoints/step-*, and no config.json with "
+        "model.safetensors; name a run, a weights file or a Hugging Face folder"
+    )
+
+
+def model_content_id(source: str | Path) -> str:
+    """Return the BLAKE2b-128 hex digest of a model's weights file, for provenance (source as in `weights_file`)."""
+    with weights_file(source).open("rb") as file:
+        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a source holds, under official names."""
+
+    name: str  # for messages
+    backbone: dict[str, Tensor]
+    heads: dict[str, Tensor]
+    saved: SavedModel | None  # if it is ours
+    config: dict[str, object]  # Hugging Face's config.json, otherwise empty
+
+
+def _contents(source: str | Path | Mapping[str, Tensor]) -> _Contents:
+    if isinstance(source, Mapping):
+        return _Contents("the state dict", *official_names(source), None, {})
+    path = weights_file(source)
+    tensors, description = read_tensors(path)
+    # The file's own description serves where it was copied without its folder.
+    saved = None if description is None else _saved_model(json.loads(description), path)
+    if path.name == TEACHER_FILE and (path.parent / MODEL_JSON).exists():
+        saved = read_model_json(path.parent)
+    is_hugging_face = any(name.endswith("embeddings.cls_token") for name in tensors)
+    config = path.parent / "config.json"
+    return _Contents(
+        str(path),
+        *official_names(tensors),
+        saved,
+        read_json(config) if is_hugging_face and config.exists() else {},
+    )
+
+
+# Loading
+
+
+def load_backbone(
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    pos_embed_antialias: bool | None = None,
+    pos_embed_offset: float | None = None,
+) -> VisionTransformer:
+    """Return the backbone that a source holds, in evaluation mode, in float32, its architecture inferred.
+
+    Args:
+        source: what `weights_file` takes, or a state dict. Read are official backbones, official teacher checkpoints
+            (`teacher.backbone.*`, also with block chunks), this toolkit's files and run folders, Hugging Face's
+            Dinov2Model and Dinov2WithRegistersModel.
+        num_heads: attention heads, where they are not 64 wide and the source does not say.
+        pos_embed_antialias, pos_embed_offset: how the position embedding is interpolated; None means as the source
+            says, else as the released weights of the kind: (True, 0.0) with registers, (False, 0.1) without.
+
+    Raises:
+        ToolkitError: if the source cannot be read, or its tensors are not exactly a backbone's (all of them named).
+    """
+    return _backbone(_contents(source), num_heads, pos_embed_antialias, pos_embed_offset)
+
+
+def _backbone(
+    contents: _Contents, num_heads: int | None, pos_embed_antialias: bool | None, pos_embed_offset: float | None
+) -> VisionTransformer:
+    if contents.saved is None:
+        config_heads = contents.config.get("num_attention_heads")
+        if num_heads is None and isinstance(config_heads, int):
+            num_heads = config_heads
+        settings = inferred_backbone_settings(contents.backbone, contents.name, num_heads)
+    else:
+        settings = contents.saved.backbone
+    settings = replace(
+        settings,
+        num_heads=settings.num_heads if num_heads is None else num_heads,
+        pos_embed_antialias=settings.pos_embed_antialias if pos_embed_antialias is None else pos_embed_antialias,
+        pos_embed_offset=settings.pos_embed_offset if pos_embed_offset is None else pos_embed_offset,
+    )
+    with torch.device("meta"):  # no time or random numbers spent on weights that are replaced
+        backbone = VisionTransformer(**asdict(settings))
+    load_strictly(backbone, contents.backbone, contents.name)
+    return backbone.eval()
+
+
+def load_heads(source: str | Path | Mapping[str, Tensor]) -> dict[str, ProjectionHead]:
+    """Return the projection heads that a source holds, `dino_head` and `ibot_head` if it is apart; may be empty.
+
+    Args:
+        source: as in `load_backbone`; runs have heads, official teacher checkpoints too, released backbones none.
+
+    Raises:
+        ToolkitError: if the source cannot be read, or a head is not whole.
+    """
+    contents = _contents(source)
+    heads = {}
+    for name in HEADS:
+        tensors = {
+            key.removeprefix(f"{name}."): value for key, value in contents.heads.items() if key.startswith(f"{name}.")
+        }
+        if not tensors:
+            continue
+        settings = inferred_head_settings(tensors, f"{name} of {contents.name}")
+        with torch.device("meta"):
+            head = ProjectionHead(**asdict(settings))
+        load_strictly(head, tensors, f"{name} of {contents.name}")
+        heads[name] = head.eval()
+    return heads
+
+
+def load_model(
+    source: str | Path,
+    *,
+    seed: int = 0,
+    image_size: int | None = None,
+    num_heads: int | None = None,
+    pos_embed_antialias: bool | None = None,
+    pos_embed_offset: float | None = None,
+) -> Model:
+    """Return the model that `--model` names, frozen and in evaluation mode.
+
+    Args:
+        source: what `weights_file` takes; `random:ARCH` or `random:ARCH/PATCH`, freshly drawn with LayerScale 1 (at
+            1e-5 the features would barely depend on the image), 14 pixels a patch if not said; or `random:RUN`,
+            the same for the architecture of a run.
+        seed: of random weights.
+        image_size: side in pixels; None means what the source says, else 224 (or less, where the model's own
+            position grid is smaller).
+        num_heads, pos_embed_antialias, pos_embed_offset: as in `load_backbone`.
+
+    Raises:
+        ToolkitError: if there is no such model, or it cannot be read.
+    """
+    if str(source).startswith("random:"):
+        backbone, preprocessing = _random_backbone(str(source).removeprefix("random:"), seed, image_size)
+        made_of = f"random {backbone_settings(backbone)}, seed {seed}, torch {torch.__version__}"
+        content_id = blake2b(made_of.encode(), digest_size=16).hexdigest()
+    else:
+        file = weights_file(source)
+        contents = _contents(file)
+        backbone = _backbone(contents, num_heads, pos_embed_antialias, pos_embed_offset)
+        preprocessing = contents.saved.preprocessing if contents.saved else _preprocessing(contents, file, backbone)
+        content_id = model_content_id(file)
+    return Model(
+        name=str(source),
+        content_id=content_id,
+        backbone=backbone.eval().requires_grad_(False),
+        image_size=image_size or preprocessing.image_size,
+        crop_ratio=preprocessing.crop_ratio,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        in_chans=backbone.in_chans,
+    )
+
+
+def _random_backbone(name: str, seed: int, image_size: int | None) -> tuple[VisionTransformer, Preprocessing]:
+    named = re.fullmatch(rf"({'|'.join(ARCHITECTURES)})(?:/([1-9]\d*))?", name)
+    if not named and not (name and Path(name).exists()):
+        raise ToolkitError(
+            f"random:{name} names neither an architecture nor a run; choose one of {', '.join(ARCHITECTURES)} "
+            "(/PATCH behind it if not 14), or a run folder"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        if not named:
+            saved = read_model_json(weights_file(name).parent)
+            return VisionTransformer(**asdict(saved.backbone), layer_scale=1.0), saved.preprocessing
+        patch_size = int(named[2] or 14)
+        size = max((image_size or 224) // patch_size, 1) * patch_size
+        backbone = build_vit(named[1], patch_size=patch_size, img_size=size, layer_scale=1.0)
+        return backbone, Preprocessing(size, CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _preprocessing(contents: _Contents, file: Path, backbone: VisionTransformer) -> Preprocessing:
+    """Return a Hugging Face folder's own preprocessing, else that of the released models, fitted to the backbone."""
+    described = file.parent / "preprocessor_config.json"
+    if contents.config and described.exists():
+        config = read_json(described)
+        try:
+            size, short_side = config["crop_size"]["height"], config["size"]["shortest_edge"]  # type: ignore[index]
+            mean, std = config["image_mean"], config["image_std"]
+            return Preprocessing(size, size / short_side, tuple(mean), tuple(std))  # type: ignore[arg-type]
+        except (KeyError, TypeError) as problem:
+            raise ToolkitError(
+                f"{described} does not say crop_size.height, size.shortest_edge, image_mean and image_std ({problem}); "
+                "correct it, or remove it for the released models' preprocessing"
+            ) from None
+    size = min(224 // backbone.patch_size * backbone.patch_size or backbone.patch_size, backbone.img_size)
+    if backbone.in_chans == 3:
+        return Preprocessing(size, CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD)
+    console.say(
+        f"nothing says how to normalise {backbone.in_chans} channels: taking mean 0.5 and deviation 0.5 for each"
+    )
+    return Preprocessing(size, CROP_RATIO, (0.5,) * backbone.in_chans, (0.5,) * backbone.in_chans)

@@ -1,0 +1,130 @@
+"""Encoded images that lie in Parquet files, by row number; quick when rows are read more or less in order."""
+
+import os
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+PIECE_BYTES = 64 << 20  # chosen: about how much of a row group is decoded at a time
+CACHE_BYTES = 256 << 20  # chosen: decoded pieces that are kept
+OPEN_FILES = 16  # chosen: files, and places within their row groups, that are kept open
+
+FileKey = tuple[str, int, int]  # path, time stamp, size: a file that was replaced is another file
+GroupKey = tuple[FileKey, str, int]  # file, column, row group
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A Parquet file and where its row groups begin."""
+
+    parquet: pq.ParquetFile
+    first_rows: list[int]  # of every row group, then the number of rows
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some consecutive rows of one column, decoded."""
+
+    first_row: int
+    values: pa.Array  # binary
+
+
+class ParquetRows:
+    """Reads single values of binary columns, from any thread; keeps the files and pieces used last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: OrderedDict[FileKey, OpenFile] = OrderedDict()
+        self._streams: OrderedDict[GroupKey, Iterator[Piece]] = OrderedDict()
+        self._pieces: OrderedDict[tuple[GroupKey, int], Piece] = OrderedDict()  # by group and first row
+
+    def read(self, path: str, column: str, row: int) -> bytes | None:
+        """Return the bytes in `column`, or in its field `bytes` where it is a struct; None where they are null.
+
+        Raises OSError or pyarrow's ArrowInvalid when the file cannot be read, LookupError when it has no such column
+        or row, TypeError when the column does not hold bytes.
+        """
+        status = os.stat(path)
+        key = (path, status.st_mtime_ns, status.st_size)
+        with self._lock:
+            file = self._open(key)
+            if row >= file.first_rows[-1]:
+                raise LookupError(f"there is no row {row}; the file has {file.first_rows[-1]}")
+            group = bisect_right(file.first_rows, row) - 1
+            piece = self._find(file, (key, column, group), row)
+        value: bytes | None = piece.values[row - piece.first_row].as_py()
+        return value
+
+    def _open(self, key: FileKey) -> OpenFile:
+        if key not in self._files:
+            parquet = pq.ParquetFile(Path(key[0]), buffer_size=1 << 20)  # buffered: a row group may exceed the memory
+            first_rows = [0]
+            for group in range(parquet.num_row_groups):
+                first_rows.append(first_rows[-1] + parquet.metadata.row_group(group).num_rows)
+            self._files[key] = OpenFile(parquet, first_rows)
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        self._files.move_to_end(key)
+        return self._files[key]
+
+    def _find(self, file: OpenFile, group: GroupKey, row: int) -> Piece:
+        for key, piece in reversed(self._pieces.items()):  # a handful, the one wanted nearly always the newest
+            if key[0] == group and 0 <= row - piece.first_row < len(piece.values):
+                self._pieces.move_to_end(key)
+                return piece
+        for attempt in ("go on", "from the start"):
+            if attempt == "from the start" or group not in self._streams:
+                self._streams[group] = _decode(file, group[1], group[2])
+                self._streams.move_to_end(group)
+                if len(self._streams) > OPEN_FILES:
+                    self._streams.popitem(last=False)
+            for piece in self._streams[group]:
+                self._keep(group, piece)
+                if 0 <= row - piece.first_row < len(piece.values):
+                    return piece
+        raise LookupError(f"row group {group[2]} ends before row {row}")
+
+    def _keep(self, group: GroupKey, piece: Piece) -> None:
+        self._pieces[group, piece.first_row] = piece
+        while len(self._pieces) > 1 and sum(kept.values.nbytes for kept in self._pieces.values()) > CACHE_BYTES:
+            self._pieces.popitem(last=False)
+
+
+def _decode(file: OpenFile, column: str, group: int) -> Iterator[Piece]:
+    """Yield a column of a row group in pieces."""
+    schema = file.parquet.schema_arrow
+    if schema.get_field_index(column) < 0:
+        raise LookupError(f"there is no column {column!r}")
+    is_struct = pa.types.is_struct(schema.field(column).type)
+    leaf = f"{column}.bytes" if is_struct else column
+    metadata = file.parquet.metadata.row_group(group)
+    chunks = [metadata.column(index) for index in range(metadata.num_columns)]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)
+    piece_rows = max(1, metadata.num_rows * PIECE_BYTES // max(size, PIECE_BYTES))
+    first_row = file.first_rows[group]
+    # One thread: a single column gains nothing by more, and Arrow's pool does not survive a fork in a bad moment.
+    batches = file.parquet.iter_batches(piece_rows, row_groups=[group], columns=[leaf], use_threads=False)
+    for batch in batches:
+        values = pc.struct_field(batch.column(0), "bytes") if is_struct else batch.column(0)
+        if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+            raise TypeError(f"column {column!r} holds {values.type}, not bytes")
+        yield Piece(first_row, values)
+        first_row += len(values)
+
+
+rows = ParquetRows()
+
+
+def _start_afresh() -> None:
+    """Give a forked process its own state: another thread may have held the lock, and files share their position."""
+    rows.__init__()  # type: ignore[misc]  # the same object, so that importers see it
+
+
+os.register_at_fork(after_in_child=_start_afresh)

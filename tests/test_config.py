@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+
+from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.train.config import TrainConfig, read_recipe, resolve, write_config
+
+
+def settings(
+    recipe: str | None = None,
+    environment: dict[str, str] | None = None,
+    flags: dict[str, object] | None = None,
+    assignments: list[str] | None = None,
+) -> TrainConfig:
+    return resolve(
+        TrainConfig,
+        recipe=recipe,
+        environment=environment or {},
+        flags=flags or {},
+        assignments=assignments or [],
+    )
+
+
+def test_the_official_recipe_is_the_defaults() -> None:
+    assert settings("vitl16-short") == TrainConfig()
+    config = TrainConfig()
+    assert (config.steps, config.warmup_steps, config.teacher_temp_warmup_steps) == (125_000, 12_500, 37_500)
+
+
+def test_each_layer_wins_over_the_one_before(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("seed = 1\nbatch_size = 11\n[losses]\nkoleo_weight = 0.01\n")
+    environment = {"DINOV2_SEED": "2", "DINOV2_LOG_EVERY": "12", "DINOV2_CATALOG": "elsewhere"}
+    config = settings(str(recipe), environment, {"seed": 3, "num_workers": 13}, ["seed=4", "num_local_crops=14"])
+    assert config.seed == 4
+    assert (config.batch_size, config.log_every, config.num_workers, config.num_local_crops) == (11, 12, 13, 14)
+    assert config.koleo_weight == 0.01
+    assert settings(str(recipe), environment, {"seed": 3}).seed == 3
+    assert settings(str(recipe), environment).seed == 2
+    assert settings(str(recipe)).seed == 1
+
+
+def test_values_from_texts_get_the_type_of_their_key() -> None:
+    texts = ["base_lr=1", "mask_ratio=[0.2, 0.4]", "separate_heads=true", "arch=vit_small", "ffn=swiglu"]
+    config = settings(assignments=texts)
+    assert config.base_lr == 1.0 and isinstance(config.base_lr, float)
+    assert config.mask_ratio == (0.2, 0.4)
+    assert config.separate_heads is True
+    assert (config.arch, config.ffn) == ("vit_small", "swiglu")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("num_prototype=10", "unknown setting 'num_prototype'; the nearest known one is 'num_prototypes'"),
+        ("steps=many", "steps is 'many'; it must be a whole number"),
+        ("steps=2.5", "steps is 2.5; it must be a whole number"),
+        ("steps=true", "steps is True; it must be a whole number"),
+        ("base_lr=fast", "base_lr is 'fast'; it must be a number"),
+        ("separate_heads=1", "separate_heads is 1; it must be true or false"),
+        ("mask_ratio=0.3", "mask_ratio is 0.3; it must be 2 numbers"),
+        ("ffn=relu", "ffn is 'relu'; choose one of mlp, swiglu"),
+        ("steps", "--set 'steps' is not key=value"),
+        ("steps=0", "steps is 0; it must be at least 1"),
+        ("local_crop_size_px=50", "local_crop_size_px 50 is not a multiple of patch_size 16; change one"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_to_do(assignment: str, message: str) -> None:
+    with pytest.raises(ToolkitError) as problem:
+        settings(assignments=[assignment])
+    assert message in str(problem.value)
+
+
+def test_an_unknown_recipe_and_a_broken_one_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ToolkitError, match="no recipe 'huge'; name a TOML file or one of .*tiny, vitl16-short"):
+        settings("huge")
+    (tmp_path / "broken.toml").write_text("steps = = 3")
+    with pytest.raises(ToolkitError, match="not valid TOML"):
+        settings(str(tmp_path / "broken.toml"))
+
+
+def test_setting_the_steps_alone_scales_the_schedule_and_keeps_what_is_set_beside_them() -> None:
+    config = settings("vitl16-short", assignments=["steps=1250"])
+    assert (config.warmup_steps, config.teacher_temp_warmup_steps, config.freeze_last_layer_steps) == (125, 375, 12)
+    config = settings("vitl16-short", assignments=["steps=1250", "warmup_steps=7"])
+    assert (config.warmup_steps, config.teacher_temp_warmup_steps) == (7, 375)
+    assert settings("vitl16-short", assignments=["warmup_steps=7"]).warmup_steps == 7
+
+
+def test_the_written_config_repeats_the_run(tmp_path: Path) -> None:
+    config = settings("tiny", assignments=["steps=77", 'arch=a "b\\c', "mask_ratio=[0.25, 0.5]"])
+    write_config(config, tmp_path / "config.toml", "two\nlines")
+    assert settings(str(tmp_path / "config.toml")) == config
+    assert (tmp_path / "config.toml").read_text().startswith("# two\n# lines\n")
+
+
+def test_every_shipped_recipe_is_valid_and_states_the_shared_keys() -> None:
+    for name in ("tiny", "vitl16-short"):
+        settings(name)
+        assert {"steps", "batch_size", "checkpoint_every", "arch", "seed"} <= set(read_recipe(name))

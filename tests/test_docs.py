@@ -1,0 +1,82 @@
+"""The documentation tells the truth of this commit: commands, options, files."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import dinov2_toolkit
+from dinov2_toolkit.cli import app
+
+ROOT = Path(dinov2_toolkit.__path__[0])
+README = (ROOT / "README.md").read_text()
+Command = TyperCommand | TyperGroup
+ROOT_COMMAND = typer.main.get_command(app)
+
+
+def commands(command: Command = ROOT_COMMAND, name: tuple[str, ...] = ()) -> dict[tuple[str, ...], Command]:
+    """Return every command that does something, by its words after `dinov2`."""
+    if not isinstance(command, TyperGroup):
+        return {name: command}
+    return {
+        words: found for word, sub in command.commands.items() for words, found in commands(sub, (*name, word)).items()
+    }
+
+
+def written_commands() -> list[list[str]]:
+    """Return the arguments of every `dinov2 ...` line in the README's shell blocks, continued lines joined."""
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    lines = [line.split(" | ")[-1].strip() for line in blocks.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("dinov2 ")]
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_and_option_has_help(name: tuple[str, ...]) -> None:
+    command = commands()[name]
+    assert command.help
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), f"{' '.join(name)} {parameter.name}"
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_is_in_the_readme(name: tuple[str, ...]) -> None:
+    assert re.search(rf"\b{name[-1]}\b", README)
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(written_commands()) >= 8
+
+
+@pytest.mark.parametrize("arguments", written_commands(), ids=" ".join)
+def test_every_command_of_the_readme_is_understood(arguments: list[str]) -> None:
+    command, words = ROOT_COMMAND, list(arguments)
+    while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
+        command = command.commands[words.pop(0)]
+    if words != ["--help"]:
+        command.make_context("dinov2", words, resilient_parsing=False)
+
+
+def test_every_file_of_the_tree_exists_and_every_module_is_in_it() -> None:
+    tree = README.split("## The tree", 1)[1].split("```")[1]
+    for module in [
+        file
+        for room in ("curate", "train", "evaluate", "manage", "features", "models", "store", ".")
+        for file in (ROOT / room).glob("*.py")
+    ]:
+        if module.name != "__init__.py":
+            assert re.search(rf"\b{re.escape(module.name)}\b", tree), (
+                f"{module.relative_to(ROOT)} is not in the README's tree"
+            )
+    tracked = {file.name for file in ROOT.rglob("*") if ".venv" not in file.parts}
+    for name in re.findall(r"[\w.-]+\.(?:py|toml|md)\b", tree):
+        assert name in tracked, f"the README's tree names {name}, which is not there"
+
+
+def test_make_names_the_two_commands() -> None:
+    for target in ("demo", "test", "lint", "check", "clean"):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

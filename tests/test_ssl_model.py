@@ -1,0 +1,209 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.models.head import ProjectionHead
+from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.train.losses import koleo_loss, sinkhorn_knopp
+from dinov2_toolkit.train.ssl_model import Centering, SSLModel
+
+NUM_IMAGES, NUM_LOCALS, NUM_PROTOTYPES = 4, 8, 10
+
+
+def tiny_model(
+    *,
+    separate: bool = False,
+    centering: Centering = "sinkhorn_knopp",
+    koleo_weight: float = 0.1,
+    drop_path: float = 0.0,
+) -> SSLModel:
+    torch.manual_seed(0)
+    backbone = VisionTransformer(
+        patch_size=4,
+        embed_dim=12,
+        depth=2,
+        num_heads=2,
+        num_register_tokens=1,
+        img_size=16,
+        layer_scale=1.0,
+        drop_path=drop_path,
+    )
+    model = SSLModel(
+        backbone,
+        ProjectionHead(12, NUM_PROTOTYPES, hidden_dim=16, bottleneck_dim=8),
+        ProjectionHead(12, NUM_PROTOTYPES + 3, hidden_dim=16, bottleneck_dim=6) if separate else None,
+        centering=centering,
+        koleo_weight=koleo_weight,
+    )
+    for parameter in model.teacher.parameters():  # a teacher unlike the student
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.train()
+
+
+def crops_and_masks(num_locals: int = NUM_LOCALS) -> tuple[Tensor, Tensor | None, Tensor]:
+    torch.manual_seed(1)
+    masks = torch.zeros(2 * NUM_IMAGES, 16, dtype=torch.bool)
+    for crop, num_masked in {0: 5, 3: 2, 6: 7, 7: 1}.items():
+        masks[crop, torch.randperm(16)[:num_masked]] = True
+    global_crops = torch.randn(2 * NUM_IMAGES, 3, 16, 16)
+    return global_crops, torch.randn(num_locals * NUM_IMAGES, 3, 8, 8) if num_locals else None, masks
+
+
+def plain_dict(parts: nn.ModuleDict) -> dict[str, Any]:
+    """Return the parts without a type: a ModuleDict knows only that they are modules."""
+    return dict(parts.items())
+
+
+def cross_entropy(probs: Tensor, logits: Tensor) -> Tensor:
+    return -(probs * (logits / 0.1).log_softmax(-1)).sum()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_losses_are_those_of_a_slow_loop_over_crops_and_pairs(separate: bool) -> None:
+    model = tiny_model(separate=separate)
+    global_crops, local_crops, masks = crops_and_masks()
+    assert local_crops is not None
+    losses = model(global_crops, local_crops, masks, teacher_temp=0.06)
+
+    patch_head = "ibot_head" if separate else "dino_head"
+    teacher, student = plain_dict(model.teacher), plain_dict(model.student)
+    with torch.no_grad():
+        # One crop a pass; all class tokens, and all masked patches, are centered together.
+        taught = [teacher["backbone"].forward_features(crop[None]) for crop in global_crops]
+        cls_probs = sinkhorn_knopp(torch.cat([teacher["dino_head"](features.cls_token) for features in taught]), 0.06)
+        patch_probs = sinkhorn_knopp(
+            torch.cat([teacher[patch_head](f.patch_tokens[0, mask]) for f, mask in zip(taught, masks, strict=True)]),
+            0.06,
+        )
+        seen = [
+            student["backbone"].forward_features(crop[None], mask[None])
+            for crop, mask in zip(global_crops, masks, strict=True)
+        ]
+        seen_locals = [student["backbone"].forward_features(crop[None]) for crop in local_crops]
+
+        pairs: dict[str, list[Tensor]] = {"dino_local": [], "dino_global": []}
+        for teacher_view in range(2):
+            for student_view in range(2 + NUM_LOCALS):
+                if student_view == teacher_view:
+                    continue
+                terms = []
+                for image in range(NUM_IMAGES):
+                    probs = cls_probs[teacher_view * NUM_IMAGES + image]
+                    features = (seen + seen_locals)[student_view * NUM_IMAGES + image]
+                    terms.append(cross_entropy(probs, student["dino_head"](features.cls_token)[0]))
+                pairs["dino_global" if student_view < 2 else "dino_local"].append(torch.stack(terms).mean())
+        assert len(pairs["dino_local"]) + len(pairs["dino_global"]) == 18
+        expected = {name: torch.stack(terms).sum() / 18 for name, terms in pairs.items()}
+
+        crop_means, row = [], 0
+        for crop, mask in enumerate(masks):
+            terms = []
+            for patch in mask.nonzero()[:, 0]:
+                logits = student[patch_head](seen[crop].patch_tokens[0, patch][None])[0]
+                terms.append(cross_entropy(patch_probs[row], logits))
+                row += 1
+            crop_means.append(torch.stack(terms).mean() if terms else torch.tensor(0.0))
+        expected["ibot"] = torch.stack(crop_means).mean()
+
+        views = [torch.cat([f.cls_token for f in part]) for part in (seen[:NUM_IMAGES], seen[NUM_IMAGES:])]
+        expected["koleo"] = koleo_loss(views[0]) + koleo_loss(views[1])
+        dino = expected["dino_local"] + expected["dino_global"]
+        expected["total"] = dino + expected["ibot"] + 0.1 * expected["koleo"]
+
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name].detach(), value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses["student_cls_tokens"], torch.cat(views), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses["teacher_cls_probs"], cls_probs.mean(0))
+    entropies = [-sum(p * math.log(p) for p in row.tolist() if p > 0) for row in cls_probs]
+    assert losses["teacher_entropy"].item() == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+
+
+def test_the_losses_of_a_uniform_model_start_where_the_paper_says() -> None:
+    model = tiny_model()
+    for parts in (model.student, model.teacher):
+        parts.get_parameter("dino_head.last_layer.weight_g").data.zero_()
+    losses = model(*crops_and_masks(), teacher_temp=0.04)
+    log_k = math.log(NUM_PROTOTYPES)
+    assert losses["dino_local"].item() == pytest.approx(log_k * 16 / 18, rel=1e-5)
+    assert losses["dino_global"].item() == pytest.approx(log_k * 2 / 18, rel=1e-5)
+    assert losses["ibot"].item() == pytest.approx(log_k / 2, rel=1e-5)  # half of the crops have masks
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("num_locals", [0, 1, 3])
+def test_every_student_weight_gets_a_gradient_and_no_teacher_weight(num_locals: int, separate: bool) -> None:
+    model = tiny_model(separate=separate, drop_path=0.3)
+    losses = model(*crops_and_masks(num_locals), teacher_temp=0.05)
+    losses["total"].backward()
+    assert all(parameter.grad is not None for parameter in model.student.parameters())
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+    assert (losses["dino_local"] == 0) == (num_locals == 0)
+    assert not losses["student_cls_tokens"].requires_grad
+
+
+def test_without_any_mask_every_weight_still_gets_a_gradient() -> None:
+    model = tiny_model(separate=True)
+    global_crops, local_crops, masks = crops_and_masks()
+    losses = model(global_crops, local_crops, torch.zeros_like(masks), teacher_temp=0.05)
+    losses["total"].backward()
+    assert losses["ibot"].item() == 0
+    assert all(parameter.grad is not None for parameter in model.student.parameters())
+
+
+def test_the_teacher_starts_as_the_student_and_follows_it() -> None:
+    model = tiny_model()
+    student = plain_dict(model.student)
+    fresh = SSLModel(student["backbone"], student["dino_head"])
+    students, teachers = fresh.student.state_dict(), fresh.teacher.state_dict()
+    assert students.keys() == teachers.keys()
+    assert all(torch.equal(students[name], teachers[name]) for name in students)
+    before = {name: tensor.clone() for name, tensor in model.teacher.state_dict().items()}
+    model.update_teacher(0.9)
+    for name, tensor in model.teacher.state_dict().items():
+        torch.testing.assert_close(tensor, 0.9 * before[name] + 0.1 * model.student.state_dict()[name])
+
+
+def test_the_teacher_stays_in_evaluation_mode() -> None:
+    model = tiny_model(drop_path=0.5)
+    assert model.student.training and not any(module.training for module in model.teacher.modules())
+
+
+def test_centers_move_only_while_training() -> None:
+    model = tiny_model(separate=True, centering="softmax_center")
+    model.eval()(*crops_and_masks(), teacher_temp=0.05)
+    assert not model.dino_center.any() and not model.ibot_center.any()
+    global_crops, local_crops, masks = crops_and_masks()
+    losses = model.train()(global_crops, local_crops, masks, teacher_temp=0.05)
+    teacher = plain_dict(model.teacher)
+    with torch.no_grad():
+        features = teacher["backbone"].forward_features(global_crops)
+        dino_logits = teacher["dino_head"](features.cls_token)
+        ibot_logits = teacher["ibot_head"](features.patch_tokens[masks])
+    torch.testing.assert_close(losses["teacher_cls_probs"], (dino_logits / 0.05).softmax(-1).mean(0))
+    torch.testing.assert_close(model.dino_center, 0.1 * dino_logits.mean(0, keepdim=True))
+    torch.testing.assert_close(model.ibot_center, 0.1 * ibot_logits.mean(0, keepdim=True))
+    assert {"dino_center", "ibot_center"} <= model.state_dict().keys()
+
+
+def test_koleo_needs_two_images_unless_it_is_off() -> None:
+    global_crops, _, masks = crops_and_masks()
+    one_image = [0, NUM_IMAGES]
+    with pytest.raises(ToolkitError, match="KoLeo needs at least 2 images"):
+        tiny_model()(global_crops[one_image], None, masks[one_image], teacher_temp=0.05)
+    losses = tiny_model(koleo_weight=0.0)(global_crops[one_image], None, masks[one_image], teacher_temp=0.05)
+    assert losses["koleo"].item() == 0 and losses["total"].isfinite()
+
+
+def test_autocast_changes_little_and_losses_stay_in_float32() -> None:
+    model = tiny_model()
+    exact = model(*crops_and_masks(), teacher_temp=0.07)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(*crops_and_masks(), teacher_temp=0.07)
+    for name in ("dino_local", "dino_global", "ibot", "koleo", "total"):
+        assert rough[name].dtype == torch.float32
+        assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.05, abs=0.02)
+    rough["total"].backward()

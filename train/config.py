@@ -1,0 +1,269 @@
+"""Settings of a training run: the paper's as defaults, recipes over them, then environment, flags and --set.
+
+All lengths are in steps (updates of the weights), all sizes in pixels, `batch_size` counts images over all processes.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from .. import console
+from ..errors import ToolkitError
+from .launch import speaks_for_all
+
+CONFIG_FILE = "config.toml"  # in a run folder
+RECIPES = files("dinov2_toolkit.train") / "recipes"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every key of a recipe. Defaults are the released ViT-L/16 "short" configuration's, converted to steps.
+
+    Source: facebookresearch/dinov2, dinov2/configs/ssl_default_config.yaml (1250 iterations an "epoch").
+    """
+
+    # What every recipe states.
+    arch: str = "vit_large"
+    steps: int = 125_000
+    batch_size: int = 2048
+    checkpoint_every: int = 3750
+    seed: int = 0
+
+    # The model.
+    patch_size: int = 16
+    depth: int = 0  # blocks; 0 = as many as the architecture has
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    num_register_tokens: int = 0
+    layer_scale: float = 1e-5
+    drop_path: float = 0.3
+    pos_embed_antialias: bool = False
+    pos_embed_offset: float = 0.1
+    crop_ratio: float = 224 / 256  # centre crop over short side, for whoever uses the finished model
+
+    # The heads. The ibot_ keys count only with separate heads.
+    separate_heads: bool = False
+    num_prototypes: int = 65_536
+    bottleneck_dim: int = 256
+    hidden_dim: int = 2048
+    ibot_num_prototypes: int = 65_536
+    ibot_bottleneck_dim: int = 256
+
+    # Crops. Blur and solarize are the chances of the first global, second global and each local crop; the released
+    # code blurs with (0.0, 0.9, 0.5), where (1.0, 0.1, 0.5) was intended.
+    global_crop_size_px: int = 224
+    global_crop_scale: tuple[float, float] = (0.32, 1.0)
+    num_local_crops: int = 8
+    local_crop_size_px: int = 96
+    local_crop_scale: tuple[float, float] = (0.05, 0.32)
+    flip: float = 0.5
+    jitter: float = 0.8
+    jitter_strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    grayscale: float = 0.2
+    blur: tuple[float, float, float] = (0.0, 0.9, 0.5)
+    blur_sigma_px: tuple[float, float] = (0.1, 2.0)
+    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
+
+    # Masks of the global crops.
+    mask_probability: float = 0.5
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+
+    # Losses and the teacher. A pair of values is start and end.
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    centering: Literal["softmax_center", "sinkhorn_knopp"] = "softmax_center"
+    student_temp: float = 0.1
+    teacher_temp: tuple[float, float] = (0.04, 0.07)
+    teacher_temp_warmup_steps: int = 37_500
+    momentum: tuple[float, float] = (0.992, 1.0)
+
+    # The optimizer. The learning rate is base_lr * sqrt(batch_size / 1024).
+    base_lr: float = 4e-3
+    min_lr: float = 1e-6
+    warmup_steps: int = 12_500
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    clip_grad_norm: float = 3.0
+    layerwise_decay: float = 0.9
+    patch_embed_lr_mult: float = 0.2
+    freeze_last_layer_steps: int = 1250
+    max_skipped_steps: int = 10  # steps in a row with a gradient that is not finite before the run gives up
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+
+    # What changes the cost and not the result (COST_KEYS).
+    num_workers: int = 8  # threads that decode images, a process
+    cache_mib: int = 1024  # decoded images kept in memory, a process
+    keep_checkpoints: int = 3
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "patch_size", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ToolkitError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("global_crop_size_px", "local_crop_size_px"):
+            if getattr(self, name) % self.patch_size or getattr(self, name) < self.patch_size:
+                raise ToolkitError(
+                    f"{name} {getattr(self, name)} is not a multiple of patch_size {self.patch_size}; change one"
+                )
+        if self.separate_heads and not self.ibot_weight:
+            raise ToolkitError("separate_heads is true but ibot_weight is 0: the second head would learn nothing")
+
+
+COST_KEYS = ("checkpoint_every", "num_workers", "cache_mib", "keep_checkpoints", "log_every")
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+# Lengths that belong to the schedule: whoever sets `steps` without them stretches or compresses them with it.
+SCHEDULE_KEYS = ("warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps")
+
+
+def resolve(
+    kind: type[Config],
+    *,
+    recipe: str | None,
+    environment: Mapping[str, str],
+    flags: Mapping[str, object],
+    assignments: Sequence[str],
+) -> Config:
+    """Return the settings of a run: defaults < recipe < DINOV2_KEY in the environment < flags < key=value.
+
+    A layer that sets `steps` scales the schedule lengths of the layers below that it does not set itself.
+
+    Args:
+        kind: `TrainConfig`, or a dataclass derived from it.
+        recipe: the name of a recipe that ships with the toolkit, a TOML file, or None for the defaults alone.
+        environment: such as `os.environ`; variables that name no key are left alone.
+        flags: values from the command line.
+        assignments: "key=value" texts.
+
+    Raises:
+        ToolkitError: for an unknown recipe or key (with the nearest right name), or a value of the wrong type.
+    """
+    values: dict[str, Any] = asdict(kind())  # each key has a type of its own
+    names = list(values)
+    layers: list[Mapping[str, object]] = [
+        read_recipe(recipe) if recipe else {},
+        {name: environment[f"DINOV2_{name.upper()}"] for name in names if f"DINOV2_{name.upper()}" in environment},
+        flags,
+        dict(_assignment(text) for text in assignments),
+    ]
+    types = get_type_hints(kind)
+    for layer in layers:
+        for name in layer:
+            if name not in types:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+                raise ToolkitError(f"unknown setting {name!r}; the nearest known one is {near[0]!r}")
+        typed = {name: _typed(name, value, types[name]) for name, value in layer.items()}
+        steps = typed.get("steps")
+        if isinstance(steps, int):
+            for name in SCHEDULE_KEYS:
+                values[name] = round(values[name] * steps / values["steps"])
+        values.update(typed)
+    return kind(**values)
+
+
+def command_config(
+    kind: type[Config], output: str, recipe: str | None, assignments: Sequence[str], *, resume: bool, seed: int | None
+) -> Config:
+    """Return the settings of a command: those of `resolve`, with the recipe that stands for one left out.
+
+    It is the run's own config.toml when a run is resumed, otherwise `tiny`, said on stderr.
+    """
+    own = Path(output) / CONFIG_FILE
+    if recipe is None and resume and own.exists():
+        recipe = str(own)
+    elif recipe is None:
+        if speaks_for_all():
+            console.say("no --recipe: taking tiny, for small images on a CPU")
+        recipe = "tiny"
+    flags: dict[str, object] = {} if seed is None else {"seed": seed}
+    return resolve(kind, recipe=recipe, environment=os.environ, flags=flags, assignments=assignments)
+
+
+def read_recipe(recipe: str) -> dict[str, object]:
+    """Return the keys of a recipe, those in [sections] included; the sections only group them.
+
+    Raises:
+        ToolkitError: if there is no such recipe, or it is not TOML.
+    """
+    shipped = {entry.name.removesuffix(".toml"): entry for entry in RECIPES.iterdir() if entry.name.endswith(".toml")}
+    path = Path(recipe)
+    if recipe in shipped:
+        text = shipped[recipe].read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+    else:
+        raise ToolkitError(f"no recipe {recipe!r}; name a TOML file or one of {', '.join(sorted(shipped))}")
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as problem:
+        raise ToolkitError(f"recipe {recipe} is not valid TOML: {problem}; correct it") from None
+    values: dict[str, object] = {}
+    for name, value in content.items():
+        values.update(value if isinstance(value, dict) else {name: value})
+    return values
+
+
+def write_config(config: TrainConfig, path: Path, header: str) -> None:
+    """Write every setting as TOML, so that `--recipe PATH` repeats the run; `header` becomes its first comment."""
+    lines = [f"# {line}" for line in header.splitlines()]
+    lines += [f"{field.name} = {_toml(getattr(config, field.name))}" for field in fields(config)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _toml(value: object) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            return f'"{escaped}"'
+        case tuple():
+            return f"[{', '.join(_toml(item) for item in value)}]"
+        case _:
+            return repr(value)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ToolkitError(f"--set {text!r} is not key=value; write it like steps=2000")
+    return name.strip(), value.strip()
+
+
+def _typed(name: str, value: object, kind: object) -> object:
+    """Return the value as the field's type; texts (from --set or the environment) are read as TOML."""
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    if isinstance(value, str) and kind is not str and not choices:
+        try:
+            value = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            pass  # stays a text, which the checks below refuse by name
+    if choices:
+        if value in choices:
+            return value
+        raise ToolkitError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if get_origin(kind) is tuple:
+        wanted = get_args(kind)
+        items = value if isinstance(value, list | tuple) else ()
+        if len(items) == len(wanted):
+            return tuple(_typed(name, item, item_kind) for item, item_kind in zip(items, wanted, strict=True))
+        raise ToolkitError(f"{name} is {value!r}; it must be {len(wanted)} numbers, like [0.1, 0.5]")
+    # An exact comparison: True is an int to isinstance.
+    if type(value) is kind:
+        return value
+    raise ToolkitError(f"{name} is {value!r}; it must be {_described(kind)}")
+
+
+def _described(kind: object) -> str:
+    if kind is bool:
+        return "true or false"
+    if kind is int:
+        return "a whole number"
+    return "a number" if kind is float else "a text"

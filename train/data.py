@@ -1,0 +1,188 @@
+"""The images of a manifest in the order that training sees them, decoded ahead of time.
+
+Sample s of a run is always the same image: pass s // n over the data, position s % n of that pass's permutation. So
+batches depend neither on the number of workers nor on that of processes, and going on means starting at another sample.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from .. import console
+from ..errors import ToolkitError
+from ..store.images import UnreadableImage, decode, read_bytes
+from . import draws
+
+LOOK_AHEAD_BATCHES = 2  # being decoded while one is trained on; chosen
+MAX_ASPECT = 4  # chosen: every image of a batch takes as much memory as the longest
+MAX_UNREADABLE = 1000  # images in a row that cannot be read before the run gives up; chosen
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """What training draws from: where the images are, and how often each is drawn."""
+
+    uris: pa.ChunkedArray  # (n,) strings
+    cumulative_weights: NDArray[np.float64] | None  # (n,) running sum, or None for equal weights
+
+    def __len__(self) -> int:
+        return len(self.uris)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's share of a batch: B images in the top left corners of one canvas."""
+
+    images: Tensor  # (B, H, W, C) uint8
+    sizes: NDArray[np.int64]  # (B, 2): height and width of each in pixels
+    samples: NDArray[np.int64]  # (B,): index of each in the run
+    num_replaced: int  # images that could not be read, so that the next sample's stands in
+
+
+def image_set(images: pa.Table) -> ImageSet:
+    """Return the images of a manifest's rows (columns `uri` and perhaps `weight`).
+
+    Raises:
+        ToolkitError: if there are none, a uri is missing, or weights are negative or all zero.
+    """
+    if not images.num_rows:
+        raise ToolkitError("the manifest has no rows; training needs images")
+    uris = images.column("uri")
+    if uris.null_count:
+        raise ToolkitError(f"{uris.null_count} of {len(uris)} rows have no uri; training needs the images themselves")
+    if "weight" not in images.column_names:
+        return ImageSet(uris, None)
+    weights = images.column("weight").fill_null(1.0).to_numpy().astype(np.float64)
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
+        raise ToolkitError("the weight column has negative values, or nothing above 0; weights say how often to draw")
+    if (weights == weights[0]).all():
+        return ImageSet(uris, None)
+    return ImageSet(uris, weights.cumsum())
+
+
+def drawn_rows(images: ImageSet, seed: int, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the row of the manifest that each sample of a run is.
+
+    With equal weights every pass visits each image once. Otherwise position p of a pass, permuted, is a quantile of the
+    weights: each image is drawn as often as its share of the pass says, rounded down or up.
+    """
+    num_images = len(images)
+    passes, positions = np.divmod(samples, num_images)
+    rows = draws.permuted(seed, "order", passes, positions, num_images)
+    if images.cumulative_weights is None:
+        return rows
+    quantiles = (rows + draws.uniform(seed, "weighted order", samples, 1)[..., 0]) / num_images
+    total = images.cumulative_weights[-1]
+    drawn: NDArray[np.int64] = np.searchsorted(images.cumulative_weights, quantiles * total, side="right")
+    return drawn
+
+
+def read_batches(
+    images: ImageSet,
+    *,
+    seed: int,
+    samples: range,
+    batch_size: int,
+    short_side_px: int,
+    process: int = 0,
+    num_processes: int = 1,
+    num_workers: int = 0,
+    cache_bytes: int = 0,
+) -> Iterator[Batch]:
+    """Yield batches, the next ones being decoded meanwhile.
+
+    Args:
+        seed: the run's.
+        samples: those to see, from the first to one after the last; whole batches.
+        batch_size: images of all processes together; this one reads every `num_processes`-th.
+        short_side_px: larger images are shrunk to this short side when decoded.
+        num_workers: threads that decode; 0 decodes when asked.
+        cache_bytes: decoded images kept in memory, until that many bytes are full.
+
+    Raises:
+        ToolkitError: if a thousand images in a row cannot be read.
+    """
+    cache: dict[int, NDArray[np.uint8]] = {}
+    room = cache_bytes
+    known_unreadable: dict[int, str] = {}
+
+    def load(sample: int, row: int) -> tuple[int, NDArray[np.uint8], int]:
+        """Return row, pixels (H, W, 3) and how many samples were passed over because they cannot be read."""
+        for passed_over in range(MAX_UNREADABLE):
+            if passed_over:
+                row = int(drawn_rows(images, seed, np.array([sample + passed_over]))[0])
+            if row in cache:
+                return row, cache[row], passed_over
+            if row in known_unreadable:
+                continue
+            uri = images.uris[row].as_py()
+            try:
+                return row, read_pixels(uri, short_side_px), passed_over
+            except UnreadableImage as problem:
+                if row not in known_unreadable:
+                    console.warn(f"{uri}: {problem.reason}; training goes on with the next image")
+                known_unreadable[row] = problem.reason
+        raise ToolkitError(f"{MAX_UNREADABLE} images in a row cannot be read, the last one {uri}; check the manifest")
+
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode") if num_workers else None
+    pending: deque[tuple[NDArray[np.int64], list[int], list[Future[tuple[int, NDArray[np.uint8], int]]]]] = deque()
+
+    def finished() -> Batch:
+        nonlocal room
+        numbers, rows, futures = pending.popleft()
+        loaded = [future.result() for future in futures] or [
+            load(*pair) for pair in zip(numbers.tolist(), rows, strict=True)
+        ]
+        for row, pixels, _ in loaded:
+            if row not in cache and pixels.nbytes <= room:
+                cache[row] = pixels
+                room -= pixels.nbytes
+        return _batch(numbers, [pixels for _, pixels, _ in loaded], sum(bool(passed) for _, _, passed in loaded))
+
+    try:
+        for start in samples[::batch_size]:
+            numbers = np.arange(start + process, start + batch_size, num_processes)
+            rows = drawn_rows(images, seed, numbers).tolist()
+            futures = []
+            if pool is not None and not all(row in cache for row in rows):
+                futures = [pool.submit(load, *pair) for pair in zip(numbers.tolist(), rows, strict=True)]
+            pending.append((numbers, rows, futures))
+            if pool is None or len(pending) > LOOK_AHEAD_BATCHES:
+                yield finished()
+        while pending:
+            yield finished()
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def read_pixels(uri: str, short_side_px: int) -> NDArray[np.uint8]:
+    """Return an image as (H, W, 3) uint8, shrunk to the short side where it is larger; a very long one loses its ends.
+
+    Raises:
+        UnreadableImage: if there is none.
+    """
+    image = decode(read_bytes(uri), min_side=short_side_px)
+    width, height = (min(side, MAX_ASPECT * min(image.size)) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    scale = short_side_px / min(image.size)
+    if scale < 1:
+        image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.asarray(image)
+
+
+def _batch(samples: NDArray[np.int64], pixels: list[NDArray[np.uint8]], num_replaced: int) -> Batch:
+    sizes = np.array([image.shape[:2] for image in pixels], dtype=np.int64)
+    canvas = np.zeros((len(pixels), *sizes.max(axis=0), pixels[0].shape[2]), dtype=np.uint8)
+    for place, image in zip(canvas, pixels, strict=True):
+        place[: image.shape[0], : image.shape[1]] = image
+    return Batch(torch.from_numpy(canvas), sizes, samples, num_replaced)

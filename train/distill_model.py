@@ -1,0 +1,114 @@
+"""A frozen teacher, a smaller student, and the student's average, in one module with SSLModel's forward.
+
+Shapes: B images, 2 global and L local crops of each; crops are crop-major (all first views, then all second views).
+N patch tokens of a global crop, K prototypes, D the student's embed_dim.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ToolkitError
+from ..models.head import ProjectionHead
+from ..models.vit import Features, VisionTransformer
+from .losses import sinkhorn_knopp
+from .ssl_model import head_logits, step_losses
+
+
+class DistillModel(nn.Module):
+    """DINOv2's distillation: the objective of pretraining against a larger, frozen teacher with its own prototypes.
+
+    No patch is masked and no block dropped; the iBOT loss reads all patch tokens of the global crops; the losses are
+    otherwise those of pretraining. `student` and `teacher` are ModuleDicts as in SSLModel: here `teacher` is the
+    average of the student, which is the result, and `frozen` the model that teaches.
+
+    Args:
+        backbone: the student's; same patch size as the teacher's.
+        frozen: the teaching model's `backbone`, `dino_head` and, when its heads are untied, `ibot_head`.
+        student_temp, dino_weight, ibot_weight, koleo_weight: as in SSLModel.
+
+    Raises:
+        ToolkitError: when the patch grids of student and teacher differ.
+
+    Source: section 5 of Oquab et al. 2023 (the code was not released).
+    """
+
+    def __init__(
+        self,
+        backbone: VisionTransformer,
+        frozen: Mapping[str, nn.Module],
+        *,
+        student_temp: float = 0.1,
+        dino_weight: float = 1.0,
+        ibot_weight: float = 1.0,
+        koleo_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        teaching = frozen["backbone"]
+        assert isinstance(teaching, VisionTransformer)
+        if teaching.patch_size != backbone.patch_size:
+            raise ToolkitError(
+                f"the student's patch size {backbone.patch_size} gives another grid than the teacher's"
+                f" {teaching.patch_size}; set patch_size={teaching.patch_size}"
+            )
+        heads = {name: _new_head(head, backbone.embed_dim) for name, head in frozen.items() if name != "backbone"}
+        self.student = nn.ModuleDict({"backbone": backbone, **heads})
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.frozen = nn.ModuleDict(dict(frozen)).requires_grad_(False).eval()
+        self.student_temp = student_temp
+        self.dino_weight, self.ibot_weight, self.koleo_weight = dino_weight, ibot_weight, koleo_weight
+
+    def train(self, mode: bool = True) -> "DistillModel":
+        """Set the student's mode; the other two never drop anything."""
+        super().train(mode)
+        self.teacher.eval()
+        self.frozen.eval()
+        return self
+
+    def forward(
+        self, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, *, teacher_temp: float
+    ) -> dict[str, Tensor]:
+        """Return the losses of a step and tensors to judge its health by, as SSLModel's forward does.
+
+        `masks` (2 B, N) only tells how many patch tokens there are: all of them are read, none is masked.
+        """
+        every_patch = torch.ones_like(masks)
+        with torch.no_grad():
+            taught: Features = self.frozen["backbone"](global_crops)
+            logits = head_logits(self.frozen, taught.cls_token, taught.patch_tokens.flatten(0, 1))
+            cls_probs, patch_probs = (sinkhorn_knopp(part, teacher_temp) for part in logits)
+
+        images = [global_crops] if local_crops is None else [global_crops, local_crops]
+        features: list[Features] = self.student["backbone"](images)
+        cls_logits, patch_logits = head_logits(
+            self.student,
+            torch.cat([group.cls_token for group in features]),
+            features[0].patch_tokens.flatten(0, 1),
+        )
+        return step_losses(
+            cls_logits,
+            cls_probs,
+            patch_logits,
+            patch_probs,
+            every_patch,
+            features[0].cls_token,
+            student_temp=self.student_temp,
+            dino_weight=self.dino_weight,
+            ibot_weight=self.ibot_weight,
+            koleo_weight=self.koleo_weight,
+        )
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Move the student's average to momentum * average + (1 - momentum) * student."""
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+
+
+def _new_head(head: nn.Module, in_dim: int) -> ProjectionHead:
+    """Return an untrained head of the teacher's measures for features of another width."""
+    assert isinstance(head, ProjectionHead)
+    return ProjectionHead(
+        in_dim, head.num_prototypes, hidden_dim=head.hidden_dim, bottleneck_dim=head.bottleneck_dim
+    )

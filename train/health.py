@@ -1,0 +1,76 @@
+"""Whether a run is well: figures of the teacher's outputs and the student's features, and collapse said in words.
+
+Shapes: K prototypes, B class tokens of one step, D embed_dim.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+UNIFORM_SHARE = 0.99  # of the largest entropy ln K; chosen: healthy runs sharpen well below it within their first steps
+MIN_PERPLEXITY = 2.0  # prototypes in use; chosen: below it nearly all images share one
+MIN_FEATURE_STD = 0.05  # of a possible 1; chosen: below it all class tokens point nearly the same way
+PATIENCE_STEPS = 100  # how long a figure must stay bad, since every run starts with all features alike
+
+
+def health_figures(outputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the figures of one step.
+
+    Args:
+        outputs: of `SSLModel.forward`: `teacher_cls_probs` (K,), the teacher's mean probabilities; `teacher_entropy`
+            (), the mean entropy of single rows in nats; `student_cls_tokens` (B, D).
+
+    Returns:
+        `teacher_entropy` in nats; `teacher_kl_to_uniform` = ln K - entropy, 0 when the teacher says nothing;
+        `prototype_perplexity` in [1, K], how many prototypes the batch uses; `rank_me` in [1, min(B, D)], how many
+        directions the class tokens fill; `feature_std` in [0, 1], 0 when they are all alike.
+
+    Source: RankMe, Garrido et al. 2023, eq. 1.
+    """
+    probs = outputs["teacher_cls_probs"].float()
+    entropy = float(outputs["teacher_entropy"])
+    return {
+        "teacher_entropy": entropy,
+        "teacher_kl_to_uniform": math.log(len(probs)) - entropy,
+        "prototype_perplexity": float(torch.special.entr(probs).sum().exp()),
+        "rank_me": rank_me(outputs["student_cls_tokens"]),
+        "feature_std": feature_std(outputs["student_cls_tokens"]),
+    }
+
+
+def rank_me(tokens: Tensor) -> float:
+    """Return the effective rank of tokens (B, D): exp of the entropy of their normalised singular values."""
+    if not tokens.isfinite().all():
+        return math.nan
+    singular_values = torch.linalg.svdvals(tokens.float())
+    shares = singular_values / singular_values.sum().clamp(min=1e-12)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def feature_std(tokens: Tensor) -> float:
+    """Return the spread of L2-normalised tokens (B, D): the root of their total variance, 0 (all equal) to 1."""
+    normed = torch.nn.functional.normalize(tokens.float(), dim=1)
+    return float(normed.var(dim=0, correction=0).sum().sqrt())
+
+
+def collapse(figures: Mapping[str, float], num_prototypes: int) -> str | None:
+    """Say how the figures show a collapse and what to change, or return None when they do not."""
+    if figures["teacher_kl_to_uniform"] < (1 - UNIFORM_SHARE) * math.log(num_prototypes):
+        return (
+            f"the teacher's outputs are uniform (entropy {figures['teacher_entropy']:.2f} of "
+            f"{math.log(num_prototypes):.2f} nats): lower teacher_temp, or set centering to sinkhorn_knopp, "
+            "or raise base_lr if it is very low"
+        )
+    if figures["prototype_perplexity"] < MIN_PERPLEXITY:
+        return (
+            f"the teacher gives all images the same prototype ({figures['prototype_perplexity']:.1f} in use): "
+            "set centering to sinkhorn_knopp, lower base_lr, or raise momentum"
+        )
+    if figures["feature_std"] < MIN_FEATURE_STD:
+        return (
+            f"the class tokens of all images are alike (spread {figures['feature_std']:.3f} of 1): "
+            "raise koleo_weight, lower base_lr, or raise batch_size"
+        )
+    return None

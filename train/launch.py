@@ -1,0 +1,183 @@
+"""Several processes by one command: by torch's own launcher, or in place where a launcher has started this one.
+
+torch's launcher turns every failure into exit code 1, so a run leaves its own code in `status.json` of its folder.
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from .. import console
+from ..errors import Stopped, ToolkitError
+
+SENTINEL = "DINOV2_LAUNCHED"  # set in the processes that `launch` starts, so that they do not start others
+STATUS = "status.json"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Tell whether a launcher (ours, torchrun, srun) started this process, so that it trains in place."""
+    return "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def is_main_process() -> bool:
+    """Tell whether this process speaks, writes and prints for all."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
+def speaks_for_all() -> bool:
+    """Tell whether this process prints the result: the one that the user started, or the first of theirs."""
+    return is_main_process() and SENTINEL not in os.environ
+
+
+def adopt_slurm(environment: MutableMapping[str, str]) -> None:
+    """Set what torch.distributed reads (RANK, WORLD_SIZE, ...) from the variables of an `srun` step with many tasks."""
+    if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return
+    port = 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
+    environment.update(
+        RANK=environment["SLURM_PROCID"],
+        WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"],
+        LOCAL_RANK=environment["SLURM_LOCALID"],
+        MASTER_ADDR=first_host(environment["SLURM_STEP_NODELIST"]),
+        MASTER_PORT=environment.get("MASTER_PORT", str(port)),
+    )
+
+
+def first_host(node_list: str) -> str:
+    """Return the first name of a SLURM node list, such as `gpu-07` of `gpu-[07-09,12],cpu-1`."""
+    first = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", node_list)
+    if first is None:
+        raise ToolkitError(f"SLURM_STEP_NODELIST is {node_list!r}, no list of nodes; set MASTER_ADDR and WORLD_SIZE")
+    return "".join(part or "" for part in first.groups())
+
+
+def launch(num_processes: int, run_folder: Path) -> None:
+    """Run this very command line in `num_processes` processes on this machine.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on; the processes agree on where to stop.
+
+    Raises:
+        Stopped: if they stopped at a signal, with everything saved.
+        SystemExit: with their exit code, if they failed; they have said why.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    status = run_folder / STATUS
+    status.unlink(missing_ok=True)
+    os.environ[SENTINEL] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"dinov2-{os.getpid()}",
+        max_restarts=0,
+        signals_to_handle="SIGHUP",  # the launcher would kill what has not ended 30 s after a signal
+    )
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        pid = read_status(run_folder).get("pid")
+        if isinstance(pid, int):
+            os.kill(pid, number)
+        else:  # not training yet: nothing to save
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        elastic_launch(config, sys.executable)("-m", "dinov2_toolkit", *sys.argv[1:])
+    except (ChildFailedError, SignalException):
+        raise SystemExit(read_status(run_folder).get("exit_code") or 1) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        del os.environ[SENTINEL]
+    ended = read_status(run_folder)
+    if ended.get("exit_code") == 75:
+        raise Stopped(str(ended["message"]))
+
+
+@contextmanager
+def status_kept(run_folder: Path) -> Iterator[None]:
+    """Leave this process's id in `status.json` while the block runs, and its exit code afterwards.
+
+    Under `launch`, a stop ends the process with code 0, since the launcher would report anything else as a failure.
+    """
+    if not is_main_process():
+        with _silent_beside_main(run_folder):
+            yield
+        return
+    write_status(run_folder, pid=os.getpid())
+    try:
+        yield
+    except Stopped as stopped:
+        write_status(run_folder, exit_code=75, message=str(stopped))
+        if SENTINEL in os.environ:
+            raise SystemExit(0) from None
+        raise
+    except ToolkitError as problem:
+        write_status(run_folder, exit_code=1, message=str(problem))
+        raise
+    write_status(run_folder, exit_code=0)
+
+
+@contextmanager
+def _silent_beside_main(run_folder: Path) -> Iterator[None]:
+    """End this process without a word where the main process says the same."""
+    try:
+        yield
+    except Stopped:
+        raise SystemExit(0 if SENTINEL in os.environ else 75) from None
+    except ToolkitError as problem:
+        time.sleep(1)  # for the main process to write its own
+        if read_status(run_folder).get("message") == str(problem):
+            raise SystemExit(1) from None
+        raise
+
+
+def write_status(run_folder: Path, **status: int | str) -> None:
+    """Write `status.json` so that a reader sees the old content or the new."""
+    aside = run_folder / f".{STATUS}"
+    aside.write_text(json.dumps(status))
+    os.replace(aside, run_folder / STATUS)
+
+
+def read_status(run_folder: Path) -> dict[str, object]:
+    """Return the content of `status.json`, empty where there is none yet."""
+    path = run_folder / STATUS
+    content: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
+    return content
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGINT and SIGUSR1 in the yielded list instead of dying; a second one acts as usual."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        console.say(f"{signal.Signals(number).name}: saving after this step; once more to end at once")
+        restore()
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        restore()

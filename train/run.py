@@ -1,0 +1,125 @@
+"""A run folder before the training loop: whether it is there already, what it holds, which processes work on it."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from .. import console
+from ..errors import ToolkitError
+from ..models.weights import MODEL_JSON
+from ..store.artifact import Options, Result, difference, read_run_provenance, write_run_provenance
+from ..store.manifest import Provenance, Source
+from .checkpoint import TrainedModel, checkpoints
+from .config import CONFIG_FILE, COST_KEYS, TrainConfig, write_config
+from .data import ImageSet
+from .launch import adopt_slurm
+from .schedules import scaled_lr
+
+CHECKPOINTS = "checkpoints"
+
+
+def run_provenance(command: str, config: TrainConfig, options: Options, sources: tuple[Source, ...]) -> Provenance:
+    """Return what makes a run the run it is: all settings but those that only change its cost."""
+    parameters = {name: value for name, value in asdict(config).items() if name not in (*COST_KEYS, "seed")}
+    if options.limit is not None:
+        parameters["limit"] = options.limit
+    # As JSON keeps them (lists for tuples), so that they compare equal to what is read back.
+    return Provenance("run", command, json.loads(json.dumps(parameters)), seed=config.seed, inputs=sources)
+
+
+def is_done(run_folder: Path, provenance: Provenance, options: Options, resume: bool) -> bool:
+    """Tell whether the folder holds this very run, finished; if so, touch its model.json and say so.
+
+    Raises:
+        ToolkitError: if something else stands there, or the run is unfinished and `resume` is not given.
+    """
+    if not run_folder.exists() or (run_folder.is_dir() and not any(run_folder.iterdir())):
+        return False
+    there = read_run_provenance(run_folder) if run_folder.is_dir() else None
+    if there is None:
+        raise ToolkitError(f"{run_folder} exists and is no run folder; choose another -o")
+    if options.force:
+        return False
+    if not there.same_work(provenance):
+        raise ToolkitError(
+            f"{run_folder} was made otherwise ({difference(there, provenance)}); choose another -o, "
+            "or --force to start over"
+        )
+    if (run_folder / MODEL_JSON).exists():
+        console.say(f"{run_folder} is up to date")
+        if not options.dry_run:
+            os.utime(run_folder / MODEL_JSON)
+        return True
+    saved = checkpoints(run_folder / CHECKPOINTS)
+    if saved and not resume:
+        raise ToolkitError(
+            f"{run_folder} holds an unfinished run ({saved[-1].name}); go on with --resume, or --force to start over"
+        )
+    return False
+
+
+def prepare_folder(run_folder: Path, config: TrainConfig, provenance: Provenance, options: Options) -> None:
+    """Make the run folder, empty under --force, with `config.toml` and `provenance.json`."""
+    if options.force and run_folder.exists():
+        shutil.rmtree(run_folder)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    write_run_provenance(run_folder, provenance)
+    write_config(config, run_folder / CONFIG_FILE, "Every setting of this run; --recipe with this file repeats it.")
+
+
+def check_batch(config: TrainConfig, num_processes: int) -> None:
+    """Raise ToolkitError when a batch cannot be shared out evenly, at least two images to each process."""
+    if config.batch_size % num_processes or config.batch_size < 2 * num_processes:
+        raise ToolkitError(
+            f"batch_size {config.batch_size} does not give each of {num_processes} processes the same number of "
+            "images, two or more; change one of the two"
+        )
+
+
+def finished_result(output: str) -> Result:
+    """Return what a finished run folder holds, as a command's result."""
+    provenance = read_run_provenance(Path(output))
+    return Result(output, {} if provenance is None else provenance.figures)
+
+
+def start_processes(config: TrainConfig) -> Accelerator:
+    """Return the Accelerator of this process, which knows of all the others that a launcher started.
+
+    Raises:
+        ToolkitError: if the launcher's processes do not find one another, or the batch cannot be shared out among them.
+    """
+    adopt_slurm(os.environ)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # without it Accelerate ignores torchrun on a machine without GPU
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise ToolkitError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes and Accelerate sees "
+            f"{accelerator.num_processes}; start them with --num-processes, torchrun or srun"
+        )
+    check_batch(config, accelerator.num_processes)
+    if not accelerator.is_main_process:
+        console.set_verbosity(quiet=True, verbose=0)
+    return accelerator
+
+
+def describe(config: TrainConfig, images: ImageSet, model: TrainedModel, num_processes: int) -> None:
+    """Say what a run trains on what, and for how long."""
+    backbone = sum(weight.numel() for weight in model.student["backbone"].parameters())
+    everything = sum(weight.numel() for weight in model.student.parameters())
+    samples = config.steps * config.batch_size
+    console.say(
+        f"{config.arch}: {backbone / 1e6:.2f} M parameters, {(everything - backbone) / 1e6:.2f} M more in heads; "
+        f"{config.steps:,} steps of {config.batch_size} images in {num_processes} "
+        f"{'process' if num_processes == 1 else 'processes'}: {samples:,} samples, "
+        f"{samples / len(images):.1f} passes over {len(images):,} images; peak learning rate "
+        f"{scaled_lr(config.base_lr, config.batch_size):.2e} (base_lr * sqrt(batch_size / 1024))"
+    )

@@ -1,0 +1,60 @@
+"""What a step shows the model of a batch: its crops and masks, by the settings.
+
+Shapes: B images of this process's batch, N patch tokens of a global crop, S the side of a crop.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import draws
+from .augment import ViewSettings, apply_crops, draw_crops
+from .config import TrainConfig
+from .data import Batch
+from .masking import block_masks
+
+
+def view_settings(config: TrainConfig) -> tuple[ViewSettings, ViewSettings | None]:
+    """Return how the two global views are drawn, and how the local ones are, if there are any."""
+    both = ViewSettings(
+        size_px=config.global_crop_size_px,
+        scale=config.global_crop_scale,
+        blur=config.blur[:2],
+        solarize=config.solarize[:2],
+        flip=config.flip,
+        jitter=config.jitter,
+        strength=config.jitter_strength,
+        gray=config.grayscale,
+        blur_sigma_px=config.blur_sigma_px,
+    )
+    if not config.num_local_crops:
+        return both, None
+    return both, replace(
+        both,
+        size_px=config.local_crop_size_px,
+        scale=config.local_crop_scale,
+        blur=config.blur[2:] * config.num_local_crops,
+        solarize=config.solarize[2:] * config.num_local_crops,
+    )
+
+
+def make_crops(batch: Batch, pixels: Tensor, seed: int, purpose: str, views: ViewSettings) -> Tensor:
+    """Return a batch's crops of one size, (views * B, C, S, S) view-major, from its pixels on their device."""
+    return apply_crops(pixels, draw_crops(seed, purpose, batch.samples, batch.sizes, views))
+
+
+def make_masks(step: int, config: TrainConfig, process: int, num_processes: int) -> Tensor:
+    """Return this process's masks (2 B, N) of a step: drawn for the whole batch, so that all processes agree."""
+    generator = np.random.default_rng(draws.derived_seed(config.seed, "masks", step))
+    side = config.global_crop_size_px // config.patch_size
+    masks = block_masks(
+        2 * config.batch_size,
+        (side, side),
+        generator,
+        probability=config.mask_probability,
+        ratio=config.mask_ratio,
+    )
+    views = masks.reshape(2, config.batch_size, side * side)[:, process::num_processes]
+    return torch.from_numpy(views.reshape(-1, side * side))
