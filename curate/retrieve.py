@@ -79,6 +79,10 @@ def retrieve_images(
     _check(settings)
     query_input, pool_input = _open_inputs(queries, pool, path, settings)
     check_same_model(query_input, pool_input)
+    num_images = pool_input.manifest.num_rows if options.limit is None else options.limit
+    num_images = min(num_images, pool_input.manifest.num_rows)
+    if settings.num_clusters is not None and settings.num_clusters > num_images:
+        raise ToolkitError(f"--num-clusters {settings.num_clusters} is more than {num_images} images; give fewer")
     parameters: dict[str, object] = {
         "k": settings.k or (DEFAULT_K if settings.per_cluster is None else None),
         "per_cluster": settings.per_cluster,
@@ -105,7 +109,11 @@ def retrieve_images(
 def _check(settings: RetrieveSettings) -> None:
     if settings.k is not None and settings.per_cluster is not None:
         raise ToolkitError(f"--k {settings.k} and --per-cluster {settings.per_cluster} exclude each other; give one")
-    for name, value in (("--k", settings.k), ("--per-cluster", settings.per_cluster)):
+    for name, value in (
+        ("--k", settings.k),
+        ("--per-cluster", settings.per_cluster),
+        ("--num-clusters", settings.num_clusters),
+    ):
         if value is not None and value < 1:
             raise ToolkitError(f"{name} {value} would retrieve nothing; give 1 or more")
     if settings.num_clusters is not None and settings.per_cluster is None:
@@ -191,8 +199,6 @@ def _clusters(pool: EmbeddedImages, settings: RetrieveSettings, seed: int) -> tu
         clusters = pc.fill_null(column, -1).to_numpy().astype(np.int64)
         return clusters, mean_directions(pool.vectors, clusters)
     num_clusters = settings.num_clusters or max(1, round(len(pool) ** 0.5))
-    if num_clusters > len(pool):
-        raise ToolkitError(f"--num-clusters {num_clusters} is more than the pool's {len(pool)} images; give fewer")
     why = "the pool has no column cluster_0: " if settings.num_clusters is None else ""
     console.say(f"{why}making {num_clusters:,} clusters of its images")
     made = cluster_vectors(pool.vectors, num_clusters, num_resamplings=NUM_RESAMPLINGS, seed=seed)

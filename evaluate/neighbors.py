@@ -111,10 +111,10 @@ def _retrieved(retrieved: Manifest, queries: Manifest, settings: NeighborSetting
     found = read_images(retrieved).select(["uri", "label"])
     for name in ("query_id", "rank", "similarity"):
         found = found.append_column(name, retrieved.read([name]).column(name))
-    found = found.filter(pc.is_valid(found.column("query_id")))
+    found = found.filter(pc.greater_equal(found.column("rank"), 1))  # rank 0: a query that came along
     wanted = found.column("query_id").unique()[: options.limit]
     if not len(wanted):
-        raise ToolkitError(f"no row of {retrieved.path} has a query_id; make it by `dinov2 curate retrieve`")
+        raise ToolkitError(f"no row of {retrieved.path} was brought by a query; make it by `dinov2 curate retrieve`")
     images = read_images(queries).select(["image_id", "uri", "label"])
     places = pc.index_in(wanted, value_set=images.column("image_id").combine_chunks())
     if places.null_count:

@@ -21,7 +21,7 @@ from ..models.vit import VisionTransformer
 from ..store.artifact import Options, Result
 from ..store.images import ColourMode, UnreadableImage, decode_sized, read_bytes
 from ..store.manifest import Provenance, Source
-from ..store.sources import entries, open_source, survey
+from ..store.sources import entries, open_sources, survey
 from .sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
 
 LONGEST_SIDES = 4  # a longer picture is cut to its middle, this many times as long as it is wide
@@ -54,7 +54,7 @@ def draw_pca(arguments: list[str], output: str, settings: PcaSettings, options: 
     Raises ToolkitError when no image can be read, the model has no patch tokens, or the size does not suit it.
     """
     path = check_picture_name(output)
-    sources = [open_source(argument, null=settings.null) for argument in arguments]
+    sources = open_sources(arguments, null=settings.null)
     model = open_model(settings.model, options.seed)
     backbone, side_px = _backbone(model), _side_px(model, settings.image_size)
     own = {str(path.absolute())}

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from .. import console
 from ..errors import ToolkitError
@@ -21,15 +20,14 @@ from ..features.extract import FeatureModel, extract, open_model
 from ..features.knn import TEMPERATURE, knn_guesses
 from ..store import catalog
 from ..store.artifact import Options, Result, check_manifest_name, is_up_to_date, recorded
-from ..store.manifest import SCORE_FIELDS, Manifest, ManifestWriter, Provenance, Source, open_manifest
+from ..store.manifest import Manifest, Provenance, Source, open_manifest
 from ..store.sources import ImageSource, check_labels, entries, open_source, survey
 from ..store.vectors import Float32, Int64, cache_folder, has_vectors, open_vectors
 from .linear import BATCH_SIZE, HELD_BACK, LEARNING_RATES, num_steps, train_linear_probe
+from .scores import Score, bootstrap_interval, read_scores, show_scores, write_scores
 
 DEFAULT_KS = (10, 20, 100, 200)
 MAX_GUESSES = 5  # the five best guesses count too where there are more classes than that
-BOOTSTRAP_DRAWS = 10_000
-INTERVAL = (0.025, 0.975)
 NO_SUCH_CLASS = -2  # the truth of a test image whose class no training image has; -1 is a guess that is none
 
 
@@ -65,21 +63,6 @@ class Contender:
     model: FeatureModel | None  # None: the manifests' embeddings
 
 
-@dataclass(frozen=True)
-class Score:
-    """One measurement; its fields are SCORE_FIELDS."""
-
-    model: str
-    method: str
-    parameters: str  # JSON
-    metric: str
-    value: float
-    low: float
-    high: float
-    num_train: int
-    num_test: int
-
-
 def probe(train: str, test: str, output: str, settings: ProbeSettings, options: Options) -> Result | None:
     """Learn from one labelled set to classify another, and write the scores; return None after a dry run.
 
@@ -109,11 +92,11 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
             _describe(path, sides, contenders, settings)
             return None
         with recorded(path) as finished:
-            finished.append(_write(path, provenance, _measure(sides, contenders, settings, options)))
+            finished.append(write_scores(path, provenance, list(_measure(sides, contenders, settings, options))))
     elif options.dry_run:
         return None
-    scores = [Score(**row) for row in open_manifest(path).read().to_pylist()]
-    _show(scores)
+    scores = read_scores(path)
+    show_scores(scores)
     rows = [{**asdict(score), "parameters": json.loads(score.parameters)} for score in scores]
     return Result(output, {"rows": rows}, max(score.value for score in scores if score.metric == "top1"))
 
@@ -217,7 +200,7 @@ def _short(path: str) -> str:
 def _describe(path: Path, sides: list[Side], contenders: list[Contender], settings: ProbeSettings) -> None:
     train, test = sides
     embedded = " and ".join(contender.name for contender in contenders)
-    task = "embeddings" if train.manifest else f"images, embedded by {embedded},"
+    task = "embeddings," if train.manifest else f"images, embedded by {embedded},"
     console.say(
         f"would train {' and '.join(settings.methods)} on {len(train.labels):,} {task}"
         f" test on {len(test.labels):,} and write the scores to {path}"
@@ -260,7 +243,7 @@ def _features(side: Side, model: FeatureModel | None, settings: ProbeSettings) -
     """Return the features (N, D) of a side and their labels; what cannot be read is left out, and said."""
     if side.manifest is not None:
         vectors = open_vectors(side.manifest).take(side.rows)
-        return vectors.raw(0, len(vectors)), side.labels
+        return np.array(vectors.raw(0, len(vectors))), side.labels  # a copy: torch warns of arrays it cannot write to
     assert model is not None
     features, rows, failures = [np.empty((0, model.dim), np.float32)], [], []
     num_workers = settings.num_workers or os.cpu_count() or 1
@@ -332,55 +315,3 @@ def _correct(guesses: Int64, truth: Int64) -> Iterator[tuple[str, npt.NDArray[np
     yield "top1", guesses[:, 0] == truth
     if guesses.shape[1] > 1:
         yield "top5", (guesses == truth[:, None]).any(axis=1)
-
-
-def bootstrap_interval(correct: npt.NDArray[np.bool_], seed: int) -> tuple[float, float]:
-    """Return the 95 % interval of the share of True in (M,), by drawing M images with replacement again and again.
-
-    How many of the images drawn are True is binomial, so the counts are drawn at once.
-    """
-    counts = np.random.default_rng([seed, 2]).binomial(len(correct), correct.mean(), BOOTSTRAP_DRAWS)
-    low, high = np.quantile(counts / len(correct), INTERVAL)
-    return float(low), float(high)
-
-
-# What is left behind
-
-
-def _write(path: Path, provenance: Provenance, scores: Iterator[Score]) -> Provenance:
-    measured = list(scores)  # before the file is begun: a probe takes minutes, and may fail
-    with ManifestWriter(path, list(SCORE_FIELDS), provenance) as writer:
-        writer.write(pa.Table.from_pylist([asdict(score) for score in measured], schema=pa.schema(SCORE_FIELDS)))
-        writer.set_figures(
-            **{f"{s.model} {s.method} {_setting(s)} {s.metric}": s.value for s in measured},
-        )
-    return writer.provenance
-
-
-def _setting(score: Score) -> str:
-    """Return the one parameter that tells the measurements of a method apart."""
-    parameters = json.loads(score.parameters)
-    return f"k={parameters['k']}" if score.method == "knn" else f"rate={parameters['learning_rate']:g}"
-
-
-def _show(scores: list[Score]) -> None:
-    top5 = {(s.model, s.method, s.parameters): s.value for s in scores if s.metric == "top5"}
-    header = ["model", "method", "setting", "accuracy", "95 % interval", *(["top 5"] if top5 else []), "train", "test"]
-    rows = []
-    for score in scores:
-        if score.metric != "top1":
-            continue
-        key = (score.model, score.method, score.parameters)
-        rows.append(
-            [
-                score.model,
-                score.method,
-                _setting(score),
-                f"{score.value:.4f}",
-                f"{score.low:.3f} to {score.high:.3f}",
-                *([f"{top5[key]:.4f}"] if top5 else []),
-                score.num_train,
-                score.num_test,
-            ]
-        )
-    console.table("", header, rows)

@@ -11,7 +11,7 @@ from dinov2_toolkit.curate.dedup import DUPLICATE, GROUPED, RESEMBLES, DedupSett
 from dinov2_toolkit.curate.groups import connected, duplicate_groups
 from dinov2_toolkit.curate.threshold import FIXED_THRESHOLD, chance_threshold
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.features.neighbors import first_identical
+from dinov2_toolkit.features.neighbors import first_identical, similarities, tolerance
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import Source, open_manifest, removed_path
@@ -114,6 +114,19 @@ def test_two_crowds_are_joined_by_one_pair_that_no_list_of_neighbours_shows() ->
     assert labels == brute_force_groups(unit(vectors), threshold)
 
 
+def test_pairs_nearer_to_the_threshold_than_float32_can_tell_are_decided_exactly() -> None:
+    axes = np.linalg.qr(np.random.default_rng(19).normal(size=(128, 128)))[0]
+    left, right = axes[:60], 0.9 * axes[:60] + np.sqrt(1 - 0.81) * axes[60:120]  # 60 pairs at 0.9 but for rounding
+    vectors = np.concatenate([left, right]).astype(np.float32)
+    searched = in_memory(vectors)
+    cosines = similarities(searched, np.arange(60), searched, np.arange(60, 120))
+    threshold = float(np.sort(cosines)[30])  # itself not above
+    assert cosines.max() - cosines.min() < tolerance(128) and (cosines > threshold).sum() == 29
+    expected = [*range(60), *(row if above else row + 60 for row, above in enumerate(cosines > threshold))]
+    assert groups_of(vectors, threshold, 4)[0] == expected
+    assert groups_of(vectors, threshold, 1)[0] == expected
+
+
 def test_zero_vectors_duplicate_nothing() -> None:
     vectors = planted(5, 60)
     vectors[[10, 20, 30]] = 0
@@ -152,7 +165,7 @@ def test_what_resembles_an_evaluation_image_goes_with_its_group(tmp_path: Path) 
     labels = brute_force_groups(exact, 0.9)
     nearest = [max(range(44), key=lambda e: similarity(image, others[e])) for image in exact]
     largest = [similarity(image, others[e]) for image, e in zip(exact, nearest, strict=True)]
-    expected = {}
+    expected: dict[str, tuple[str, str, float | None]] = {}
     for row in range(600):
         members = [other for other in range(600) if labels[other] == labels[row]]
         leader = max(members, key=lambda other: (largest[other], -other))

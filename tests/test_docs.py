@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 import typer
@@ -14,8 +15,8 @@ from dinov2_toolkit.cli import app
 
 ROOT = Path(dinov2_toolkit.__path__[0])
 README = (ROOT / "README.md").read_text()
-Command = TyperCommand | TyperGroup
-ROOT_COMMAND = typer.main.get_command(app)
+Command: TypeAlias = TyperCommand | TyperGroup
+ROOT_COMMAND: Command = typer.main.get_group(app)
 
 
 def commands(command: Command = ROOT_COMMAND, name: tuple[str, ...] = ()) -> dict[tuple[str, ...], Command]:

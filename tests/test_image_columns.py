@@ -14,7 +14,8 @@ from dinov2_toolkit.store.manifest import open_manifest
 
 def read(path: Path, table: pa.Table) -> list[dict[str, object]]:
     pq.write_table(table, path)
-    return read_images(open_manifest(path)).to_pylist()
+    rows: list[dict[str, object]] = read_images(open_manifest(path)).to_pylist()
+    return rows
 
 
 def test_a_path_column_is_enough_and_counts_from_the_manifest(tmp_path: Path) -> None:

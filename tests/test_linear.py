@@ -48,7 +48,8 @@ def test_training_equals_torch_sgd_on_the_cross_entropy() -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
     for batch in order:
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(layer(inputs[batch]), targets[batch]).backward()
+        loss = torch.nn.functional.cross_entropy(layer(inputs[batch]), targets[batch])
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     torch.testing.assert_close(weights[0], layer.weight.data.T, rtol=1e-4, atol=1e-5)

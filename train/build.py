@@ -14,13 +14,13 @@ from .config import TrainConfig
 from .ssl_model import SSLModel
 
 
-def build_model(config: TrainConfig, init_from: str | None = None) -> SSLModel:
-    """Return a new student with its teacher and heads, or one that starts from other weights.
+def build_backbone(config: TrainConfig) -> VisionTransformer:
+    """Return a new ViT by the settings.
 
     Raises:
-        ToolkitError: for an unknown architecture, or weights of another one.
+        ToolkitError: for an unknown architecture.
     """
-    backbone = build_vit(
+    return build_vit(
         config.arch,
         patch_size=config.patch_size,
         depth=config.depth or None,
@@ -32,6 +32,15 @@ def build_model(config: TrainConfig, init_from: str | None = None) -> SSLModel:
         pos_embed_antialias=config.pos_embed_antialias,
         pos_embed_offset=config.pos_embed_offset,
     )
+
+
+def build_model(config: TrainConfig, init_from: str | None = None) -> SSLModel:
+    """Return a new student with its teacher and heads, or one that starts from other weights.
+
+    Raises:
+        ToolkitError: for an unknown architecture, or weights of another one.
+    """
+    backbone = build_backbone(config)
 
     def head(num_prototypes: int, bottleneck_dim: int) -> ProjectionHead:
         return ProjectionHead(

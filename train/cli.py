@@ -9,6 +9,20 @@ from .. import console, options
 
 app = typer.Typer(no_args_is_help=True, help="Manifests in, run folders with trained models out.")
 
+Manifest = Annotated[
+    Path | None,
+    typer.Argument(metavar="[MANIFEST]", help="Images, one a row. [default: the newest pool]", show_default=False),
+]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint, if any.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes to start on this machine.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of every random choice. [default: the recipe's]", show_default=False)
+]
+RECIPE_HELP = "tiny (small images, CPU), vitl16-short (the paper's), or a TOML file."
+
 
 @app.callback()
 def train() -> None:
@@ -17,31 +31,23 @@ def train() -> None:
 
 @app.command()
 def pretrain(
-    manifest: Annotated[
-        Path | None,
-        typer.Argument(metavar="[MANIFEST]", help="Images, one a row. [default: the newest pool]", show_default=False),
-    ] = None,
+    manifest: Manifest = None,
     output: Annotated[str, options.output_option("runs/pretrain")] = "runs/pretrain",
     recipe: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="tiny (small images, CPU), vitl16-short (the paper's), or a TOML file."
-            " [default: tiny; with --resume the run's own]",
+            help=f"{RECIPE_HELP} [default: tiny; with --resume the run's own]",
             show_default=False,
         ),
     ] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint, if any.")] = False,
+    assignments: Assignments = None,
+    resume: Resume = False,
     init_from: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Start from a run, a weights file or a Hugging Face folder.")
     ] = None,
-    num_processes: Annotated[int, typer.Option(min=1, help="Processes to start on this machine.")] = 1,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of every random choice. [default: the recipe's]", show_default=False)
-    ] = None,
+    num_processes: Processes = 1,
+    seed: Seed = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     limit: options.Limit = None,
@@ -59,4 +65,47 @@ def pretrain(
     config = command_config(TrainConfig, output, recipe, assignments or [], resume=resume, seed=seed)
     shared = Options(config.seed, force, dry_run, limit)
     result = run(manifest, output, config, shared, resume=resume, init_from=init_from, num_processes=num_processes)
+    options.emit(result if speaks_for_all() else None, json)
+
+
+@app.command()
+def distill(
+    teacher: Annotated[
+        str,
+        typer.Option(metavar="RUN|WEIGHTS", help="The frozen model that teaches: a run, or a checkpoint with heads."),
+    ],
+    manifest: Manifest = None,
+    output: Annotated[str, options.output_option("runs/distill")] = "runs/distill",
+    arch: Annotated[
+        str | None, typer.Option(help="The student's architecture. [default: the recipe's]", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help=f"{RECIPE_HELP} [default: the teacher's own; with --resume the run's own]",
+            show_default=False,
+        ),
+    ] = None,
+    assignments: Assignments = None,
+    resume: Resume = False,
+    num_processes: Processes = 1,
+    seed: Seed = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    limit: options.Limit = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Train a smaller vision transformer to tell apart what a larger, frozen one does."""
+    console.set_verbosity(quiet, verbose)
+    from ..store.artifact import Options
+    from .distill import distill as run
+    from .distill import distill_config
+    from .launch import speaks_for_all
+
+    config = distill_config(output, teacher, arch, recipe, assignments or [], resume=resume, seed=seed)
+    shared = Options(config.seed, force, dry_run, limit)
+    result = run(manifest, output, config, shared, teacher=teacher, resume=resume, num_processes=num_processes)
     options.emit(result if speaks_for_all() else None, json)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .. import console
@@ -167,21 +168,29 @@ def resolve(
 
 
 def command_config(
-    kind: type[Config], output: str, recipe: str | None, assignments: Sequence[str], *, resume: bool, seed: int | None
+    kind: type[Config],
+    output: str,
+    recipe: str | None,
+    assignments: Sequence[str],
+    *,
+    resume: bool,
+    seed: int | None,
+    default_recipe: str = "tiny",
+    flags: Mapping[str, object] = MappingProxyType({}),
 ) -> Config:
     """Return the settings of a command: those of `resolve`, with the recipe that stands for one left out.
 
-    It is the run's own config.toml when a run is resumed, otherwise `tiny`, said on stderr.
+    It is the run's own config.toml when a run is resumed, otherwise `default_recipe`, said on stderr.
     """
     own = Path(output) / CONFIG_FILE
     if recipe is None and resume and own.exists():
         recipe = str(own)
     elif recipe is None:
         if speaks_for_all():
-            console.say("no --recipe: taking tiny, for small images on a CPU")
-        recipe = "tiny"
-    flags: dict[str, object] = {} if seed is None else {"seed": seed}
-    return resolve(kind, recipe=recipe, environment=os.environ, flags=flags, assignments=assignments)
+            console.say(f"no --recipe: taking {default_recipe}")
+        recipe = default_recipe
+    given = {**flags, **({} if seed is None else {"seed": seed})}
+    return resolve(kind, recipe=recipe, environment=os.environ, flags=given, assignments=assignments)
 
 
 def read_recipe(recipe: str) -> dict[str, object]:

@@ -3,6 +3,7 @@
 Source: section 5 of Oquab et al. 2023; facts of the recipe that the paper leaves open are in `DistillModel`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -12,7 +13,7 @@ from ..models.weights import load_backbone, load_heads, model_content_id
 from ..store.artifact import Options, Result
 from ..store.manifest import Source
 from .build import build_backbone
-from .config import TrainConfig
+from .config import CONFIG_FILE, TrainConfig, command_config
 from .distill_model import DistillModel
 from .pretrain import run_training
 
@@ -45,6 +46,36 @@ def distill(
         sources=(Source("teacher", teacher, model_content_id(teacher)),),
         resume=resume,
         num_processes=num_processes,
+    )
+
+
+def distill_config(
+    output: str,
+    teacher: str,
+    arch: str | None,
+    recipe: str | None,
+    assignments: Sequence[str],
+    *,
+    resume: bool,
+    seed: int | None,
+) -> TrainConfig:
+    """Return the settings: the recipe's, by default those the teacher was trained by, with nothing dropped.
+
+    Args:
+        arch: the student's architecture, None for the recipe's.
+        output, recipe, assignments, resume, seed: as in `command_config`.
+    """
+    flags: dict[str, object] = {"drop_path": 0.0} | ({} if arch is None else {"arch": arch})
+    own = Path(teacher) / CONFIG_FILE
+    return command_config(
+        TrainConfig,
+        output,
+        recipe,
+        assignments,
+        resume=resume,
+        seed=seed,
+        default_recipe=str(own) if own.exists() else "tiny",
+        flags=flags,
     )
 
 

@@ -109,6 +109,4 @@ class DistillModel(nn.Module):
 def _new_head(head: nn.Module, in_dim: int) -> ProjectionHead:
     """Return an untrained head of the teacher's measures for features of another width."""
     assert isinstance(head, ProjectionHead)
-    return ProjectionHead(
-        in_dim, head.num_prototypes, hidden_dim=head.hidden_dim, bottleneck_dim=head.bottleneck_dim
-    )
+    return ProjectionHead(in_dim, head.num_prototypes, hidden_dim=head.hidden_dim, bottleneck_dim=head.bottleneck_dim)
