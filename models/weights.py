@@ -29,10 +29,11 @@ from .architecture import (
 )
 from .formats import MODEL_METADATA, official_names, read_json, read_tensors
 from .head import ProjectionHead
+from .preprocess import IMAGENET_MEAN, IMAGENET_STD
 from .vit import ARCHITECTURES, VisionTransformer, build_vit
 
 MODEL_JSON, TEACHER_FILE = "model.json", "teacher.safetensors"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 CROP_RATIO = 224 / 256  # centre crop / short side, as the released models were evaluated
 HEADS = ("dino_head", "ibot_head")
 

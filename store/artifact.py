@@ -50,7 +50,8 @@ def check_manifest_name(output: str) -> Path:
 def is_up_to_date(output: Path, provenance: Provenance, options: Options) -> bool:
     """Tell whether `output` holds this very work already; if so, touch it (so that Make rests) and say so.
 
-    Raises ToolkitError when something else stands there and neither --force nor --dry-run was given.
+    Enters it in the catalog where it is missing there, as after a kill between the two. Raises ToolkitError when
+    something else stands there and --force was not given.
     """
     if options.force or not output.exists():
         return False
@@ -59,6 +60,8 @@ def is_up_to_date(output: Path, provenance: Provenance, options: Options) -> boo
         console.say(f"{output} is up to date")
         if not options.dry_run:
             os.utime(output)
+            if not catalog.artifacts("path = ? and digest = ?", [str(output.absolute()), there.content_id]):
+                catalog.record(output, there, None)
         return True
     reason = "is no manifest of ours" if there is None else f"was made otherwise ({difference(there, provenance)})"
     raise ToolkitError(f"{output} exists and {reason}; choose another -o, or --force to overwrite it")

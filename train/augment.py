@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..models.weights import IMAGENET_MEAN, IMAGENET_STD
+from ..models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from . import draws
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as Pillow's

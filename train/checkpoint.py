@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..errors import ToolkitError
 from ..models.head import ProjectionHead
+from ..models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ..models.vit import VisionTransformer
-from ..models.weights import IMAGENET_MEAN, IMAGENET_STD, TEACHER_FILE, save_model
+from ..models.weights import TEACHER_FILE, save_model
 from .distill_model import DistillModel
 from .ssl_model import SSLModel
 
