@@ -79,7 +79,9 @@ def pca(
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Short side in pixels, a multiple of the patch. [default: the model's own]"),
+        typer.Option(
+            min=1, help="Short side in pixels, a multiple of the patch. [default: the model's own, or 8 patches]"
+        ),
     ] = None,
     null: options.Null = False,
     seed: options.Seed = 0,

@@ -27,6 +27,7 @@ from .sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, 
 LONGEST_SIDES = 4  # a longer picture is cut to its middle, this many times as long as it is wide
 RANGE = (0.02, 0.98)  # quantiles of a component that become no colour and full colour; chosen against stray patches
 PAIRS_A_ROW = 4
+MIN_PATCHES = 8  # chosen: fewer a side show no parts, so images are enlarged for models that see fewer
 CLEAR_BORDER = 0.6  # chosen: the split is clear when the borders have less than this much of the inside's foreground
 BACKGROUND = 18  # grey level of what was taken away
 
@@ -36,7 +37,7 @@ class PcaSettings:
     """What `dinov2 evaluate pca` can be told, beside the options that all commands share."""
 
     model: str | None = None
-    image_size: int | None = None  # short side in pixels; None: the model's own
+    image_size: int | None = None  # short side in pixels; None: the model's own, or 8 patches
     null: bool = False  # names on stdin end in NUL
 
 
@@ -189,7 +190,7 @@ def _backbone(model: FeatureModel) -> VisionTransformer:
 
 def _side_px(model: FeatureModel, wanted: int | None) -> int:
     patch_size = _backbone(model).patch_size
-    side_px = wanted or model.preprocess.image_size
+    side_px = wanted or max(model.preprocess.image_size, MIN_PATCHES * patch_size)
     if side_px % patch_size or side_px < 3 * patch_size:
         nearest = max(3, round(side_px / patch_size)) * patch_size
         raise ToolkitError(

@@ -1,6 +1,7 @@
 """`dinov2 evaluate pca`: components against known ones, the split of the background, and the picture."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,15 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate.pca import (
     BACKGROUND,
     PcaSettings,
+    _side_px,
     best_split,
     colour_patches,
     draw_pca,
     principal_directions,
 )
+from dinov2_toolkit.features.extract import feature_model
+from dinov2_toolkit.models.vit import build_vit
+from dinov2_toolkit.models.weights import Model
 from dinov2_toolkit.store.artifact import Options
 
 SMALL_VIT = PcaSettings("random:vit_tiny/14", image_size=56)
@@ -179,6 +184,14 @@ def test_a_size_that_does_not_suit_the_patch_is_an_error(tmp_path: Path, image_s
     with pytest.raises(ToolkitError, match=f"--image-size {image_size} is no multiple .* 14, .*; use {nearest}$"):
         draw_pca([name], "pca.png", PcaSettings(SMALL_VIT.model, image_size), Options())
     assert not Path("pca.png").exists()
+
+
+def test_a_model_that_sees_few_patches_is_shown_at_least_eight_a_side(tmp_path: Path) -> None:
+    backbone = build_vit("vit_tiny", patch_size=7, img_size=28)
+    small = Model("small", "id", backbone, 28, 1.0, (0.5,) * 3, (0.5,) * 3, 3)
+    assert _side_px(feature_model(small), None) == 56
+    assert _side_px(feature_model(replace(small, image_size=70)), None) == 70
+    assert _side_px(feature_model(small), 28) == 28
 
 
 def test_the_model_pixels_is_refused_for_it_has_no_patch_tokens(tmp_path: Path) -> None:
