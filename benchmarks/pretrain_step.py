@@ -23,7 +23,7 @@ from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.train.masking import block_masks
 from dinov2_toolkit.train.optimizer import build_optimizer, clip_gradients, set_rates
-from dinov2_toolkit.train.ssl_model import SSLModel
+from dinov2_toolkit.train.ssl_model import Centering, SSLModel
 
 NUMBERS = {
     "batch": 4,
@@ -64,7 +64,7 @@ def build(args: argparse.Namespace) -> SSLModel:
         drop_path=args.drop_path,
     )
     heads = [ProjectionHead(args.dim, args.prototypes) for _ in range(2 if args.separate_head else 1)]
-    centering = "softmax_center" if args.centering == "centering" else "sinkhorn_knopp"
+    centering: Centering = "softmax_center" if args.centering == "centering" else "sinkhorn_knopp"
     return SSLModel(backbone, *heads, centering=centering).train()
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinov2_toolkit.models.weights import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_toolkit.train import augment
 from dinov2_toolkit.train.augment import Crops, ViewSettings
 

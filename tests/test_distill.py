@@ -76,14 +76,15 @@ def test_a_step_is_the_sum_over_all_pairs_and_all_patches(separate: bool) -> Non
     masks = torch.rand(2 * num_images, 9) < 0.5
     losses = model(global_crops, local_crops, masks, teacher_temp=0.05)
 
-    student = model.student
+    student, student_backbone = model.student, model.student["backbone"]
+    assert isinstance(student_backbone, VisionTransformer)
     patch_head = "ibot_head" if separate else "dino_head"
     taught = frozen["backbone"].forward_features(global_crops)  # type: ignore[operator]
     cls_probs = slow_sinkhorn(frozen["dino_head"](taught.cls_token), 0.05)
     patch_probs = slow_sinkhorn(frozen[patch_head](taught.patch_tokens.reshape(-1, 24)), 0.05)
-    features = student["backbone"].forward_features(global_crops)
+    features = student_backbone.forward_features(global_crops)
     views = [student["dino_head"](part) for part in features.cls_token.chunk(2)]
-    local_tokens = student["backbone"].forward_features(local_crops).cls_token
+    local_tokens = student_backbone.forward_features(local_crops).cls_token
     views += [student["dino_head"](part) for part in local_tokens.chunk(num_local)]
     pairs = [
         cross_entropy(view, probs).mean()
