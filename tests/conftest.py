@@ -1,4 +1,4 @@
-"""Every test has a catalog of its own, and no settings from outside."""
+"""Every test has a catalog of its own, and no settings from outside or from the test before."""
 
 import os
 
@@ -9,10 +9,13 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
+from dinov2_toolkit import console  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def _own_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("DINOV2_") and name != "DINOV2_GOLDEN":
             monkeypatch.delenv(name)
+    console.set_verbosity(quiet=False, verbose=0)
     monkeypatch.setenv("DINOV2_CATALOG", str(tmp_path / ".dinov2" / "catalog.duckdb"))
