@@ -48,6 +48,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
+        if code == EXIT_INTERRUPTED:  # newer Typer turns Ctrl-C into this code, older into Abort
+            raise KeyboardInterrupt
     except BrokenPipeError:  # the reader of a pipe has gone, as in `dinov2 ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
