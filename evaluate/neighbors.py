@@ -13,13 +13,13 @@ from PIL import Image
 from .. import console
 from ..errors import ToolkitError
 from ..features.neighbors import Identity, nearest
+from ..features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
 from ..store import catalog
 from ..store.artifact import Options, Result
 from ..store.image_columns import has_images, read_images
 from ..store.images import UnreadableImage, decode_sized, read_bytes
 from ..store.manifest import Manifest, Provenance, Source, open_manifest
 from ..store.vectors import Int64, open_vectors
-from .sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
 
 TILE_PX = 112  # four times 28
 

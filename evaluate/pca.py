@@ -17,12 +17,12 @@ from torch import Tensor
 from .. import console
 from ..errors import ToolkitError
 from ..features.extract import FeatureModel, best_device, forward, open_model
+from ..features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
 from ..models.vit import VisionTransformer
 from ..store.artifact import Options, Result
 from ..store.images import ColourMode, UnreadableImage, decode_sized, read_bytes
 from ..store.manifest import Provenance, Source
 from ..store.sources import entries, open_sources, survey
-from .sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
 
 LONGEST_SIDES = 4  # a longer picture is cut to its middle, this many times as long as it is wide
 RANGE = (0.02, 0.98)  # quantiles of a component that become no colour and full colour; chosen against stray patches

@@ -12,7 +12,7 @@ from dinov2_toolkit.curate.retrieve import RetrieveSettings, retrieve_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate import neighbors
 from dinov2_toolkit.evaluate.neighbors import NeighborSettings, draw_neighbors
-from dinov2_toolkit.evaluate.sheet import Row, Tile, draw_sheet, fit
+from dinov2_toolkit.features.sheet import Row, Tile, draw_sheet, fit
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.tests.embedded import write_embeddings
 
