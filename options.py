@@ -16,6 +16,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stderr but errors.")]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more on stderr.")]
 Null = Annotated[bool, typer.Option("-0", "--null", help="Names on stdin end in NUL (for find -print0).")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="How much memory to take, such as 3GB. [default: a third of the machine]",
+        show_default=False,
+    ),
+]
+Recall = Annotated[
+    float,
+    typer.Option(
+        "--recall", help="Share of the true neighbours that a search of many images must find; 1 compares all with all."
+    ),
+]
 
 
 def output_option(default: str) -> typer.models.OptionInfo:

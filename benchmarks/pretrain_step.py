@@ -23,6 +23,7 @@ from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.train.masking import block_masks
 from dinov2_toolkit.train.optimizer import build_optimizer, clip_gradients, set_rates
+from dinov2_toolkit.train.parts import parts
 from dinov2_toolkit.train.ssl_model import Centering, SSLModel
 
 NUMBERS = {
@@ -39,6 +40,7 @@ NUMBERS = {
     "local-size": 96,
     "local-crops": 8,
     "prototypes": 8192,
+    "micro-batch": 0,
 }
 
 
@@ -48,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     for flag, default in NUMBERS.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--drop-path", type=float, default=0.3, help="default 0.3")
+    parser.add_argument("--split-views", action="store_true", help="local, first and second global crops in turn")
     parser.add_argument("--separate-head", action="store_true", help="a head of its own for patches")
     parser.add_argument("--centering", choices=["centering", "sinkhorn_knopp"], default="centering")
     return parser.parse_args()
@@ -90,14 +93,18 @@ def main() -> None:
     for _ in range(args.warmup + args.steps):
         batch = make_batch(args, generator)
         start = time.perf_counter()
-        outputs = model(*batch, teacher_temp=0.04)
-        outputs["total"].backward()
+        step = model.taught(*batch, teacher_temp=0.04)
+        loss = 0.0
+        for part in parts(step, by_view=args.split_views, num_images=args.micro_batch):
+            outputs = model(part)
+            outputs["total"].backward()
+            loss += float(outputs["total"].detach())
         clip_gradients(model.student, 3.0)
         optimizer.step()
         optimizer.zero_grad()
         model.update_teacher(0.992)
         seconds.append(time.perf_counter() - start)
-        losses.append(float(outputs["total"].detach()))
+        losses.append(loss)
         print(f"loss {losses[-1]:.4f}, {seconds[-1]:.3f} s", file=sys.stderr)
     step_s = statistics.median(seconds[args.warmup :])
     figures = {

@@ -26,11 +26,21 @@ HASH_ROWS = 16_384  # rows a block of `first_identical`
 
 
 @dataclass(frozen=True)
+class SearchSettings:
+    """What a search may take and must find."""
+
+    memory: int | None = None  # bytes; None: a third of the machine
+    recall: float = 0.99  # share of the true neighbours; 1: exact, whatever the size
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Neighbors:
     """The k nearest of every query, nearest first; of ties, first what comes first in the pool's `order`."""
 
     indices: Int64  # (Q, k) positions in the pool, -1 where there is none
     similarities: Float64  # (Q, k) cosines in [-1, 1], -inf where there is none
+    recall: float = 1.0  # measured share of the true neighbours that it holds; 1: exact
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ def nearest(
     order: Int64,
     identity: Identity | None = None,
     above: float = -np.inf,
+    search: SearchSettings = SearchSettings(),
     progress: str | None = "searching neighbours",
     block_bytes: int = BLOCK_BYTES,
 ) -> Neighbors:

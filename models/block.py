@@ -5,7 +5,6 @@ them with n tokens each; D embed_dim.
 Source: Oquab et al. 2023 (DINOv2), section 5; github.com/facebookresearch/dinov2 (dinov2/layers).
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,7 +13,22 @@ from torch import Tensor, nn
 
 Ffn = Literal["mlp", "swiglu"]
 Groups = list[tuple[int, int]]  # (B, n) of each group in a pack, in order
-Branch = Callable[[Tensor, Groups], Tensor]  # a block's attention or feed-forward: packed tokens -> their update
+Reads = list[Tensor]  # (B, n) bool of each group: the tokens that somebody reads
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a branch's output, which starts small.
+
+    It multiplies the branch's last linear layer, not the tokens: (D, D) numbers in place of (T, D), and no copy of the
+    unscaled output is kept for its gradient.
+    """
+
+    def __init__(self, embed_dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((embed_dim,), init))
+
+    def forward(self, last: nn.Linear, tokens: Tensor) -> Tensor:
+        return F.linear(tokens, self.gamma[:, None] * last.weight, self.gamma * last.bias)
 
 
 class Attention(nn.Module):
@@ -26,15 +40,43 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
+    def forward(self, tokens: Tensor, groups: Groups, scale: LayerScale) -> Tensor:
         packed: Tensor = self.qkv(tokens)
         attended = []
-        for part, (sequences, length) in zip(torch.split(packed, [b * n for b, n in groups]), groups, strict=True):
+        for part, (sequences, length) in zip(_split(packed, groups), groups, strict=True):
             # (B n, 3 D) -> 3 x (B, heads, n, D / heads)
             query, key, value = part.view(sequences, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
             values = F.scaled_dot_product_attention(query, key, value)
             attended.append(values.transpose(1, 2).reshape(sequences * length, -1))
-        projected: Tensor = self.proj(attended[0] if len(attended) == 1 else torch.cat(attended))
+        projected: Tensor = scale(self.proj, attended[0] if len(attended) == 1 else torch.cat(attended))
+        return projected
+
+    def at(self, tokens: Tensor, groups: Groups, scale: LayerScale, reads: Reads) -> Tensor:
+        """Return what `forward` does at the R tokens that are read alone, (R, D): no other token has a query."""
+        query_weight, key_value_weight = self.qkv.weight.tensor_split([tokens.shape[1]])
+        query_bias, key_value_bias = self.qkv.bias.tensor_split([tokens.shape[1]])
+        keys_values = F.linear(tokens, key_value_weight, key_value_bias)
+        queries = F.linear(tokens[_flat(reads)], query_weight, query_bias)
+        counts = [read.sum(1) for read in reads]  # a number a sequence
+        attended = []
+        for part, queries_part, count, (sequences, length) in zip(
+            _split(keys_values, groups),
+            torch.split(queries, [int(count.sum()) for count in counts]),
+            counts,
+            groups,
+            strict=True,
+        ):
+            # (B n, 2 D) -> 2 x (B, heads, n, D / heads)
+            key, value = part.view(sequences, length, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            # Sequences have different numbers of queries: the shorter are filled up with zeros.
+            is_query = torch.arange(int(count.max()), device=tokens.device) < count[:, None]  # (B, most)
+            query = queries.new_zeros(*is_query.shape, queries.shape[1])
+            query[is_query] = queries_part
+            # (B, most, D) -> (B, heads, most, D / heads)
+            query = query.view(*is_query.shape, self.num_heads, -1).transpose(1, 2)
+            values = F.scaled_dot_product_attention(query, key, value)
+            attended.append(values.transpose(1, 2).flatten(2)[is_query])
+        projected: Tensor = scale(self.proj, torch.cat(attended))
         return projected
 
 
@@ -46,8 +88,8 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
         self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        projected: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+    def forward(self, tokens: Tensor, scale: LayerScale) -> Tensor:
+        projected: Tensor = scale(self.fc2, F.gelu(self.fc1(tokens)))
         return projected
 
 
@@ -60,25 +102,19 @@ class SwiGlu(nn.Module):
         self.w12 = nn.Linear(embed_dim, 2 * hidden_dim)
         self.w3 = nn.Linear(hidden_dim, embed_dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, scale: LayerScale) -> Tensor:
         gate, value = self.w12(tokens).chunk(2, dim=-1)
-        projected: Tensor = self.w3(F.silu(gate) * value)
+        projected: Tensor = scale(self.w3, F.silu(gate) * value)
         return projected
 
 
-class LayerScale(nn.Module):
-    """Multiply each channel by a learned factor that starts small."""
-
-    def __init__(self, embed_dim: int, init: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((embed_dim,), init))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens * self.gamma
-
-
 class Block(nn.Module):
-    """A pre-norm transformer block over packed tokens, with batch-subset stochastic depth while training."""
+    """A pre-norm transformer block over packed tokens, with batch-subset stochastic depth while training.
+
+    Of a random share 1 - drop_path of each group's sequences a branch is computed, the others cost nothing; the update
+    is scaled by all / kept, so its expectation stands. The number kept is max(floor(B (1 - drop_path)), 1) in each
+    group, so shapes are the same every step. Source: "efficient stochastic depth", Oquab et al. 2023, section 5.
+    """
 
     def __init__(self, embed_dim: int, num_heads: int, ffn: Ffn, layer_scale: float, drop_path: float) -> None:
         super().__init__()
@@ -90,54 +126,43 @@ class Block(nn.Module):
         self.mlp = SwiGlu(embed_dim) if ffn == "swiglu" else Mlp(embed_dim)
         self.ls2 = LayerScale(embed_dim, layer_scale)
 
-    def attention_branch(self, tokens: Tensor, groups: Groups) -> Tensor:
-        update: Tensor = self.ls1(self.attn(self.norm1(tokens), groups))
-        return update
+    def forward(self, tokens: Tensor, groups: Groups, reads: Reads | None = None) -> Tensor:
+        """Return the tokens (T, D) after this block; with `reads`, the R that are read alone (R, D), for less."""
+        if self.training and self.drop_path > 0.0:
+            return self._forward_of_random_sequences(tokens, groups, reads)
+        if reads is None:
+            tokens = tokens + self.attn(self.norm1(tokens), groups, self.ls1)
+        else:
+            tokens = tokens[_flat(reads)] + self.attn.at(self.norm1(tokens), groups, self.ls1, reads)
+        updated: Tensor = tokens + self.mlp(self.norm2(tokens), self.ls2)
+        return updated
 
-    def ffn_branch(self, tokens: Tensor, groups: Groups) -> Tensor:
-        update: Tensor = self.ls2(self.mlp(self.norm2(tokens)))
-        return update
+    def _forward_of_random_sequences(self, tokens: Tensor, groups: Groups, reads: Reads | None) -> Tensor:
+        rows, scales, kept_groups, kept = random_sequences(groups, self.drop_path, tokens)
+        normed = self.norm1(tokens.index_select(0, rows))
+        if reads is None:
+            tokens = tokens.index_add(0, rows, (self.attn(normed, kept_groups, self.ls1) * scales).to(tokens.dtype))
+        else:
+            kept_reads = [read[sequences] for read, sequences in zip(reads, kept, strict=True)]
+            of_kept, of_all = _flat(kept_reads), _flat(reads)
+            update = self.attn.at(normed, kept_groups, self.ls1, kept_reads) * scales[of_kept]
+            place = of_all.cumsum(0) - 1  # (T,) a read token's number among the R
+            tokens = tokens[of_all].index_add(0, place[rows[of_kept]], update.to(tokens.dtype))
 
-    def forward(self, tokens: Tensor, groups: Groups, rows: Tensor | None = None) -> Tensor:
-        """Return the tokens (T, D) after this block; with `rows` (R,), those alone (R, D), at a smaller cost."""
-        drop_path = self.drop_path if self.training else 0.0
-        tokens = add_residual(tokens, groups, self.attention_branch, drop_path)
-        if rows is not None:
-            return add_residual_at(tokens, groups, rows, self.ffn_branch, drop_path)
-        return add_residual(tokens, groups, self.ffn_branch, drop_path)
+        rows, scales, _, kept = random_sequences(groups, self.drop_path, tokens)
+        if reads is not None:
+            of_kept = _flat([read[sequences] for read, sequences in zip(reads, kept, strict=True)])
+            rows, scales = place[rows[of_kept]], scales[of_kept]
+        update = self.mlp(self.norm2(tokens.index_select(0, rows)), self.ls2) * scales
+        return tokens.index_add(0, rows, update.to(tokens.dtype))
 
 
-def add_residual(tokens: Tensor, groups: Groups, branch: Branch, drop_path: float) -> Tensor:
-    """Return tokens + branch(tokens), the branch computed for a random share 1 - drop_path of each group's sequences.
+def random_sequences(groups: Groups, drop_path: float, tokens: Tensor) -> tuple[Tensor, Tensor, Groups, list[Tensor]]:
+    """Return the rows (kept,) of randomly kept sequences of a pack, each row's scale (kept, 1), and what was kept.
 
-    Dropped sequences cost nothing, and the kept ones' update is scaled by all / kept, so its expectation stands. The
-    number kept is max(floor(B (1 - drop_path)), 1) in each group, so shapes are the same every step.
-    Source: "efficient stochastic depth", Oquab et al. 2023, section 5.
+    The last two are the groups of what is kept, and the numbers of the kept sequences in each group.
     """
-    if drop_path == 0.0:
-        return tokens + branch(tokens, groups)
-    rows, scales, kept_groups = random_sequences(groups, drop_path, tokens)
-    update = branch(tokens.index_select(0, rows), kept_groups) * scales
-    return tokens.index_add(0, rows, update.to(tokens.dtype))
-
-
-def add_residual_at(tokens: Tensor, groups: Groups, rows: Tensor, branch: Branch, drop_path: float) -> Tensor:
-    """Return what `add_residual` would, at the given rows (R,) alone: (T, D) -> (R, D).
-
-    Only for a branch that treats each token by itself. Rows of dropped sequences are computed and multiplied by 0,
-    which costs less than sorting them out: few rows are asked for.
-    """
-    chosen = tokens.index_select(0, rows)
-    update = branch(chosen, groups)
-    if drop_path > 0.0:
-        kept_rows, scales, _ = random_sequences(groups, drop_path, tokens)
-        update = update * scales.new_zeros(len(tokens), 1).index_copy(0, kept_rows, scales).index_select(0, rows)
-    return chosen + update
-
-
-def random_sequences(groups: Groups, drop_path: float, tokens: Tensor) -> tuple[Tensor, Tensor, Groups]:
-    """Return the rows (kept,) of randomly kept sequences of a pack, each row's scale (kept, 1), and their groups."""
-    rows, scales, kept_groups, start = [], [], [], 0
+    rows, scales, kept_groups, numbers, start = [], [], [], [], 0
     for sequences, length in groups:
         num_kept = max(int(sequences * (1 - drop_path)), 1)
         kept = torch.randperm(sequences, device=tokens.device)[:num_kept]
@@ -145,5 +170,15 @@ def random_sequences(groups: Groups, drop_path: float, tokens: Tensor) -> tuple[
         rows.append((start + kept[:, None] * length + torch.arange(length, device=tokens.device)).flatten())
         scales.append(tokens.new_full((num_kept * length, 1), sequences / num_kept))
         kept_groups.append((num_kept, length))
+        numbers.append(kept)
         start += sequences * length
-    return torch.cat(rows), torch.cat(scales), kept_groups
+    return torch.cat(rows), torch.cat(scales), kept_groups, numbers
+
+
+def _split(packed: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    return torch.split(packed, [sequences * length for sequences, length in groups])
+
+
+def _flat(reads: Reads) -> Tensor:
+    """Return which of a pack's tokens are read, (T,) bool."""
+    return torch.cat([read.flatten() for read in reads])

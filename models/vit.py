@@ -148,7 +148,7 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor, masks: Tensor | None) -> Tensor:
         """Return the tokens (B, n, D) that enter the first block; masked patches keep their position."""
-        _, channels, height, width = images.shape
+        num_images, channels, height, width = images.shape  # no len(): it would fix the number in an exported graph
         if channels != self.in_chans:
             raise ToolkitError(f"images have {channels} channels, the model takes {self.in_chans}; convert the images")
         if height % self.patch_size or width % self.patch_size:
@@ -160,9 +160,9 @@ class VisionTransformer(nn.Module):
         if masks is not None:
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
         position = self.interpolated_pos_embed(height // self.patch_size, width // self.patch_size)
-        tokens = [(self.cls_token + position[:, :1]).expand(len(images), -1, -1), patches + position[:, 1:]]
+        tokens = [(self.cls_token + position[:, :1]).expand(num_images, -1, -1), patches + position[:, 1:]]
         if self.register_tokens is not None:
-            tokens.insert(1, self.register_tokens.expand(len(images), -1, -1))
+            tokens.insert(1, self.register_tokens.expand(num_images, -1, -1))
         return torch.cat(tokens, dim=1)
 
     def embed_packed(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Groups]:
@@ -221,30 +221,29 @@ class VisionTransformer(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Return the class tokens (B, D) and the chosen patch tokens (M, D) of each image batch.
 
-        They are those of `forward_features`, for less: the last block's feed-forward and the final norm run for no
-        other tokens.
+        They are those of `forward_features`, for less: in the last block no other token has a query or a feed-forward.
 
         Args:
             images, masks: as in `forward_features`, as lists.
             chosen: (B, N) bool for each batch, True M times, or None for no patch; M runs image by image.
         """
         tokens, groups = self.embed_packed(images, masks)
-        rows, start = [], 0
+        reads = []
         for (sequences, length), wanted in zip(groups, chosen, strict=True):
-            class_rows = start + length * torch.arange(sequences, device=tokens.device)
-            rows.append(class_rows)
-            if wanted is None:
-                rows.append(class_rows[:0])
-            else:
-                image, patch = wanted.nonzero(as_tuple=True)  # (M,), (M,)
-                rows.append(class_rows[image] + 1 + self.num_register_tokens + patch)
-            start += sequences * length
+            read = torch.zeros(sequences, length, dtype=torch.bool, device=tokens.device)
+            read[:, 0] = True
+            if wanted is not None:
+                read[:, 1 + self.num_register_tokens :] = wanted
+            reads.append(read)
         *first_blocks, last_block = self.blocks
         for block in first_blocks:
             tokens = block(tokens, groups)
-        normed: Tensor = self.norm(last_block(tokens, groups, torch.cat(rows)))
-        parts = torch.split(normed, [len(part) for part in rows])
-        return list(zip(parts[::2], parts[1::2], strict=True))
+        normed: Tensor = self.norm(last_block(tokens, groups, reads))
+        parts = []
+        for read, part in zip(reads, torch.split(normed, [int(read.sum()) for read in reads]), strict=True):
+            is_class = read.nonzero()[:, 1] == 0  # (tokens read,)
+            parts.append((part[is_class], part[~is_class]))
+        return parts
 
     def intermediate_layers(self, images: Tensor, layers: int | Sequence[int]) -> list[Features]:
         """Return the features after each of the chosen blocks, the final norm applied to each.

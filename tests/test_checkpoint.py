@@ -25,7 +25,7 @@ def small_model(seed: int, embed_dim: int = 16) -> SSLModel:
 def one_step(model: SSLModel, optimizer: torch.optim.Optimizer, seed: int) -> None:
     torch.manual_seed(seed)
     masks = torch.rand(6, 4) < 0.3
-    losses = model(torch.randn(6, 3, 8, 8), torch.randn(3, 3, 4, 4), masks, teacher_temp=0.05)
+    losses = model(model.taught(torch.randn(6, 3, 8, 8), torch.randn(3, 3, 4, 4), masks, teacher_temp=0.05))
     losses["total"].backward()
     set_rates(optimizer, lr=1e-2, last_layer_lr=1e-2, weight_decay=0.1)
     optimizer.step()

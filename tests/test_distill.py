@@ -74,7 +74,7 @@ def test_a_step_is_the_sum_over_all_pairs_and_all_patches(separate: bool) -> Non
     num_images, num_local = 3, 2
     global_crops, local_crops = torch.randn(2 * num_images, 3, 12, 12), torch.randn(num_local * num_images, 3, 8, 8)
     masks = torch.rand(2 * num_images, 9) < 0.5
-    losses = model(global_crops, local_crops, masks, teacher_temp=0.05)
+    losses = model(model.taught(global_crops, local_crops, masks, teacher_temp=0.05))
 
     student, student_backbone = model.student, model.student["backbone"]
     assert isinstance(student_backbone, VisionTransformer)
@@ -108,7 +108,9 @@ def test_a_step_is_the_sum_over_all_pairs_and_all_patches(separate: bool) -> Non
 def test_only_the_student_learns_and_its_average_follows() -> None:
     torch.manual_seed(0)
     model = DistillModel(backbone(16), teacher(False)).train()
-    losses = model(torch.randn(4, 3, 12, 12), None, torch.zeros(4, 9, dtype=torch.bool), teacher_temp=0.05)
+    losses = model(
+        model.taught(torch.randn(4, 3, 12, 12), None, torch.zeros(4, 9, dtype=torch.bool), teacher_temp=0.05)
+    )
     losses["total"].backward()
     assert all(weight.grad is not None for name, weight in model.student.named_parameters() if "mask" not in name)
     assert all(weight.grad is None for part in (model.teacher, model.frozen) for weight in part.parameters())

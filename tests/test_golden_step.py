@@ -92,12 +92,8 @@ def step(request: pytest.FixtureRequest) -> Step:
         patch_embed_lr_mult=settings["patch_embed_lr_mult"],
         betas=(BETA1, BETA2),
     )
-    losses = model(
-        golden["in.global_crops"],
-        golden["in.local_crops"],
-        golden["in.masks"],
-        teacher_temp=settings["teacher_temp"],
-    )
+    crops = golden["in.global_crops"], golden["in.local_crops"], golden["in.masks"]
+    losses = model(model.taught(*crops, teacher_temp=settings["teacher_temp"]))
     losses["total"].backward()
     gradients = cloned_gradients(model)
     norms = clip_gradients(model.student, MAX_NORM)

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.train.distill_model import DistillModel
+from dinov2_toolkit.train.health import teacher_figures
 from dinov2_toolkit.train.losses import koleo_loss, sinkhorn_knopp
+from dinov2_toolkit.train.metrics import added
+from dinov2_toolkit.train.parts import parts
 from dinov2_toolkit.train.ssl_model import Centering, SSLModel
 
 NUM_IMAGES, NUM_LOCALS, NUM_PROTOTYPES = 4, 8, 10
@@ -67,7 +71,8 @@ def test_the_losses_are_those_of_a_slow_loop_over_crops_and_pairs(separate: bool
     model = tiny_model(separate=separate)
     global_crops, local_crops, masks = crops_and_masks()
     assert local_crops is not None
-    losses = model(global_crops, local_crops, masks, teacher_temp=0.06)
+    step = model.taught(global_crops, local_crops, masks, teacher_temp=0.06)
+    losses = model(step) | teacher_figures(step)
 
     patch_head = "ibot_head" if separate else "dino_head"
     teacher, student = plain_dict(model.teacher), plain_dict(model.student)
@@ -126,7 +131,7 @@ def test_the_losses_of_a_uniform_model_start_where_the_paper_says() -> None:
     model = tiny_model()
     for parts in (model.student, model.teacher):
         parts.get_parameter("dino_head.last_layer.weight_g").data.zero_()
-    losses = model(*crops_and_masks(), teacher_temp=0.04)
+    losses = model(model.taught(*crops_and_masks(), teacher_temp=0.04))
     log_k = math.log(NUM_PROTOTYPES)
     assert losses["dino_local"].item() == pytest.approx(log_k * 16 / 18, rel=1e-5)
     assert losses["dino_global"].item() == pytest.approx(log_k * 2 / 18, rel=1e-5)
@@ -137,7 +142,7 @@ def test_the_losses_of_a_uniform_model_start_where_the_paper_says() -> None:
 @pytest.mark.parametrize("num_locals", [0, 1, 3])
 def test_every_student_weight_gets_a_gradient_and_no_teacher_weight(num_locals: int, separate: bool) -> None:
     model = tiny_model(separate=separate, drop_path=0.3)
-    losses = model(*crops_and_masks(num_locals), teacher_temp=0.05)
+    losses = model(model.taught(*crops_and_masks(num_locals), teacher_temp=0.05))
     losses["total"].backward()
     assert all(parameter.grad is not None for parameter in model.student.parameters())
     assert all(parameter.grad is None for parameter in model.teacher.parameters())
@@ -148,7 +153,7 @@ def test_every_student_weight_gets_a_gradient_and_no_teacher_weight(num_locals: 
 def test_without_any_mask_every_weight_still_gets_a_gradient() -> None:
     model = tiny_model(separate=True)
     global_crops, local_crops, masks = crops_and_masks()
-    losses = model(global_crops, local_crops, torch.zeros_like(masks), teacher_temp=0.05)
+    losses = model(model.taught(global_crops, local_crops, torch.zeros_like(masks), teacher_temp=0.05))
     losses["total"].backward()
     assert losses["ibot"].item() == 0
     assert all(parameter.grad is not None for parameter in model.student.parameters())
@@ -174,16 +179,16 @@ def test_the_teacher_stays_in_evaluation_mode() -> None:
 
 def test_centers_move_only_while_training() -> None:
     model = tiny_model(separate=True, centering="softmax_center")
-    model.eval()(*crops_and_masks(), teacher_temp=0.05)
+    model.eval().taught(*crops_and_masks(), teacher_temp=0.05)
     assert not model.dino_center.any() and not model.ibot_center.any()
     global_crops, local_crops, masks = crops_and_masks()
-    losses = model.train()(global_crops, local_crops, masks, teacher_temp=0.05)
+    figures = teacher_figures(model.train().taught(global_crops, local_crops, masks, teacher_temp=0.05))
     teacher = plain_dict(model.teacher)
     with torch.no_grad():
         features = teacher["backbone"].forward_features(global_crops)
         dino_logits = teacher["dino_head"](features.cls_token)
         ibot_logits = teacher["ibot_head"](features.patch_tokens[masks])
-    torch.testing.assert_close(losses["teacher_cls_probs"], (dino_logits / 0.05).softmax(-1).mean(0))
+    torch.testing.assert_close(figures["teacher_cls_probs"], (dino_logits / 0.05).softmax(-1).mean(0))
     torch.testing.assert_close(model.dino_center, 0.1 * dino_logits.mean(0, keepdim=True))
     torch.testing.assert_close(model.ibot_center, 0.1 * ibot_logits.mean(0, keepdim=True))
     assert {"dino_center", "ibot_center"} <= model.state_dict().keys()
@@ -191,19 +196,75 @@ def test_centers_move_only_while_training() -> None:
 
 def test_koleo_needs_two_images_unless_it_is_off() -> None:
     global_crops, _, masks = crops_and_masks()
-    one_image = [0, NUM_IMAGES]
+    crops = global_crops[[0, NUM_IMAGES]], None, masks[[0, NUM_IMAGES]]
+    model, without = tiny_model(), tiny_model(koleo_weight=0.0)
     with pytest.raises(ToolkitError, match="KoLeo needs at least 2 images"):
-        tiny_model()(global_crops[one_image], None, masks[one_image], teacher_temp=0.05)
-    losses = tiny_model(koleo_weight=0.0)(global_crops[one_image], None, masks[one_image], teacher_temp=0.05)
+        model(model.taught(*crops, teacher_temp=0.05))
+    losses = without(without.taught(*crops, teacher_temp=0.05))
     assert losses["koleo"].item() == 0 and losses["total"].isfinite()
 
 
 def test_autocast_changes_little_and_losses_stay_in_float32() -> None:
     model = tiny_model()
-    exact = model(*crops_and_masks(), teacher_temp=0.07)
+    exact = model(model.taught(*crops_and_masks(), teacher_temp=0.07))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = model(*crops_and_masks(), teacher_temp=0.07)
+        rough = model(model.taught(*crops_and_masks(), teacher_temp=0.07))
     for name in ("dino_local", "dino_global", "ibot", "koleo", "total"):
         assert rough[name].dtype == torch.float32
         assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.05, abs=0.02)
     rough["total"].backward()
+
+
+def tiny_distill_model() -> DistillModel:
+    frozen = tiny_model(separate=True).teacher
+    student = VisionTransformer(patch_size=4, embed_dim=6, depth=2, num_heads=1, img_size=16, layer_scale=1.0)
+    return DistillModel(student, dict(frozen.items())).train()
+
+
+def losses_and_gradients(
+    model: SSLModel | DistillModel, num_locals: int, *, by_view: bool, num_images: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    step = model.taught(*crops_and_masks(num_locals), teacher_temp=0.05)
+    outputs = []
+    for part in parts(step, by_view=by_view, num_images=num_images):
+        outputs.append(model(part))
+        outputs[-1]["total"].backward()
+    gradients = {name: weight.grad for name, weight in model.student.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return {name: value.detach() for name, value in added(outputs).items()}, gradients, len(outputs)
+
+
+@pytest.mark.parametrize("num_locals", [0, NUM_LOCALS])
+@pytest.mark.parametrize("kind", ["shared head", "separate heads", "distilled"])
+def test_views_one_after_the_other_add_up_to_the_packed_pass(kind: str, num_locals: int) -> None:
+    model = tiny_distill_model() if kind == "distilled" else tiny_model(separate=kind == "separate heads")
+    whole, whole_gradients, _ = losses_and_gradients(model, num_locals, by_view=False)
+    split, split_gradients, num_parts = losses_and_gradients(model, num_locals, by_view=True)
+    assert num_parts == (3 if num_locals else 2)
+    for name, value in whole.items():
+        torch.testing.assert_close(split[name], value)
+    assert split_gradients.keys() == whole_gradients.keys()
+    for name, gradient in whole_gradients.items():
+        torch.testing.assert_close(split_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("by_view", [False, True])
+@pytest.mark.parametrize("num_images", [1, 3, NUM_IMAGES])
+def test_without_koleo_images_in_turn_add_up_too(num_images: int, by_view: bool) -> None:
+    model = tiny_model(separate=True, koleo_weight=0.0)
+    whole, whole_gradients, _ = losses_and_gradients(model, NUM_LOCALS, by_view=False)
+    split, gradients, num_parts = losses_and_gradients(model, NUM_LOCALS, by_view=by_view, num_images=num_images)
+    assert num_parts == -(-NUM_IMAGES // num_images) * (3 if by_view else 1)
+    for name in ("dino_local", "dino_global", "ibot", "total"):
+        torch.testing.assert_close(split[name], whole[name])
+    for name, gradient in whole_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_koleo_compares_the_images_of_a_micro_batch() -> None:
+    model = tiny_model()
+    step = model.taught(*crops_and_masks(), teacher_temp=0.05)
+    halves = [model(part)["koleo"] for part in parts(step, by_view=False, num_images=2)]
+    alone = [model(part)["koleo"] / part.share for part in parts(step, by_view=False, num_images=2)]
+    torch.testing.assert_close(torch.stack(halves).sum(), torch.stack(alone).mean())
+    assert not torch.allclose(torch.stack(halves).sum(), model(step)["koleo"])

@@ -95,6 +95,11 @@ class TrainConfig:
     max_skipped_steps: int = 10  # steps in a row with a gradient that is not finite before the run gives up
     mixed_precision: Literal["no", "bf16"] = "bf16"
 
+    # How a step is cut: it costs time or memory, and changes no more than which random numbers stochastic depth draws;
+    # KoLeo compares the images of a micro-batch.
+    split_views: bool = False  # local crops, first and second global ones in turn: a third of the memory
+    micro_batch_size: int = 0  # images of a process at a time; 0 = all
+
     # What changes the cost and not the result (COST_KEYS).
     num_workers: int = 8  # threads that decode images, a process
     cache_mib: int = 1024  # decoded images kept in memory, a process

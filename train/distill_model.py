@@ -14,7 +14,8 @@ from ..errors import ToolkitError
 from ..models.head import ProjectionHead
 from ..models.vit import Features, VisionTransformer
 from .losses import sinkhorn_knopp
-from .ssl_model import head_logits, step_losses
+from .parts import Part, taught
+from .ssl_model import head_logits, part_losses
 
 
 class DistillModel(nn.Module):
@@ -67,33 +68,30 @@ class DistillModel(nn.Module):
         self.frozen.eval()
         return self
 
-    def forward(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, *, teacher_temp: float
-    ) -> dict[str, Tensor]:
-        """Return the losses of a step and tensors to judge its health by, as SSLModel's forward does.
+    @torch.no_grad()
+    def taught(self, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, *, teacher_temp: float) -> Part:
+        """Return a step's crops with the frozen teacher's answers to them, as SSLModel's `taught` does.
 
         `masks` (2 B, N) only tells how many patch tokens there are: all of them are read, none is masked.
         """
-        every_patch = torch.ones_like(masks)
-        with torch.no_grad():
-            taught: Features = self.frozen["backbone"](global_crops)
-            logits = head_logits(self.frozen, taught.cls_token, taught.patch_tokens.flatten(0, 1))
-            cls_probs, patch_probs = (sinkhorn_knopp(part, teacher_temp) for part in logits)
+        taught_features: Features = self.frozen["backbone"](global_crops)
+        logits = head_logits(self.frozen, taught_features.cls_token, taught_features.patch_tokens.flatten(0, 1))
+        cls_probs, patch_probs = (sinkhorn_knopp(part, teacher_temp) for part in logits)
+        return taught(global_crops, local_crops, torch.ones_like(masks), cls_probs, patch_probs)
 
-        images = [global_crops] if local_crops is None else [global_crops, local_crops]
-        features: list[Features] = self.student["backbone"](images)
-        cls_logits, patch_logits = head_logits(
-            self.student,
-            torch.cat([group.cls_token for group in features]),
-            features[0].patch_tokens.flatten(0, 1),
-        )
-        return step_losses(
+    def forward(self, part: Part) -> dict[str, Tensor]:
+        """Return the losses of a step that `taught` made, or of a part of it, as SSLModel's forward does."""
+        packed = [part.global_crops] if len(part.global_crops) else []
+        packed += [] if part.local_crops is None else [part.local_crops]
+        features: list[Features] = self.student["backbone"](packed)
+        cls_tokens = torch.cat([group.cls_token for group in features])
+        patch_tokens = features[0].patch_tokens[: len(part.global_crops)]  # none where there are no global crops
+        cls_logits, patch_logits = head_logits(self.student, cls_tokens, patch_tokens.flatten(0, 1))
+        return part_losses(
+            part,
             cls_logits,
-            cls_probs,
             patch_logits,
-            patch_probs,
-            every_patch,
-            features[0].cls_token,
+            cls_tokens[: len(part.global_crops)],
             student_temp=self.student_temp,
             dino_weight=self.dino_weight,
             ibot_weight=self.ibot_weight,

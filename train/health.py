@@ -9,18 +9,28 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .parts import Part
+
 UNIFORM_SHARE = 0.99  # of the largest entropy ln K; chosen: healthy runs sharpen well below it within their first steps
 MIN_PERPLEXITY = 2.0  # prototypes in use; chosen: below it nearly all images share one
 MIN_FEATURE_STD = 0.05  # of a possible 1; chosen: below it all class tokens point nearly the same way
 PATIENCE_STEPS = 100  # how long a figure must stay bad, since every run starts with all features alike
 
 
+def teacher_figures(step: Part) -> dict[str, Tensor]:
+    """Return the teacher's mean probabilities of a step's class tokens, (K,), and the mean entropy of one's, ()."""
+    probs = step.cls_probs.flatten(0, 1)  # (2, B, K) -> (2 B, K)
+    return {
+        "teacher_cls_probs": probs.mean(0),
+        "teacher_entropy": torch.special.entr(probs).sum(1).mean(),
+    }
+
+
 def health_figures(outputs: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the figures of one step.
 
     Args:
-        outputs: of `SSLModel.forward`: `teacher_cls_probs` (K,), the teacher's mean probabilities; `teacher_entropy`
-            (), the mean entropy of single rows in nats; `student_cls_tokens` (B, D).
+        outputs: `teacher_cls_probs` (K,) and `teacher_entropy` () of `teacher_figures`; `student_cls_tokens` (B, D).
 
     Returns:
         `teacher_entropy` in nats; `teacher_kl_to_uniform` = ln K - entropy, 0 when the teacher says nothing;

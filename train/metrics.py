@@ -5,7 +5,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,9 +50,19 @@ def write_metrics_table(run_folder: Path, provenance: Provenance) -> None:
         writer.write(table)
 
 
+def added(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the outputs of a step from those of its parts: losses as sums, tokens one after the other."""
+    return {
+        name: torch.stack([part[name] for part in parts]).sum(0)
+        if value.ndim == 0
+        else torch.cat([part[name] for part in parts])
+        for name, value in parts[0].items()
+    }
+
+
 def averaged(outputs: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
     """Return a step's outputs with scalars and mean probabilities averaged over the processes; tokens stay local."""
-    values = {name: value.detach() for name, value in outputs.items()}
+    values = dict(outputs)
     if accelerator.num_processes == 1:
         return values
     shared = {name: value for name, value in values.items() if value.ndim < 2}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import console
 from ..errors import Stopped, ToolkitError
@@ -30,9 +30,10 @@ from .build import build_model
 from .checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint, save_teacher
 from .config import TrainConfig
 from .data import ImageSet, image_set, read_batches
-from .health import PATIENCE_STEPS, collapse, health_figures
+from .health import PATIENCE_STEPS, collapse, health_figures, teacher_figures
 from .launch import caught_signals, is_launched, launch, status_kept
 from .metrics import (
+    added,
     append_metrics,
     averaged,
     peak_memory_mib,
@@ -42,6 +43,7 @@ from .metrics import (
     write_metrics_table,
 )
 from .optimizer import build_optimizer, clip_gradients, set_rates
+from .parts import Part, parts
 from .run import (
     CHECKPOINTS,
     check_batch,
@@ -243,12 +245,20 @@ def train(
             local_crops = make_crops(batch, pixels, config.seed, "local crops", local_views) if local_views else None
             masks = make_masks(step, config, process, num_processes).to(device)
 
-            # Forward. Stochastic depth draws from torch's own generator, so this is what its numbers depend on.
+            # The teacher answers, then the student learns: all at once, or part by part, which adds up to the same.
+            # Stochastic depth draws from torch's own generator, so this is what its numbers depend on.
             torch.manual_seed(draws.derived_seed(config.seed, "drop path", step * num_processes + process))
-            outputs: Mapping[str, Tensor] = wrapped(global_crops, local_crops, masks, teacher_temp=teacher_temp)
+            with accelerator.autocast():
+                whole = model.taught(global_crops, local_crops, masks, teacher_temp=teacher_temp)
+            *first_parts, last_part = parts(whole, by_view=config.split_views, num_images=config.micro_batch_size)
+            collected = []
+            for part in first_parts:
+                with accelerator.no_sync(wrapped):
+                    collected.append(backward(wrapped, part, accelerator))
+            collected.append(backward(wrapped, last_part, accelerator))
+            outputs = added(collected) | teacher_figures(whole)
 
-            # Backward and update. Gradients are averaged over the processes, so all of them skip a step or none.
-            accelerator.backward(outputs["total"])
+            # Update. Gradients are averaged over the processes, so all of them skip a step or none.
             norms = clip_gradients(model.student, config.clip_grad_norm)
             if all(bool(norm.isfinite()) for norm in norms.values()):
                 optimizer.step()
@@ -317,6 +327,13 @@ def train(
             if num_stopped and not is_last:
                 raise Stopped(f"stopped at step {step + 1:,} of {config.steps:,}, all saved; go on with --resume")
     return figures
+
+
+def backward(wrapped: nn.Module, part: Part, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Add the gradients of a part of a step to the student's; return the losses, detached."""
+    outputs: Mapping[str, Tensor] = wrapped(part)
+    accelerator.backward(outputs["total"])
+    return {name: value.detach() for name, value in outputs.items()}
 
 
 def _last_good(run_folder: Path) -> str:

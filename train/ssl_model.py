@@ -1,7 +1,8 @@
-"""Student, teacher and heads in one module whose forward returns the losses of a training step.
+"""Student, teacher and heads in one module: the teacher answers for a step's crops, forward returns the losses.
 
-Shapes: B images, 2 global and L local crops of each; crops are crop-major (all first views, then all second views).
-N patch tokens of a global crop, M masked ones in all 2 B global crops, K prototypes, D embed_dim.
+Shapes: B images of a step, b of a part of it, 2 global and L local crops of each (V global ones in a part); crops are
+view-major (all first views, then all second views). N patch tokens of a global crop, M masked ones of all, K
+prototypes, D embed_dim.
 """
 
 import copy
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..models.head import ProjectionHead
 from ..models.vit import VisionTransformer
 from .losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, updated_center
+from .parts import Part, taught
 
 Centering = Literal["sinkhorn_knopp", "softmax_center"]
 
@@ -65,10 +67,9 @@ class SSLModel(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, *, teacher_temp: float
-    ) -> dict[str, Tensor]:
-        """Return the losses of a step and tensors to judge its health by, as `step_losses` names them.
+    @torch.no_grad()
+    def taught(self, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, *, teacher_temp: float) -> Part:
+        """Return a step's crops with the teacher's answers to them.
 
         Args:
             global_crops: (2 B, C, H, W), first views then second views.
@@ -76,46 +77,41 @@ class SSLModel(nn.Module):
             masks: (2 B, N) bool, True where the student sees the mask token and the iBOT loss reads.
             teacher_temp: temperature of the teacher's probabilities.
         """
-        cls_probs, patch_probs = self.teacher_probs(global_crops, masks, teacher_temp)
-
-        # One packed pass over both crop sizes; the last block and the heads only where a loss reads.
-        student = self.student["backbone"]
-        assert isinstance(student, VisionTransformer)
-        images = [global_crops] if local_crops is None else [global_crops, local_crops]
-        chosen = [masks, None][: len(images)]
-        tokens = student.class_and_chosen_patch_tokens(images, chosen, chosen)
-        global_cls_tokens, patch_tokens = tokens[0]
-        cls_logits, patch_logits = head_logits(
-            self.student, torch.cat([cls_tokens for cls_tokens, _ in tokens]), patch_tokens
-        )
-        return step_losses(
-            cls_logits,
-            cls_probs,
-            patch_logits,
-            patch_probs,
-            masks,
-            global_cls_tokens,
-            student_temp=self.student_temp,
-            dino_weight=self.dino_weight,
-            ibot_weight=self.ibot_weight,
-            koleo_weight=self.koleo_weight,
-        )
-
-    @torch.no_grad()
-    def teacher_probs(self, global_crops: Tensor, masks: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
-        """Return the teacher's probabilities for all class tokens (2 B, K) and for the masked patches (M, K)."""
         teacher = self.teacher["backbone"]
         assert isinstance(teacher, VisionTransformer)
         [(cls_tokens, patch_tokens)] = teacher.class_and_chosen_patch_tokens([global_crops], [None], [masks])
         cls_logits, patch_logits = head_logits(self.teacher, cls_tokens, patch_tokens)
         if self.centering == "sinkhorn_knopp":
-            return sinkhorn_knopp(cls_logits, teacher_temp), sinkhorn_knopp(patch_logits, teacher_temp)
-        cls_probs = softmax_center(cls_logits, self.dino_center, teacher_temp)
-        patch_probs = softmax_center(patch_logits, self.ibot_center, teacher_temp)
-        if self.training:
-            self.dino_center.copy_(updated_center(self.dino_center, cls_logits))
-            self.ibot_center.copy_(updated_center(self.ibot_center, patch_logits))
-        return cls_probs, patch_probs
+            cls_probs, patch_probs = (sinkhorn_knopp(logits, teacher_temp) for logits in (cls_logits, patch_logits))
+        else:
+            cls_probs = softmax_center(cls_logits, self.dino_center, teacher_temp)
+            patch_probs = softmax_center(patch_logits, self.ibot_center, teacher_temp)
+            if self.training:
+                self.dino_center.copy_(updated_center(self.dino_center, cls_logits))
+                self.ibot_center.copy_(updated_center(self.ibot_center, patch_logits))
+        return taught(global_crops, local_crops, masks, cls_probs, patch_probs)
+
+    def forward(self, part: Part) -> dict[str, Tensor]:
+        """Return the losses of a step that `taught` made, or of a part of it, as `part_losses` names them."""
+        student = self.student["backbone"]
+        assert isinstance(student, VisionTransformer)
+        # One packed pass over all crop sizes; the last block and the heads only where a loss reads.
+        packed = [(part.global_crops, part.masks)] if len(part.global_crops) else []
+        packed += [] if part.local_crops is None else [(part.local_crops, None)]
+        masks = [mask for _, mask in packed]
+        tokens = student.class_and_chosen_patch_tokens([crops for crops, _ in packed], masks, masks)
+        cls_tokens = torch.cat([cls_tokens for cls_tokens, _ in tokens])
+        cls_logits, patch_logits = head_logits(self.student, cls_tokens, tokens[0][1])
+        return part_losses(
+            part,
+            cls_logits,
+            patch_logits,
+            cls_tokens[: len(part.global_crops)],
+            student_temp=self.student_temp,
+            dino_weight=self.dino_weight,
+            ibot_weight=self.ibot_weight,
+            koleo_weight=self.koleo_weight,
+        )
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -132,12 +128,10 @@ def head_logits(parts: nn.ModuleDict, cls_tokens: Tensor, patch_tokens: Tensor) 
     return cls_logits, patch_logits
 
 
-def step_losses(
+def part_losses(
+    part: Part,
     cls_logits: Tensor,
-    cls_probs: Tensor,
     patch_logits: Tensor,
-    patch_probs: Tensor,
-    masks: Tensor,
     cls_tokens: Tensor,
     *,
     student_temp: float,
@@ -145,52 +139,45 @@ def step_losses(
     ibot_weight: float,
     koleo_weight: float,
 ) -> dict[str, Tensor]:
-    """Return the losses of a step, `total` to go backward from, and detached tensors to judge its health by.
+    """Return the losses of a part of a step, which add up to the step's, and `total` to go backward from.
 
     Args:
-        cls_logits: (2 B + L B, K), the student's for global and local crops, view by view.
-        cls_probs: (2 B, K), the teacher's for the global crops.
-        patch_logits, patch_probs: (M, K), student's and teacher's, crop by crop.
-        masks: (2 B, N) bool with M True: the patches that the iBOT loss reads.
-        cls_tokens: (2 B, D), the student's of the global crops, before the head.
+        cls_logits: (V b + L b, K), the student's for the part's global and local crops, view by view.
+        patch_logits: (M, K), the student's for the patches under the part's masks, crop by crop.
+        cls_tokens: (V b, D), the student's of the global crops, before the head.
         student_temp: temperature of the student's softmax.
         dino_weight, ibot_weight, koleo_weight: factors of the losses in `total`.
 
     Returns:
         `dino_local`, `dino_global` (each pair's mean cross-entropy over the number of all pairs, 2 + 2 L, so their
-        sum is the average pair's), `ibot`, `koleo` (both views), all before their weights; `total`;
-        `teacher_cls_probs` (K,), the teacher's class-token probabilities averaged over the batch; `teacher_entropy`
-        (), their mean entropy in nats; `student_cls_tokens` (2 B, D).
+        sum is the average pair's), `ibot`, `koleo` (of each view by itself, for two views of one image are meant to be
+        near), all before their weights; `total`; `student_cls_tokens` (V b, D), detached.
 
     Source: sections 4 and 5 of Oquab et al. 2023. Without local crops there are 2 pairs (the official code divides
     by 3).
     """
-    # (2 B + L B, K) -> (2 + L, B, K) and (2 B, K) -> (2, B, K)
-    num_images, num_prototypes = len(cls_probs) // 2, cls_probs.shape[1]
-    student_views = cls_logits.view(-1, num_images, num_prototypes)
-    teacher_views = cls_probs.view(2, num_images, num_prototypes)
-    num_pairs = 2 * len(student_views) - 2  # all of student and teacher, less each global crop with itself
-    first_view, second_view, local_views = torch.split(student_views, [1, 1, len(student_views) - 2])
-    losses = {
-        "dino_local": dino_loss(local_views, teacher_views, student_temp=student_temp) / num_pairs,
-        "dino_global": (
-            dino_loss(first_view, teacher_views[1:], student_temp=student_temp)
-            + dino_loss(second_view, teacher_views[:1], student_temp=student_temp)
-        )
-        / num_pairs,
-        "ibot": ibot_loss(patch_logits, patch_probs, masks, student_temp=student_temp),
-        "koleo": cls_tokens.new_zeros((), dtype=torch.float32),
-    }
-    if koleo_weight:
-        # Each view by itself: two views of one image are meant to be near.
-        losses["koleo"] = torch.stack([koleo_loss(view) for view in cls_tokens.chunk(2)]).sum()
+    num_views = len(part.cls_probs)
+    # (V b + L b, K) -> (V, b, K) and (L, b, K)
+    views = cls_logits.view(-1, part.num_images, cls_logits.shape[1])
+    global_views, local_views = torch.split(views, [num_views, len(views) - num_views])
+    zero = cls_logits.new_zeros((), dtype=torch.float32)
+    losses = {"dino_local": zero, "dino_global": zero, "ibot": zero, "koleo": zero}
+    if len(local_views):
+        local_loss = dino_loss(local_views, part.all_cls_probs[None], student_temp=student_temp)
+        losses["dino_local"] = part.share * local_loss / part.num_pairs
+    if num_views:
+        pairs = [
+            dino_loss(view[None], probs[None], student_temp=student_temp)
+            for view, probs in zip(global_views, part.cls_probs, strict=True)
+        ]
+        losses["dino_global"] = part.share * torch.stack(pairs).sum() / part.num_pairs
+        patch_loss = ibot_loss(patch_logits, part.patch_probs, part.masks, student_temp=student_temp)
+        losses["ibot"] = part.share * num_views / 2 * patch_loss
+        if koleo_weight:
+            losses["koleo"] = part.share * torch.stack([koleo_loss(view) for view in cls_tokens.chunk(num_views)]).sum()
     losses["total"] = (
         dino_weight * (losses["dino_local"] + losses["dino_global"])
         + ibot_weight * losses["ibot"]
         + koleo_weight * losses["koleo"]
     )
-    return losses | {
-        "teacher_cls_probs": cls_probs.mean(0),
-        "teacher_entropy": torch.special.entr(cls_probs).sum(1).mean(),
-        "student_cls_tokens": cls_tokens.detach(),
-    }
+    return losses | {"student_cls_tokens": cls_tokens.detach()}
