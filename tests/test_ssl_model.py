@@ -129,8 +129,8 @@ def test_the_losses_are_those_of_a_slow_loop_over_crops_and_pairs(separate: bool
 
 def test_the_losses_of_a_uniform_model_start_where_the_paper_says() -> None:
     model = tiny_model()
-    for parts in (model.student, model.teacher):
-        parts.get_parameter("dino_head.last_layer.weight_g").data.zero_()
+    for half in (model.student, model.teacher):
+        half.get_parameter("dino_head.last_layer.weight_g").data.zero_()
     losses = model(model.taught(*crops_and_masks(), teacher_temp=0.04))
     log_k = math.log(NUM_PROTOTYPES)
     assert losses["dino_local"].item() == pytest.approx(log_k * 16 / 18, rel=1e-5)

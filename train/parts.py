@@ -68,7 +68,8 @@ def _images(part: Part, start: int, stop: int) -> Part:
     chosen = (images >= start) & (images < stop)
 
     def cut(crops: Tensor) -> Tensor:
-        return crops.unflatten(0, (-1, part.num_images))[:, start:stop].flatten(0, 1)
+        views = crops.view(-1, part.num_images, *crops.shape[1:])
+        return views[:, start:stop].flatten(0, 1)
 
     return replace(
         part,

@@ -96,7 +96,7 @@ class SSLModel(nn.Module):
         student = self.student["backbone"]
         assert isinstance(student, VisionTransformer)
         # One packed pass over all crop sizes; the last block and the heads only where a loss reads.
-        packed = [(part.global_crops, part.masks)] if len(part.global_crops) else []
+        packed: list[tuple[Tensor, Tensor | None]] = [(part.global_crops, part.masks)] if len(part.global_crops) else []
         packed += [] if part.local_crops is None else [(part.local_crops, None)]
         masks = [mask for _, mask in packed]
         tokens = student.class_and_chosen_patch_tokens([crops for crops, _ in packed], masks, masks)
