@@ -14,11 +14,13 @@ import resource
 import statistics
 import sys
 import time
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2_toolkit.models.block import Recompute
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.train.masking import block_masks
@@ -51,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--drop-path", type=float, default=0.3, help="default 0.3")
     parser.add_argument("--split-views", action="store_true", help="local, first and second global crops in turn")
+    parser.add_argument("--recompute", choices=get_args(Recompute), default="nothing", help="going backward")
     parser.add_argument("--separate-head", action="store_true", help="a head of its own for patches")
     parser.add_argument("--centering", choices=["centering", "sinkhorn_knopp"], default="centering")
     return parser.parse_args()
@@ -66,6 +69,8 @@ def build(args: argparse.Namespace) -> SSLModel:
         img_size=args.global_size,
         drop_path=args.drop_path,
     )
+    for block in backbone.blocks:
+        block.recompute = args.recompute
     heads = [ProjectionHead(args.dim, args.prototypes) for _ in range(2 if args.separate_head else 1)]
     centering: Centering = "softmax_center" if args.centering == "centering" else "sinkhorn_knopp"
     return SSLModel(backbone, *heads, centering=centering).train()

@@ -5,15 +5,18 @@ them with n tokens each; D embed_dim.
 Source: Oquab et al. 2023 (DINOv2), section 5; github.com/facebookresearch/dinov2 (dinov2/layers).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Ffn = Literal["mlp", "swiglu"]
 Groups = list[tuple[int, int]]  # (B, n) of each group in a pack, in order
 Reads = list[Tensor]  # (B, n) bool of each group: the tokens that somebody reads
+Recompute = Literal["nothing", "cheap", "blocks"]  # what going backward computes again in place of keeping it
 
 
 class LayerScale(nn.Module):
@@ -32,7 +35,7 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention within each sequence of a pack: the linear layers see all tokens at once, (T, D) -> (T, D)."""
+    """Self-attention within each sequence of a pack, from queries, keys and values of all: (T, 3 D) -> (T, D)."""
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -40,8 +43,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, tokens: Tensor, groups: Groups, scale: LayerScale) -> Tensor:
-        packed: Tensor = self.qkv(tokens)
+    def forward(self, packed: Tensor, groups: Groups, scale: LayerScale) -> Tensor:
         attended = []
         for part, (sequences, length) in zip(_split(packed, groups), groups, strict=True):
             # (B n, 3 D) -> 3 x (B, heads, n, D / heads)
@@ -52,7 +54,7 @@ class Attention(nn.Module):
         return projected
 
     def at(self, tokens: Tensor, groups: Groups, scale: LayerScale, reads: Reads) -> Tensor:
-        """Return what `forward` does at the R tokens that are read alone, (R, D): no other token has a query."""
+        """Return the R tokens that are read alone, (T, D) -> (R, D): no other has a query, or an update."""
         query_weight, key_value_weight = self.qkv.weight.tensor_split([tokens.shape[1]])
         query_bias, key_value_bias = self.qkv.bias.tensor_split([tokens.shape[1]])
         keys_values = F.linear(tokens, key_value_weight, key_value_bias)
@@ -88,9 +90,11 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
         self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
 
-    def forward(self, tokens: Tensor, scale: LayerScale) -> Tensor:
-        projected: Tensor = scale(self.fc2, F.gelu(self.fc1(tokens)))
-        return projected
+    def widen(self, tokens: Tensor) -> Tensor:
+        return self.fc1(tokens)  # type: ignore[no-any-return]
+
+    def narrow(self, hidden: Tensor, scale: LayerScale) -> Tensor:
+        return scale(self.fc2, F.gelu(hidden))  # type: ignore[no-any-return]
 
 
 class SwiGlu(nn.Module):
@@ -102,10 +106,12 @@ class SwiGlu(nn.Module):
         self.w12 = nn.Linear(embed_dim, 2 * hidden_dim)
         self.w3 = nn.Linear(hidden_dim, embed_dim)
 
-    def forward(self, tokens: Tensor, scale: LayerScale) -> Tensor:
-        gate, value = self.w12(tokens).chunk(2, dim=-1)
-        projected: Tensor = scale(self.w3, F.silu(gate) * value)
-        return projected
+    def widen(self, tokens: Tensor) -> Tensor:
+        return self.w12(tokens)  # type: ignore[no-any-return]
+
+    def narrow(self, hidden: Tensor, scale: LayerScale) -> Tensor:
+        gate, value = hidden.chunk(2, dim=-1)
+        return scale(self.w3, F.silu(gate) * value)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -115,6 +121,8 @@ class Block(nn.Module):
     is scaled by all / kept, so its expectation stands. The number kept is max(floor(B (1 - drop_path)), 1) in each
     group, so shapes are the same every step. Source: "efficient stochastic depth", Oquab et al. 2023, section 5.
     """
+
+    recompute: Recompute = "nothing"  # "cheap": norms and activations; "blocks": all of it
 
     def __init__(self, embed_dim: int, num_heads: int, ffn: Ffn, layer_scale: float, drop_path: float) -> None:
         super().__init__()
@@ -126,35 +134,64 @@ class Block(nn.Module):
         self.mlp = SwiGlu(embed_dim) if ffn == "swiglu" else Mlp(embed_dim)
         self.ls2 = LayerScale(embed_dim, layer_scale)
 
+    def attend(self, tokens: Tensor, groups: Groups, reads: Reads | None) -> Tensor:
+        """Return the update (T, D) of attention, or where `reads` says so (R, D)."""
+        if reads is not None:
+            return self.attn.at(self.norm1(tokens), groups, self.ls1, reads)
+        packed = self._cheaply(lambda tokens: self.attn.qkv(self.norm1(tokens)), tokens)
+        update: Tensor = self.attn(packed, groups, self.ls1)
+        return update
+
+    def feed_forward(self, tokens: Tensor) -> Tensor:
+        """Return the update (T, D) of the feed-forward."""
+        hidden = self._cheaply(lambda tokens: self.mlp.widen(self.norm2(tokens)), tokens)
+        return self._cheaply(lambda hidden: self.mlp.narrow(hidden, self.ls2), hidden)
+
+    def _cheaply(self, function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        """Apply a pointwise operation and the linear layer after it, keeping no more than their input if told so.
+
+        Going backward, the pointwise part runs again; checkpointing stops before the linear layer, whose input is the
+        last that is missing.
+        """
+        if self.recompute != "cheap" or not torch.is_grad_enabled():
+            return function(tokens)
+        output: Tensor = checkpoint(function, tokens, use_reentrant=False, preserve_rng_state=False)
+        return output
+
     def forward(self, tokens: Tensor, groups: Groups, reads: Reads | None = None) -> Tensor:
         """Return the tokens (T, D) after this block; with `reads`, the R that are read alone (R, D), for less."""
+        if self.recompute == "blocks" and torch.is_grad_enabled():
+            output: Tensor = checkpoint(self._forward, tokens, groups, reads, use_reentrant=False)
+            return output
+        return self._forward(tokens, groups, reads)
+
+    def _forward(self, tokens: Tensor, groups: Groups, reads: Reads | None) -> Tensor:
         if self.training and self.drop_path > 0.0:
             return self._forward_of_random_sequences(tokens, groups, reads)
-        if reads is None:
-            tokens = tokens + self.attn(self.norm1(tokens), groups, self.ls1)
-        else:
-            tokens = tokens[_flat(reads)] + self.attn.at(self.norm1(tokens), groups, self.ls1, reads)
-        updated: Tensor = tokens + self.mlp(self.norm2(tokens), self.ls2)
-        return updated
+        update = self.attend(tokens, groups, reads)
+        tokens = (tokens if reads is None else tokens[_flat(reads)]) + update
+        return tokens + self.feed_forward(tokens)
 
     def _forward_of_random_sequences(self, tokens: Tensor, groups: Groups, reads: Reads | None) -> Tensor:
         rows, scales, kept_groups, kept = random_sequences(groups, self.drop_path, tokens)
-        normed = self.norm1(tokens.index_select(0, rows))
-        if reads is None:
-            tokens = tokens.index_add(0, rows, (self.attn(normed, kept_groups, self.ls1) * scales).to(tokens.dtype))
-        else:
-            kept_reads = [read[sequences] for read, sequences in zip(reads, kept, strict=True)]
-            of_kept, of_all = _flat(kept_reads), _flat(reads)
-            update = self.attn.at(normed, kept_groups, self.ls1, kept_reads) * scales[of_kept]
-            place = of_all.cumsum(0) - 1  # (T,) a read token's number among the R
-            tokens = tokens[of_all].index_add(0, place[rows[of_kept]], update.to(tokens.dtype))
+        kept_reads = None if reads is None else _kept(reads, kept)
+        update = self.attend(tokens.index_select(0, rows), kept_groups, kept_reads)
+        if reads is not None and kept_reads is not None:
+            place = _flat(reads).cumsum(0) - 1  # (T,) a read token's number among the R
+            tokens = tokens[_flat(reads)]
+            rows, scales = place[rows[_flat(kept_reads)]], scales[_flat(kept_reads)]
+        tokens = tokens.index_add(0, rows, (update * scales).to(tokens.dtype))
 
         rows, scales, _, kept = random_sequences(groups, self.drop_path, tokens)
         if reads is not None:
-            of_kept = _flat([read[sequences] for read, sequences in zip(reads, kept, strict=True)])
+            of_kept = _flat(_kept(reads, kept))
             rows, scales = place[rows[of_kept]], scales[of_kept]
-        update = self.mlp(self.norm2(tokens.index_select(0, rows)), self.ls2) * scales
-        return tokens.index_add(0, rows, update.to(tokens.dtype))
+        update = self.feed_forward(tokens.index_select(0, rows))
+        return tokens.index_add(0, rows, (update * scales).to(tokens.dtype))
+
+
+def _kept(reads: Reads, kept: list[Tensor]) -> Reads:
+    return [read[sequences] for read, sequences in zip(reads, kept, strict=True)]
 
 
 def random_sequences(groups: Groups, drop_path: float, tokens: Tensor) -> tuple[Tensor, Tensor, Groups, list[Tensor]]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import console
 from ..errors import ToolkitError
+from ..models.block import Block
 from ..models.head import ProjectionHead
 from ..models.vit import VisionTransformer, build_vit
 from ..models.weights import load_backbone, load_heads
@@ -20,7 +21,7 @@ def build_backbone(config: TrainConfig) -> VisionTransformer:
     Raises:
         ToolkitError: for an unknown architecture.
     """
-    return build_vit(
+    backbone = build_vit(
         config.arch,
         patch_size=config.patch_size,
         depth=config.depth or None,
@@ -32,6 +33,10 @@ def build_backbone(config: TrainConfig) -> VisionTransformer:
         pos_embed_antialias=config.pos_embed_antialias,
         pos_embed_offset=config.pos_embed_offset,
     )
+    for block in backbone.blocks:
+        assert isinstance(block, Block)
+        block.recompute = config.recompute
+    return backbone
 
 
 def build_model(config: TrainConfig, init_from: str | None = None) -> SSLModel:
