@@ -11,6 +11,7 @@ from .curate.cli import app as curate
 from .errors import Stopped, ToolkitError
 from .evaluate.cli import app as evaluate
 from .manage.cli import app as catalog
+from .manage.cli import export, models
 from .train.cli import app as train
 
 # Typer carries its own copy of click, whose general exceptions it does not export by name.
@@ -24,6 +25,8 @@ app.add_typer(curate, name="curate")
 app.add_typer(train, name="train")
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(catalog, name="catalog")
+app.add_typer(models, name="models")
+app.command()(export)
 
 
 def _print_version(wanted: bool) -> None:

@@ -31,6 +31,15 @@ Recall = Annotated[
         "--recall", help="Share of the true neighbours that a search of many images must find; 1 compares all with all."
     ),
 ]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        metavar="SQL",
+        help='Only rows that fulfil a condition over the manifest\'s columns, such as "width >= 224".',
+        show_default=False,
+    ),
+]
 
 
 def output_option(default: str) -> typer.models.OptionInfo:
@@ -48,4 +57,4 @@ def emit(result: "Result | None", as_json: bool) -> None:
         value = {} if result.value is None else {"value": result.value}
         print(json.dumps({"output": result.output, **value, **result.figures}))
     else:
-        print(result.output if result.value is None else f"{result.value:.4f}")
+        print(result.output if result.value is None else f"{result.value:.{result.digits}f}")

@@ -56,6 +56,38 @@ def embed(
     num_workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that decode. [default: one a core]", show_default=False)
     ] = None,
+    num_processes: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine, one a GPU; each embeds its share.")
+    ] = 1,
+    tokens: Annotated[
+        Literal["cls", "mean", "cls+mean", "patches"],
+        typer.Option(help="What describes an image: class token, mean of the patches, both, or every patch as well."),
+    ] = "cls",
+    layers: Annotated[int, typer.Option(min=1, help="Join the tokens of the last N blocks.")] = 1,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="PX", help="Side of what the model sees. [default: its own]", show_default=False),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="PX", help="See all of an image, in overlapping tiles; larger ones at a short side of PX."
+        ),
+    ] = None,
+    min_side: Annotated[
+        int | None, typer.Option(min=1, metavar="PX", help="Remove images whose shorter side is less.")
+    ] = None,
+    max_aspect: Annotated[
+        float | None, typer.Option(min=1.0, help="Remove images whose longer side is more times the shorter.")
+    ] = None,
+    min_contrast: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Remove near-constant images: standard deviation of the grey levels (0-255), as 2."),
+    ] = None,
+    min_sharpness: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Remove blurred images: variance of the Laplacian at a short side of 256, as 50."),
+    ] = None,
     null: options.Null = False,
     seed: options.Seed = 0,
     force: options.Force = False,
@@ -69,8 +101,12 @@ def embed(
     console.set_verbosity(quiet, verbose)
     from ..store.artifact import Options
     from .embed import EmbedSettings, embed_images
+    from .embed_filters import Filters
 
-    settings = EmbedSettings(model, role, labels, dtype, max_failed, batch_size, num_workers, null)
+    settings = EmbedSettings(
+        model, role, labels, dtype, max_failed, batch_size, num_workers, null, tokens, layers, image_size, windows,
+        Filters(min_side, max_aspect, min_contrast, min_sharpness), num_processes,
+    )  # fmt: skip
     result = embed_images(sources, output or f"{role}.parquet", settings, Options(seed, force, dry_run, limit))
     options.emit(result, json)
 
@@ -82,11 +118,16 @@ def dedup(
     threshold: Annotated[
         float | None,
         typer.Option(
-            help="Cosine similarity above which two images are near-duplicates. [default: learnt from the pool]",
+            help="Cosine similarity above which two images are near-duplicates."
+            " [default: that of --known, else learnt from the pool]",
             show_default=False,
         ),
     ] = None,
     k: Annotated[int, typer.Option("--k", help="Neighbours looked at first; images that have more are seen to.")] = 64,
+    linkage: Annotated[
+        Literal["components", "star"],
+        typer.Option(help="Groups: chains of pairs above the threshold, or what is above it to the one that stays."),
+    ] = "components",
     against: Annotated[
         list[Path] | None,
         typer.Option(metavar="EVAL.parquet", help="Remove every group with an image like one of these; repeatable."),
@@ -95,13 +136,37 @@ def dedup(
         float | None,
         typer.Option(help="Similarity above which --against removes. [default: --threshold]", show_default=False),
     ] = None,
+    known: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="CLEAN.parquet", help="Remove what duplicates an image kept earlier; repeatable."),
+    ] = None,
     keep: Annotated[
         str,
         typer.Option(
-            metavar="largest|first|column:NAME", help="Which of a group stays: by pixels, row, or a column's value."
+            metavar="largest|first|column:NAME[=A,B]",
+            help="Which of a group stays: by pixels, row, a column's largest value, or its values in this order.",
         ),
     ] = "largest",
+    exact: Annotated[
+        Literal["bytes", "pixels"] | None,
+        typer.Option(help="Only exact copies, without vectors: also of images that were never embedded."),
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="GROUPS.png", help="Also draw the largest and the loosest groups.")
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PICTURE.png", help="Remove nothing: draw what thresholds would do, and print the one suggested."
+        ),
+    ] = None,
+    precision: Annotated[
+        float, typer.Option(help="For --calibrate: share of the pairs above the threshold that are no chance.")
+    ] = 0.98,
+    where: options.Where = None,
     features: Features = None,
+    memory: options.Memory = None,
+    recall: options.Recall = 0.99,
     seed: options.Seed = 0,
     force: options.Force = False,
     dry_run: options.DryRun = False,
@@ -113,10 +178,30 @@ def dedup(
     """Keep one image of every group of near-duplicates; the others are listed with what they duplicate."""
     console.set_verbosity(quiet, verbose)
     from ..store.artifact import Options
+    from .calibrate import CalibrateSettings, calibrate_threshold
     from .dedup import DedupSettings, dedup_images
 
-    settings = DedupSettings(threshold, k, tuple(against or ()), against_threshold, keep, features)
-    options.emit(dedup_images(manifest, output, settings, Options(seed, force, dry_run, limit)), json)
+    common = Options(seed, force, dry_run, limit)
+    if calibrate is not None:
+        calibration = CalibrateSettings(precision, features, where, memory, recall)
+        options.emit(calibrate_threshold(manifest, calibrate, calibration, common), json)
+        return
+    settings = DedupSettings(
+        threshold=threshold,
+        k=k,
+        against=tuple(against or ()),
+        against_threshold=against_threshold,
+        keep=keep,
+        features=features,
+        linkage=linkage,
+        known=tuple(known or ()),
+        exact=exact,
+        sheet=sheet,
+        where=where,
+        memory=memory,
+        recall=recall,
+    )
+    options.emit(dedup_images(manifest, output, settings, common), json)
 
 
 @app.command()
@@ -156,25 +241,54 @@ def cluster(
 @app.command()
 def retrieve(
     queries: Annotated[
-        Path | None, typer.Option(help="Embedded seed images.", show_default="the newest queries in the catalog")
+        list[str] | None,
+        typer.Option(
+            metavar="Q.parquet[=N]",
+            help="Embedded seed images, perhaps with a --k or --per-cluster of their own; repeatable.",
+            show_default="the newest queries in the catalog",
+        ),
     ] = None,
     pool: Annotated[
         Path | None, typer.Option(help="Embeddings to choose from.", show_default="the newest pool in the catalog")
     ] = None,
     output: Annotated[str, options.output_option("curated.parquet")] = "curated.parquet",
     k: Annotated[int | None, typer.Option("--k", help="Nearest pool images of every query.", show_default="4")] = None,
+    fill: Annotated[
+        bool,
+        typer.Option(
+            "--fill",
+            help="An image that several queries want goes to one; fill the others' places by their next nearest.",
+        ),
+    ] = False,
     per_cluster: Annotated[
         int | None,
         typer.Option(metavar="M", help="Instead of --k: M images of every cluster of the pool that queries fall into."),
     ] = None,
+    min_queries: Annotated[
+        int,
+        typer.Option(metavar="N", help="For --per-cluster: only of clusters with N queries of a set; the paper: 4."),
+    ] = 1,
     num_clusters: Annotated[
         int | None,
         typer.Option(
             help="For --per-cluster: make so many clusters.", show_default="the pool's own, else the root of its size"
         ),
     ] = None,
+    max_images: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Images a query set brings at most; the paper: 1000000.", show_default="no limit"
+        ),
+    ] = None,
+    min_similarity: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Only images at least so similar to a query, by cosine.", show_default="any"),
+    ] = None,
     include_queries: Annotated[bool, typer.Option("--include-queries", help="The queries come along as rows.")] = False,
+    where: options.Where = None,
     features: Features = None,
+    memory: options.Memory = None,
+    recall: options.Recall = 0.99,
     seed: options.Seed = 0,
     force: options.Force = False,
     dry_run: options.DryRun = False,
@@ -186,7 +300,51 @@ def retrieve(
     """Choose the pool images that resemble the query images, every one at most once."""
     console.set_verbosity(quiet, verbose)
     from ..store.artifact import Options
-    from .retrieve import RetrieveSettings, retrieve_images
+    from .retrieve import RetrieveSettings, parse_queries, retrieve_images
 
-    settings = RetrieveSettings(k, per_cluster, num_clusters, include_queries, features)
-    options.emit(retrieve_images(queries, pool, output, settings, Options(seed, force, dry_run, limit)), json)
+    settings = RetrieveSettings(
+        k=k,
+        per_cluster=per_cluster,
+        num_clusters=num_clusters,
+        include_queries=include_queries,
+        features=features,
+        fill=fill,
+        min_queries=min_queries,
+        max_images=max_images,
+        min_similarity=min_similarity,
+        where=where,
+        memory=memory,
+        recall=recall,
+    )
+    sets = parse_queries(queries or ())
+    options.emit(retrieve_images(sets, pool, output, settings, Options(seed, force, dry_run, limit)), json)
+
+
+@app.command()
+def union(
+    parts: Annotated[
+        list[str],
+        typer.Argument(metavar="PART.parquet[=WEIGHT]...", help="Manifests, all or none with a share of the draws."),
+    ],
+    output: Annotated[str, options.output_option("mix.parquet")] = "mix.parquet",
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Take the vectors along, also of parts with different embeddings.")
+    ] = False,
+    where: options.Where = None,
+    memory: options.Memory = None,
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    limit: options.Limit = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Put manifests together, each image once; with weights, training draws every part as often as its share says."""
+    console.set_verbosity(quiet, verbose)
+    from ..store.artifact import Options
+    from .union import UnionSettings, parse_parts, union_manifests
+
+    settings = UnionSettings(where, embeddings, memory)
+    result = union_manifests(parse_parts(parts), output, settings, Options(seed, force, dry_run, limit))
+    options.emit(result, json)

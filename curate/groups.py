@@ -1,102 +1,192 @@
-"""Groups of near-duplicates: the connected components of the graph of similarities above a threshold.
+"""Groups of near-duplicates, and the one of each that stays.
 
-N images, M distinct vectors, E edges.
+N images, M distinct vectors, B vectors of a block, E pairs.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from .. import console
-from ..features.neighbors import candidates, similarities, tolerance
-from ..store.vectors import Int64, Vectors
+from ..features.exact_search import DEFAULTS, SearchSettings
+from ..features.join import components_above
+from ..features.products import tile_above, unit_rows
+from ..features.similarity import similarities
+from ..store.vectors import Float64, Int64, Vectors
 
-SWEEP_TILE = (2_048, 4_096)  # chosen: rows x columns of the products that link saturated rows
+BLOCK_ROWS = 2_048  # rows of a star compared at a time
+KEPT_TILE = 8_192  # those that stay, compared with them at a time
 
 
-def duplicate_groups(vectors: Vectors, first: Int64, threshold: float, k: int) -> tuple[Int64, int]:
-    """Return the group of every image, named by its smallest row, and how many images are saturated.
+@dataclass(frozen=True)
+class Groups:
+    """Which images show the same, and which one of each group stays."""
 
-    Images with a similarity above `threshold` belong together, and so do theirs. An image is saturated when all its
-    k nearest others are above the threshold: k neighbours then do not tell all, and it is compared with every image
-    outside its group, so the result does not depend on k.
+    labels: Int64  # (N,) the group of every image, named by its smallest row
+    kept: Int64  # (N,) row of the image that stays for each one's group; itself where it stays
+    weakest: Float64  # (N,) lowest similarity of any of the group's images to the one that stays; 1 where it is alone
+    num_saturated: int  # images with at least k others above the threshold
+    recall: float  # share of the pairs above the threshold that the search found; 1: exact
+
+
+def duplicate_groups(
+    vectors: Vectors,
+    first: Int64,
+    threshold: float,
+    k: int,
+    *,
+    linkage: Literal["components", "star"] = "components",
+    priority: Int64,
+    search: SearchSettings = DEFAULTS,
+) -> Groups:
+    """Group images with a similarity above `threshold`, and choose the one of each group that stays.
+
+    `components`: images above the threshold belong together, and so do theirs; the one of lowest priority stays.
+    `star`: images are gone through by priority, and one stays where none that stays is above the threshold to it;
+    each of the others belongs to the first that stays above the threshold to it. So no two that stay are above the
+    threshold, and every other is above it to the one that stays.
 
     Args:
         first: (N,) for every vector the first row with the same numbers; copies are searched once.
+        priority: (N,) a permutation, lower is preferred.
+        k: an image with k or more others above the threshold counts as saturated; its neighbours are counted no
+            further, and it changes nothing else.
+    """
+    rows = np.arange(len(first))
+    first = _of_their_own(vectors, first, threshold)
+    distinct = np.flatnonzero(first == rows)  # (M,)
+    number = np.searchsorted(distinct, first)  # (N,) places in `distinct`
+    num_copies = np.bincount(number, minlength=len(distinct))
+    by_priority = np.empty(len(first), np.int64)
+    by_priority[priority] = rows
+    best = np.full(len(distinct), len(first))  # (M,) the priority of the preferred copy
+    np.minimum.at(best, number, priority)
+
+    searched = vectors.take(distinct)
+    joined = components_above(searched, threshold, weights=num_copies, enough=k, search=search)
+    if linkage == "star":
+        stays = star(searched, joined.labels, best, threshold)  # (M,)
+        kept = by_priority[best[stays]][number]
+    else:
+        of_component = np.full(len(distinct), len(first))
+        np.minimum.at(of_component, joined.labels, best)
+        kept = by_priority[of_component[joined.labels]][number]
+    smallest = np.full(len(first), len(first))  # at the place of the one that stays
+    np.minimum.at(smallest, kept, rows)
+    num_saturated = int(num_copies[joined.degree >= k].sum())
+    return Groups(smallest[kept], kept, _weakest(vectors, kept), num_saturated, joined.recall)
+
+
+def _of_their_own(vectors: Vectors, first: Int64, threshold: float) -> Int64:
+    """Return `first` with copies that are not above the threshold to each other as their own first.
+
+    These are zero vectors, similar to nothing, and all vectors where the threshold is 1.
     """
     copies = np.flatnonzero(first != np.arange(len(first)))
     originals = np.unique(first[copies])
-    unlike = originals[
-        similarities(vectors, originals, vectors, originals) <= threshold
-    ]  # zero vectors, or threshold 1
-    first = np.where(np.isin(first, unlike), np.arange(len(first)), first)
-    distinct, number, num_copies = np.unique(first, return_inverse=True, return_counts=True)
-    searched = vectors.take(distinct)  # (M, D)
-
-    left, right, open_ended = _edges(searched, threshold, k)
-    degree = num_copies - 1 + np.bincount(left, num_copies[right], len(distinct)).astype(np.int64)
-    degree += np.bincount(right, num_copies[left], len(distinct)).astype(np.int64)
-    labels = connected(np.arange(len(distinct)), left, right)
-    labels = _link_open_ended(searched, open_ended, labels, threshold)
-    return distinct[labels][number], int(num_copies[degree >= k].sum())
+    unlike = originals[similarities(vectors, originals, vectors, originals) <= threshold]
+    alone = copies[np.isin(first[copies], unlike)]
+    if len(alone):
+        first = first.copy()
+        first[alone] = alone
+    return first
 
 
-def _edges(vectors: Vectors, threshold: float, k: int) -> tuple[Int64, Int64, Int64]:
-    """Return the edges (E,), (E,) of the k-nearest-neighbour graph above the threshold, and rows that may have more."""
-    error = tolerance(vectors.dim)
-    num = min(k + 1, len(vectors))  # a row finds itself
-    edges, open_ended = [], [np.empty(0, np.int64)]
-    for start, found, approximate in candidates(vectors, vectors, num):
-        rows = np.arange(start, start + len(found))
-        left, column = np.nonzero((approximate > threshold - error) & (found != rows[:, None]))
-        approximate_edges, left, right = approximate[left, column], rows[left], found[left, column]
-        is_edge = approximate_edges > threshold + error
-        unsure = np.flatnonzero(~is_edge)
-        is_edge[unsure] = similarities(vectors, left[unsure], vectors, right[unsure]) > threshold
-        left, right = left[is_edge], right[is_edge]
-        edges.append(np.stack([np.minimum(left, right), np.maximum(left, right)], axis=1))
-        if num < len(vectors):
-            open_ended.append(rows[approximate[:, -1] > threshold - error])
-    both = np.unique(np.concatenate(edges), axis=0)
-    return both[:, 0], both[:, 1], np.concatenate(open_ended)
+def _weakest(vectors: Vectors, kept: Int64) -> Float64:
+    """Return the lowest similarity of each image's group to the one that stays, (N,)."""
+    weakest = np.ones(len(kept))
+    others = np.flatnonzero(kept != np.arange(len(kept)))
+    np.minimum.at(weakest, kept[others], similarities(vectors, others, vectors, kept[others]))
+    return weakest[kept]
 
 
-def connected(labels: Int64, left: Int64, right: Int64) -> Int64:
-    """Return the labels after joining groups by the edges (E,), (E,): each group is named by its smallest member.
+def star(vectors: Vectors, labels: Int64, priority: Int64, threshold: float) -> Int64:
+    """Return for every vector the one that stays for it, (M,), itself where it stays.
 
-    `labels` (N,) names every row's group likewise. Hooks larger names to smaller ones and follows them, until no edge
-    is between two groups.
+    The one answer in which a vector stays exactly where no preferred one that stays is above the threshold to it.
+    It is found component by component, each gone through by priority: what is above the threshold to one that stays
+    is compared with no other, so a crowd costs its size times how many of it stay.
+
+    Args:
+        labels: (M,) components of the graph of similarities above the threshold.
     """
-    labels = labels.copy()
-    while True:
-        low, high = np.minimum(labels[left], labels[right]), np.maximum(labels[left], labels[right])
-        between = low != high
-        if not between.any():
-            return labels
-        left, right = left[between], right[between]
-        np.minimum.at(labels, high[between], low[between])
-        while not np.array_equal(followed := labels[labels], labels):
-            labels = followed
+    stays = np.arange(len(labels))
+    sizes = np.bincount(labels, minlength=len(labels))
+    members = np.flatnonzero(sizes[labels] > 1)
+    members = members[np.lexsort((priority[members], labels[members]))]
+    size = sizes[labels[members]]
+    pairs = members[size == 2].reshape(-1, 2)
+    stays[pairs[:, 1]] = pairs[:, 0]  # of two that hang together one goes
+    for block, is_one_component in _blocks(members[size > 2], labels):
+        if is_one_component:
+            _star_of_component(vectors, block, threshold, stays)
+            continue
+        one, other = _pairs(vectors, block, block, threshold)
+        near = (one < other) & (labels[block[one]] == labels[block[other]])
+        stays[block] = block[first_independent(len(block), one[near], other[near])]
+    return stays
 
 
-def _link_open_ended(vectors: Vectors, rows: Int64, labels: Int64, threshold: float) -> Int64:
-    """Return the labels after comparing `rows` with every vector outside their group, tile by tile.
+def _blocks(members: Int64, labels: Int64) -> Iterator[tuple[Int64, bool]]:
+    """Yield members by whole components: a large one by itself, small ones together."""
+    starts = np.flatnonzero(np.diff(labels[members], prepend=-1))
+    bounds = np.append(starts, len(members)).tolist()
+    start = 0
+    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        if last - start > BLOCK_ROWS and first > start:
+            yield members[start:first], False
+            start = first
+        if last - start > BLOCK_ROWS:
+            yield members[start:last], True
+            start = last
+    if start < len(members):
+        yield members[start:], False
 
-    Groups grow on the way and leave less to compare, so crowds of near-copies cost one pass and little memory.
+
+def _star_of_component(vectors: Vectors, members: Int64, threshold: float, stays: Int64) -> None:
+    """Write to `stays` what stays for each of a component's members, which come by priority."""
+    kept = np.empty(0, np.int64)
+    for start in range(0, len(members), BLOCK_ROWS):
+        block = members[start : start + BLOCK_ROWS]
+        for tile in range(0, len(kept), KEPT_TILE):
+            some = kept[tile : tile + KEPT_TILE]
+            one, other = _pairs(vectors, block, some, threshold)
+            goes, first = np.unique(one, return_index=True)  # pairs come by the block's rows, then by priority
+            stays[block[goes]] = some[other[first]]
+            block = np.delete(block, goes)
+        one, other = _pairs(vectors, block, block, threshold)
+        near = one < other
+        stays[block] = block[first_independent(len(block), one[near], other[near])]
+        kept = np.append(kept, block[stays[block] == block])
+
+
+def _pairs(vectors: Vectors, left: Int64, right: Int64, threshold: float) -> tuple[Int64, Int64]:
+    rows = (unit_rows(vectors.array[vectors.rows[side]]) for side in (left, right))
+    return tile_above(next(rows), left, next(rows), right, vectors, threshold)
+
+
+def first_independent(num: int, left: Int64, right: Int64) -> Int64:
+    """Return for each of `num` vertices that come by priority the one that stays for it, (num,).
+
+    A vertex stays where it is the right end of no edge whose left end stays; else it belongs to the first such.
+
+    Args:
+        left: (E,) the preferred end of every edge, smaller than that at its place in `right`.
     """
-    error = tolerance(vectors.dim)
-    num_rows, num_columns = SWEEP_TILE
-    with console.progress("searching saturated images again", len(rows), "images") as advance:
-        for start in range(0, len(rows), num_rows):
-            block = rows[start : start + num_rows]
-            block_vectors = vectors.take(block).unit(0, len(block))
-            for column_start in range(0, len(vectors), num_columns):
-                column_stop = min(column_start + num_columns, len(vectors))
-                products = block_vectors @ vectors.unit(column_start, column_stop).T
-                is_outside = labels[block][:, None] != labels[column_start:column_stop]
-                row, column = np.nonzero((products > threshold - error) & is_outside)
-                is_edge = products[row, column] > threshold + error
-                unsure = np.flatnonzero(~is_edge)
-                left, right = block[row], column + column_start
-                is_edge[unsure] = similarities(vectors, left[unsure], vectors, right[unsure]) > threshold
-                labels = connected(labels, left[is_edge], right[is_edge])
-            advance(len(block))
-    return labels
+    undecided, stays, gone = 0, 1, 2
+    state = np.full(num, undecided)
+    one, other = left, right
+    while (state == undecided).any():
+        blocked = np.zeros(num, bool)
+        blocked[other] = True
+        state[(state == undecided) & ~blocked] = stays
+        goes = other[state[one] == stays]
+        state[goes] = gone
+        open_ends = (state[one] == undecided) & (state[other] == undecided)
+        one, other = one[open_ends], other[open_ends]
+    of = np.arange(num)
+    decisive = state[left] == stays
+    of[right[decisive]] = num
+    np.minimum.at(of, right[decisive], left[decisive])
+    return of

@@ -1,10 +1,14 @@
 """What dedup, cluster and retrieve share: images read together with their vectors, and selections of them written.
 
-N images, D numbers a vector.
+What is as long as the pool is numbers: names and labels stay on disk, and are read for the rows that are written.
+
+N images, D numbers a vector, R rows of a selection.
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +17,24 @@ import pyarrow.compute as pc
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.neighbors import Identity
-from ..store import catalog
+from ..store import catalog, tables
 from ..store.artifact import Options
-from ..store.image_columns import read_images
-from ..store.manifest import ROW_FIELD, Manifest, ManifestWriter, Provenance, Source, open_manifest
-from ..store.vectors import Int64, Vectors, locate_vectors, open_vectors, scratch_size
+from ..store.image_columns import has_images, image_batches, image_schema
+from ..store.manifest import (
+    IMAGE_FIELDS,
+    OPTIONAL_IMAGE_FIELDS,
+    ROW_FIELD,
+    Manifest,
+    ManifestWriter,
+    Provenance,
+    Source,
+    open_manifest,
+)
+from ..store.vectors import Float32, Int64, Vectors, locate_vectors, open_vectors, scratch_size
 
 FLOPS_A_CORE = 5e10  # measured: float32 products on an AVX2 core
 PLAIN_MODELS = ("pixels", "copy")  # their vectors say how alike two pictures look, not what they show
+PLACE_FIELD = pa.field("place", pa.int64())  # of a row in what is written, while rows are put in order
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,17 @@ class Input:
     role: str  # manifest, queries, pool, against
     manifest: Manifest
     features: Manifest | None  # where --features says the vectors are
+    where: str | None = None  # the condition that rows must fulfil
+    kept: Int64 | None = None  # the rows that do, rising; None: all
+
+    def rows(self, limit: int | None = None) -> Int64:
+        """Return the rows of the manifest that the step works on, rising: of the first `limit`, those kept."""
+        stop = self.manifest.num_rows if limit is None else min(limit, self.manifest.num_rows)
+        return np.arange(stop) if self.kept is None else self.kept[: np.searchsorted(self.kept, stop)]
+
+    def num_rows(self, limit: int | None = None) -> int:
+        """Return how many these are."""
+        return len(self.rows(limit))
 
     def model(self) -> Source | None:
         """Return the model that made the vectors which the step compares, where it is known."""
@@ -43,7 +67,8 @@ class Input:
     def sources(self) -> tuple[Source, ...]:
         """Return what to record as inputs."""
         features = () if self.features is None else (self.features.source("features"),)
-        return (self.manifest.source(self.role), *features)
+        asked = () if self.where is None else (part.source("where") for part in tables.named_manifests(self.where))
+        return (self.manifest.source(self.role), *features, *asked)
 
     def base(self) -> Source | None:
         """Return the embedding manifest that a selection of these images refers to.
@@ -62,30 +87,94 @@ class EmbeddedImages:
     """Images with their vectors, in the order of the manifest's rows."""
 
     source: Input
-    images: pa.Table  # N rows: the image columns
+    positions: Int64  # (N,) rows of the manifest, rising
     rows: pa.Array  # (N,) int64, rows of the base that a selection refers to
     vectors: Vectors  # (N, D)
-    order: Int64  # (N,) rank by (image_id, uri, row), which breaks every tie
 
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def uris(self) -> pa.ChunkedArray:
-        """Return the uris, (N,)."""
-        return self.images.column("uri")
+    def schema(self) -> pa.Schema:
+        """Return the image columns that there are."""
+        return image_schema(self.source.manifest)
+
+    def batches(self, columns: Sequence[str], indices: Int64 | None = None) -> Iterator[pa.Table]:
+        """Yield image columns of the images at `indices` (R,), which must rise, some thousand at a time."""
+        rows = self.positions if indices is None else self.positions[indices]
+        return image_batches(self.source.manifest, columns, rows=rows)
+
+    def image_column(self, name: str) -> pa.ChunkedArray:
+        """Return an image column of all images, (N,)."""
+        empty = pa.schema([self.schema().field(name)]).empty_table()
+        return pa.concat_tables([empty, *self.batches([name])]).column(0)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return any column of the manifest as it is stored, (N,)."""
+        manifest = self.source.manifest
+        empty = pa.schema([manifest.schema.field(name)]).remove_metadata().empty_table()
+        read = image_batches(manifest, (), more=[name], rows=self.positions)
+        return pa.concat_tables([empty, *read]).column(0)
+
+    def uris(self, indices: Int64 | None = None) -> pa.ChunkedArray:
+        """Return the uris of the images at `indices` (R,), in that order."""
+        if indices is None:
+            return self.image_column("uri")
+        rising, place = np.unique(indices, return_inverse=True)
+        empty = pa.schema([self.schema().field("uri")]).empty_table()
+        return pa.concat_tables([empty, *self.batches(["uri"], rising)]).column(0).take(pa.array(place))
+
+    @cached_property
+    def images(self) -> pa.Table:
+        """The image columns of all images, N rows in memory."""
+        return pa.concat_tables([self.schema().empty_table(), *self.batches(self.schema().names)])
+
+    @cached_property
+    def order(self) -> Int64:
+        """The rank of every image by (image_id, uri, row), (N,), which breaks every tie."""
+        schema = pa.schema([*IMAGE_FIELDS[:2], ROW_FIELD, PLACE_FIELD])
+        rank = np.empty(len(self), np.int64)
+        done = 0
+        with tables.connect() as connection:
+            connection.register("names", tables.stream(schema, self.names()))
+            ranked = connection.sql("select place from names order by image_id, uri, row, place")
+            for batch in ranked.to_arrow_reader(tables.BATCH_ROWS):
+                rank[batch.column(0).to_numpy()] = np.arange(done, done + batch.num_rows)
+                done += batch.num_rows
+        return rank
+
+    def names(self) -> Iterator[pa.Table]:
+        """Yield image_id, uri, row and place of every image."""
+        start = 0
+        for table in self.batches(["image_id", "uri"]):
+            stop = start + table.num_rows
+            table = table.append_column(ROW_FIELD, self.rows.slice(start, table.num_rows))
+            yield table.append_column(PLACE_FIELD, pa.array(np.arange(start, stop)))
+            start = stop
 
 
-def open_input(role: str, path: Path | None, output: Path, features: Path | None = None) -> Input:
+def open_input(
+    role: str, path: Path | None, output: Path, features: Path | None = None, where: str | None = None
+) -> Input:
     """Open a manifest; where none is given, the newest one that the catalog has for the role, named on stderr.
 
-    The step's own output, should it stand there from an earlier run, is never chosen.
+    The step's own output, should it stand there from an earlier run, is never chosen. `where` is an SQL condition over
+    the manifest's columns that rows must fulfil.
+    Raises ToolkitError when the condition cannot be asked, or no row fulfils it.
     """
     if path is None:
         wanted = "queries" if role == "queries" else "pool"
         known = (Path(artifact.path) for artifact in catalog.newest_features(wanted))
         path = next((found for found in known if found != output.absolute()), None) or catalog.choose(wanted)
         say_choice(role, path)
-    return Input(role, open_manifest(path), None if features is None else open_manifest(features))
+    manifest = open_manifest(path)
+    kept = None
+    if where is not None:
+        found = [batch.column(0).to_numpy() for batch in tables.rows_where(manifest, where)]
+        kept = np.concatenate([np.empty(0, np.int64), *found])
+        if not len(kept):
+            raise ToolkitError(f"--where {where!r} keeps none of the {manifest.num_rows:,} rows of {path}; loosen it")
+        console.say(f"--where keeps {len(kept):,} of {manifest.num_rows:,} rows of {path}")
+    return Input(role, manifest, None if features is None else open_manifest(features), where, kept)
 
 
 def say_choice(role: str, path: Path) -> None:
@@ -113,7 +202,7 @@ def selection_provenance(
     return Provenance(
         kind="selection",
         command=command,
-        parameters={**parameters, "limit": options.limit},
+        parameters={**parameters, "limit": options.limit, **({} if pool.where is None else {"where": pool.where})},
         seed=options.seed,
         inputs=(*inputs, *([] if model is None else [model])),
         base=base,
@@ -122,24 +211,41 @@ def selection_provenance(
 
 
 def read_embedded(source: Input, limit: int | None = None) -> EmbeddedImages:
-    """Read the images of a manifest, and make their vectors ready.
+    """Make the vectors of a manifest's images ready; what else is known of these stays on disk.
 
     Raises ToolkitError when there are no vectors, as `store.vectors.open_vectors` says.
     """
     manifest, features = source.manifest, source.features
     vectors = open_vectors(manifest, features=source.features_path(), limit=limit)
-    images = read_images(manifest, limit)
+    positions = vectors.rows if "embedding" in manifest.names() and features is None else np.arange(len(vectors))
+    rows = pa.array(vectors.rows)
     if "embedding" in manifest.names():
-        rows = pa.array(np.arange(len(vectors)))
+        rows = pa.array(positions)
     elif features is not None and source.base() != features.source("base"):
         rows = manifest.read(["row"], limit).column("row").cast(pa.int64()).combine_chunks()
-    else:
-        rows = pa.array(vectors.rows)
-    keys = [(name, "ascending") for name in ("image_id", "uri", "row")]
-    ranked = pc.sort_indices(images.append_column("row", rows), sort_keys=keys).to_numpy()
-    order = np.empty(len(ranked), np.int64)
-    order[ranked] = np.arange(len(ranked))
-    return EmbeddedImages(source, images, rows, vectors, order)
+    if source.kept is None:
+        return EmbeddedImages(source, positions, rows, vectors)
+    kept = source.rows(limit)
+    return EmbeddedImages(source, kept, rows.take(pa.array(kept)), vectors.take(kept))
+
+
+def read_unembedded(source: Input, limit: int | None = None) -> EmbeddedImages:
+    """Return the images of any manifest, with vectors of no numbers; rows count in its base, or in itself without one.
+
+    Raises ToolkitError when it names no images.
+    """
+    manifest = source.manifest
+    if not has_images(manifest):
+        raise ToolkitError(
+            f"{manifest.path} ({source.role}) names no images (columns: {', '.join(manifest.names())});"
+            " it needs a `uri` or `path` column"
+        )
+    positions = source.rows(limit)
+    rows = pa.array(positions)
+    if "embedding" not in manifest.names() and source.base() is not None:
+        rows = manifest.read(["row"], limit).column("row").cast(pa.int64()).combine_chunks().take(rows)
+    nothing: Float32 = np.empty((manifest.num_rows, 0), np.float32)
+    return EmbeddedImages(source, positions, rows, Vectors(nothing, positions, manifest.source("base")))
 
 
 def check_same_model(one: Input, other: Input) -> None:
@@ -172,37 +278,90 @@ def warn_of_plain_features(source: Input) -> None:
         )
 
 
-def identity_of(queries: EmbeddedImages, pool: EmbeddedImages) -> Identity:
-    """Return which queries and pool rows are the same image: equal (image_id, uri), or where both are null, equal rows.
+@dataclass(frozen=True)
+class Selection:
+    """Rows to write, R of them: images of one or several manifests, and what a step found of each."""
 
-    Rows are compared only where both count in the same base.
-    """
-    is_same_base = queries.vectors.base.content_id == pool.vectors.base.content_id
-    keys = [_keys(part, is_same_base) for part in (queries, pool)]
-    codes = pa.chunked_array(keys).combine_chunks().dictionary_encode().indices
-    unknown = np.arange(len(codes)) + len(codes)  # numbers that nothing else has
-    numbers = np.where(codes.is_null().to_numpy(False), unknown, codes.fill_null(0).to_numpy().astype(np.int64))
-    return Identity(numbers[: len(queries)], numbers[len(queries) :])
+    parts: tuple[tuple[EmbeddedImages, Int64], ...]  # images and which of them, one part after the other
+    places: Int64  # (R,) where each of these rows goes
+    added: dict[pa.Field, pa.Array]  # (R,) columns in the order of what is written, also dictionaries of strings
+
+    @property
+    def num_rows(self) -> int:
+        """Return R."""
+        return len(self.places)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Return the columns: those of images, `row`, and what was added."""
+        there = {name for images, _ in self.parts for name in images.schema().names}
+        there |= {field.name for field in self.added} | {ROW_FIELD.name}
+        fields = [field for field in (*IMAGE_FIELDS, *OPTIONAL_IMAGE_FIELDS, ROW_FIELD) if field.name in there]
+        declared = {field.name for field in fields}
+        return pa.schema([*fields, *(field for field in self.added if field.name not in declared)])
+
+    def append_column(self, field: pa.Field, values: pa.Array) -> "Selection":
+        """Return the selection with one more column, or with another instead of an image column."""
+        return replace(self, added={**self.added, field: values})
+
+    def batches(self) -> Iterator[pa.Table]:
+        """Yield the rows in tables of `tables.BATCH_ROWS`; those that do not rise are sorted on disk if they must."""
+        added = {field.name: values for field, values in self.added.items()}
+        schema = self.schema
+        read = pa.schema([*(field for field in schema if field.name not in added), PLACE_FIELD])
+        start = 0
+        for table in tables.even(self._in_place(read)):
+            given = [
+                added[field.name].slice(start, table.num_rows) if field.name in added else table.column(field.name)
+                for field in schema
+            ]
+            columns = [column.cast(field.type) for column, field in zip(given, schema, strict=True)]
+            yield pa.table(columns, schema=schema)
+            start += table.num_rows
+
+    def _in_place(self, read: pa.Schema) -> Iterator[pa.Table | pa.RecordBatch]:
+        rising = [np.argsort(indices, kind="stable") for _, indices in self.parts]
+        starts = np.cumsum([0, *(len(by) for by in rising)])
+        order = np.concatenate([by + start for by, start in zip(rising, starts, strict=False)])
+        places = self.places[order]
+        if bool(np.all(np.diff(places) > 0)):
+            yield from self._rising(read, order)
+            return
+        with tables.connect() as connection:
+            connection.register("taken", tables.stream(read, self._rising(read, order)))
+            yield from connection.sql("select * from taken order by place").to_arrow_reader(tables.BATCH_ROWS)
+
+    def _rising(self, read: pa.Schema, order: Int64) -> Iterator[pa.Table]:
+        """Yield the rows of part after part as they stand on disk; the `order` (R,) of `places` goes with them."""
+        start = 0
+        part_start = 0
+        for images, indices in self.parts:
+            names = [name for name in read.names if name in images.schema().names]
+            for table in images.batches(names, indices[order[part_start : part_start + len(indices)] - part_start]):
+                mine = order[start : start + table.num_rows]
+                columns = {name: table.column(name) for name in names}
+                columns[ROW_FIELD.name] = images.rows.take(pa.array(indices[mine - part_start]))
+                columns[PLACE_FIELD.name] = pa.array(self.places[mine])
+                columns = {**{field.name: pa.nulls(table.num_rows, field.type) for field in read}, **columns}
+                if "weight" in columns:
+                    columns["weight"] = pc.fill_null(columns["weight"], 1.0)
+                yield pa.table(columns, schema=read)
+                start += table.num_rows
+            part_start += len(indices)
 
 
-def _keys(part: EmbeddedImages, by_row: bool) -> pa.Array:
-    image_id, uri = (part.images.column(name).combine_chunks() for name in ("image_id", "uri"))
-    named = pc.binary_join_element_wise(image_id, uri, "\n", null_handling="replace", null_replacement="")
-    rows = pc.binary_join_element_wise("row", pc.cast(pa.array(part.vectors.rows), pa.string()), " ")
-    unnamed = rows if by_row else pa.nulls(len(part), pa.string())
-    return pc.if_else(pc.or_(pc.is_valid(image_id), pc.is_valid(uri)), named, unnamed)
+def selected(pool: EmbeddedImages, indices: Int64) -> Selection:
+    """Return the images at `indices` as rows to write, in that order."""
+    return Selection(((pool, indices),), np.arange(len(indices)), {})
 
 
-def selected(pool: EmbeddedImages, positions: Int64) -> pa.Table:
-    """Return the image columns and `row` of the images at `positions`, in that order."""
-    taken = pa.array(positions)
-    return pool.images.take(taken).append_column(ROW_FIELD, pool.rows.take(taken))
-
-
-def write_table(path: Path, table: pa.Table, provenance: Provenance, figures: dict[str, object]) -> Provenance:
+def write_table(
+    path: Path, table: pa.Table | Selection, provenance: Provenance, figures: dict[str, object]
+) -> Provenance:
     """Write a manifest and return its provenance, now with content id and figures."""
     with ManifestWriter(path, list(table.schema), provenance) as writer:
-        writer.write(table)
+        for part in [table] if isinstance(table, pa.Table) else table.batches():
+            writer.write(part)
         writer.set_figures(**figures)
     return writer.provenance
 
@@ -212,14 +371,16 @@ def describe(path: Path, inputs: list[Input], num_products: int, what: str, opti
 
     `num_products` counts the vector pairs that would be multiplied.
     """
+    limits = [options.limit, *(None for _ in inputs[1:])]
     located = [
-        locate_vectors(part.manifest, features=part.features_path(), limit=options.limit if part is inputs[0] else None)
-        for part in inputs
+        locate_vectors(part.manifest, features=part.features_path(), limit=limit)
+        for part, limit in zip(inputs, limits, strict=True)
     ]
     dim = scratch_size(located[0][0])[0]
     scratch = sum({base.content_id: scratch_size(base)[1] for base, _ in located}.values())
+    counts = [part.num_rows(limit) for part, limit in zip(inputs, limits, strict=True)]
     seconds = 2 * num_products * dim / (FLOPS_A_CORE * (os.cpu_count() or 1))
-    read = " and ".join(f"{len(rows):,} vectors of {base.path}" for base, rows in located)
+    read = " and ".join(f"{count:,} vectors of {base.path}" for (base, _), count in zip(located, counts, strict=True))
     console.say(
         f"would read {read} ({dim} numbers each; {scratch / 1e6:,.1f} MB to decode into the cache),"
         f" {what}, and write {path}; about {seconds:,.0f} s on the CPU"

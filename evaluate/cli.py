@@ -18,12 +18,15 @@ class Method(StrEnum):
 
     KNN = "knn"
     LINEAR = "linear"
+    LOGREG = "logreg"
+    SEGMENT = "segment"
+    RETRIEVAL = "retrieval"
 
 
 @app.command()
 def probe(
     train: Annotated[str, typer.Option(help="Labelled images to learn from: an embedding manifest, or images.")],
-    test: Annotated[str, typer.Option(help="Labelled images to classify, likewise.")],
+    test: Annotated[str, typer.Option(help="Labelled images to be tested on, likewise.")],
     output: Annotated[str, options.output_option("scores.parquet")] = "scores.parquet",
     model: Annotated[
         list[str] | None,
@@ -35,15 +38,49 @@ def probe(
     ] = None,
     method: Annotated[
         list[Method] | None,
-        typer.Option(help="May be given several times. [default: knn]", show_default=False),
+        typer.Option(
+            help="knn: the nearest vote; linear: a grid of linear classifiers; logreg: logistic regression over a path"
+            " of penalties; segment: a class a pixel, from masks; retrieval: images of the same class. May be given"
+            " several times. [default: knn]",
+            show_default=False,
+        ),
     ] = None,
     k: Annotated[
         str | None,
-        typer.Option(metavar="K,K...", help="Neighbours that vote. [default: 10,20,100,200]", show_default=False),
+        typer.Option(
+            metavar="K,K...",
+            help="knn: neighbours that vote; retrieval: ranks that are looked at. [default: 10,20,100,200; retrieval"
+            " 1,5,10]",
+            show_default=False,
+        ),
+    ] = None,
+    per_class: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="knn: only N images of each class vote, drawn ten times. [default: all]",
+            show_default=False,
+        ),
     ] = None,
     labels: Annotated[
         str, typer.Option(metavar="folder|column:NAME", help="Where labels come from; folder: first below the source.")
     ] = "folder",
+    masks: Annotated[
+        str,
+        typer.Option(
+            metavar="COLUMN",
+            help="segment: column of the manifests with masks, names or encoded pictures; 255 is ignored.",
+        ),
+    ] = "mask",
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="segment: side in pixels of the windows that slide over larger images. [default: the model's own]",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images the model sees at a time.")] = 64,
     num_workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that decode. [default: one a core]", show_default=False)
@@ -56,14 +93,16 @@ def probe(
     quiet: options.Quiet = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Classify images by frozen features, k-NN or linear; prints the best accuracy, writes all scores."""
+    """Measure frozen features by one protocol or several; prints the best figure, writes all scores."""
     console.set_verbosity(quiet, verbose)
     from ..store.artifact import Options
     from .probe import ProbeSettings, parse_ks, probe
 
     ks = None if k is None else parse_ks(k)
     methods = tuple(each.value for each in method or [Method.KNN])
-    settings = ProbeSettings(tuple(model or ()), methods, ks, labels, batch_size, num_workers)
+    settings = ProbeSettings(
+        tuple(model or ()), methods, ks, per_class, labels, masks, image_size, batch_size, num_workers
+    )
     options.emit(probe(train, test, output, settings, Options(seed, force, dry_run, limit)), json)
 
 

@@ -1,6 +1,10 @@
-"""Scores: measurements with their interval, kept in a manifest and shown as a table."""
+"""Scores: measurements with their interval, kept in a manifest and shown as a table.
+
+M test images, R draws of a training set.
+"""
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,9 +14,14 @@ import pyarrow as pa
 
 from .. import console
 from ..store.manifest import SCORE_FIELDS, ManifestWriter, Provenance, open_manifest
+from ..store.vectors import Float64, Int64
 
-BOOTSTRAP_DRAWS = 10_000
+Correct = npt.NDArray[np.bool_]
+
+BOOTSTRAP_DRAWS = 10_000  # of a share, where a draw costs nothing
+RESAMPLES = 2_000  # of anything else
 INTERVAL = (0.025, 0.975)
+HEADLINES = ("top1", "miou", "map")  # the metric that a probe prints: the first of these that was measured
 
 
 @dataclass(frozen=True)
@@ -30,14 +39,50 @@ class Score:
     num_test: int
 
 
-def bootstrap_interval(correct: npt.NDArray[np.bool_], seed: int) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Measurement:
+    """What a protocol found, before it is known of which model."""
+
+    parameters: dict[str, object]  # all that one needs to do it again
+    metric: str
+    value: float
+    interval: tuple[float, float]  # 95 %
+    num_train: int
+    num_test: int
+
+
+def accuracies(
+    parameters: dict[str, object], guesses: Int64, truth: Int64, num_train: int, seed: int
+) -> Iterator[Measurement]:
+    """Yield the share of test images whose truth (M,) is the first of the guesses (M, G), and is among them."""
+    correct = {"top1": guesses[:, 0] == truth}
+    if guesses.shape[1] > 1:
+        correct["top5"] = (guesses == truth[:, None]).any(axis=1)
+    for metric, is_correct in correct.items():
+        value, interval = float(is_correct.mean()), bootstrap_interval(is_correct, seed)
+        yield Measurement(parameters, metric, value, interval, num_train, len(truth))
+
+
+def bootstrap_interval(correct: Correct, seed: int) -> tuple[float, float]:
     """Return the 95 % interval of the share of True in (M,), by drawing M images with replacement again and again.
 
-    How many of the images drawn are True is binomial, so the counts are drawn at once.
+    The number of True among M draws is binomial, so it is drawn as such.
     """
     counts = np.random.default_rng([seed, 2]).binomial(len(correct), correct.mean(), BOOTSTRAP_DRAWS)
     low, high = np.quantile(counts / len(correct), INTERVAL)
     return float(low), float(high)
+
+
+def resampled_interval(statistic: Callable[[np.random.Generator], float], seed: int) -> tuple[float, float]:
+    """Return the 95 % interval of a statistic that draws its images, with replacement, by the generator it is given."""
+    random = np.random.default_rng([seed, 2])
+    low, high = np.quantile([statistic(random) for _ in range(RESAMPLES)], INTERVAL)
+    return float(low), float(high)
+
+
+def mean_interval(values: Float64, seed: int) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of (M,) by bootstrap."""
+    return resampled_interval(lambda random: values[random.integers(len(values), size=len(values))].mean(), seed)
 
 
 def write_scores(path: Path, provenance: Provenance, scores: list[Score]) -> Provenance:
@@ -53,31 +98,42 @@ def read_scores(path: Path) -> list[Score]:
     return [Score(**row) for row in open_manifest(path).read().to_pylist()]
 
 
+def best_score(scores: list[Score]) -> float:
+    """Return the highest value of the metric that stands first in HEADLINES."""
+    metric = next(metric for metric in HEADLINES if any(score.metric == metric for score in scores))
+    return max(score.value for score in scores if score.metric == metric)
+
+
 def show_scores(scores: list[Score]) -> None:
-    """Print accuracies, one measurement a line, as a table on stderr."""
-    top5 = {(s.model, s.method, s.parameters): s.value for s in scores if s.metric == "top5"}
-    header = ["model", "method", "setting", "accuracy", "95 % interval", *(["top 5"] if top5 else []), "train", "test"]
-    rows = []
+    """Print the headlines, one a line, as a table on stderr; what else was measured stands behind each."""
+    header = ["model", "method", "setting", "metric", "value", "95 % interval", "also", "train", "test"]
+    rows: list[list[object]] = []
     for score in scores:
-        if score.metric != "top1":
+        if score.metric not in HEADLINES:
+            rows[-1][6] = f"{rows[-1][6]}  {score.metric} {score.value:.4f}".strip()
             continue
-        key = (score.model, score.method, score.parameters)
+        interval = f"{score.low:.3f} to {score.high:.3f}"
+        setting, value = _setting(score), f"{score.value:.4f}"
         rows.append(
-            [
-                score.model,
-                score.method,
-                _setting(score),
-                f"{score.value:.4f}",
-                f"{score.low:.3f} to {score.high:.3f}",
-                *([f"{top5[key]:.4f}"] if top5 else []),
-                score.num_train,
-                score.num_test,
-            ]
+            [score.model, score.method, setting, score.metric, value, interval, "", score.num_train, score.num_test]
         )
     console.table("", header, rows)
 
 
 def _setting(score: Score) -> str:
-    """Return the one parameter that tells the measurements of a method apart."""
+    """Return the parameters that tell the measurements of a method apart."""
     parameters = json.loads(score.parameters)
-    return f"k={parameters['k']}" if score.method == "knn" else f"rate={parameters['learning_rate']:g}"
+    match score.method:
+        case "knn":
+            few = f", {parameters['per_class']} a class" if "per_class" in parameters else ""
+            return f"k={parameters['k']}{few}"
+        case "linear":
+            blocks = f", {parameters['blocks']} blocks" if parameters["blocks"] > 1 else ""
+            mean = " + mean patch" if parameters["mean_patch"] else ""
+            return f"rate={parameters['learning_rate']:g}{blocks}{mean}"
+        case "logreg":
+            return f"C={parameters['C']:.3g}"
+        case "segment":
+            return f"{parameters['image_size']} px windows"
+        case _:
+            return "cosine"

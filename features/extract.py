@@ -1,17 +1,18 @@
 """A model over many images: decoding in threads while the model computes, results in the order of the images.
 
-Shapes: B images, C channels, S side in pixels, N patch tokens, D embed_dim.
+Shapes: B images, C channels, S side in pixels, T tiles, N patch tokens, D embed_dim, E numbers an image.
 """
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from .. import console
@@ -22,6 +23,8 @@ from ..models.weights import Model, load_model
 from ..store import catalog
 from ..store.images import ColourMode, UnreadableImage, decode_sized, image_id, read_bytes
 from ..store.manifest import Source
+from .tokens import TokenChoice, described, joined
+from .windows import Layout, cut
 
 TASK_IMAGES = 8  # chosen: images a thread decodes at a time, so that small ones do not drown in hand-overs
 PIXELS_SIDE = 16
@@ -45,9 +48,20 @@ class FeatureModel:
     """A model and how it wants its images; `source` names it in a manifest's provenance."""
 
     source: Source
-    dim: int
+    dim: int  # E
     preprocess: Preprocess
     backbone: VisionTransformer | PixelBackbone
+    choice: TokenChoice = TokenChoice()
+    windows: int | None = None  # short side in pixels of images that are looked at in tiles
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What else is asked of an image while it is read."""
+
+    known: Callable[[str], int | None] | None = None  # by image_id: a number, if it need not be decoded
+    reject: Callable[[Image.Image, tuple[int, int]], str | None] | None = None  # picture and full size -> reason
+    decode_side: int = 0  # pixels that `reject` needs of the shorter side
 
 
 @dataclass(frozen=True)
@@ -65,9 +79,11 @@ class ImageBatch:
 
     indices: list[int]  # (B,) positions among the uris, ascending
     facts: list[ImageFacts]  # (B,)
-    pixels: Tensor  # (B, C, S, S) uint8
+    pixels: Tensor  # (B, C, S, S) uint8, or the tiles of all images (T, C, S, S)
     failures: list[tuple[int, str]]  # position and reason
     waited_s: float  # how long the caller had to wait for it
+    layouts: list[Layout] = field(default_factory=list)  # (B,) of tiles
+    known: list[tuple[int, int]] = field(default_factory=list)  # position, and what `Reading.known` said
 
 
 @dataclass(frozen=True)
@@ -76,9 +92,11 @@ class FeatureBatch:
 
     indices: list[int]  # (B,) positions among the uris, ascending
     facts: list[ImageFacts]  # (B,)
-    features: Tensor  # (B, D) float32 on the CPU: the class token after the final norm
+    features: Tensor  # (B, E) float32 on the CPU: the class token after the final norm, or the tokens chosen
     failures: list[tuple[int, str]]
     waited_s: float  # for decoding
+    patches: list[Tensor] = field(default_factory=list)  # (B,) of (rows, columns, E) float32, if they were chosen
+    known: list[tuple[int, int]] = field(default_factory=list)
 
 
 def open_model(name: str | None, seed: int = 0) -> FeatureModel:
@@ -113,13 +131,64 @@ def pixels_model() -> FeatureModel:
     )
 
 
+def with_choice(
+    model: FeatureModel, choice: TokenChoice, image_size: int | None = None, windows: int | None = None
+) -> FeatureModel:
+    """Return a model that gives other tokens, or looks at images at another size.
+
+    Its content id says so, where its vectors cannot be compared with those it gave before.
+
+    Args:
+        choice: the tokens that make an image's vector.
+        image_size: side in pixels of what the model sees; None means its own.
+        windows: short side in pixels to which larger images are resized, to be looked at in tiles of `image_size`;
+            None means the centre square.
+
+    Raises:
+        ToolkitError: if the model has no such tokens or blocks, or the sizes do not fit its patches.
+    """
+    backbone, preprocess = model.backbone, model.preprocess
+    if (choice, image_size, windows) == (TokenChoice(), None, None):
+        return model
+    if not isinstance(backbone, VisionTransformer):
+        raise ToolkitError(
+            f"model {model.source.path} has no tokens; --tokens, --layers, --image-size and --windows need a"
+            " vision transformer as --model"
+        )
+    if not 1 <= choice.layers <= backbone.depth:
+        raise ToolkitError(f"--layers {choice.layers}: the model has {backbone.depth} blocks; give 1 to that")
+    side = image_size or preprocess.image_size
+    if side % backbone.patch_size:
+        raise ToolkitError(
+            f"--image-size {side} is not a multiple of the model's patch size {backbone.patch_size};"
+            f" use {side // backbone.patch_size * backbone.patch_size or backbone.patch_size}"
+        )
+    if windows is not None and windows < side:
+        raise ToolkitError(f"--windows {windows} is smaller than a tile of {side} pixels; give more, or leave it out")
+    size = "" if side == preprocess.image_size else f"+{side}px"
+    suffix = choice.suffix + size + ("" if windows is None else f"+windows-{windows}px")
+    return replace(
+        model,
+        source=replace(model.source, content_id=model.source.content_id + suffix),
+        dim=choice.dim(backbone.embed_dim),
+        preprocess=replace(preprocess, image_size=side),
+        choice=choice,
+        windows=windows,
+    )
+
+
 def best_device() -> torch.device:
     """Return the GPU when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def extract(
-    model: FeatureModel, uris: Iterable[str], *, batch_size: int, num_workers: int
+    model: FeatureModel,
+    uris: Iterable[str | None],
+    *,
+    batch_size: int,
+    num_workers: int,
+    reading: Reading | None = None,
 ) -> Generator[FeatureBatch, None, None]:
     """Yield the features of all images, in order; the same ones whatever the number of workers.
 
@@ -127,19 +196,24 @@ def extract(
 
     Args:
         model: whose backbone is put on the GPU when there is one, and into evaluation mode.
-        uris: names as `store.images.read_bytes` takes them; read only a little ahead of the model.
+        uris: names as `store.images.read_bytes` takes them, read only a little ahead of the model; None among them
+            ends a batch there, and is not counted.
         batch_size: images the model sees at a time (fewer in the last batch).
         num_workers: threads that read, decode and resize.
+        reading: what else is asked of the images.
     """
     device = best_device()
     backbone = model.backbone.to(device).eval()
-    running: tuple[ImageBatch, Tensor] | None = None
-    for batch in load_batches(uris, model.preprocess, batch_size=batch_size, num_workers=num_workers):
-        seen = bool(batch.indices)  # the last batch may hold nothing but failures
-        tokens = (
-            forward(backbone, model.preprocess, batch.pixels, device).cls_token if seen else torch.empty(0, model.dim)
-        )
-        started = (batch, tokens)
+    running: tuple[ImageBatch, Tensor, list[Tensor]] | None = None
+    batches = load_batches(
+        uris, model.preprocess, batch_size=batch_size, num_workers=num_workers, reading=reading, cutting=_cutting(model)
+    )
+    for batch in batches:
+        if batch.indices:
+            blocks = _seen(backbone, model, batch, device, batch_size)
+            started = (batch, *described(blocks, model.choice, batch.layouts))
+        else:  # nothing but failures
+            started = (batch, torch.empty(0, model.dim), [])
         if running is not None:  # fetched only now, so that a GPU has the next batch before it is asked for the last
             yield _fetch(*running)
         running = started
@@ -152,56 +226,139 @@ def forward(
 ) -> Features:
     """Return the features of pixels (B, C, S, S) uint8, on the device, without waiting for them.
 
-    They are inference tensors: copy them before training on them. On a GPU the model runs in bfloat16 where that is
-    safe.
+    They are inference tensors: copy them before training on them. On a GPU the model runs in half precision where
+    that is safe.
     """
-    if device.type == "cuda":
-        pixels = pixels.pin_memory().to(device, non_blocking=True)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        return backbone.forward_features(normalise(pixels, preprocess))
+    with torch.inference_mode(), _half_precision(device):
+        return backbone.forward_features(normalise(_moved(pixels, device), preprocess))
 
 
-def _fetch(batch: ImageBatch, cls_token: Tensor) -> FeatureBatch:
-    features = cls_token.to("cpu", torch.float32, copy=True)  # a copy, for others may train on it
-    return FeatureBatch(batch.indices, batch.facts, features, batch.failures, batch.waited_s)
+def forward_layers(
+    backbone: VisionTransformer, preprocess: Preprocess, pixels: Tensor, device: torch.device, layers: int
+) -> list[Features]:
+    """Return the features after each of the last blocks, from first to last; otherwise as `forward`."""
+    with torch.inference_mode(), _half_precision(device):
+        return backbone.intermediate_layers(normalise(_moved(pixels, device), preprocess), layers)
+
+
+def _moved(pixels: Tensor, device: torch.device) -> Tensor:
+    return pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """Return what matrix products are computed in: bfloat16 on a GPU that has it, float16 on others, else float32."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _half_precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(
+        device.type, precision(device) if device.type == "cuda" else None, enabled=device.type == "cuda"
+    )
+
+
+def _seen(
+    backbone: VisionTransformer | PixelBackbone,
+    model: FeatureModel,
+    batch: ImageBatch,
+    device: torch.device,
+    batch_size: int,
+) -> list[Features]:
+    """Return the features after each of the chosen blocks, of all images of a batch, or of all their tiles."""
+    blocks: list[list[Features]] = []
+    for pixels in [batch.pixels] if model.windows is None else torch.split(batch.pixels, batch_size):
+        if model.choice.layers == 1:
+            blocks.append([forward(backbone, model.preprocess, pixels, device)])
+        else:
+            assert isinstance(backbone, VisionTransformer), "with_choice saw to it"
+            blocks.append(forward_layers(backbone, model.preprocess, pixels, device, model.choice.layers))
+    return blocks[0] if len(blocks) == 1 else [joined(parts) for parts in zip(*blocks, strict=True)]
+
+
+def _fetch(batch: ImageBatch, vectors: Tensor, patches: list[Tensor]) -> FeatureBatch:
+    # Copies, for others may train on them.
+    features = vectors.to("cpu", torch.float32, copy=True)
+    fetched = [image.to("cpu", torch.float32, copy=True) for image in patches]
+    return FeatureBatch(batch.indices, batch.facts, features, batch.failures, batch.waited_s, fetched, batch.known)
+
+
+Cutting = Callable[[Image.Image], tuple[Tensor, Layout]]
+
+
+def _cutting(model: FeatureModel) -> tuple[Cutting, int] | None:
+    """Return what cuts a picture into tiles, and the pixels that it needs of the shorter side."""
+    if model.windows is None:
+        return None
+    assert isinstance(model.backbone, VisionTransformer), "with_choice saw to it"
+    preprocess, patch_size, short_side = model.preprocess, model.backbone.patch_size, model.windows
+    return lambda picture: cut(picture, preprocess, patch_size, short_side), 2 * short_side
 
 
 def load_batches(
-    uris: Iterable[str], preprocess: Preprocess, *, batch_size: int, num_workers: int
+    uris: Iterable[str | None],
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    num_workers: int,
+    reading: Reading | None = None,
+    cutting: tuple[Cutting, int] | None = None,
 ) -> Generator[ImageBatch, None, None]:
     """Yield all images, decoded and cropped, in order and `batch_size` at a time, decoding ahead in threads.
 
     Pillow, hashing and file reading let other threads run meanwhile; forked processes would not do, for FAISS hangs
     in them. At most two batches and a little for every thread are decoded ahead, so memory stays bounded.
     """
-    numbered = enumerate(uris)
     ahead = 2 * batch_size // TASK_IMAGES + 2 * num_workers  # tasks
-    tasks: deque[Future[list[tuple[int, Loaded | str]]]] = deque()
     loaded: list[tuple[int, Loaded]] = []
     failures: list[tuple[int, str]] = []
+    known: list[tuple[int, int]] = []
     waited_s = 0.0
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
+    submitted = (
+        None if task is None else pool.submit(_load_all, task, preprocess, reading, cutting) for task in _tasks(uris)
+    )
+    tasks: deque[Future[list[tuple[int, Loaded | int | str]]] | None] = deque()
     try:
         while True:
-            while len(tasks) < ahead and (task := list(islice(numbered, TASK_IMAGES))):
-                tasks.append(pool.submit(_load_all, task, preprocess))
+            tasks.extend(islice(submitted, ahead - len(tasks)))
             if not tasks:
                 break
             start = time.perf_counter()
-            results = tasks.popleft().result()
+            task = tasks.popleft()
+            results = [] if task is None else task.result()
             waited_s += time.perf_counter() - start
             for index, result in results:
-                if isinstance(result, str):
-                    failures.append((index, result))
-                    continue
-                loaded.append((index, result))
+                match result:
+                    case Loaded():
+                        loaded.append((index, result))
+                    case str():
+                        failures.append((index, result))
+                    case int():
+                        known.append((index, result))
                 if len(loaded) == batch_size:
-                    yield _batch(loaded, failures, waited_s)
-                    loaded, failures, waited_s = [], [], 0.0
-        if loaded or failures:
-            yield _batch(loaded, failures, waited_s)
+                    yield _batch(loaded, failures, known, waited_s)
+                    loaded, failures, known, waited_s = [], [], [], 0.0
+            if task is None and (loaded or failures or known):
+                yield _batch(loaded, failures, known, waited_s)
+                loaded, failures, known, waited_s = [], [], [], 0.0
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _tasks(uris: Iterable[str | None]) -> Iterator[list[tuple[int, str]] | None]:
+    """Yield the names a few at a time, numbered; None where a batch ends, and last."""
+    index = 0
+    task: list[tuple[int, str]] = []
+    for uri in chain(uris, [None]):
+        if uri is not None:
+            task.append((index, uri))
+            index += 1
+        if task and (uri is None or len(task) == TASK_IMAGES):
+            yield task
+            task = []
+        if uri is None:
+            yield None
 
 
 @dataclass(frozen=True)
@@ -209,25 +366,50 @@ class Loaded:
     """An image on its way into a batch."""
 
     facts: ImageFacts
-    pixels: Tensor  # (C, S, S) uint8
+    pixels: Tensor  # (C, S, S) uint8, or its tiles (T, C, S, S)
+    layout: Layout | None = None  # of the tiles
 
 
-def _load_all(task: list[tuple[int, str]], preprocess: Preprocess) -> list[tuple[int, Loaded | str]]:
-    return [(index, load(uri, preprocess)) for index, uri in task]
+def _load_all(
+    task: list[tuple[int, str]], preprocess: Preprocess, reading: Reading | None, cutting: tuple[Cutting, int] | None
+) -> list[tuple[int, Loaded | int | str]]:
+    if reading is None and cutting is None:
+        return [(index, load(uri, preprocess)) for index, uri in task]
+    return [(index, load(uri, preprocess, reading or Reading(), cutting)) for index, uri in task]
 
 
-def load(uri: str, preprocess: Preprocess) -> Loaded | str:
-    """Return the image behind a uri, ready for the model, or the reason why there is none."""
+def load(
+    uri: str, preprocess: Preprocess, reading: Reading = Reading(), cutting: tuple[Cutting, int] | None = None
+) -> Loaded | int | str:
+    """Return the image behind a uri, ready for the model; the reason why there is none; or what it is known by."""
     mode: ColourMode = "L" if preprocess.in_chans == 1 else "RGB"
+    min_side = max(preprocess.min_side if cutting is None else cutting[1], reading.decode_side)
     try:
         data = read_bytes(uri)
-        picture, (width, height) = decode_sized(data, mode, preprocess.min_side)
+        identity = image_id(data)
+        if reading.known is not None and (number := reading.known(identity)) is not None:
+            return number
+        picture, size = decode_sized(data, mode, min_side)
     except UnreadableImage as problem:
         return problem.reason
-    return Loaded(ImageFacts(image_id(data), width, height), crop_picture(picture, preprocess))
+    if reading.reject is not None and (reason := reading.reject(picture, size)) is not None:
+        return reason
+    facts = ImageFacts(identity, *size)
+    return Loaded(facts, crop_picture(picture, preprocess)) if cutting is None else Loaded(facts, *cutting[0](picture))
 
 
-def _batch(loaded: list[tuple[int, Loaded]], failures: list[tuple[int, str]], waited_s: float) -> ImageBatch:
-    indices = [index for index, _ in loaded]
-    pixels = torch.stack([image.pixels for _, image in loaded]) if loaded else torch.empty(0)
-    return ImageBatch(indices, [image.facts for _, image in loaded], pixels, failures, waited_s)
+def _batch(
+    loaded: list[tuple[int, Loaded]], failures: list[tuple[int, str]], known: list[tuple[int, int]], waited_s: float
+) -> ImageBatch:
+    images = [image for _, image in loaded]
+    layouts = [image.layout for image in images if image.layout is not None]
+    join = torch.cat if layouts else torch.stack
+    return ImageBatch(
+        [index for index, _ in loaded],
+        [image.facts for image in images],
+        join([image.pixels for image in images]) if images else torch.empty(0),
+        failures,
+        waited_s,
+        layouts,
+        known,
+    )

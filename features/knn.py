@@ -4,12 +4,13 @@ N training images, M test images, D numbers a feature, C classes.
 """
 
 import numpy as np
-import torch
 
-from ..store.vectors import Float32, Int64, unit_length
+from ..store.manifest import Source
+from ..store.vectors import Float32, Float64, Int64, Vectors
+from .neighbors import SearchSettings, nearest
 
 TEMPERATURE = 0.07
-BLOCK_ELEMENTS = 16_000_000  # similarities held at once: 64 MB
+BLOCK_VOTES = 4_000_000  # votes (image by class) counted at once: 32 MB
 
 
 def knn_guesses(
@@ -20,13 +21,14 @@ def knn_guesses(
     *,
     temperature: float = TEMPERATURE,
     num_guesses: int = 1,
+    progress: str | None = None,
 ) -> dict[int, Int64]:
     """Return, for each k, the classes that the k nearest training images vote for, (M, num_guesses), best first.
 
-    Features (N, D) and (M, D) of any length are compared by cosine; labels (N,) are 0..C-1; every k is in 1..N.
-    The similarities of the max(ks) nearest are put through one softmax at `temperature`; for each k, the first k
+    Features (N, D) and (M, D) of any length are compared by cosine, exactly; labels (N,) are 0..C-1; every k is in
+    1..N. The similarities of the max(ks) nearest are put through one softmax at `temperature`; for each k, the first k
     weights are summed by class. Ties go to the lowest class, among neighbours to the first training row. A class
-    without a vote is no guess: its place holds -1.
+    without a vote is no guess: its place holds -1. `progress` is what the progress line says, None for no line.
 
     Source: the k-NN evaluation of DINOv2, dinov2/eval/knn.py. There, classes without a vote may stand among the
     five best; here they never count.
@@ -35,35 +37,28 @@ def knn_guesses(
     if not 1 <= min(ks) <= max_k <= len(train_labels):
         raise ValueError(f"ks {ks} must lie in 1..{len(train_labels)}, the number of training images")
     num_classes = int(train_labels.max()) + 1
-    train = torch.from_numpy(unit_length(train_features))
-    labels = torch.from_numpy(train_labels)
+    train, test = in_memory(train_features), in_memory(test_features)
+    found = nearest(test, train, max_k, order=train.rows, search=SearchSettings(recall=1.0), progress=progress)
+    labels = train_labels[found.indices]  # (M, max_k)
+    weights = np.exp((found.similarities - found.similarities[:, :1]) / temperature)
+    weights /= weights.sum(axis=1, keepdims=True)
+    block_rows = max(1, BLOCK_VOTES // num_classes)
     guesses: dict[int, list[Int64]] = {k: [] for k in ks}
-    block_rows = max(1, BLOCK_ELEMENTS // len(train_labels))
-    for start in range(0, len(test_features), block_rows):
-        test = torch.from_numpy(unit_length(test_features[start : start + block_rows]))
-        similarities, rows = _largest(test @ train.T, max_k)
-        weights = torch.softmax(similarities / temperature, dim=1)
+    for start in range(0, len(labels), block_rows):
+        block = slice(start, start + block_rows)
         for k in ks:
-            votes = torch.zeros(len(test), num_classes).scatter_add_(1, labels[rows[:, :k]], weights[:, :k])
-            guesses[k].append(_ranked(votes.numpy(), num_guesses))
+            guesses[k].append(_most_voted(labels[block, :k], weights[block, :k], num_classes, num_guesses))
     return {k: np.concatenate(blocks) for k, blocks in guesses.items()}
 
 
-def _largest(similarities: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k largest of each row of (B, N) and their columns, both (B, k), in descending order.
-
-    Equal values stand in the order of their columns, also where only some of them are among the k.
-    """
-    values, columns = similarities.topk(min(k + 1, similarities.shape[1]), dim=1)
-    if values.shape[1] > k:  # topk takes any of the values that tie at its end
-        for row in torch.nonzero(values[:, k - 1] == values[:, k]).flatten().tolist():
-            columns[row, :k] = similarities[row].argsort(descending=True, stable=True)[:k]
-    columns = columns[:, :k].sort(dim=1).values
-    values = similarities.gather(1, columns)
-    order = values.argsort(dim=1, descending=True, stable=True)
-    return values.gather(1, order), columns.gather(1, order)
+def in_memory(features: Float32) -> Vectors:
+    """Return features (N, D) as what a neighbour search takes."""
+    return Vectors(features, np.arange(len(features)), Source("features", "", ""))
 
 
-def _ranked(votes: Float32, num_guesses: int) -> Int64:
+def _most_voted(labels: Int64, weights: Float64, num_classes: int, num_guesses: int) -> Int64:
+    """Return the classes with the largest sums of weights, (B, num_guesses), of labels and weights (B, k)."""
+    places = np.arange(len(labels))[:, None] * num_classes + labels
+    votes = np.bincount(places.ravel(), weights.ravel(), len(labels) * num_classes).reshape(-1, num_classes)
     order = np.argsort(-votes, axis=1, kind="stable")[:, :num_guesses]
     return np.where(np.take_along_axis(votes, order, axis=1) > 0, order, -1)

@@ -11,12 +11,14 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from .. import console
 from ..errors import ToolkitError
 from ..store.artifact import Options, difference
+from ..store.images import UnreadableImage, decode_sized, read_bytes
 from ..store.manifest import PROVENANCE_KEY, Provenance, provenance_from, provenance_values, toolkit_version
 
 MARGIN_PX, GAP_PX, GROUP_GAP_PX = 24, 6, 22
 TINY_TIMES = 3  # an image that fits this often into its tile is shown pixel by pixel
 CAPTION_PX, TITLE_PX = 12, 17
 PAPER, EDGE, INK, FAINT = "#fbfbf9", "#dcdcd6", "#22262b", "#6d737a"
+BLANK = "#e8d9d6"  # in place of what cannot be read
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,28 @@ class Tile:
 Row = Sequence[Sequence[Tile]]  # groups of tiles: a little space between tiles, more between groups
 
 
-def draw_sheet(rows: Sequence[Row], *, title: str, note: str = "", tile_px: int = 128) -> Image.Image:
-    """Return a sheet with a title, a note and rows of tiles, each image scaled to fit a square of `tile_px`."""
+def draw_sheet(
+    rows: Sequence[Row], *, title: str, note: str = "", headings: Sequence[str] = (), tile_px: int = 128
+) -> Image.Image:
+    """Return a sheet with a title, a note and rows of tiles, each image scaled to fit a square of `tile_px`.
+
+    `headings` stand above the rows, one each; none by default.
+    """
+    above_px = 2 * CAPTION_PX if headings else 0
     line_px = tile_px + (2 * CAPTION_PX if any(tile.caption for row in rows for group in row for tile in group) else 6)
+    line_px += above_px
     head_px = MARGIN_PX + 2 * TITLE_PX + (2 * CAPTION_PX if note else 0)
     fonts = ImageFont.load_default(TITLE_PX), ImageFont.load_default(CAPTION_PX)
-    text_px = max(fonts[0].getlength(title), fonts[1].getlength(note))
+    text_px = max(fonts[0].getlength(title), *(fonts[1].getlength(text) for text in (note, *headings)))
     width = 2 * MARGIN_PX + max(round(text_px), *(_row_width(row, tile_px) for row in rows))
     sheet = Image.new("RGB", (width, head_px + len(rows) * (line_px + GAP_PX) + MARGIN_PX), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN_PX, MARGIN_PX), title, INK, fonts[0])
     pen.text((MARGIN_PX, MARGIN_PX + round(1.6 * TITLE_PX)), note, FAINT, fonts[1])
     for number, row in enumerate(rows):
-        left, top = MARGIN_PX, head_px + number * (line_px + GAP_PX)
+        left, top = MARGIN_PX, head_px + number * (line_px + GAP_PX) + above_px
+        if headings:
+            pen.text((left, top - round(1.5 * CAPTION_PX)), headings[number], INK, fonts[1])
         for group in row:
             for tile in group:
                 image = fit(tile.image, tile_px)
@@ -54,6 +65,18 @@ def draw_sheet(rows: Sequence[Row], *, title: str, note: str = "", tile_px: int 
                 left += tile_px + GAP_PX
             left += GROUP_GAP_PX - GAP_PX
     return sheet
+
+
+def read_tile(uri: str | None, caption: str, tile_px: int) -> Tile:
+    """Return the image behind a uri as a tile; what cannot be read is an empty one, said on stderr."""
+    try:
+        if uri is None:
+            raise UnreadableImage("no uri")
+        picture, _ = decode_sized(read_bytes(uri), "RGB", 2 * tile_px)
+    except UnreadableImage as problem:
+        console.warn(f"{uri} cannot be shown: {problem.reason}")
+        return Tile(Image.new("RGB", (tile_px, tile_px), BLANK), f"{caption} cannot be read".strip())
+    return Tile(picture, caption)
 
 
 def fit(image: Image.Image, side_px: int) -> Image.Image:
@@ -98,7 +121,7 @@ def is_picture_up_to_date(path: Path, provenance: Provenance, options: Options) 
     """
     if options.force or not path.exists():
         return False
-    there = _read_provenance(path)
+    there = picture_provenance(path)
     if there is not None and there.same_work(provenance):
         console.say(f"{path} is up to date")
         if not options.dry_run:
@@ -108,7 +131,8 @@ def is_picture_up_to_date(path: Path, provenance: Provenance, options: Options) 
     raise ToolkitError(f"{path} exists and {reason}; choose another -o, or --force to overwrite it")
 
 
-def _read_provenance(path: Path) -> Provenance | None:
+def picture_provenance(path: Path) -> Provenance | None:
+    """Return how a picture came about, None where it is not ours."""
     try:
         with Image.open(path) as picture:
             text = picture.info.get(PROVENANCE_KEY)

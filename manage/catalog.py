@@ -106,7 +106,7 @@ def _state(artifact: Artifact) -> str:
     path = Path(artifact.path)
     if not path.exists():
         return "gone"
-    if artifact.kind == "run":
+    if artifact.kind in ("run", "export"):
         from ..models.weights import model_content_id
 
         return "ok" if model_content_id(path) == artifact.digest else "changed"

@@ -1,13 +1,15 @@
-"""`dinov2 catalog`: what was made, from what, with which settings."""
+"""`dinov2 catalog`, `models` and `export`: what was made, what there is to start from, and how it is handed over."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import console
-from ..options import Force, Json, Quiet, emit, output_option
+from ..options import DryRun, Force, Json, Quiet, Seed, Verbose, emit, output_option
 
+models = typer.Typer(help="Architectures, released weights, and how to get them here.")
 app = typer.Typer(no_args_is_help=True, help="What was made, from what, with which settings.")
 
 Name = Annotated[str, typer.Argument(help="A path, or the file name of an artifact, with or without .parquet.")]
@@ -84,3 +86,66 @@ def gc() -> None:
     from .catalog import gc as run
 
     run()
+
+
+@models.callback(invoke_without_command=True)
+def list_models(context: typer.Context, as_json: Json = False) -> None:
+    """List architectures with parameters, FLOP and memory, and the released weights by name."""
+    if context.invoked_subcommand is None:
+        from .models import list_models as run
+
+        run(as_json)
+
+
+@models.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="Name of released weights, such as dinov2_vits14_reg.")],
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch released weights into the cache ($DINOV2_CACHE), from where --model NAME takes them."""
+    from .models import pull_model as run
+
+    console.set_verbosity(quiet, 0)
+    emit(run(name, force, dry_run), as_json)
+
+
+class ExportFormat(StrEnum):
+    """The formats of `export`; an Enum because typer knows no Literal."""
+
+    HF = "hf"
+    OFFICIAL = "official"
+    TIMM = "timm"
+    ONNX = "onnx"
+    SAFETENSORS = "safetensors"
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, weights, or whatever --model takes.")],
+    to: Annotated[ExportFormat, typer.Option(help="What will load it: a folder for hf, else a file.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Where the result goes.")],
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Side in pixels that position embeddings are stored for. [default: as they are; onnx: the model's]",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    dry_run: DryRun = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Compare only N random images. [default: 2]")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a model for other libraries, load it back, compare all tokens, and only then call it done."""
+    console.set_verbosity(quiet, verbose)
+    from ..store.artifact import Options
+    from .export import ExportSettings, export_model
+
+    settings = ExportSettings(to.value, image_size)
+    emit(export_model(model, output, settings, Options(seed, force, dry_run, limit)), json)

@@ -1,15 +1,17 @@
-"""Weight files as they come (official .pth, training checkpoints, Hugging Face, safetensors), under official names.
+"""Weight files as they come (official .pth, training checkpoints, Hugging Face, timm, safetensors), and other naming.
 
 The official names are those of the released backbones: `cls_token`, `pos_embed`, `patch_embed.proj.weight`,
-`blocks.{i}.attn.qkv.weight`, ..., `norm.bias`; heads are `dino_head.mlp.0.weight`, ..., `ibot_head.*`.
+`blocks.{i}.attn.qkv.weight`, ..., `norm.bias`; heads are `dino_head.mlp.0.weight`, ..., `ibot_head.*`. Every file is
+read under these names; `hugging_face_names` and `timm_names` are the way back.
 """
 
 import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +21,7 @@ from ..errors import ToolkitError
 
 MODEL_METADATA = "dinov2_toolkit"  # the key in a safetensors file's metadata that holds its model.json
 
-# Official name -> name in Hugging Face's Dinov2Model and Dinov2WithRegistersModel. qkv is apart: three there, one here.
+# Official name -> name in the files of Hugging Face's Dinov2Model and Dinov2WithRegistersModel.
 HUGGING_FACE_NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -39,6 +41,18 @@ HUGGING_FACE_BLOCK_NAMES = {
     "mlp.w12": "mlp.weights_in",
     "mlp.w3": "mlp.weights_out",
 }
+HUGGING_FACE_QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))  # one tensor here
+# What transformers 5 writes instead; it still reads the names above, which earlier versions and the Hub's files have.
+HUGGING_FACE_NEW_NAMES = {
+    "attention.q_proj": HUGGING_FACE_QKV[0],
+    "attention.k_proj": HUGGING_FACE_QKV[1],
+    "attention.v_proj": HUGGING_FACE_QKV[2],
+    "attention.o_proj": "attention.output.dense",
+    "mlp.down_proj": "mlp.weights_out",
+}
+HUGGING_FACE_NEW_GATES = ("mlp.gate_proj", "mlp.up_proj")  # the two halves of w12
+
+TIMM_SWIGLU_NAMES = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -75,7 +89,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # on pickles of other makers
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped into memory, so that reading a name or casting to another type needs no second copy of everything.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except pickle.UnpicklingError as problem:
         code = re.search(r"GLOBAL ([\w.]+)", str(problem))
         if code:
@@ -111,7 +126,8 @@ def official_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
     Wrappers' prefixes (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, `model.`, `state_dict.`) are taken off; of a
     teacher and a student the teacher is taken; `blocks.{chunk}.{i}` becomes `blocks.{i}`; Hugging Face's names are
-    translated. Names that mean nothing here stay among the backbone's, for the strict check to report.
+    translated, and so are timm's, known by having no mask token, which only training needs. Names that mean nothing
+    here stay among the backbone's, for the strict check to report.
     """
     names = {name: re.sub(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.", "", name) for name in tensors}
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
@@ -123,6 +139,8 @@ def official_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     is_head = re.compile(r"(dino|ibot)_head\.")
     heads = {name: tensor for name, tensor in renamed.items() if is_head.match(name)}
     backbone = {name.removeprefix("backbone."): renamed[name] for name in renamed if name not in heads}
+    if {"cls_token", "pos_embed"} <= backbone.keys() and "mask_token" not in backbone:
+        return _from_timm(backbone), heads
     return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): backbone[name] for name in backbone}, heads
 
 
@@ -130,25 +148,85 @@ def _from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a Dinov2 or Dinov2WithRegisters model's tensors by official names; a classifier's are left out."""
     tensors = {re.sub(r"^dinov2(_with_registers)?\.", "", name): tensor for name, tensor in tensors.items()}
     renamed: dict[str, Tensor] = {}
+    blocks: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        block = re.match(r"encoder\.layer\.(\d+)\.", name)
-        qkv = re.search(r"\.attention\.attention\.(query|key|value)\.(weight|bias)$", name)
-        if block and qkv:
-            parts = [name.replace(f".{qkv[1]}.", f".{part}.") for part in ("query", "key", "value")]
-            if all(part in tensors for part in parts):  # otherwise the strict check reports qkv as missing
-                renamed[f"blocks.{block[1]}.attn.qkv.{qkv[2]}"] = torch.cat([tensors[part] for part in parts])
-        elif block:
-            renamed[f"blocks.{block[1]}.{_translated(name[block.end() :], HUGGING_FACE_BLOCK_NAMES)}"] = tensor
+        if block := re.match(r"encoder\.layer\.(\d+)\.", name):
+            inner = _translated(name[block.end() :], HUGGING_FACE_NEW_NAMES)
+            blocks.setdefault(block[1], {})[inner] = tensor
         elif not name.startswith("classifier."):
-            renamed[_translated(name, HUGGING_FACE_NAMES)] = tensor
+            renamed[_translated(name, _inverse(HUGGING_FACE_NAMES))] = tensor
+    for number, block_tensors in blocks.items():
+        _join(block_tensors, HUGGING_FACE_QKV, "attn.qkv")
+        _join(block_tensors, HUGGING_FACE_NEW_GATES, "mlp.w12")
+        for name, tensor in block_tensors.items():
+            renamed[f"blocks.{number}.{_translated(name, _inverse(HUGGING_FACE_BLOCK_NAMES))}"] = tensor
     return renamed
 
 
-def _translated(name: str, theirs_of_ours: Mapping[str, str]) -> str:
-    """Return the official name for one of Hugging Face's, `.weight` and `.bias` kept; an unknown name as it is."""
-    for ours, theirs in theirs_of_ours.items():
-        if name == theirs or name.startswith(f"{theirs}."):
-            return ours + name.removeprefix(theirs)
+def _join(tensors: dict[str, Tensor], parts: Sequence[str], whole: str) -> None:
+    """Put the parts of a layer, if all are there, one after the other; otherwise the strict check will report them."""
+    for kind in ("weight", "bias"):
+        names = [f"{part}.{kind}" for part in parts]
+        if all(name in tensors for name in names):
+            tensors[f"{whole}.{kind}"] = torch.cat([tensors.pop(name) for name in names])
+
+
+def hugging_face_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a backbone's tensors as Dinov2Model and Dinov2WithRegistersModel have them in their files."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        inner, prefix = (name[block.end() :], f"encoder.layer.{block[1]}.") if block else (name, "")
+        if inner.startswith("attn.qkv."):
+            kind = inner.removeprefix("attn.qkv.")
+            for part, rows in zip(HUGGING_FACE_QKV, tensor.chunk(3), strict=True):
+                renamed[f"{prefix}{part}.{kind}"] = rows
+        else:
+            renamed[prefix + _translated(inner, HUGGING_FACE_BLOCK_NAMES | HUGGING_FACE_NAMES)] = tensor
+    return renamed
+
+
+def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a backbone's tensors as timm's `vit_*_dinov2` have them, those with registers as its `vit_*_reg4_dinov2`.
+
+    timm has no mask token; with registers its position embedding has no slot for the class token, so that slot is
+    added to the token itself.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "mask_token"}
+    if "register_tokens" in tensors:
+        pos_embed = tensors["pos_embed"]
+        tensors["reg_token"] = tensors.pop("register_tokens")
+        tensors["cls_token"] = tensors["cls_token"] + pos_embed[:, :1]
+        tensors["pos_embed"] = pos_embed[:, 1:].contiguous()
+    return {_renamed_swiglu(name, TIMM_SWIGLU_NAMES): tensor for name, tensor in tensors.items()}
+
+
+def _from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of one of timm's DINOv2 models by official names, the mask token zeros, as it starts."""
+    tensors = dict(tensors)
+    cls_token, pos_embed = tensors["cls_token"], tensors["pos_embed"]
+    if "reg_token" in tensors:
+        tensors["register_tokens"] = tensors.pop("reg_token")
+        tensors["pos_embed"] = torch.cat([torch.zeros_like(cls_token), pos_embed], dim=1)
+    fc1, fc2 = tensors.get("blocks.0.mlp.fc1.weight"), tensors.get("blocks.0.mlp.fc2.weight")
+    if fc1 is not None and fc2 is not None and len(fc1) == 2 * fc2.shape[1]:  # gate and value: no MLP
+        tensors = {_renamed_swiglu(name, _inverse(TIMM_SWIGLU_NAMES)): tensor for name, tensor in tensors.items()}
+    return {**tensors, "mask_token": torch.zeros_like(cls_token[0])}
+
+
+def _renamed_swiglu(name: str, new_of_old: Mapping[str, str]) -> str:
+    return re.sub(r"\.(mlp\.\w+)\.", lambda found: f".{new_of_old.get(found[1], found[1])}.", name)
+
+
+def _inverse(names: Mapping[str, str]) -> dict[str, str]:
+    return {new: old for old, new in names.items()}
+
+
+def _translated(name: str, new_of_old: Mapping[str, str]) -> str:
+    """Return another name for a layer's tensor, `.weight` and `.bias` kept; an unknown name as it is."""
+    for old, new in new_of_old.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name.removeprefix(old)
     return name
 
 

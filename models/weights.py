@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b, file_digest
 from pathlib import Path
+from typing import Any  # of JSON
 
 import torch
 from safetensors.torch import save_file
@@ -30,6 +31,7 @@ from .architecture import (
 from .formats import MODEL_METADATA, official_names, read_json, read_tensors
 from .head import ProjectionHead
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD
+from .released import RELEASED, cached_weights
 from .vit import ARCHITECTURES, VisionTransformer, build_vit
 
 MODEL_JSON, TEACHER_FILE = "model.json", "teacher.safetensors"
@@ -92,7 +94,7 @@ def save_model(
         image_size, crop_ratio, mean, std: as in `Preprocessing`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = _described(backbone, heads, Preprocessing(image_size, crop_ratio, mean, std))
+    text = model_description(backbone, heads, Preprocessing(image_size, crop_ratio, mean, std))
     parts: dict[str, nn.Module] = {"backbone": backbone, **heads}
     tensors = {
         f"{part}.{name}": tensor.detach().to("cpu", torch.float32).contiguous()
@@ -103,7 +105,10 @@ def save_model(
     _write_whole(folder / MODEL_JSON, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _described(backbone: VisionTransformer, heads: Mapping[str, ProjectionHead], preprocessing: Preprocessing) -> str:
+def model_description(
+    backbone: VisionTransformer, heads: Mapping[str, ProjectionHead], preprocessing: Preprocessing
+) -> str:
+    """Return what a model.json says: all numbers needed to build the modules and to prepare images."""
     content = {
         "format": 1,
         "backbone": asdict(backbone_settings(backbone)),
@@ -159,14 +164,16 @@ def weights_file(source: str | Path) -> Path:
 
     Args:
         source: a weights file, a model folder, a run folder (an unfinished run stands for its latest checkpoint,
-            said on stderr), or a Hugging Face folder.
+            said on stderr), a Hugging Face folder, or the name of released weights that were pulled.
 
     Raises:
-        ToolkitError: if there is nothing of the kind.
+        ToolkitError: if there is nothing of the kind, or it was not pulled.
     """
     path = Path(source)
     if not path.is_dir():
         if not path.exists():
+            if str(source) in RELEASED:
+                return _pulled(str(source))
             raise ToolkitError(
                 f"no model {str(source)!r}; give a run folder, a weights file, a Hugging Face folder or random:ARCH"
             )
@@ -188,6 +195,13 @@ def weights_file(source: str | Path) -> Path:
         f"folder {path} holds no model: no {MODEL_JSON}, no checkpoints/step-*, and no config.json with "
         "model.safetensors; name a run, a weights file or a Hugging Face folder"
     )
+
+
+def _pulled(name: str) -> Path:
+    file = cached_weights(name)
+    if not file.exists():
+        raise ToolkitError(f"{name} is not in the cache ({file}); fetch it with `dinov2 models pull {name}`")
+    return file
 
 
 def model_content_id(source: str | Path) -> str:
@@ -260,6 +274,7 @@ def _backbone(
         if num_heads is None and isinstance(config_heads, int):
             num_heads = config_heads
         settings = inferred_backbone_settings(contents.backbone, contents.name, num_heads)
+        settings = replace(settings, **_pos_embed_policy(contents))
     else:
         settings = contents.saved.backbone
     settings = replace(
@@ -272,6 +287,13 @@ def _backbone(
         backbone = VisionTransformer(**asdict(settings))
     load_strictly(backbone, contents.backbone, contents.name)
     return backbone.eval()
+
+
+def _pos_embed_policy(contents: _Contents) -> dict[str, Any]:
+    """Return what the config.json of an export of ours says of position embeddings; transformers has no key for it."""
+    ours = contents.config.get(MODEL_METADATA)
+    names = ("pos_embed_antialias", "pos_embed_offset")
+    return {name: ours[name] for name in names if name in ours} if isinstance(ours, dict) else {}
 
 
 def load_heads(source: str | Path | Mapping[str, Tensor]) -> dict[str, ProjectionHead]:

@@ -33,6 +33,7 @@ class Result:
     output: str
     figures: dict[str, object] = field(default_factory=dict)  # for --json
     value: float | None = None  # printed instead of the output where it is the answer
+    digits: int = 4  # decimals of the value as printed
 
 
 def check_manifest_name(output: str) -> Path:

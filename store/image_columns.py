@@ -1,15 +1,19 @@
 """The image columns of any manifest, ours or a Parquet file of other origin."""
 
 import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
-from .manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, Manifest
+from .manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, ROW_GROUP_ROWS, Manifest
+from .vectors import Int64
 
 URI_COLUMNS = ("uri", "path", "image", "file_name")
 
@@ -21,18 +25,51 @@ def read_images(manifest: Manifest, limit: int | None = None, label_column: str 
     becomes parquet:// names); what it does not say is null. Relative names count from its folder; labels become
     strings, Hugging Face's class numbers their names.
     """
+    batches = image_batches(manifest, limit=limit, label_column=label_column)
+    return pa.concat_tables([image_schema(manifest).empty_table(), *batches])
+
+
+def image_schema(manifest: Manifest) -> pa.Schema:
+    """Return the image columns that `read_images` gives for a manifest."""
     present = manifest.names()
-    optional = [field for field in OPTIONAL_IMAGE_FIELDS if field.name in present]
-    schema = pa.schema([*IMAGE_FIELDS, *optional])
-    wanted = [field.name for field in schema if field.name in present and field.name not in ("uri", "label")]
-    table = manifest.read(wanted, limit) if wanted else None
-    num_rows = manifest.num_rows if limit is None else min(limit, manifest.num_rows)
-    columns = {name: pa.nulls(num_rows, schema.field(name).type) for name in schema.names}
-    if table is not None:
-        columns.update({name: _cast(table.column(name), schema.field(name), manifest) for name in wanted})
-    columns["uri"] = _uris(manifest, limit, num_rows)
-    columns["label"] = _labels(manifest, label_column, limit, num_rows)
-    return pa.table(columns, schema=schema)
+    return pa.schema([*IMAGE_FIELDS, *(field for field in OPTIONAL_IMAGE_FIELDS if field.name in present)])
+
+
+def image_batches(
+    manifest: Manifest,
+    columns: Collection[str] | None = None,
+    *,
+    more: Collection[str] = (),
+    rows: Int64 | None = None,
+    limit: int | None = None,
+    label_column: str = "label",
+) -> Iterator[pa.Table]:
+    """Yield the same some thousand rows at a time, holding no more.
+
+    Args:
+        columns: names of image columns to read; all by default.
+        more: other columns of the manifest that come along as they are.
+        rows: (R,) the rows wanted, rising; row groups without any are not read. All by default.
+        limit: the first so many rows of the manifest.
+    """
+    schema = image_schema(manifest)
+    wanted = [field for field in schema if columns is None or field.name in columns]
+    made_from = _made_from(manifest, [field.name for field in wanted], label_column)
+    fields = [*wanted, *(manifest.schema.field(name) for name in more)]
+    read = list(dict.fromkeys([*made_from.values(), *more]))
+    for piece in _pieces(manifest, read, rows, manifest.num_rows if limit is None else limit):
+        made = []
+        for field in wanted:
+            if field.name == "uri":
+                made.append(_uris(manifest, made_from.get("uri"), piece))
+            elif field.name not in made_from:
+                made.append(pa.nulls(len(piece.rows), field.type))
+            elif field.name == "label":
+                made.append(_labels(manifest, label_column, piece.columns[label_column]))
+            else:
+                made.append(_cast(piece.columns[field.name], field, manifest))
+        others = [piece.columns[name] for name in more]
+        yield pa.Table.from_arrays([*made, *others], schema=pa.schema(fields).remove_metadata())
 
 
 def has_images(manifest: Manifest) -> bool:
@@ -40,37 +77,83 @@ def has_images(manifest: Manifest) -> bool:
     return any(name in manifest.names() for name in URI_COLUMNS)
 
 
-def _uris(manifest: Manifest, limit: int | None, num_rows: int) -> pa.ChunkedArray | pa.Array:
-    name = next((name for name in URI_COLUMNS if name in manifest.names()), None)
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of one part of a manifest."""
+
+    part: Path
+    rows: Int64  # (B,) of the part, rising
+    columns: dict[str, pa.Array]  # (B,) as stored
+
+
+def _made_from(manifest: Manifest, wanted: list[str], label_column: str) -> dict[str, str]:
+    """Return the manifest's column from which each image column is made, where one must be read."""
+    present = manifest.names()
+    made_from = {name: name for name in wanted if name in present and name not in ("uri", "label")}
+    if "label" in wanted and label_column in present:
+        made_from["label"] = label_column
+    name = _uri_column(manifest)
+    if "uri" in wanted and name is not None:
+        kind = manifest.schema.field(name).type
+        is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        if not is_bytes and not (pa.types.is_struct(kind) and _holds_all_bytes(manifest, name)):
+            made_from["uri"] = name
+    return made_from
+
+
+def _uri_column(manifest: Manifest) -> str | None:
+    return next((name for name in URI_COLUMNS if name in manifest.names()), None)
+
+
+def _pieces(manifest: Manifest, columns: list[str], rows: Int64 | None, limit: int) -> Iterator[_Piece]:
+    """Yield the rows wanted, all by default, of the first `limit`."""
+    part_start = 0
+    for part in manifest.parts:
+        with pq.ParquetFile(part) as file:
+            start = 0
+            for group in range(file.num_row_groups):
+                stop = start + file.metadata.row_group(group).num_rows
+                first, last = part_start + start, min(part_start + stop, limit)
+                if first < last and (rows is None or np.searchsorted(rows, first) < np.searchsorted(rows, last)):
+                    # One thread: a row group of so few rows gains nothing by more, and memory stays in bounds.
+                    for batch in file.iter_batches(ROW_GROUP_ROWS, [group], columns, use_threads=False):
+                        end = min(start + batch.num_rows, limit - part_start)
+                        inside = np.arange(start, end)
+                        if rows is not None:
+                            low, high = np.searchsorted(rows, [part_start + start, part_start + end])
+                            inside = rows[low:high] - part_start
+                        taken = pa.array(inside - start)
+                        start += batch.num_rows
+                        if len(inside):
+                            arrays = {name: batch.column(name).take(taken) for name in columns}
+                            yield _Piece(part, inside, arrays)
+                start = stop
+            part_start += start
+
+
+def _uris(manifest: Manifest, name: str | None, piece: _Piece) -> pa.Array:
+    """Return the names of a piece's images, made from column `name`; None: by row, for the file holds their bytes."""
     if name is None:
-        return pa.nulls(num_rows, pa.string())
+        column = _uri_column(manifest)
+        return pa.nulls(len(piece.rows), pa.string()) if column is None else _row_uris(piece, column)
     kind = manifest.schema.field(name).type
     if pa.types.is_struct(kind):
-        return _struct_uris(manifest, name, limit, num_rows)
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return pa.array(_row_uris(manifest, name, num_rows), pa.string())
+        return _struct_uris(manifest, name, piece)
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
         raise ToolkitError(f"the `{name}` column of {manifest.path} is {kind}; it must hold names or encoded images")
-    column = pc.cast(manifest.read([name], limit).column(name), pa.string())
+    column = pc.cast(piece.columns[name], pa.string())
     if manifest.provenance is not None:
         return column  # ours are absolute already
-    return pa.array([_absolute(uri, manifest.path) for uri in column.to_pylist()], pa.string())
+    return _absolute(column, manifest.path)
 
 
-def _struct_uris(manifest: Manifest, name: str, limit: int | None, num_rows: int) -> pa.Array:
+def _struct_uris(manifest: Manifest, name: str, piece: _Piece) -> pa.Array:
     """Name an image by its row where the file holds its bytes, by its path where it does not."""
-    inside = _row_uris(manifest, name, num_rows)
-    if _holds_all_bytes(manifest, name):
-        return pa.array(inside, pa.string())
-    uris: list[str | None] = []
-    for batch in manifest.batches([name], limit):
-        structs = batch.column(0)
-        holds = pc.is_valid(pc.struct_field(structs, "bytes")).to_pylist()
-        has_path = structs.type.get_field_index("path") >= 0
-        paths = pc.struct_field(structs, "path").to_pylist() if has_path else [None] * len(holds)
-        for held, path in zip(holds, paths, strict=True):
-            uris.append(inside[len(uris)] if held else _absolute(path, manifest.path))
-    return pa.array(uris, pa.string())
+    structs = piece.columns[name]
+    holds = pc.is_valid(pc.struct_field(structs, "bytes"))
+    has_path = structs.type.get_field_index("path") >= 0
+    paths = pc.struct_field(structs, "path") if has_path else pa.nulls(len(structs), pa.string())
+    return pc.if_else(holds, _row_uris(piece, name), _absolute(pc.cast(paths, pa.string()), manifest.path))
 
 
 def _holds_all_bytes(manifest: Manifest, name: str) -> bool:
@@ -85,25 +168,23 @@ def _holds_all_bytes(manifest: Manifest, name: str) -> bool:
     return True
 
 
-def _row_uris(manifest: Manifest, name: str, num_rows: int) -> list[str]:
+def _row_uris(piece: _Piece, name: str) -> pa.Array:
     column = "" if name == "image" else f"&column={quote(name)}"
-    uris: list[str] = []
-    for part in manifest.parts:
-        place = quote(str(part.absolute()))
-        uris += [f"parquet://{place}?row={row}{column}" for row in range(pq.read_metadata(part).num_rows)]
-    return uris[:num_rows]
+    rows = pc.cast(pa.array(piece.rows), pa.string())
+    return pc.binary_join_element_wise(f"parquet://{quote(str(piece.part.absolute()))}?row=", rows, column, "")
 
 
-def _absolute(uri: str | None, manifest_path: Path) -> str | None:
-    if uri is None or "://" in uri:
-        return uri
-    return str(manifest_path.absolute().parent / uri)
+def _absolute(uris: pa.Array, manifest_path: Path) -> pa.Array:
+    """Return names as they are where they are URLs or absolute paths, else from the manifest's folder."""
+    is_whole = pc.or_(pc.match_substring(uris, "://"), pc.starts_with(uris, "/"))
+    if pc.all(is_whole).as_py() is not False:  # of nothing but nulls, null
+        return uris
+    folder = manifest_path.absolute().parent
+    joined = [None if name is None else str(folder / name) for name in uris.to_pylist()]
+    return pc.if_else(is_whole, uris, pa.array(joined, pa.string()))
 
 
-def _labels(manifest: Manifest, name: str, limit: int | None, num_rows: int) -> pa.ChunkedArray | pa.Array:
-    if name not in manifest.names():
-        return pa.nulls(num_rows, pa.string())
-    column = manifest.read([name], limit).column(name)
+def _labels(manifest: Manifest, name: str, column: pa.Array) -> pa.Array:
     names = _class_names(manifest, name)
     if names and pa.types.is_integer(column.type):
         has_name = pc.and_(pc.greater_equal(column, 0), pc.less(column, len(names)))  # -1: a test split without labels
@@ -111,7 +192,7 @@ def _labels(manifest: Manifest, name: str, limit: int | None, num_rows: int) -> 
     return _cast(column, pa.field(name, pa.string()), manifest)
 
 
-def _cast(column: pa.ChunkedArray, field: pa.Field, manifest: Manifest) -> pa.ChunkedArray:
+def _cast(column: pa.Array, field: pa.Field, manifest: Manifest) -> pa.Array:
     try:
         return pc.cast(column, field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

@@ -46,6 +46,10 @@ REMOVED_FIELDS = (
     pa.field("duplicate_of", pa.string()),  # uri of the kept image, or of the evaluation image it resembles
     pa.field("similarity", pa.float32()),
 )
+GROUP_FIELDS = (  # dedup, of what stays and what goes alike
+    pa.field("group_id", pa.int64()),  # row of the first image of its group
+    pa.field("weakest", pa.float32()),  # lowest similarity in the group to the one that stays; null where it is alone
+)
 SCORE_FIELDS = (
     pa.field("model", pa.string()),
     pa.field("method", pa.string()),
@@ -62,6 +66,16 @@ SCORE_FIELDS = (
 def embedding_field(dim: int, dtype: pa.DataType) -> pa.Field:
     """Return the column of `dim` numbers an image; `dtype` is pa.float16() or pa.float32()."""
     return pa.field("embedding", pa.list_(pa.field("element", dtype, nullable=False), dim), nullable=False)
+
+
+def patch_fields(dim: int, dtype: pa.DataType) -> list[pa.Field]:
+    """Return the columns of an image's patch tokens: vectors of `dim` numbers, row by row of a grid of that size."""
+    vector = pa.list_(pa.field("element", dtype, nullable=False), dim)
+    return [
+        pa.field("grid_height", pa.int32()),  # patches
+        pa.field("grid_width", pa.int32()),
+        pa.field("patches", pa.list_(pa.field("element", vector, nullable=False)), nullable=False),
+    ]
 
 
 def cluster_field(level: int) -> pa.Field:
@@ -288,7 +302,7 @@ class ManifestWriter:
         self._temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
         self._file = _HashingFile(self._temporary)
         leaves = _leaf_paths(self.schema)
-        plain = [leaf for leaf in leaves if leaf.startswith("embedding.")]
+        plain = [leaf for leaf in leaves if leaf.startswith(("embedding.", "patches."))]
         # Dictionaries slow the reading of vectors sixfold, and compression gains nothing on them.
         self._writer = pq.ParquetWriter(
             pa.PythonFile(self._file, mode="w"),

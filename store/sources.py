@@ -5,24 +5,28 @@ Everything that a source lists is accounted for: as an image to try, or with the
 
 import hashlib
 import os
+import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 from urllib.parse import quote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..errors import ToolkitError
 from .image_columns import has_images, read_images
 from .manifest import Manifest, open_manifest
 
 LIST_SUFFIXES = (".txt", ".lst", ".list")
-SLICE_ROWS = 10_000  # chosen: rows of a manifest that are Python objects at a time
+SLICE_ROWS = 10_000  # chosen: rows of a manifest, names of a folder or list, that are Python objects at a time
+SPOOL_BYTES = 16 << 20  # chosen: names on stdin above it wait on the disk
 
 Kind = Literal["folder", "manifest", "names"]
 Skip = Callable[[str], bool]  # tells of an absolute path whether the walk leaves it out
@@ -37,6 +41,8 @@ class Entry:
     reason: str | None = None
     source: str | None = None  # of a manifest's rows, carried over
     weight: float | None = None
+    size: int | None = None  # of a file as it was listed: bytes, and time stamp
+    mtime_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,10 @@ class ImageSource:
     kind: Kind
     path: str  # absolute; "-" for stdin
     manifest: Manifest | None = None
-    names: tuple[str, ...] = ()  # of kind "names": uris, or paths as they were listed
-    folder: str = ""  # of kind "names": where relative names are looked for first
+    names: tuple[str, ...] = ()  # of kind "names": image files that were arguments themselves
+    text: IO[bytes] | None = None  # of kind "names": a list of them, uris or paths, read piece by piece
+    null: bool = False  # they end in NUL
+    folder: str = ""  # of a list: where relative names are looked for first
 
     @property
     def is_file(self) -> bool:
@@ -79,7 +87,7 @@ def open_source(argument: str, *, null: bool = False) -> ImageSource:
     Raises ToolkitError when there is no such file, or a Parquet file without images.
     """
     if argument == "-":
-        return ImageSource("names", "-", names=_split(sys.stdin.buffer.read(), null), folder=os.getcwd())
+        return ImageSource("names", "-", text=_spooled(sys.stdin.buffer), null=null, folder=os.getcwd())
     path = os.path.abspath(argument)
     if not os.path.lexists(path):
         raise ToolkitError(f"no file or folder {argument}; check the path")
@@ -94,15 +102,28 @@ def open_source(argument: str, *, null: bool = False) -> ImageSource:
     if os.path.isdir(path):
         return ImageSource("folder", path)
     if argument.endswith(LIST_SUFFIXES):
-        return ImageSource(
-            "names", path, names=_split(Path(path).read_bytes(), null=False), folder=os.path.dirname(path)
-        )
+        return ImageSource("names", path, text=Path(path).open("rb"), folder=os.path.dirname(path))
     return ImageSource("names", path, names=(path,))
 
 
-def _split(text: bytes, null: bool) -> tuple[str, ...]:
-    lines = text.split(b"\0") if null else [line.removesuffix(b"\r") for line in text.split(b"\n")]
-    return tuple(os.fsdecode(line) for line in lines if line)
+def _spooled(stream: IO[bytes]) -> IO[bytes]:
+    """Return a copy of a stream that can be read again, in memory while it is small."""
+    copy = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # as long-lived as its source
+    shutil.copyfileobj(stream, copy)
+    return copy
+
+
+def _listed_names(text: IO[bytes], null: bool) -> Iterator[str]:
+    """Yield the names of a list, without holding all of them."""
+    text.seek(0)
+    end, rest = b"\0" if null else b"\n", b""
+    while chunk := text.read(1 << 20):
+        *lines, rest = (rest + chunk).split(end)
+        for line in lines:
+            if name := line if null else line.removesuffix(b"\r"):
+                yield os.fsdecode(name)
+    if name := rest if null else rest.removesuffix(b"\r"):
+        yield os.fsdecode(name)
 
 
 def check_labels(labels: str, sources: list[ImageSource]) -> None:
@@ -133,14 +154,16 @@ def survey(source: ImageSource, skip: Skip) -> tuple[str, int]:
         return source.manifest.content_id, source.manifest.num_rows
     digest = hashlib.blake2b(digest_size=16)
     count = 0
-    for path in _paths(source, skip):
-        try:
-            status = os.stat(path)
-            digest.update(b"%s\0%d\0%d\n" % (os.fsencode(path), status.st_size, status.st_mtime_ns))
-        except (OSError, ValueError):  # a broken link, a uri, a name with NUL
-            digest.update(b"%s\0\n" % os.fsencode(path))
+    for entry in entries(source, "none", skip):
+        digest.update(listing_line(entry))
         count += 1
     return digest.hexdigest(), count
+
+
+def listing_line(entry: Entry) -> bytes:
+    """Return what an entry adds to the content id of a source that is no manifest: BLAKE2b-128 of all its lines."""
+    status = "" if entry.size is None else f"{entry.size}\0{entry.mtime_ns}"
+    return f"{entry.uri}\0{status}\n".encode()
 
 
 def entries(source: ImageSource, labels: str, skip: Skip) -> Iterator[Entry]:
@@ -151,12 +174,15 @@ def entries(source: ImageSource, labels: str, skip: Skip) -> Iterator[Entry]:
     if source.manifest is not None:
         yield from _manifest_entries(source.manifest, labels)
         return
+    is_folder = source.kind == "folder"
     below = len(os.path.join(source.path, ""))
     for path in _paths(source, skip):
         label = None
-        if source.kind == "folder" and labels == "folder" and os.sep in path[below:]:
+        if is_folder and labels == "folder" and os.sep in path[below:]:
             label = os.fsencode(path[below:].split(os.sep, 1)[0]).decode("utf-8", "backslashreplace")
-        yield Entry(file_uri(path), label, _known_reason(path) if source.kind == "folder" else None)
+        reason, status = _examined(path)
+        size, mtime_ns = (None, None) if status is None else (status.st_size, status.st_mtime_ns)
+        yield Entry(file_uri(path), label, reason if is_folder else None, size=size, mtime_ns=mtime_ns)
 
 
 def _paths(source: ImageSource, skip: Skip) -> Iterator[str]:
@@ -164,7 +190,7 @@ def _paths(source: ImageSource, skip: Skip) -> Iterator[str]:
     if source.kind == "folder":
         yield from _walk(source.path, skip)
         return
-    for name in source.names:
+    for name in source.names if source.text is None else _listed_names(source.text, source.null):
         if "://" in name:
             yield name
             continue
@@ -177,37 +203,60 @@ def _walk(folder: str, skip: Skip) -> Iterator[str]:
 
     The order is that of the paths as bytes, whatever the file system says.
     """
-    stack = [os.path.join(folder, "")]  # folders end in a separator
+    stack = [_listed_folder(os.path.join(folder, ""), skip)]
     while stack:
-        path = stack.pop()
-        if not path.endswith(os.sep):
+        path = next(stack[-1], None)
+        if path is None:
+            stack.pop()
+        elif path.endswith(os.sep):  # a folder
+            stack.append(_listed_folder(path, skip))
+        else:
             yield path
-            continue
-        try:
-            with os.scandir(path) as found:
-                listed = [
-                    entry.path + os.sep if entry.is_dir(follow_symlinks=False) else entry.path
-                    for entry in found
-                    if not skip(entry.path)
-                ]
-        except OSError:
-            listed = [path.rstrip(os.sep)]
-        stack.extend(sorted(listed, key=os.fsencode, reverse=True))
 
 
-def _known_reason(path: str) -> str | None:
-    """Return why an entry of a folder is no image, where that shows without opening it."""
+def _listed_folder(folder: str, skip: Skip) -> Iterator[str]:
+    """Yield the paths in a folder in order, those of folders with a separator behind; itself if it cannot be read."""
+    found: list[bytes] = []
+    pieces: list[pa.Array] = []  # of a large folder: a tenth of what Python's strings would take
     try:
-        mode = os.lstat(path).st_mode
+        with os.scandir(folder) as listing:
+            for entry in listing:
+                if skip(entry.path):
+                    continue
+                found.append(os.fsencode(entry.path) + (b"/" if entry.is_dir(follow_symlinks=False) else b""))
+                if len(found) == SLICE_ROWS:
+                    pieces.append(pa.array(found, pa.binary()))
+                    found = []
     except OSError:
-        return "gone since it was listed"
-    if stat.S_ISLNK(mode) and os.path.isdir(path):
-        return "a link to a folder, not followed"
-    if stat.S_ISDIR(mode):
-        return "a folder that cannot be read"
+        yield folder.rstrip(os.sep)
+        return
+    if not pieces:
+        yield from map(os.fsdecode, sorted(found))
+        return
+    paths = pa.chunked_array([*pieces, pa.array(found, pa.binary())])
+    order = pc.sort_indices(paths)
+    for start in range(0, len(order), SLICE_ROWS):
+        yield from map(os.fsdecode, paths.take(order[start : start + SLICE_ROWS]).to_pylist())
+
+
+def _examined(path: str) -> tuple[str | None, os.stat_result | None]:
+    """Return why an entry of a folder is no image, where that shows without opening it, and the file's status."""
+    try:
+        status = os.lstat(path)
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return "gone since it was listed", None
+    if stat.S_ISDIR(status.st_mode):
+        return "a folder that cannot be read", status
+    if stat.S_ISLNK(status.st_mode):
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None, None  # a broken link
+        if stat.S_ISDIR(status.st_mode):
+            return "a link to a folder, not followed", status
     if path.endswith(".parquet"):
-        return "a Parquet file; name it as a source of its own"
-    return None
+        return "a Parquet file; name it as a source of its own", status
+    return None, status
 
 
 def file_uri(path: str) -> str:

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2_toolkit.curate.dedup import DUPLICATE, GROUPED, RESEMBLES, DedupSettings, dedup_images
-from dinov2_toolkit.curate.groups import connected, duplicate_groups
+from dinov2_toolkit.curate.dedup import DedupSettings, dedup_images
+from dinov2_toolkit.curate.groups import duplicate_groups
 from dinov2_toolkit.curate.threshold import FIXED_THRESHOLD, chance_threshold
+from dinov2_toolkit.curate.verdict import DUPLICATE, GROUPED, RESEMBLES
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.neighbors import first_identical, similarities, tolerance
 from dinov2_toolkit.store import catalog
@@ -48,8 +49,8 @@ def in_memory(vectors: Stored) -> Vectors:
 
 def groups_of(vectors: Stored, threshold: float, k: int) -> tuple[list[int], int]:
     searched = in_memory(vectors)
-    labels, num_saturated = duplicate_groups(searched, first_identical(searched), threshold, k)
-    return labels.tolist(), num_saturated
+    groups = duplicate_groups(searched, first_identical(searched), threshold, k, priority=np.arange(len(vectors)))
+    return groups.labels.tolist(), groups.num_saturated
 
 
 def dedup(manifest: Path, **settings: object) -> tuple[list[Row], list[Row]]:

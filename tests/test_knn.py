@@ -28,7 +28,7 @@ def brute_force(
 
 
 def test_guesses_equal_a_brute_force_of_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knn, "BLOCK_ELEMENTS", 300 * 7)  # blocks of 7 test images
+    monkeypatch.setattr(knn, "BLOCK_VOTES", 8 * 7)  # blocks of 7 test images
     random = np.random.default_rng(0)
     labels = random.integers(0, 8, 300)
     centres = random.standard_normal((8, 16)) * 0.6

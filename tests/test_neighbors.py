@@ -4,7 +4,8 @@ import faiss
 import numpy as np
 import pytest
 
-from dinov2_toolkit.features.neighbors import Identity, Neighbors, candidates, first_identical, nearest, tolerance
+from dinov2_toolkit.features.neighbors import Identity, Neighbors, first_identical, nearest, tolerance
+from dinov2_toolkit.features.exact_search import candidates, exact_neighbors
 from dinov2_toolkit.store.manifest import Source
 from dinov2_toolkit.store.vectors import Float64, Int64, Stored, Vectors
 
@@ -21,10 +22,13 @@ def brute_force(
     queries: Vectors, pool: Vectors, k: int, order: Int64, identity: Identity | None = None, above: float = -np.inf
 ) -> Neighbors:
     """Compare every query with every pool vector, one pair at a time in the order that `similarities` sums in."""
-    left, right = queries.exact(np.arange(len(queries))), pool.exact(np.arange(len(pool)))
+    left, right = queries.raw(0, len(queries)).astype(np.float64), pool.raw(0, len(pool)).astype(np.float64)
+    squares = np.einsum("nd,nd->n", right, right)
     indices, best = np.full((len(left), k), -1), np.full((len(left), k), -np.inf)
     for row, query in enumerate(left):
-        cosines = np.clip(np.einsum("nd,nd->n", np.broadcast_to(query, right.shape), right), -1, 1)
+        lengths = np.sqrt(np.einsum("nd,nd->n", query[None], query[None]) * squares)
+        dots = np.einsum("nd,nd->n", np.broadcast_to(query, right.shape), right)
+        cosines = np.clip(dots / np.where(lengths > 0, lengths, 1), -1, 1)
         allowed = [
             p
             for p in range(len(right))
@@ -112,7 +116,7 @@ def test_blocks_and_threads_do_not_show(threads: int, block_bytes: int) -> None:
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)
     try:
-        assert_same(nearest(vectors, vectors, 20, order=order, identity=itself, block_bytes=block_bytes), whole)
+        assert_same(exact_neighbors(vectors, vectors, 20, order=order, identity=itself, block_bytes=block_bytes), whole)
     finally:
         faiss.omp_set_num_threads(before)
 

@@ -14,7 +14,8 @@ from dinov2_toolkit import cli
 from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate import linear
-from dinov2_toolkit.evaluate.probe import ProbeSettings, parse_ks, probe, usable_ks
+from dinov2_toolkit.evaluate.probe import ProbeSettings, parse_ks, probe
+from dinov2_toolkit.evaluate.vote import usable_ks
 from dinov2_toolkit.evaluate.scores import bootstrap_interval
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, Result
@@ -108,9 +109,9 @@ def test_a_k_above_the_training_set_is_left_out_by_default_and_refused_alone(
     assert usable_ks(None, 50) == (10, 20)
     assert "k 100, 200 left out: there are 50 training images" in words(capsys)
     assert usable_ks(None, 7) == (7,)
-    assert usable_ks((3, 8), 7) == (3,)
+    assert usable_ks((3, 7), 7) == (3, 7)
     with pytest.raises(ToolkitError, match="k 8, 9 is above the 7 training images; choose a lower --k"):
-        usable_ks((8, 9), 7)
+        usable_ks((3, 8, 9), 7)
 
 
 def test_one_row_is_written_for_each_k() -> None:

@@ -99,7 +99,7 @@ class TrainConfig:
     # KoLeo compares the images of a micro-batch.
     split_views: bool = False  # local crops, first and second global ones in turn: a third of the memory
     micro_batch_size: int = 0  # images of a process at a time; 0 = all
-    recompute: Literal["nothing", "cheap", "blocks"] = "nothing"  # going backward: "cheap" norms and activations, or whole "blocks"
+    recompute: Literal["nothing", "cheap", "blocks"] = "nothing"  # going backward: norms and activations are cheap
 
     # What changes the cost and not the result (COST_KEYS).
     num_workers: int = 8  # threads that decode images, a process

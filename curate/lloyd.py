@@ -1,0 +1,273 @@
+"""k-means of points in memory: Lloyd's iterations in which a point looks only at centroids near its own.
+
+After the first assignment, a point of cluster a is compared with the 64 centroids nearest to a's, whatever the number
+of clusters; it wanders further from iteration to iteration. Source: Agustsson et al. 2017 (k²-means).
+
+S points, K clusters, D numbers a point.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ..features.products import device, product, run
+from ..features.similarity import tolerance
+from ..store.vectors import Float32, Float64, Int64, unit_length
+from .allocation import allocate
+from .balance import seeded_keys
+from .centroid_search import EXACT_CENTROIDS, Centroids, Int32, Metric, make_lists, neighbours_of, search_points
+
+Init = Literal["k-means++", "sampled"]
+
+NUM_NEIGHBOURS = 64  # measured: the objective of comparing with all, within 0.1 %
+NUM_ITERATIONS = 20  # chosen
+EARLY_STOP = 1e-4  # relative gain below which iterations end
+CHAIN = 64  # steps of the Markov chain that draws a starting centroid; chosen
+GROUPED_CENTROIDS = 128  # with more, starting centroids are drawn group by group
+POINTS_A_CENTROID = 256  # FAISS's own limit: more points move a centroid little
+JOB_POINTS = 4_096  # points a job of a thread
+FIRST_LISTED = 256  # lists by which points first find their centroids
+
+
+@dataclass(frozen=True)
+class State:
+    """Iterations on their way: all that the next one depends on."""
+
+    iteration: int  # done
+    centroids: Float32  # (K, D)
+    assignments: Int32  # (S,)
+    sums: Float64  # (K, D) of the points of each cluster
+    objective: float  # the sum of all distances before these centroids, 1 - cosine or half the squared ones
+    gain: float  # of the last iteration, relative to the objective
+
+
+Keep = Callable[[State], None]
+
+
+def fit(
+    points: Float32, num_clusters: int, metric: Metric, init: Init, seed: int, threads: ThreadPoolExecutor
+) -> State:
+    """Return where iterations on points (S, D), at least K of them, start: centroids and who is nearest to which.
+
+    For cosine the points have length 1.
+    """
+    vectors = starting_points(points, num_clusters, metric, init, seed, threads)
+    centroids = Centroids(vectors, metric)
+    lists = None
+    if num_clusters > EXACT_CENTROIDS:
+        lists = make_lists(centroids, FIRST_LISTED, threads, seed)
+    assignments, _ = search_points(points, centroids, threads, lists)
+    sums = np.zeros(vectors.shape)
+    add_points(sums, points, np.arange(len(points)), assignments, threads)
+    sizes = np.bincount(assignments, minlength=num_clusters)
+    return State(0, centroid_means(sums, sizes, vectors, metric), assignments, sums, np.inf, np.inf)
+
+
+def iterate(
+    state: State,
+    points: Float32,
+    metric: Metric,
+    threads: ThreadPoolExecutor,
+    *,
+    num_iterations: int = NUM_ITERATIONS,
+    keep: Keep = lambda state: None,
+) -> State:
+    """Return the state after so many iterations, or when they gain less than 0.01 %; `keep` sees every one."""
+    while state.iteration < num_iterations and state.gain >= EARLY_STOP:
+        state = _iteration(state, points, metric, threads)
+        keep(state)
+    return state
+
+
+def _iteration(state: State, points: Float32, metric: Metric, threads: ThreadPoolExecutor) -> State:
+    assignments, distances = near_assignments(points, state.assignments, Centroids(state.centroids, metric), threads)
+    objective = float(distances.sum(dtype=np.float64))
+    fill_empty(assignments, distances, len(state.centroids), points.shape[1])
+    moved = np.flatnonzero(assignments != state.assignments)
+    sums = state.sums.copy()
+    add_points(sums, points, moved, assignments[moved], threads)
+    add_points(sums, points, moved, state.assignments[moved], threads, sign=-1)
+    sizes = np.bincount(assignments, minlength=len(sums))
+    centroids = centroid_means(sums, sizes, state.centroids, metric)
+    gain = (state.objective - objective) / max(objective, np.finfo(float).tiny)
+    return State(state.iteration + 1, centroids, assignments, sums, objective, gain)
+
+
+def near_assignments(
+    points: Float32, assignments: Int32, centroids: Centroids, threads: ThreadPoolExecutor
+) -> tuple[Int32, Float32]:
+    """Return the nearest of the centroids near the present one for every point (S,), and its distance to it.
+
+    Distances are 1 - cosine, or half the squared Euclidean.
+    """
+    targets, offsets = torch.from_numpy(centroids.vectors).to(device()), centroids.offsets()
+    near = _neighbour_lists(centroids, threads)
+    by = np.argsort(assignments, kind="stable")
+    ends = np.cumsum(np.bincount(assignments, minlength=len(centroids)))
+    starts = np.append(0, ends[:-1])
+    found, distances = np.empty(len(points), np.int32), np.empty(len(points), np.float32)
+
+    def look(clusters: Int64) -> None:
+        for cluster in clusters.tolist():
+            listed = near[cluster]
+            chosen = targets[torch.from_numpy(listed).to(device())]
+            for start in range(int(starts[cluster]), int(ends[cluster]), JOB_POINTS):
+                rows = by[start : min(start + JOB_POINTS, int(ends[cluster]))]
+                members = points[rows]
+                scores = product(torch.from_numpy(members).to(device()), chosen)
+                own = 1.0 if offsets is None else np.einsum("nd,nd->n", members, members) / 2
+                if offsets is not None:
+                    scores -= offsets[listed]
+                best = scores.argmax(axis=1)
+                found[rows] = listed[best]
+                distances[rows] = own - scores[np.arange(len(rows)), best]
+
+    filled = np.flatnonzero(ends > starts)
+    jobs = np.split(filled, np.flatnonzero(np.diff(ends[filled] // JOB_POINTS)) + 1)
+    for _ in run(threads, look, jobs):
+        pass
+    return found, np.maximum(distances, 0)
+
+
+def _neighbour_lists(centroids: Centroids, threads: ThreadPoolExecutor) -> Int64:
+    """Return the centroids near each, (K, 64) and itself among them: of very many, the near ones that a list holds."""
+    if len(centroids) <= 2 * EXACT_CENTROIDS:
+        return neighbours_of(centroids.vectors, centroids, NUM_NEIGHBOURS, threads)
+    lists = make_lists(centroids, 4 * NUM_NEIGHBOURS, threads, 0)
+    heads, _ = search_points(centroids.vectors, lists.coarse, threads)
+    near = np.empty((len(centroids), NUM_NEIGHBOURS), np.int64)
+    targets, offsets = torch.from_numpy(centroids.vectors).to(device()), centroids.offsets()
+
+    def look(head: int) -> None:
+        members = np.flatnonzero(heads == head)
+        listed = np.union1d(lists.listed[head], members)
+        chosen = torch.from_numpy(listed).to(device())
+        scores = product(targets[torch.from_numpy(members).to(device())], targets[chosen])
+        if offsets is not None:
+            scores -= offsets[listed]
+        best = np.argpartition(scores, len(listed) - NUM_NEIGHBOURS, axis=1)[:, len(listed) - NUM_NEIGHBOURS :]
+        near[members] = np.sort(listed[best], axis=1)
+
+    for _ in run(threads, look, np.unique(heads).tolist()):
+        pass
+    return near
+
+
+def fill_empty(assignments: Int32, distances: Float32, num_clusters: int, dim: int) -> None:
+    """Give every empty cluster, in place, the farthest member of one of the costliest clusters, while these have any.
+
+    Clusters of one and the same point give nothing.
+    """
+    sizes = np.bincount(assignments, minlength=num_clusters)
+    empty = np.flatnonzero(sizes == 0)
+    if not len(empty):
+        return
+    costs = np.bincount(assignments, distances, num_clusters)
+    by = np.lexsort((-distances, assignments))
+    farthest = by[(np.cumsum(sizes) - sizes)[sizes > 0]]  # of each cluster that has points
+    farthest = farthest[np.argsort(-costs[sizes > 0], kind="stable")]
+    farthest = farthest[distances[farthest] > tolerance(dim) * max(1.0, float(distances.mean()))][: len(empty)]
+    assignments[farthest] = empty[: len(farthest)]
+
+
+def add_points(
+    sums: Float64, points: Float32, rows: Int64, clusters: Int32, threads: ThreadPoolExecutor, sign: int = 1
+) -> None:
+    """Add points (S, D) at `rows` (M,) to the sums of their clusters (M,), or take them away, in a fixed order."""
+    by = np.argsort(clusters, kind="stable")
+    ranked = clusters[by]
+    firsts = np.flatnonzero(np.diff(ranked, prepend=-1))
+    jobs = np.split(firsts, np.flatnonzero(np.diff(firsts // JOB_POINTS)) + 1) if len(firsts) else []
+    bounds = [int(job[0]) for job in jobs] + [len(by)]
+
+    def add(job: int) -> None:
+        for start in range(bounds[job], bounds[job + 1], JOB_POINTS):
+            part = slice(start, min(start + JOB_POINTS, bounds[job + 1]))
+            present, places = np.unique(ranked[part], return_index=True)
+            members = points[rows[by[part]]]
+            sums[present] += sign * np.add.reduceat(members, places, axis=0, dtype=np.float64)
+
+    for _ in run(threads, add, range(len(jobs))):
+        pass
+
+
+def centroid_means(sums: Float64, sizes: Int64, before: Float32, metric: Metric) -> Float32:
+    """Return the centroids (K, D) of clusters with these sums and sizes; an empty one stays where it was."""
+    if metric == "cosine":
+        means = unit_length(sums.astype(np.float32))
+        is_none = (sizes == 0) | ~means.any(axis=1)
+    else:
+        means = (sums / np.maximum(sizes, 1)[:, None]).astype(np.float32)
+        is_none = sizes == 0
+    means[is_none] = before[is_none]
+    return means
+
+
+def starting_points(
+    points: Float32, num_clusters: int, metric: Metric, init: Init, seed: int, threads: ThreadPoolExecutor
+) -> Float32:
+    """Return K of the points (S, D), (K, D): any ("sampled"), or those that are far from each other ("k-means++").
+
+    k-means++ draws by squared distance through a Markov chain (Bachem et al. 2016, AFK-MC²). More than 128 are drawn
+    in groups of points around about sqrt(K) centroids; a group gets as many as its share of the squared distances.
+    """
+    rng = np.random.default_rng([seed, 5])
+    if init == "sampled":
+        return points[np.sort(rng.choice(len(points), num_clusters, replace=False))]
+    if num_clusters <= GROUPED_CENTROIDS:
+        return points[chain(points, num_clusters, rng)]
+    num_groups = round(num_clusters**0.5)
+    few = np.sort(rng.choice(len(points), min(len(points), POINTS_A_CENTROID * num_groups), replace=False))
+    first = fit(points[few], num_groups, metric, "sampled", seed, threads)
+    coarse = iterate(first, points[few], metric, threads, num_iterations=5)
+    groups, scores = search_points(points, Centroids(coarse.centroids, metric), threads)
+    squares = np.einsum("nd,nd->n", points, points)
+    distances = np.maximum(1 - scores if metric == "cosine" else squares / 2 - scores, 0)
+    sizes = np.bincount(groups, minlength=num_groups)
+    counts = allocate(
+        sizes,
+        np.array([num_clusters]),
+        seeded_keys(num_groups, seed, 5),
+        weights=np.bincount(groups, distances, num_groups),
+    )
+    by = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+
+    def draw(group: int) -> Int64:
+        drawn = chain(points[by[group]], int(counts[group]), np.random.default_rng([seed, 6, group]))
+        return by[group][drawn]
+
+    return points[np.concatenate(list(run(threads, draw, np.flatnonzero(counts).tolist())))]
+
+
+def chain(points: Float32, num: int, rng: np.random.Generator) -> Int64:
+    """Return different places of `num` of the points (S, D), drawn like k-means++ draws them. One thread."""
+    chosen = [int(rng.integers(len(points)))]
+    squares = np.einsum("nd,nd->n", points, points)
+    first = np.maximum(squares + squares[chosen[0]] - 2 * (points @ points[chosen[0]]), 0).astype(np.float64)
+    proposal = 0.5 * first / max(float(first.sum()), 1e-300) + 0.5 / len(points)
+    running = np.cumsum(proposal)
+    is_taken = np.zeros(len(points), bool)
+    is_taken[chosen] = True
+    centres = np.empty((num, points.shape[1]), np.float32)
+    centres[0] = points[chosen[0]]
+    for count in range(1, num):
+        places = np.searchsorted(running, rng.random(CHAIN) * running[-1], side="right")
+        luck = rng.random(CHAIN)
+        scores = product(torch.from_numpy(points[places]).to(device()), torch.from_numpy(centres[:count]).to(device()))
+        distances = (squares[places][:, None] + squares[chosen] - 2 * scores).min(axis=1)
+        worth = np.where(is_taken[places], 0, np.maximum(distances, 0)) / proposal[places]
+        at = 0
+        for step in range(1, CHAIN):
+            if worth[step] > luck[step] * worth[at]:
+                at = step
+        place = int(places[at])
+        if is_taken[place]:  # only copies were proposed
+            place = int(np.argmin(is_taken))
+        is_taken[place] = True
+        chosen.append(place)
+        centres[count] = points[place]
+    return np.array(chosen)

@@ -1,0 +1,63 @@
+"""What a long clustering has reached, kept on disk so that a killed one goes on from there."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..store.manifest import Provenance
+from ..store.vectors import cache_folder
+
+SAVE_EVERY_S = 30.0  # chosen: what a kill costs at most
+
+Array = npt.NDArray[np.generic]
+
+
+class Saved:
+    """A folder in the cache that belongs to one piece of work: the same command on the same contents finds it again."""
+
+    def __init__(self, provenance: Provenance) -> None:
+        inputs = [(source.role, source.content_id) for source in provenance.inputs]
+        work = json.dumps([provenance.command, provenance.parameters, provenance.seed, inputs], sort_keys=True)
+        key = hashlib.blake2b(work.encode(), digest_size=16).hexdigest()
+        self.folder = cache_folder() / f"clustering-{key}"
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Tell whether enough was done since the last time to save again."""
+        return time.monotonic() - self._last >= SAVE_EVERY_S
+
+    def save(self, name: str, **arrays: npt.ArrayLike) -> None:
+        """Keep arrays under a name, instead of what it had before."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+        with temporary.open("wb") as file:
+            np.savez(file, **{key: np.asarray(value) for key, value in arrays.items()})
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / f"{name}.npz")
+        self._last = time.monotonic()
+
+    def load(self, name: str) -> dict[str, Array] | None:
+        """Return what was kept under a name, None where there is nothing."""
+        path = self.folder / f"{name}.npz"
+        if not path.exists():
+            return None
+        with np.load(path) as kept:
+            return {key: kept[key] for key in kept.files}
+
+    def mapped(self, name: str, dtype: type[np.generic], num: int) -> Array:
+        """Return an array of `num` on disk, as it was left; it is as long as the pool, and only parts are in memory."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path: Path = self.folder / f"{name}.npy"
+        array: Array = np.lib.format.open_memmap(path, "r+" if path.exists() else "w+", dtype, (num,))
+        return array
+
+    def remove(self) -> None:
+        """Forget all of it: the work is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)

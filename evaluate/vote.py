@@ -1,0 +1,90 @@
+"""The k-NN protocol: the nearest training images vote; of all of them, or of few a class, drawn again and again.
+
+N training images, M test images, R draws.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .. import console
+from ..errors import ToolkitError
+from ..features.knn import TEMPERATURE, knn_guesses
+from ..store.vectors import Int64
+from .scores import Correct, Measurement, accuracies, resampled_interval
+from .task import Task
+
+DEFAULT_KS = (10, 20, 100, 200)
+NUM_DRAWS = 10  # chosen: of a few images a class
+
+
+def measure_knn(task: Task, ks: tuple[int, ...] | None, per_class: int | None) -> Iterator[Measurement]:
+    """Yield the accuracy of the votes of the k nearest training images, for each k.
+
+    With `per_class`, only so many images of each class vote, drawn NUM_DRAWS times: the value is the mean over the
+    draws, its interval that of images and draws together, and `top1_std` the standard deviation over the draws.
+
+    Raises ToolkitError when a k is above the number of training images that vote.
+    Source: the k-NN evaluation of DINOv2, dinov2/eval/knn.py.
+    """
+    train, test = task.train_tokens, task.test_tokens
+    parameters: dict[str, object] = {"temperature": TEMPERATURE, "similarity": "cosine"}
+    if per_class is None:
+        ks = usable_ks(ks, len(train))
+        guesses = knn_guesses(
+            train, task.targets, test, ks, num_guesses=task.num_guesses, progress="searching neighbours"
+        )
+        for k in ks:
+            yield from accuracies({"k": k, **parameters}, guesses[k], task.truth, len(train), task.seed)
+        return
+
+    drawn = [draw_per_class(task.targets, per_class, task.seed, draw) for draw in range(NUM_DRAWS)]
+    num_train = len(drawn[0])
+    ks = usable_ks(ks, num_train)
+    parameters |= {"per_class": per_class, "draws": NUM_DRAWS}
+    correct: dict[int, list[Correct]] = {k: [] for k in ks}
+    for rows in drawn:
+        for k, guesses_of_k in knn_guesses(train[rows], task.targets[rows], test, ks).items():
+            correct[k].append(guesses_of_k[:, 0] == task.truth)
+    for k in ks:
+        yield from _over_draws({"k": k, **parameters}, np.stack(correct[k]), num_train, task.seed)
+
+
+def draw_per_class(targets: Int64, per_class: int, seed: int, draw: int) -> Int64:
+    """Return the rows of `per_class` random images of each class (N,), all where it has fewer, in rising order."""
+    shuffled = np.random.default_rng([seed, 3, draw]).permutation(len(targets))
+    by_class = shuffled[np.argsort(targets[shuffled], kind="stable")]
+    classes = targets[by_class]
+    place = np.arange(len(classes)) - np.searchsorted(classes, classes)  # 0 for a class's first
+    return np.sort(by_class[place < per_class])
+
+
+def _over_draws(parameters: dict[str, object], correct: Correct, num_train: int, seed: int) -> Iterator[Measurement]:
+    """Yield mean and spread over the draws of what is correct, (R, M)."""
+    num_draws, num_test = correct.shape
+    by_draw = correct.mean(axis=1)
+
+    def mean_of_others(random: np.random.Generator) -> float:
+        draws, images = random.integers(num_draws, size=num_draws), random.integers(num_test, size=num_test)
+        return float(correct[draws].mean(axis=0)[images].mean())
+
+    interval = resampled_interval(mean_of_others, seed)
+    yield Measurement(parameters, "top1", float(by_draw.mean()), interval, num_train, num_test)
+    spread = float(by_draw.std(ddof=1))
+    interval = resampled_interval(lambda random: float(random.choice(by_draw, num_draws).std(ddof=1)), seed)
+    yield Measurement(parameters, "top1_std", spread, interval, num_train, num_test)
+
+
+def usable_ks(ks: tuple[int, ...] | None, num_train: int) -> tuple[int, ...]:
+    """Return `ks`; None: those of DEFAULT_KS that a training set of this size allows, at least its size.
+
+    Raises ToolkitError when one of them is above it.
+    """
+    if ks is None:
+        usable = tuple(k for k in DEFAULT_KS if k <= num_train)
+        if left_out := [str(k) for k in DEFAULT_KS if k > num_train]:
+            console.say(f"k {', '.join(left_out)} left out: there are {num_train:,} training images")
+        return usable or (num_train,)
+    if above := [str(k) for k in ks if k > num_train]:
+        raise ToolkitError(f"k {', '.join(above)} is above the {num_train:,} training images; choose a lower --k")
+    return ks

@@ -1,0 +1,232 @@
+"""The self-join: which vectors hang together by similarities above a threshold, and how many are above it to each.
+
+N vectors, D numbers a vector, K cells, P nearest cells of a row, E pairs.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from .. import console
+from ..store.vectors import Int64, Vectors, cache_folder
+from .bounds import bounded_batches
+from .cells import RELEASED_BYTES, Cells, cells_key, open_cells, release
+from .exact_search import DEFAULTS, EXACT_PRODUCTS, SearchSettings
+from .graph import Bools, Graph
+from .products import TILE, run, tile_above, unit_rows, workers
+from .width import join_width
+
+EXACT_ROWS = 8_192  # rows a block of the exact join
+BATCHES = 100  # chosen: into so many parts the cells are divided; after each the join can be continued
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What hangs together."""
+
+    labels: Int64  # (N,) the smallest position of every vector's component
+    degree: Int64  # (N,) the weight of the others above the threshold; where it is `enough` or more, at least that
+    recall: float  # measured share of the pairs above the threshold that were found; 1: exact
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to be compared with a run of rows; with those after them where they are the same run."""
+
+    left: Int64 | slice
+    right: slice
+
+
+def components_above(
+    vectors: Vectors, threshold: float, *, weights: Int64, enough: int, search: SearchSettings = DEFAULTS
+) -> Joined:
+    """Return the connected components of the graph of similarities above a threshold.
+
+    Compares all with all where that takes a few minutes at most, else cell by cell. Two vectors that both have
+    `enough` others already and are of one component need not be compared, it would change nothing: a crowd of
+    near-copies costs a strip of its pairs, not all of them. A join that is stopped goes on where it was when it is
+    called again.
+
+    Args:
+        weights: (N,) for how many images a vector stands.
+    """
+    num = len(vectors)
+    products = num * num * vectors.dim
+    graph = Graph(weights, enough)
+    if products <= EXACT_PRODUCTS:
+        console.detail(f"comparing all {num:,} vectors with all: {products:.1e} products are a matter of minutes")
+        _join(graph, vectors, threshold, exact_batches(num), None, None)
+        return Joined(graph.components(), graph.degree, 1.0)
+
+    cells = open_cells(vectors, search.seed)
+    by_cell = cells.vectors(vectors)
+    graph.weights = weights[cells.ids]
+    graph.degree = graph.weights - 1
+    keep = None
+    if search.recall >= 1:
+        width, recall = np.inf, 1.0
+        batches = bounded_batches(by_cell, cells, threshold, search)
+        if batches is None:
+            console.say(f"comparing all {num:,} vectors with all, as --recall 1 asks")
+            batches = exact_batches(num)
+    else:
+        width, recall = join_width(by_cell, cells, threshold, search)
+        console.say(
+            f"comparing {num:,} vectors cell by cell, for all with all would be {products:.1e} products: measured on a"
+            f" sample, this finds {recall:.4f} of the pairs above {threshold:.4g} (--recall {search.recall:g})"
+        )
+        if recall < search.recall:
+            console.warn(
+                f"--recall {search.recall:g} is not reached, {recall:.4f} is the most; --recall 1 compares all"
+            )
+        batches = visit_batches(cells, width)
+        keep = _once(cells, width)
+    settings = repr((cells_key(vectors, search.seed), threshold, enough, search.recall >= 1, width))
+    digest = hashlib.blake2b(settings.encode() + weights.tobytes(), digest_size=16)
+    _join(graph, by_cell, threshold, batches, keep, cache_folder() / f"{digest.hexdigest()}-join.npy")
+
+    smallest = np.full(num, num)
+    components = graph.components()
+    np.minimum.at(smallest, components, cells.ids)  # the smallest position of each component, at its root
+    labels, degree = np.empty(num, np.int64), np.empty(num, np.int64)
+    labels[cells.ids] = smallest[components]
+    degree[cells.ids] = graph.degree
+    return Joined(labels, degree, recall)
+
+
+def exact_batches(num: int) -> list[Callable[[], Iterable[Task]]]:
+    """Return what compares every row with every other, a block of rows with all after it at a time."""
+    blocks = [slice(start, min(start + EXACT_ROWS, num)) for start in range(0, num, EXACT_ROWS)]
+
+    def batch(number: int) -> Callable[[], Iterable[Task]]:
+        return lambda: (Task(blocks[number], right) for right in blocks[number:])
+
+    return [batch(number) for number in range(len(blocks))]
+
+
+def visit_batches(cells: Cells, width: float) -> list[Callable[[], Iterable[Task]]]:
+    """Return what compares the rows of every cell with each other and with those that visit it."""
+    num_cells = len(cells.centroids)
+    bounds = np.unique(np.linspace(0, num_cells, BATCHES + 1).astype(np.int64)).tolist()
+    visitors, offsets = _visitors(cells, width)
+
+    def batch(first: int, last: int) -> Callable[[], Iterable[Task]]:
+        def tasks() -> Iterator[Task]:
+            for cell in range(first, last):
+                members = cells.members(cell)
+                yield Task(members, members)
+                visiting = visitors[offsets[cell] : offsets[cell + 1]]
+                if len(visiting):
+                    yield Task(visiting.astype(np.int64), members)
+
+        return tasks
+
+    return [batch(first, last) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def _visitors(cells: Cells, width: float) -> tuple[Int64, Int64]:
+    """Return the rows that visit each cell but their own, one cell after the other, and where each begins (K + 1,)."""
+    rows, visited = [], []
+    for place in range(1, cells.nearest.shape[1]):
+        visiting = np.flatnonzero(cells.gaps[:, place] <= width)
+        rows.append(visiting.astype(np.int32 if len(cells) < 2**31 else np.int64))
+        visited.append(cells.nearest[visiting, place])
+    cell = np.concatenate(visited)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(cells.centroids)))])
+    visitors: Int64 = np.concatenate(rows)[np.argsort(cell, kind="stable")]
+    return visitors, offsets
+
+
+def _once(cells: Cells, width: float) -> Callable[[Int64, Int64], Bools]:
+    """Return what tells which pairs (visitor, member) are not found the other way round as well, in a cell before."""
+
+    def keep(visitor: Int64, member: Int64) -> Bools:
+        own, visited = cells.nearest[visitor, 0], cells.nearest[member, 0]
+        back = (cells.nearest[member, 1:] == own[:, None]) & (cells.gaps[member, 1:] <= width)
+        once: Bools = (own <= visited) | ~back.any(axis=1)
+        return once
+
+    return keep
+
+
+def _join(
+    graph: Graph,
+    vectors: Vectors,
+    threshold: float,
+    batches: list[Callable[[], Iterable[Task]]],
+    keep: Callable[[Int64, Int64], Bools] | None,
+    kept: Path | None,
+) -> None:
+    """Do all tasks, and keep in the file `kept` how far they are."""
+    done = 0 if kept is None else graph.load(kept)
+    if done:
+        console.say(f"going on with an earlier search: {done / len(batches):.0%} is done")
+
+    def compare(task: Task) -> int:
+        _compare(graph, vectors, threshold, task, keep)
+        read = task.right.stop - task.right.start + (0 if isinstance(task.left, slice) else len(task.left))
+        return int(read * vectors.dim * vectors.array.itemsize)
+
+    passed = 0
+    with workers() as threads, console.progress("comparing", len(batches) - done, "parts") as advance:
+        for number in range(done, len(batches)):
+            for read in run(threads, compare, batches[number]()):
+                passed += read
+                if passed > RELEASED_BYTES:
+                    passed = 0
+                    release(vectors.array)
+            advance()
+            if kept is not None:
+                graph.save(kept, number + 1)
+    if kept is not None:
+        kept.unlink(missing_ok=True)
+
+
+def _compare(
+    graph: Graph,
+    vectors: Vectors,
+    threshold: float,
+    task: Task,
+    keep: Callable[[Int64, Int64], Bools] | None,
+) -> None:
+    """Enter the pairs above the threshold of a task's rows, a tile at a time."""
+    right = unit_rows(vectors.array[vectors.rows[task.right]])
+    right_rows = np.arange(task.right.start, task.right.stop)
+    is_same = isinstance(task.left, slice) and task.left == task.right
+    left_rows = np.arange(task.left.start, task.left.stop) if isinstance(task.left, slice) else task.left
+    for start in range(0, len(left_rows), TILE[0]):
+        rows = left_rows[start : start + TILE[0]]
+        left = right[start : start + len(rows)] if is_same else unit_rows(vectors.array[vectors.rows[rows]])
+        first = start if is_same else 0
+        for near, near_rows, others, other_rows in _open(graph, left, rows, right[first:], right_rows[first:]):
+            for column in range(0, len(other_rows), TILE[1]):
+                part = slice(column, column + TILE[1])
+                one, other = tile_above(near, near_rows, others[part], other_rows[part], vectors, threshold)
+                one, other = near_rows[one], other_rows[part][other]
+                if is_same:
+                    after = other > one
+                    one, other = one[after], other[after]
+                elif keep is not None and len(one):
+                    once = keep(one, other)
+                    one, other = one[once], other[once]
+                graph.add(one, other)
+
+
+def _open(
+    graph: Graph, left: Tensor, left_rows: Int64, right: Tensor, right_rows: Int64
+) -> Iterator[tuple[Tensor, Int64, Tensor, Int64]]:
+    """Yield what of left (B, D) and right (C, D) must be compared."""
+    left_closed, right_closed = graph.closed(left_rows, right_rows)
+    if not left_closed.any() or not right_closed.any():
+        yield left, left_rows, right, right_rows
+        return
+    is_open = np.flatnonzero(~right_closed)
+    for rows, columns in ((np.flatnonzero(left_closed), is_open), (np.flatnonzero(~left_closed), None)):
+        if len(rows) and columns is None:
+            yield left[rows], left_rows[rows], right, right_rows
+        elif len(rows) and columns is not None and len(columns):
+            yield left[rows], left_rows[rows], right[columns], right_rows[columns]

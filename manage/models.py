@@ -1,0 +1,113 @@
+"""`dinov2 models`: the architectures and what they cost, the released weights, and how to get them here."""
+
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+
+from .. import console
+from ..models.block import SwiGlu
+from ..models.released import RELEASED, cached_weights, find_released, pull
+from ..models.vit import ARCHITECTURES, VisionTransformer, build_vit
+from ..store.artifact import Result
+
+IMAGE_SIZE = 224  # pixels a side, cut into patches of 14
+PATCH_SIZE = 14
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an architecture takes, in float32, for images of 224 px in patches of 14."""
+
+    parameters: int
+    gflop: float  # of a forward pass of one image; a multiplication and an addition are two
+    weights_mib: float
+    activations_mib: float  # of one image, that training keeps for the backward pass
+
+
+def list_models(as_json: bool) -> None:
+    """Print the architectures with their cost, then the released weights with size, licence and address."""
+    costs = {name: architecture_cost(name) for name in ARCHITECTURES}
+    weights = [find_released(name) for name in RELEASED]
+    if as_json:
+        architectures = [{"name": name, **asdict(ARCHITECTURES[name]), **asdict(cost)} for name, cost in costs.items()]
+        released = [{**asdict(each), "pulled": cached_weights(each.name).exists()} for each in weights]
+        print(json.dumps({"architectures": architectures, "weights": released}))
+        return
+    print("architecture  width  blocks  heads  ffn      parameters     GFLOP  weights MiB  activations MiB")
+    for name, cost in costs.items():
+        shape = ARCHITECTURES[name]
+        print(
+            f"{name:<12}  {shape.embed_dim:>5}  {shape.depth:>6}  {shape.num_heads:>5}  {shape.ffn:<6}  "
+            f"{cost.parameters:>13,}  {cost.gflop:>8.1f}  {cost.weights_mib:>11,.0f}  {cost.activations_mib:>15,.0f}"
+        )
+    print(
+        f"(an image of {IMAGE_SIZE} px in patches of {PATCH_SIZE}: GFLOP forward, activations kept to train; float32)"
+    )
+    print()
+    print("released weights    architecture  registers       MiB  licence     here  address")
+    for each in weights:
+        here = "yes" if cached_weights(each.name).exists() else "no"
+        print(
+            f"{each.name:<18}  {each.arch:<12}  {each.num_register_tokens:>9}  {each.size / 2**20:>8,.1f}  "
+            f"{each.licence:<10}  {here:<4}  {each.address}"
+        )
+    print("(`dinov2 models pull NAME` fetches one; then --model NAME works everywhere)")
+
+
+def architecture_cost(arch: str) -> Cost:
+    """Return what a ViT of a named architecture costs, as it was released: patches of 14, no registers."""
+    with torch.device("meta"):
+        backbone = build_vit(arch, patch_size=PATCH_SIZE)
+    parameters = sum(weight.numel() for weight in backbone.parameters())
+    return Cost(
+        parameters,
+        forward_flop(backbone, IMAGE_SIZE) / 1e9,
+        4 * parameters / 2**20,
+        4 * backbone.depth * kept_activations(backbone, IMAGE_SIZE) / 2**20,
+    )
+
+
+def forward_flop(backbone: VisionTransformer, image_size: int) -> int:
+    """Return the floating point operations of one image's forward pass: those of matrix products, two each."""
+    patches = (image_size // backbone.patch_size) ** 2
+    tokens, width = 1 + backbone.num_register_tokens + patches, backbone.embed_dim
+    patch_pixels = backbone.in_chans * backbone.patch_size**2
+    linear = 4 * width * width + (3 if backbone.ffn == "swiglu" else 2) * width * _hidden_dim(backbone)
+    block = 2 * tokens * linear + 4 * tokens * tokens * width  # linear layers; query-key and weight-value products
+    return backbone.depth * block + 2 * patches * patch_pixels * width
+
+
+def kept_activations(backbone: VisionTransformer, image_size: int) -> int:
+    """Return how many numbers a block keeps of one image for the backward pass, attention never held whole."""
+    tokens = 1 + backbone.num_register_tokens + (image_size // backbone.patch_size) ** 2
+    width, hidden = backbone.embed_dim, _hidden_dim(backbone)
+    attention = 6 * width + backbone.num_heads + 2  # norm in and out, q, k, v, attended; log-sums; mean and deviation
+    inner = 4 * hidden if backbone.ffn == "swiglu" else 2 * hidden  # before and after the activation; gate and value
+    return tokens * (attention + 2 * width + 2 + inner)
+
+
+def _hidden_dim(backbone: VisionTransformer) -> int:
+    mlp = backbone.get_submodule("blocks.0.mlp")
+    return mlp.w3.in_features if isinstance(mlp, SwiGlu) else 4 * backbone.embed_dim
+
+
+def pull_model(name: str, force: bool, dry_run: bool) -> Result | None:
+    """Fetch released weights into the cache; return where they are, None after a dry run.
+
+    Raises ToolkitError when there are none of that name, the server cannot be reached, or what came is something else.
+    """
+    weights, file = find_released(name), cached_weights(name)
+    console.say(f"{weights.name}: {weights.address}, {weights.size:,} bytes, licence {weights.licence}")
+    figures: dict[str, object] = {"name": name, "address": weights.address, "size": weights.size}
+    figures |= {"sha256": weights.sha256, "licence": weights.licence}
+    if file.exists() and not force:
+        console.say(f"{file} is up to date")
+        return None if dry_run else Result(str(file), figures)
+    if dry_run:
+        console.say(f"would fetch it to {file}")
+        return None
+    with console.progress(f"pulling {name}", weights.size, "bytes") as advance:
+        pull(weights, file, advance)
+    console.say(f"size and sha256 are those of the released file; --model {name} takes it")
+    return Result(str(file), figures)

@@ -1,0 +1,139 @@
+"""A model as a folder that Hugging Face's transformers loads with AutoModel and AutoImageProcessor.
+
+transformers interpolates position embeddings by size, with antialias for models with registers and without for
+others, so only at the size that they are stored for is it bound to agree with every model.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from .architecture import backbone_settings
+from .export import Comparison, Trial, backbone_tensors, largest_difference
+from .formats import MODEL_METADATA, hugging_face_names
+from .preprocess import Preprocess, crop_picture, normalise
+from .weights import Model
+
+RGB = 3  # what transformers' image processors make
+PILLOW_BICUBIC = 3
+
+
+def write_hugging_face(model: Model, folder: Path) -> None:
+    """Write config.json, model.safetensors and, for RGB models, preprocessor_config.json into a folder."""
+    tensors = hugging_face_names(backbone_tensors(model.backbone))
+    contiguous = {name: tensor.clone() for name, tensor in tensors.items()}  # parts of qkv share memory
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", hugging_face_config(model))
+    if model.backbone.in_chans == RGB:
+        _write_json(folder / "preprocessor_config.json", processor_config(model))
+
+
+def hugging_face_config(model: Model) -> dict[str, object]:
+    """Return what config.json says: the keys of Dinov2Config, and our interpolation, which it has no key for."""
+    settings = backbone_settings(model.backbone)
+    registers = settings.num_register_tokens
+    kind = "Dinov2WithRegistersModel" if registers else "Dinov2Model"
+    return {
+        "architectures": [kind],
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "image_size": settings.img_size,
+        "patch_size": settings.patch_size,
+        "num_channels": settings.in_chans,
+        "hidden_size": settings.embed_dim,
+        "num_hidden_layers": settings.depth,
+        "num_attention_heads": settings.num_heads,
+        **({"num_register_tokens": registers} if registers else {}),
+        "mlp_ratio": 4,
+        "use_swiglu_ffn": settings.ffn == "swiglu",
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "layer_norm_eps": 1e-6,
+        "layerscale_value": 1.0,
+        "drop_path_rate": 0.0,
+        "dtype": "float32",
+        MODEL_METADATA: {
+            "pos_embed_antialias": settings.pos_embed_antialias,
+            "pos_embed_offset": settings.pos_embed_offset,
+        },
+    }
+
+
+def processor_config(model: Model) -> dict[str, object]:
+    """Return what preprocessor_config.json says: resize, centre crop, normalise."""
+    preprocess = _preprocess(model)
+    side = preprocess.image_size
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": preprocess.short_side},
+        "resample": PILLOW_BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+    }
+
+
+def compare_hugging_face(model: Model, folder: Path, trial: Trial) -> Comparison:
+    """Load the folder with transformers, and compare tokens and, for RGB models, prepared images."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        loaded, report = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+        processor = None
+        if model.backbone.in_chans == RGB:
+            processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    reader = f"transformers {transformers.__version__}, {type(loaded).__name__}"
+    wrong = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]
+    if wrong:
+        return Comparison(reader, float("inf"), None, f"{len(wrong)} tensors do not fit, first {wrong[0]}")
+    loaded.eval()
+    with torch.no_grad():
+        tokens = torch.cat([loaded(pixel_values=image[None]).last_hidden_state for image in trial.images])
+        other_tokens = loaded(pixel_values=trial.other_images).last_hidden_state
+    difference = largest_difference(tokens, trial.tokens)
+    if processor is None:
+        note = (
+            f"the model takes {model.backbone.in_chans} channels, which no image processor of transformers makes: no "
+            "preprocessor_config.json was written; prepare pixel_values as the card says"
+        )
+    else:
+        note = ""
+        picture = _picture()
+        prepared = processor(picture, return_tensors="pt")["pixel_values"]
+        preprocess = _preprocess(model)
+        expected = normalise(crop_picture(picture, preprocess)[None], preprocess)
+        difference = max(difference, largest_difference(prepared, expected))
+    return Comparison(reader, difference, largest_difference(other_tokens, trial.other_tokens), note)
+
+
+def _preprocess(model: Model) -> Preprocess:
+    return Preprocess(model.image_size, model.crop_ratio, model.mean, model.std, model.in_chans)
+
+
+def _picture() -> Image.Image:
+    """Return a picture that is larger than what models see, of no round size, and coloured everywhere."""
+    side = torch.arange(640, dtype=torch.float32)
+    rows, columns = side[:417, None] / 417, side[None, :] / 640
+    channels = torch.stack(
+        [rows + 0 * columns, (0.5 + 0.5 * torch.sin(40 * columns)) * (1 - rows), columns * rows], dim=-1
+    )
+    return Image.fromarray((255 * channels).to(torch.uint8).numpy())
+
+
+def _write_json(file: Path, content: dict[str, object]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,214 @@
+"""The weights that the DINOv2 authors released, by name: where they are, how large, under which licence; and `pull`.
+
+Only `pull` uses the network. Names are those of the official hub code.
+Source: README.md and MODEL_CARD.md of github.com/facebookresearch/dinov2 for addresses and licence. The authors publish
+no digests; these are what independent projects recorded of the same files.
+"""
+
+import json
+import os
+import socket
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+
+from ..errors import ToolkitError
+
+ADDRESS = "https://dl.fbaipublicfiles.com/dinov2"
+LICENCE = "Apache-2.0"
+CHUNK_BYTES = 1 << 20
+TIMEOUT_S = 30.0  # chosen: without a byte for so long, a download has failed
+ATTEMPTS = 5  # chosen: how often a connection may break before it is an error; each goes on where the last ended
+
+
+@dataclass(frozen=True)
+class ReleasedWeights:
+    """A file of weights that anyone can fetch."""
+
+    name: str
+    arch: str  # in models.vit.ARCHITECTURES
+    num_register_tokens: int
+    address: str
+    size: int  # bytes
+    sha256: str
+    licence: str = LICENCE
+
+
+def _released(arch: str, registers: int, size: int, digest: str) -> ReleasedWeights:
+    folder = f"dinov2_vit{arch[4]}14"  # vit_small -> dinov2_vits14
+    file = f"{folder}_reg{registers}_pretrain.pth" if registers else f"{folder}_pretrain.pth"
+    name = f"{folder}_reg" if registers else folder
+    return ReleasedWeights(name, arch, registers, f"{ADDRESS}/{folder}/{file}", size, digest)
+
+
+_ALL = (
+    _released("vit_small", 0, 88_283_115, "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
+    _released("vit_base", 0, 346_378_731, "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
+    _released("vit_large", 0, 1_217_586_395, "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
+    _released("vit_giant2", 0, 4_546_108_579, "baf8467e50af277596bbbafa06887c177ee899ab46033649c383577d7e9309d3"),
+    _released("vit_small", 4, 88_291_785, "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb"),
+    _released("vit_base", 4, 346_393_545, "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71"),
+    _released("vit_large", 4, 1_217_607_321, "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51"),
+    _released("vit_giant2", 4, 4_546_140_349, "746ecb8c6301c645c5c855be91687d274587d6e48fdaec4a729753160b34a283"),
+)
+RELEASED = {weights.name: weights for weights in _ALL}
+
+
+def find_released(name: str) -> ReleasedWeights:
+    """Return the released weights of a name, their address on the mirror if $DINOV2_MIRROR names one.
+
+    Raises:
+        ToolkitError: if there are none.
+    """
+    if name not in RELEASED:
+        raise ToolkitError(f"no released weights named {name!r}; choose one of {', '.join(RELEASED)}")
+    mirror = os.environ.get("DINOV2_MIRROR")
+    weights = RELEASED[name]
+    return replace(weights, address=mirror.rstrip("/") + weights.address.removeprefix(ADDRESS)) if mirror else weights
+
+
+def cached_weights(name: str) -> Path:
+    """Return where the released weights of a name are once they are pulled.
+
+    $DINOV2_CACHE/models, else $XDG_CACHE_HOME/dinov2-toolkit/models, else ~/.cache/dinov2-toolkit/models.
+    """
+    own = os.environ.get("DINOV2_CACHE")
+    cache = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov2-toolkit"
+    return cache / "models" / f"{name}.pth"
+
+
+def pull(weights: ReleasedWeights, file: Path, advance: Callable[[int], None]) -> None:
+    """Fetch weights to a file, going on where an earlier attempt was cut off, and check size and digest.
+
+    What has come so far stands beside the file as NAME.part, what it is part of as NAME.part.json; the file itself
+    appears whole or not at all.
+
+    Args:
+        advance: called with the number of bytes that came in, those of an earlier attempt included.
+
+    Raises:
+        ToolkitError: if the server cannot be reached or has no such file, the connection keeps breaking, or what came
+            is not what was released.
+    """
+    part = file.with_name(f"{file.name}.part")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    counted = 0
+
+    def report(have: int) -> None:
+        nonlocal counted
+        advance(have - counted)
+        counted = have
+
+    for attempt in range(ATTEMPTS):
+        try:
+            _fetch_rest(weights, part, report)
+            break
+        except (HTTPException, TimeoutError, ConnectionError) as problem:  # cut off on the way: what came is kept
+            if attempt == ATTEMPTS - 1:
+                raise ToolkitError(
+                    f"{weights.address} broke off {ATTEMPTS} times ({_reason(problem)}), "
+                    f"{_size_of(part):,} of {weights.size:,} bytes are kept; run the command again to go on"
+                ) from None
+    _check(weights, part)
+    os.replace(part, file)
+    _note(part).unlink(missing_ok=True)
+
+
+def _fetch_rest(weights: ReleasedWeights, part: Path, report: Callable[[int], None]) -> None:
+    """Append to the part what is missing; a server that has other contents by now, or no ranges, begins anew."""
+    have, tag = _size_of(part), _tag(weights, part)
+    if have > 0 and tag is None:
+        have = 0  # nothing says of what it is a part
+    if have == weights.size:
+        report(have)
+        return
+    headers = {"User-Agent": "dinov2-toolkit", "Accept-Encoding": "identity"}
+    if have and tag is not None:
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag}
+    with _open(weights, urllib.request.Request(weights.address, headers=headers)) as answer:
+        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        have = have if goes_on else 0
+        length = answer.headers.get("Content-Length")
+        if length is not None and have + int(length) != weights.size:
+            raise ToolkitError(
+                f"{weights.address} has {have + int(length):,} bytes instead of {weights.size:,}: not the weights that "
+                "were released; check the address or the mirror"
+            )
+        new_tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+        if new_tag is not None and not new_tag.startswith("W/"):  # a weak tag does not vouch for the bytes
+            _note(part).write_text(json.dumps({"address": weights.address, "tag": new_tag}), encoding="utf-8")
+        else:
+            _note(part).unlink(missing_ok=True)
+        with part.open("ab" if goes_on else "wb") as out:
+            report(have)
+            while chunk := answer.read(CHUNK_BYTES):
+                out.write(chunk)
+                have += len(chunk)
+                report(have)
+            out.flush()
+            os.fsync(out.fileno())
+    if have < weights.size:  # `read` in chunks ends without complaint where the connection does
+        raise ConnectionError(f"ended after {have:,} bytes")
+
+
+def _open(weights: ReleasedWeights, request: urllib.request.Request) -> HTTPResponse:
+    try:
+        answer: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+        return answer
+    except urllib.error.HTTPError as problem:
+        raise ToolkitError(
+            f"{weights.address}: the server answers {problem.code} {problem.reason}; check the address, or fetch "
+            f"{weights.name} by other means and name the file"
+        ) from None
+    except urllib.error.URLError as problem:
+        if isinstance(problem.reason, ConnectionResetError | TimeoutError):
+            raise ConnectionError(_reason(problem.reason)) from None
+        host = urllib.parse.urlsplit(weights.address).netloc
+        raise ToolkitError(
+            f"cannot reach {host} ({_reason(problem.reason)}); pull {weights.name} when online, or name a file that "
+            "was fetched elsewhere"
+        ) from None
+
+
+def _reason(problem: object) -> str:
+    if isinstance(problem, socket.gaierror):
+        return "its address is not known here: offline?"
+    return str(getattr(problem, "strerror", None) or problem or type(problem).__name__)
+
+
+def _check(weights: ReleasedWeights, part: Path) -> None:
+    """Raise ToolkitError, and remove the part, when it is not what was released."""
+    digest = sha256()
+    with part.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    size = _size_of(part)
+    if (size, digest.hexdigest()) != (weights.size, weights.sha256):
+        part.unlink()
+        _note(part).unlink(missing_ok=True)
+        raise ToolkitError(
+            f"what came from {weights.address} is not what was released: {size:,} bytes, sha256 "
+            f"{digest.hexdigest()[:16]}..., expected {weights.size:,}, {weights.sha256[:16]}...; removed, pull again"
+        )
+
+
+def _note(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _size_of(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _tag(weights: ReleasedWeights, part: Path) -> str | None:
+    """Return what the server called the contents that the part is of, if it was the same address."""
+    try:
+        note = json.loads(_note(part).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(note["tag"]) if isinstance(note, dict) and note.get("address") == weights.address else None

@@ -1,0 +1,91 @@
+"""Tables larger than memory: DuckDB with a limit, spilling to the cache, and rows that stream through it."""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import ToolkitError
+from .manifest import ROW_GROUP_ROWS, Manifest, open_manifest
+from .memory import SMALLEST, memory_budget
+from .vectors import cache_folder
+
+MOST_BYTES = 1 << 30  # chosen: sorts of 10 million names need no more to run at the disk's speed
+BATCH_ROWS = 4 * ROW_GROUP_ROWS  # rows at a time: whole row groups, so that pieces do not show in what is written
+PARQUET_NAME = re.compile(r"""'([^']+\.parquet)'""")
+
+
+@contextmanager
+def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open an empty database that takes at most half of `memory` bytes (None: of the default) and spills the rest."""
+    budget = memory_budget(None) if memory is None else memory
+    connection = duckdb.connect()
+    try:
+        connection.execute("set memory_limit = ?", [f"{min(max(budget // 2, SMALLEST), MOST_BYTES)}B"])
+        connection.execute("set temp_directory = ?", [str(cache_folder().absolute() / "spill")])
+        yield connection
+    finally:
+        connection.close()
+
+
+def stream(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.RecordBatchReader:
+    """Return tables as one stream that DuckDB reads once, holding no more than it works on."""
+    batches = (batch for table in tables for batch in table.to_batches())
+    return pa.RecordBatchReader.from_batches(schema, batches)
+
+
+def even(batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[pa.Table]:
+    """Yield the rows in tables of exactly BATCH_ROWS, but for the last, each column in one piece."""
+    waiting: list[pa.Table] = []
+    num_waiting = 0
+    for batch in batches:
+        table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
+        waiting.append(table)
+        num_waiting += table.num_rows
+        while num_waiting >= BATCH_ROWS:
+            together = pa.concat_tables(waiting)
+            yield together.slice(0, BATCH_ROWS).combine_chunks()
+            waiting = [together.slice(BATCH_ROWS)]
+            num_waiting -= BATCH_ROWS
+    if num_waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def named_manifests(query: str) -> list[Manifest]:
+    """Open every 'file.parquet' that a query names, each once."""
+    return [open_manifest(Path(name)) for name in dict.fromkeys(PARQUET_NAME.findall(query))]
+
+
+def failure(problem: duckdb.Error) -> str:
+    """Return what DuckDB says in one line."""
+    return " ".join(str(problem).split())
+
+
+def rows_where(manifest: Manifest, condition: str) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a manifest that fulfil an SQL condition over its columns, rising: one int64 column.
+
+    Raises ToolkitError when DuckDB refuses the condition.
+    """
+    start = 0
+    with connect() as connection:
+        for part in manifest.parts:
+            # The condition stands in lines of its own, so that a comment in it ends there too.
+            query = f"""
+                select file_row_number + {start} as found from read_parquet($1, file_row_number = true)
+                where (
+                {condition}
+                )
+                order by 1
+            """
+            try:
+                yield from connection.sql(query, params=[str(part)]).to_arrow_reader(BATCH_ROWS)
+            except duckdb.Error as problem:
+                raise ToolkitError(
+                    f"--where {condition!r} cannot be asked of {manifest.path} ({failure(problem)});"
+                    f" give a condition in SQL over its columns ({', '.join(manifest.names())})"
+                ) from None
+            start += pq.read_metadata(part).num_rows

@@ -1,0 +1,56 @@
+"""The k-NN protocol: few images a class, drawn again and again, and what k it allows."""
+
+import numpy as np
+import pytest
+
+from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.evaluate.task import Task
+from dinov2_toolkit.evaluate.vote import NUM_DRAWS, draw_per_class, measure_knn
+from dinov2_toolkit.features.knn import knn_guesses
+
+
+def task(seed: int = 0) -> Task:
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((3, 8))
+    targets, truth = np.repeat([0, 1, 2], [40, 20, 5]), np.arange(60) % 3
+    train, test = (
+        (centres[labels] + random.standard_normal((len(labels), 8))).astype(np.float32) for labels in (targets, truth)
+    )
+    return Task(train, targets, test, truth, [], [], seed=seed)
+
+
+def test_a_draw_holds_so_many_of_each_class_and_all_of_smaller_ones() -> None:
+    targets = task().targets
+    rows = draw_per_class(targets, 10, seed=0, draw=0)
+    assert np.bincount(targets[rows]).tolist() == [10, 10, 5]
+    assert (np.diff(rows) > 0).all()
+    assert not np.array_equal(rows, draw_per_class(targets, 10, seed=0, draw=1))
+    np.testing.assert_array_equal(rows, draw_per_class(targets, 10, seed=0, draw=0))
+
+
+def test_the_value_is_the_mean_and_the_spread_the_deviation_over_the_draws() -> None:
+    few = task()
+    mean, spread = measure_knn(few, (1,), 4)
+    accuracies = []
+    for draw in range(NUM_DRAWS):
+        rows = draw_per_class(few.targets, 4, 0, draw)
+        guesses = knn_guesses(few.train[rows], few.targets[rows], few.test, (1,))[1]
+        accuracies.append(np.mean(guesses[:, 0] == few.truth))
+    assert (mean.metric, spread.metric) == ("top1", "top1_std")
+    assert mean.value == pytest.approx(np.mean(accuracies))
+    assert spread.value == pytest.approx(np.std(accuracies, ddof=1))
+    assert mean.interval[0] < mean.value < mean.interval[1]
+    assert mean.num_train == 12
+    assert mean.parameters["per_class"] == 4
+
+
+def test_all_of_each_class_is_what_no_limit_gives() -> None:
+    mean, spread = measure_knn(task(), (5,), 40)
+    (whole,) = measure_knn(task(), (5,), None)
+    assert mean.value == pytest.approx(whole.value)
+    assert spread.value == 0
+
+
+def test_a_k_above_the_few_that_vote_is_an_error() -> None:
+    with pytest.raises(ToolkitError, match="k 20 is above the 12 training images"):
+        list(measure_knn(task(), (1, 20), 4))
