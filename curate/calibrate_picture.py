@@ -89,7 +89,10 @@ def draw_calibration(
         f" ({each.removed / num_images:.1%}){', suggested' if each is suggested else ''}"
         for each, _ in rows
     ]
-    tiles = [[_tiles(pair) for pair in (*above, *below)] or [[Tile(_nothing())]] for _, (above, below) in rows]
+    tiles = [
+        [*(_tiles(pair, "goes") for pair in above), *(_tiles(pair, "stays") for pair in below)]
+        for _, (above, below) in rows
+    ]
     sheet = draw_sheet(
         tiles,
         title=f"Which threshold for {name}?",
@@ -98,8 +101,8 @@ def draw_calibration(
         tile_px=TILE_PX,
     )
     picture = Image.new("RGB", (max(plot.width, sheet.width), plot.height + sheet.height), PAPER)
-    picture.paste(sheet, (0, 0))
-    picture.paste(plot, (0, sheet.height))
+    picture.paste(plot, (0, 0))
+    picture.paste(sheet, (0, plot.height))
     return picture
 
 
@@ -107,12 +110,8 @@ def _precision(candidate: Candidate) -> str:
     return "" if candidate.precision is None else f" at an expected precision of {candidate.precision:g}"
 
 
-def _tiles(pair: Pair) -> list[Tile]:
-    return [read_tile(pair.left, f"{pair.similarity:.6f}", TILE_PX), read_tile(pair.right, "", TILE_PX)]
-
-
-def _nothing() -> Image.Image:
-    return Image.new("RGB", (TILE_PX, TILE_PX), PAPER)
+def _tiles(pair: Pair, fate: str) -> list[Tile]:
+    return [read_tile(pair.left, f"{pair.similarity:.6f}", TILE_PX), read_tile(pair.right, fate, TILE_PX)]
 
 
 def _draw_histogram(

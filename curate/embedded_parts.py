@@ -12,11 +12,13 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -179,3 +181,42 @@ def read_part(folder: Path, span: Span) -> Part:
     told = table.schema.metadata
     removed, known = (json.loads(told[name]) for name in (b"removed", b"known"))
     return Part(table.replace_schema_metadata(None), [(n, why) for n, why in removed], [(n, row) for n, row in known])
+
+
+class PartWriter:
+    """Gathers what became of images that follow one another, and writes a part when it is large or old enough."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._parts: list[Part] = []
+        self._span = (0, 0)
+        self._since = 0.0
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def add(self, span: Span, part: Part) -> None:
+        """Take what became of a span of todo."""
+        if self._parts and span[0] != self._span[1]:
+            self.flush()
+        if not self._parts:
+            self._span, self._since = (span[0], span[0]), time.monotonic()
+        self._parts.append(part)
+        self._span = (self._span[0], span[1])
+        size = sum(one.rows.nbytes for one in self._parts)
+        if size >= PART_BYTES or time.monotonic() - self._since >= PART_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        parts, self._parts = self._parts, []
+        if parts:
+            rows = pa.concat_tables([part.rows for part in parts])
+            removed = [pair for part in parts for pair in part.removed]
+            known = [pair for part in parts for pair in part.known]
+            write_part(self._folder, self._span, Part(rows, removed, known))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()  # after an exception too: the images are embedded

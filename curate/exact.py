@@ -116,7 +116,9 @@ def _byte_ids(images: EmbeddedImages) -> pa.ChunkedArray:
         return ids
     read, reason = read_ids(_uris(images, unknown), len(unknown), image_id, "reading images")
     _check_readable(read, reason)
-    return pc.replace_with_mask(ids, is_unknown, read.combine_chunks())
+    place = np.zeros(len(ids), np.int64)
+    place[unknown] = np.arange(len(unknown))
+    return pc.if_else(is_unknown, read.take(pa.array(place)), ids)
 
 
 def _pixel_ids(

@@ -28,6 +28,8 @@ def identity_of(queries: Sequence[EmbeddedImages], pool: EmbeddedImages) -> Iden
         for table in part.names()
     )
     with tables.connect() as connection:
+        # What is streamed has no known size, and must not be what is held: that is the right side of a join as written.
+        connection.execute("set disabled_optimizers = 'join_order,build_side_probe_side'")
         connection.register("asked", tables.stream(schema, names))
         connection.execute("create table query as select * from asked")
         connection.execute("""

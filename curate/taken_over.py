@@ -50,7 +50,7 @@ def find_known(listing: Path, num_entries: int, earlier: Manifest) -> Known:
     with connect() as database:
         database.register("listed", Listing(listing).numbered(["uri", "size", "mtime_ns"]))
         database.register("files", pa.table(rows))
-        joined: pa.RecordBatchReader = database.execute(
+        joined = database.sql(
             """
             with earlier as (
                 select uri, min(file_row_number) as row from read_parquet(?, file_row_number = true) group by uri
@@ -59,7 +59,7 @@ def find_known(listing: Path, num_entries: int, earlier: Manifest) -> Known:
             from listed join earlier using (uri) join files using (row)
             where listed.reason is null
             """,
-            [str(earlier.path)],
+            params=[str(earlier.path)],
         ).to_arrow_reader(1 << 16)
         listed: list[Int64] = []
         for batch in joined:

@@ -156,8 +156,11 @@ def _say_groups(verdict: Verdict) -> None:
     if not len(heads):
         return
     largest = heads[np.lexsort((heads, -sizes[heads]))[:SHOWN_GROUPS]]
-    loosest = heads[np.lexsort((heads, verdict.weakest[heads]))[:SHOWN_GROUPS]]
+    loose = heads[verdict.weakest[heads] < 1]
+    loosest = loose[np.lexsort((loose, verdict.weakest[loose]))[:SHOWN_GROUPS]]
     for title, rows in (("the largest groups", largest), ("the loosest groups", loosest)):
+        if not len(rows):
+            continue
         names = verdict.images.uris(rows).to_pylist()
         shown = zip(names, sizes[rows].tolist(), verdict.weakest[rows].tolist(), strict=True)
         console.table(title, ("kept image", "images", "lowest similarity to it"), [*shown])

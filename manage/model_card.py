@@ -40,7 +40,8 @@ A DINOv2 vision transformer: {parameters:,} parameters, {settings.depth} blocks 
 
 {_use(model)}
 
-`last_hidden_state` holds the class token{", the registers" if registers else ""} and the patch tokens row by row, \
+The image processor may cut a pixel further left or up than dinov2-toolkit does, where the border around the centre
+crop is an odd number of pixels. `last_hidden_state` holds the class token{", the registers" if registers else ""} and the patch tokens row by row, \
 after the final norm.
 
 ## Image sizes

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,9 +11,10 @@ import pytest
 from dinov2_toolkit.curate.dedup import DedupSettings, dedup_images
 from dinov2_toolkit.curate.groups import duplicate_groups
 from dinov2_toolkit.curate.threshold import FIXED_THRESHOLD, chance_threshold
-from dinov2_toolkit.curate.verdict import DUPLICATE, GROUPED, RESEMBLES
+from dinov2_toolkit.curate.verdict import DUPLICATE, GROUPED, RESEMBLES, SAME_BYTES
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.neighbors import first_identical, similarities, tolerance
+from dinov2_toolkit.manage.query import sql
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import Source, open_manifest, removed_path
@@ -222,6 +224,206 @@ def test_the_threshold_learnt_from_the_pool_finds_the_planted_copies(tmp_path: P
     assert provenance is not None and str(provenance.figures["threshold_origin"]).startswith("from the pool")
 
 
+def figures_of(path: Path) -> dict[str, object]:
+    provenance = open_manifest(path).provenance
+    assert provenance is not None
+    return provenance.figures
+
+
+def test_star_keeps_no_two_above_the_threshold_and_removes_none_below_it(tmp_path: Path) -> None:
+    angles = np.radians(np.concatenate([np.arange(0, 60, 4), [90, 91, 130]]))  # a chain of 15, a pair, and one alone
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    pool = write_embeddings(tmp_path / "pool.parquet", vectors)
+    threshold = float(np.cos(np.radians(5)))
+    kept, removed = dedup(pool, threshold=threshold, linkage="components")
+    assert [(row["row"], row["duplicates"]) for row in kept] == [(0, 14), (15, 1), (17, 0)]
+    assert [row["group_id"] for row in kept] == [0, 15, 17]
+    assert kept[0]["weakest"] == pytest.approx(np.cos(np.radians(56)), abs=1e-6) and kept[2]["weakest"] is None
+    assert figures_of(tmp_path / "unique.parquet")["chained_groups"] == 1
+    assert {row["group_id"] for row in removed[:14]} == {0} and removed[14]["group_id"] == 15
+
+    kept, removed = dedup(pool, threshold=threshold, linkage="star")
+    assert [(row["row"], row["duplicates"]) for row in kept[:8]] == [(row, 1) for row in range(0, 14, 2)] + [(14, 0)]
+    assert all(float(str(row["similarity"])) > threshold for row in removed)
+    assert figures_of(tmp_path / "unique.parquet")["chained_groups"] == 0
+
+
+def test_star_equals_going_through_the_images_by_preference(tmp_path: Path) -> None:
+    vectors = planted(21, 300)
+    exact = unit(vectors)
+    sizes = [(int(side), 10) for side in np.random.default_rng(22).permutation(300) + 1]
+    kept, removed = dedup(
+        write_embeddings(tmp_path / "pool.parquet", vectors, sizes=sizes), threshold=0.9, linkage="star"
+    )
+    stays: dict[int, int] = {}
+    for row in sorted(range(300), key=lambda row: -sizes[row][0]):
+        near = [head for head in stays if similarity(exact[row], exact[head]) > 0.9 and stays[head] == head]
+        stays[row] = near[0] if near else row
+    assert [row["row"] for row in kept] == sorted(row for row, head in stays.items() if row == head)
+    assert {row["uri"]: row["duplicate_of"] for row in removed} == {
+        f"/pool/{row}.png": f"/pool/{head}.png" for row, head in stays.items() if row != head
+    }
+
+
+def test_the_same_bytes_go_at_any_threshold_and_the_preferred_copy_stays(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(23).normal(size=(40, 8)).astype(np.float16)
+    vectors[[11, 12]] = vectors[10]
+    vectors[21] = vectors[20] * np.float16(2)  # the same image, embedded into numbers a little different
+    vectors[[30, 31]] = 0  # a blank image has a zero vector, and copies all the same
+    image_ids: list[str | None] = [f"{row:032x}" for row in range(40)]
+    image_ids[11] = image_ids[12] = image_ids[10]
+    image_ids[21], image_ids[31] = image_ids[20], image_ids[30]
+    image_ids[5] = image_ids[6] = "a slide, of which these two are tiles"
+    sizes = [(10 + (row == 12), 10) for row in range(40)]
+    pool = write_embeddings(tmp_path / "pool.parquet", vectors, image_ids=image_ids, sizes=sizes)
+    kept, removed = dedup(pool, threshold=1.0)
+    assert [(row["uri"], row["duplicate_of"], row["reason"]) for row in removed] == [
+        ("/pool/10.png", "/pool/12.png", SAME_BYTES),
+        ("/pool/11.png", "/pool/12.png", SAME_BYTES),
+        ("/pool/21.png", "/pool/20.png", SAME_BYTES),
+        ("/pool/31.png", "/pool/30.png", SAME_BYTES),
+    ]
+    assert [row["duplicates"] for row in kept if row["row"] in (12, 20, 30)] == [2, 1, 1]
+    assert figures_of(tmp_path / "unique.parquet")["same_bytes"] == 4
+
+
+def test_keep_follows_the_order_of_a_columns_values_then_the_size(tmp_path: Path) -> None:
+    vectors = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0) + np.linspace(0, 1e-3, 12, dtype=np.float32)[:, None]
+    source = ["web", "curated", "curated", None, "other", "web", None, "web", None, "other", None, "other"]
+    sizes = [(9, 9), (1, 1), (2, 2), (9, 9), (9, 9), (1, 1), (9, 9), (2, 2), (9, 9), (1, 1), (9, 9), (2, 2)]
+    pool = write_embeddings(tmp_path / "pool.parquet", vectors, sizes=sizes, more={"source": pa.array(source)})
+    kept, _ = dedup(pool, threshold=0.9, keep="column:source=curated,web")
+    assert [row["row"] for row in kept] == [2, 7, 11]
+    kept, _ = dedup(pool, threshold=0.9, keep="column:source=other")
+    assert [row["row"] for row in kept] == [0, 4, 11]
+    for keep, words in (
+        ("column:source=a,,b", "every value"),
+        ("column:source=a,a", "once"),
+        ("column:no=a", "column"),
+    ):
+        with pytest.raises(ToolkitError, match=words):
+            dedup(pool, threshold=0.9, keep=keep)
+
+
+def test_new_images_beside_known_ones_give_the_grown_pool(tmp_path: Path) -> None:
+    rng = np.random.default_rng(24)
+    old = rng.normal(size=(60, 32)).astype(np.float16)
+    new = rng.normal(size=(50, 32)).astype(np.float16)
+    new[[3, 4]] = old[[7, 8]] + 0.05 * rng.normal(size=(2, 32))
+    new[30] = new[20] + 0.02 * rng.normal(size=32)
+    old_pool = write_embeddings(tmp_path / "old.parquet", old, image_ids=[f"a{row}" for row in range(60)])
+    new_pool = write_embeddings(tmp_path / "new.parquet", new, image_ids=[f"b{row}" for row in range(50)])
+    clean = tmp_path / "clean.parquet"
+    dedup_images(old_pool, str(clean), DedupSettings(0.95), Options())
+    before = clean.read_bytes()
+    kept, removed = dedup(new_pool, known=(clean,))
+    assert [(row["uri"], row["duplicate_of"]) for row in removed] == [
+        ("/new/3.png", "/old/7.png"),
+        ("/new/4.png", "/old/8.png"),
+        ("/new/30.png", "/new/20.png"),
+    ]
+    assert {row["reason"] for row in removed} == {DUPLICATE}
+    assert clean.read_bytes() == before and len(kept) == 47
+    found = figures_of(tmp_path / "unique.parquet")
+    assert found["threshold"] == 0.95 and found["threshold_origin"] == f"as for {clean}"
+    assert found["known"] == 2 and found["removed_for"] == {str(clean): 2}
+    sql(
+        f"select uri from '{clean}' union all select uri from '{tmp_path / 'unique.parquet'}'",
+        str(tmp_path / "grown.parquet"),
+        False,
+        False,
+    )
+    assert open_manifest(tmp_path / "grown.parquet").num_rows == 60 + 47
+
+
+def test_a_bridge_to_a_known_image_goes_with_its_component_but_not_with_a_star(tmp_path: Path) -> None:
+    def at(*degrees: float) -> Stored:
+        return np.array([[np.cos(np.radians(angle)), np.sin(np.radians(angle))] for angle in degrees], np.float32)
+
+    known = write_embeddings(tmp_path / "known.parquet", at(0))
+    pool = write_embeddings(tmp_path / "pool.parquet", at(4, 8, 11, 40))  # only the first is like the known one
+    threshold = float(np.cos(np.radians(5)))
+    kept, removed = dedup(pool, threshold=threshold, known=(known,))
+    assert [row["row"] for row in kept] == [3] and {row["duplicate_of"] for row in removed} == {"/known/0.png"}
+    kept, removed = dedup(pool, threshold=threshold, known=(known,), linkage="star")
+    assert [row["row"] for row in kept] == [1, 3]
+    assert [row["duplicate_of"] for row in removed] == ["/known/0.png", "/pool/1.png"]
+
+
+def test_what_each_evaluation_set_removes_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vectors = np.random.default_rng(25).normal(size=(60, 32)).astype(np.float16)
+    pool = write_embeddings(tmp_path / "pool.parquet", vectors)
+    sets = [
+        write_embeddings(tmp_path / f"{name}.parquet", vectors[rows])
+        for name, rows in (("first", [3, 4, 5]), ("second", [20]))
+    ]
+    dedup(pool, threshold=0.9, against=tuple(sets))
+    found = figures_of(tmp_path / "unique.parquet")
+    assert found["removed_for"] == {str(sets[0]): 3, str(sets[1]): 1} and found["against"] == 4
+    assert "removed for images of other sets" in capsys.readouterr().err
+
+
+def test_the_same_manifests_whatever_the_memory_threads_and_k(tmp_path: Path) -> None:
+    pool = write_embeddings(tmp_path / "pool.parquet", planted(26, 400))
+    against = write_embeddings(tmp_path / "against.parquet", planted(27, 30))
+    made = []
+    threads = faiss.omp_get_max_threads()
+    for number, (memory, num_threads, k) in enumerate((("256M", 1, 64), ("2GB", 2, 64), (None, 3, 500))):
+        faiss.omp_set_num_threads(num_threads)
+        settings = DedupSettings(0.9, k, against=(against,), against_threshold=0.6, memory=memory, linkage="star")
+        path = tmp_path / f"{number}.parquet"
+        dedup_images(pool, str(path), settings, Options())
+        made.append([pq.read_table(file).to_pylist() for file in (path, removed_path(path))])
+    faiss.omp_set_num_threads(threads)
+    assert made[0] == made[1] == made[2]
+
+
+def test_one_image_and_one_image_a_thousand_times_are_one_image(tmp_path: Path) -> None:
+    one = write_embeddings(tmp_path / "one.parquet", np.ones((1, 4), np.float32))
+    assert [row["duplicates"] for row in dedup(one)[0]] == [0]
+    crowd = write_embeddings(tmp_path / "crowd.parquet", np.ones((3_000, 4), np.float32))
+    kept, removed = dedup(crowd, threshold=0.9, k=5_000)
+    assert [row["duplicates"] for row in kept] == [2_999] and len(removed) == 2_999
+    kept, removed = dedup(crowd)  # nothing to learn a threshold from
+    assert len(kept) == 1 and figures_of(tmp_path / "unique.parquet")["threshold"] == FIXED_THRESHOLD
+    same_id = write_embeddings(tmp_path / "same.parquet", np.ones((3_000, 4), np.float32), image_ids=["x"] * 3_000)
+    assert len(dedup(same_id)[0]) == 1
+
+
+def test_an_empty_pool_and_numbers_that_are_none_are_one_line(tmp_path: Path) -> None:
+    pool = write_embeddings(tmp_path / "pool.parquet", planted(28, 50))
+    dedup(pool, threshold=0.999, against=(pool,))
+    for exact in (None, "bytes"):
+        with pytest.raises(ToolkitError, match=r"unique.parquet \(manifest\) has no rows"):
+            dedup_images(
+                tmp_path / "unique.parquet", str(tmp_path / "again.parquet"), DedupSettings(exact=exact), Options()
+            )
+    with pytest.raises(ToolkitError, match="has no rows"):
+        dedup(pool, threshold=0.9, known=(tmp_path / "unique.parquet",))
+    for value in (np.nan, np.inf):
+        vectors = planted(28, 50)
+        vectors[17, 3] = value
+        broken = write_embeddings(tmp_path / f"{value}.parquet", vectors)
+        with pytest.raises(ToolkitError, match="row 17 of .* not finite"):
+            dedup(broken, threshold=0.9)
+
+
+def test_a_run_that_dies_leaves_the_files_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = write_embeddings(tmp_path / "pool.parquet", planted(29, 100))
+    dedup(pool, threshold=0.9)
+    files = tmp_path / "unique.parquet", removed_path(tmp_path / "unique.parquet")
+    before = [file.read_bytes() for file in files]
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinov2_toolkit.curate.verdict._removed", dies)
+    with pytest.raises(KeyboardInterrupt):
+        dedup(pool, threshold=0.5)
+    assert [file.read_bytes() for file in files] == before
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 def test_without_duplicates_the_learnt_threshold_removes_next_to_nothing() -> None:
     points = np.random.default_rng(11).normal(size=(2_000, 5))
     exact = points / np.linalg.norm(points, axis=1, keepdims=True)
@@ -298,6 +500,11 @@ def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
         (DedupSettings(threshold=1.5), "--threshold 1.5"),
         (DedupSettings(threshold=float("nan")), "nan"),
         (DedupSettings(k=0), "--k 0"),
+        (DedupSettings(recall=0.0), "--recall 0"),
+        (DedupSettings(memory="much"), "--memory much"),
+        (DedupSettings(0.9, exact="bytes"), "compares no vectors"),
+        (DedupSettings(where="width > 1000"), "keeps none"),
+        (DedupSettings(sheet=Path("groups.jpg")), "does not end in .png"),
         (DedupSettings(against_threshold=0.5), "without --against"),
         (DedupSettings(keep="best"), "--keep best"),
         (DedupSettings(keep="column:score"), "no such column"),

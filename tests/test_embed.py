@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov2_toolkit import cli
-from dinov2_toolkit.curate import embed, embed_assembly
+from dinov2_toolkit.curate import embed_assembly, embed_settings
 from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features import extract
@@ -157,7 +157,7 @@ def test_a_second_run_is_up_to_date_and_only_touches_the_output(
     first = embed_images(["images"], "pool.parquet", PIXELS, Options())
     written = Path("pool.parquet").read_bytes()
     os.utime("pool.parquet", (1, 1))
-    monkeypatch.setattr(embed, "extract", None)  # would fail if called
+    monkeypatch.setattr(embed_settings, "extract", None)  # would fail if called
     capsys.readouterr()
     assert embed_images(["images"], "pool.parquet", PIXELS, Options()) == first
     assert "pool.parquet is up to date" in capsys.readouterr().err
@@ -271,7 +271,7 @@ class Reciprocal(nn.Module):
 def test_features_that_are_not_finite_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preprocess = Preprocess(4, 1.0, (0.0,), (1.0,), 1)
     model = FeatureModel(pixels_model().source, 1, preprocess, Reciprocal())  # type: ignore[arg-type]
-    monkeypatch.setattr(embed, "open_model", lambda name, seed: model)
+    monkeypatch.setattr(embed_settings, "open_model", lambda name, seed: model)
     for number, grey in enumerate((51, 0, 255)):
         Image.new("L", (4, 4), grey).save(tmp_path / f"{number}.png")
     names = [f"{number}.png" for number in range(3)]

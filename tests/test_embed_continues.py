@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov2_toolkit.curate import embed, embedded_parts
+from dinov2_toolkit.curate import embedded_parts
 from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
 from dinov2_toolkit.curate.embed_filters import Filters
 from dinov2_toolkit.curate.embedded_parts import missing_blocks, work_folder
@@ -149,7 +149,7 @@ def test_what_was_embedded_otherwise_is_discarded_with_a_word(
         embedded(["photos"], settings)
     seen.clear()
     monkeypatch.delenv("STOP_AFTER")
-    embedded(["photos"], EmbedSettings(str(settings.model), labels="none", batch_size=8))
+    embedded(["photos"], EmbedSettings(str(settings.model), labels="none", dtype="float32"))
     assert "that were embedded otherwise before a stop (labels folder, now none)" in " ".join(
         capsys.readouterr().err.split()
     )
@@ -205,19 +205,19 @@ def test_a_part_that_is_half_there_is_made_again(
 def test_a_full_disk_is_one_line_and_what_is_done_is_kept(
     photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed, "PART_SECONDS", 0.0)
-    write_part = embed.write_part
+    monkeypatch.setattr(embedded_parts, "PART_SECONDS", 0.0)
+    write_part = embedded_parts.write_part
 
     def full(folder: Path, span: tuple[int, int], part: embedded_parts.Part) -> None:
         if span[0] >= 20:
             raise OSError(errno.ENOSPC, "No space left on device")
         write_part(folder, span, part)
 
-    monkeypatch.setattr(embed, "write_part", full)
+    monkeypatch.setattr(embedded_parts, "write_part", full)
     with pytest.raises(ToolkitError, match="the disk is full; 20 images are kept: make room and run the same command"):
         embedded(["photos"], settings)
     seen.clear()
-    monkeypatch.setattr(embed, "write_part", write_part)
+    monkeypatch.setattr(embedded_parts, "write_part", write_part)
     embedded(["photos"], settings)
     assert sum(seen) == NUM_IMAGES - 20 + NUM_BROKEN
 
@@ -349,6 +349,7 @@ def command(*arguments: str, **options: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload,no-any-return]
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(photos: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded_parts, "BLOCK_ENTRIES", 1_024)
     for number in range(1_000):  # so many that both have a share

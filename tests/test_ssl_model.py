@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.models.block import Recompute
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.train.distill_model import DistillModel
@@ -268,3 +269,17 @@ def test_koleo_compares_the_images_of_a_micro_batch() -> None:
     alone = [model(part)["koleo"] / part.share for part in parts(step, by_view=False, num_images=2)]
     torch.testing.assert_close(torch.stack(halves).sum(), torch.stack(alone).mean())
     assert not torch.allclose(torch.stack(halves).sum(), model(step)["koleo"])
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "blocks"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_what_is_computed_again_going_backward_changes_no_gradient(recompute: Recompute, drop_path: float) -> None:
+    model = tiny_model(separate=True, drop_path=drop_path)
+    gradients = []
+    for chosen in ("nothing", recompute):
+        for block in plain_dict(model.student)["backbone"].blocks:
+            block.recompute = chosen
+        torch.manual_seed(7)
+        gradients.append(losses_and_gradients(model, NUM_LOCALS, by_view=True)[1])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
