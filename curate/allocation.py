@@ -12,6 +12,7 @@ from ..errors import ToolkitError
 from ..store.vectors import Float64, Int64
 
 Keys = npt.NDArray[np.uint64]
+Int32 = npt.NDArray[np.int32]
 
 POWERS = {"water": 0.0, "flat": 0.0, "proportional": 1.0}  # flat: the finest clusters alone
 
@@ -32,7 +33,7 @@ def parse_allocation(text: str) -> float:
 
 
 def allocate(
-    sizes: Int64, wanted: Int64, keys: Keys, *, parents: Int64 | None = None, weights: Float64 | None = None
+    sizes: Int64, wanted: Int64, keys: Keys, *, parents: Int64 | Int32 | None = None, weights: Float64 | None = None
 ) -> Int64:
     """Return how many to take of each cluster, (C,): of every parent's children exactly what is wanted of it.
 
@@ -59,7 +60,7 @@ def allocate(
     by = np.lexsort((sizes / weights, parents))
     size, weight, parent = sizes[by], weights[by], parents[by]
     ends = np.searchsorted(parent, np.arange(len(wanted)), side="right")
-    starts = np.searchsorted(parent, np.arange(len(wanted)))
+    starts: Int64 = np.append(0, ends[:-1])
     given_before = _running(size.astype(np.float64), starts, parent)
     weight_from = _running(weight[::-1], len(by) - ends[::-1], len(wanted) - 1 - parent[::-1])[::-1] + weight
     is_exhausted = (wanted[parent] - given_before) * weight >= size * weight_from

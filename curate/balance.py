@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..store.vectors import Int64
-from .allocation import Keys, allocate
+from .allocation import Int32, Keys, allocate
 
 
 def balanced_sample(
-    levels: Sequence[Int64], num_wanted: int, preference: Int64 | Keys, seed: int, power: float = 0.0
+    levels: Sequence[Int64 | Int32], num_wanted: int, preference: Int64 | Keys, seed: int, power: float = 0.0
 ) -> Int64:
     """Return the positions of exactly `num_wanted` images, ascending, shared out from the coarsest clusters down.
 
@@ -30,11 +30,12 @@ def balanced_sample(
     sizes = [np.bincount(levels[0], minlength=num_clusters[0])]  # images a cluster, level by level
     for parents, count in zip(levels[1:], num_clusters[1:], strict=True):
         sizes.append(np.bincount(parents, sizes[-1], count).astype(np.int64))
-    counts, parents = np.array([num_wanted]), np.zeros(num_clusters[-1], np.int64)
+    counts = np.array([num_wanted])
+    of_all: Int64 | Int32 = np.zeros(num_clusters[-1], np.int64)
     for level in range(len(levels) - 1, -1, -1):
         keys = seeded_keys(num_clusters[level], seed, level + 1)
-        counts = allocate(sizes[level], counts, keys, parents=parents, weights=sizes[level].astype(float) ** power)
-        parents = levels[level]
+        counts = allocate(sizes[level], counts, keys, parents=of_all, weights=sizes[level].astype(float) ** power)
+        of_all = levels[level]
     ranked = np.lexsort((preference, levels[0]))
     cluster = levels[0][ranked]
     place = np.arange(len(ranked)) - (np.cumsum(sizes[0]) - sizes[0])[cluster]  # 0 for a cluster's first choice

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..features.products import device, product, run
 from ..store.vectors import Float32, Int64, unit_length
+from .allocation import Int32
 
 Metric = Literal["cosine", "euclidean"]
-Int32 = npt.NDArray[np.int32]
 
 EXACT_CENTROIDS = 2_048  # measured: with fewer, lists cost more than they save
 COARSE_FACTOR = 8  # coarse centroids = this times the root of K; measured on K = 4,000, from 1 to 8

@@ -220,7 +220,29 @@ def cluster(
     pick: Annotated[
         Literal["random", "closest"], typer.Option(help="Which images of a cluster --sample takes.")
     ] = "random",
+    allocation: Annotated[
+        str,
+        typer.Option(
+            metavar="water|flat|power:A|proportional",
+            help="How --sample is shared out: as evenly as can be through all levels, or the finest alone (flat), or by"
+            " sizes to the power A, or by sizes.",
+        ),
+    ] = "water",
+    metric: Annotated[Literal["cosine", "euclidean"], typer.Option(help="What centroids are near by.")] = "cosine",
+    init: Annotated[
+        Literal["k-means++", "sampled"], typer.Option(help="Where centroids start: apart from each other, or anywhere.")
+    ] = "k-means++",
+    polish: Annotated[int, typer.Option(help="Iterations over all images, beyond those over 256 a cluster.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option(metavar="REPORT.html", help="Write how the balance changed, as a page.")
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="SHEET.png", help="Draw large, middling, small and suspected clusters.")
+    ] = None,
+    where: options.Where = None,
     features: Features = None,
+    memory: options.Memory = None,
+    recall: options.Recall = 0.99,
     seed: options.Seed = 0,
     force: options.Force = False,
     dry_run: options.DryRun = False,
@@ -234,7 +256,22 @@ def cluster(
     from ..store.artifact import Options
     from .cluster import ClusterSettings, cluster_images
 
-    settings = ClusterSettings(num_clusters, resample, sample, pick, features)
+    settings = ClusterSettings(
+        num_clusters=num_clusters,
+        resample=resample,
+        sample=sample,
+        pick=pick,
+        features=features,
+        allocation=allocation,
+        metric=metric,
+        init=init,
+        polish=polish,
+        where=where,
+        recall=recall,
+        memory=memory,
+        report=report,
+        sheet=sheet,
+    )
     options.emit(cluster_images(manifest, output, settings, Options(seed, force, dry_run, limit)), json)
 
 

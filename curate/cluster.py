@@ -1,24 +1,31 @@
 """(Hierarchical) k-means of a pool, and balanced subsets of it.
 
-N images.
+N images, K_l clusters at level l, D numbers a vector.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from .. import console
 from ..errors import ToolkitError
-from ..features.neighbors import similarities
 from ..store.artifact import Options, Result, check_manifest_name, is_up_to_date, recorded
 from ..store.manifest import SELECTION_FIELDS, Provenance, cluster_field, open_manifest
-from ..store.vectors import Float64, Int64, Vectors
-from .balance import balanced_sample, normalised_entropy, seeded_keys
-from .kmeans import NUM_ITERATIONS, POINTS_A_CENTROID, cluster_vectors
+from ..store.memory import memory_budget
+from ..store.vectors import Float32, Int64, Vectors
+from .allocation import Int32, parse_allocation
+from .balance import balanced_sample, seeded_keys
+from .centroid_search import Metric
+from .cluster_report import check_report, write_report
+from .cluster_sheet import draw_clusters
+from .cluster_table import Level, describe_levels, write_cluster_table
+from .group_sheet import check_sheet
+from .kmeans import KMeansSettings, cluster_vectors
+from .lloyd import NUM_ITERATIONS, NUM_NEIGHBOURS, POINTS_A_CENTROID, Init
+from .saved import Saved
 from .selection import (
     EmbeddedImages,
     describe,
@@ -42,39 +49,57 @@ class ClusterSettings:
     sample: int | None = None  # size of the balanced subset; None: all images
     pick: Literal["random", "closest"] = "random"  # which images of a cluster the subset takes
     features: Path | None = None
+    allocation: str = "water"  # how the subset is shared out: water, flat, proportional or power:A
+    metric: Metric = "cosine"
+    init: Init = "k-means++"
+    polish: int = 0  # iterations over all images at the end of a level
+    where: str | None = None
+    recall: float = 0.99  # share of the images that must find their nearest centroid
+    memory: str | None = None  # such as 3GB; None: a third of the machine
+    report: Path | None = None  # where to write how balance changed
+    sheet: Path | None = None  # where to draw clusters
 
 
 def cluster_images(manifest: Path | None, output: str, settings: ClusterSettings, options: Options) -> Result | None:
     """Write the images with their clusters, all of them or a balanced subset; return None after a dry run."""
     path = check_manifest_name(output)
-    pool = open_input("manifest", manifest, path, settings.features)
-    num_rows = pool.manifest.num_rows if options.limit is None else min(options.limit, pool.manifest.num_rows)
+    pool = open_input("manifest", manifest, path, settings.features, settings.where)
+    num_rows = pool.num_rows(options.limit)
     num_clusters = parse_num_clusters(settings.num_clusters, num_rows)
-    if settings.resample < 0:
-        raise ToolkitError(f"--resample {settings.resample} is less than none; give 0 or more")
-    if settings.sample is not None and not 1 <= settings.sample <= num_rows:
-        raise ToolkitError(
-            f"--sample {settings.sample} of {num_rows} images cannot be; give a number from 1 to {num_rows}"
-        )
+    _check(settings, num_rows)
     parameters: dict[str, object] = {
         "num_clusters": num_clusters,
         "resample": settings.resample,
         "sample": settings.sample,
         "pick": settings.pick,
+        "allocation": settings.allocation,
+        "metric": settings.metric,
+        "init": settings.init,
+        "polish": settings.polish,
+        "recall": settings.recall,
     }
     provenance = selection_provenance("curate cluster", parameters, path, options, pool)
     is_made = is_up_to_date(path, provenance, options)
+    if settings.report is not None:
+        check_report(settings.report, options, is_made)
     if not is_made:
+        if settings.sheet is not None:
+            check_sheet(settings.sheet, options)
         warn_of_plain_features(pool)
     if options.dry_run:
         if not is_made:
-            fit_rows = min(num_rows, POINTS_A_CENTROID * num_clusters[0]) * NUM_ITERATIONS * (1 + settings.resample / 2)
+            fit_rows = min(num_rows, POINTS_A_CENTROID * num_clusters[0]) * (1 + settings.resample / 2)
+            products = num_rows * num_clusters[0] + fit_rows * NUM_ITERATIONS * min(NUM_NEIGHBOURS, num_clusters[0])
             what = f"make {' and '.join(f'{count:,}' for count in num_clusters)} clusters"
-            describe(path, [pool], round(num_rows + fit_rows) * num_clusters[0], what, options)
+            describe(path, [pool], round(products), what, options)
         return None
     if not is_made:
         with recorded(path) as finished:
             finished.append(_cluster(read_embedded(pool, options.limit), path, num_clusters, settings, provenance))
+    if settings.report is not None:
+        write_report(path, settings.report)
+    if settings.sheet is not None:
+        draw_clusters(path, settings.sheet, options)
     made = open_manifest(path)
     return Result(output, {} if made.provenance is None else made.provenance.figures)
 
@@ -99,87 +124,96 @@ def parse_num_clusters(text: str, num_rows: int) -> list[int]:
     return num_clusters
 
 
+def _check(settings: ClusterSettings, num_rows: int) -> None:
+    for name, value in (("--resample", settings.resample), ("--polish", settings.polish)):
+        if value < 0:
+            raise ToolkitError(f"{name} {value} is less than none; give 0 or more")
+    if settings.sample is not None and not 1 <= settings.sample <= num_rows:
+        raise ToolkitError(
+            f"--sample {settings.sample} of {num_rows} images cannot be; give a number from 1 to {num_rows}"
+        )
+    if not 0 < settings.recall <= 1:
+        raise ToolkitError(f"--recall {settings.recall} is no share of the images; give a number above 0, up to 1")
+    parse_allocation(settings.allocation)
+    memory_budget(settings.memory)
+    if settings.allocation != "water" and settings.sample is None:
+        raise ToolkitError(f"--allocation {settings.allocation} shares out a sample; give --sample too")
+
+
 def _cluster(
     images: EmbeddedImages, path: Path, num_clusters: list[int], settings: ClusterSettings, provenance: Provenance
 ) -> Provenance:
-    levels, distances = cluster_levels(images.vectors, num_clusters, settings.resample, provenance.seed)
+    saved = Saved(provenance)
+    memory = memory_budget(settings.memory)
+    how = KMeansSettings(settings.resample, settings.metric, settings.init, settings.polish, settings.recall, memory)
+    made = cluster_levels(images.vectors, num_clusters, how, provenance.seed, saved)
     positions = np.arange(len(images))
     if settings.sample is not None:
         keys = seeded_keys(len(images), provenance.seed, 0)
-        preference = keys if settings.pick == "random" else _ranks(distances, images.order)
-        positions = balanced_sample(levels, settings.sample, preference, provenance.seed)
+        preference = keys if settings.pick == "random" else _ranks(made.distances, images.order)
+        levels = made.levels[:1] if settings.allocation == "flat" else made.levels
+        power = parse_allocation(settings.allocation)
+        positions = balanced_sample(levels, settings.sample, preference, provenance.seed, power)
 
+    found = [
+        Level(centroids, parents, settings.metric)
+        for centroids, parents in zip(made.centroids, [*made.levels[1:], None], strict=True)
+    ]
+    clusters, figures = describe_levels(images, found, made.levels[0], made.distances, positions)
+    write_cluster_table(path, clusters, provenance)
     table = selected(images, positions)
-    of_images = levels[0]
-    columns = [of_images]
-    for parents in levels[1:]:
-        of_images = parents[of_images]
-        columns.append(of_images)
-    for level, clusters in enumerate(columns):
-        table = table.append_column(cluster_field(level), pa.array(clusters[positions], pa.int32()))
+    of_images = made.levels[0][positions]
+    for level, parents in enumerate([*made.levels[1:], None]):
+        table = table.append_column(cluster_field(level), pa.array(of_images, pa.int32()))
+        if parents is not None:
+            of_images = parents[of_images]
     field = next(field for field in SELECTION_FIELDS if field.name == "distance")
-    table = table.append_column(field, pa.array(distances[positions], pa.float32()))
-    figures: dict[str, object] = {"images": len(positions), **_balance(images, columns, num_clusters, positions)}
-    return write_table(path, table, provenance, figures)
+    table = table.append_column(field, pa.array(made.distances[positions], pa.float32()))
+    figures = {"images": len(positions), "agreement": made.agreement, **figures}
+    written = write_table(path, table, provenance, figures)
+    saved.remove()
+    return written
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Clusters of several levels."""
+
+    levels: Sequence[Int64 | Int32]  # of level 0 the cluster of every image (N,), of l that of every cluster of l - 1
+    distances: Float32  # (N,) to the finest centroid: 1 - cosine, or the Euclidean distance
+    centroids: Sequence[Float32]  # (K_l, D) of each level
+    agreement: float  # measured share of images that found their nearest centroid
 
 
 def cluster_levels(
-    vectors: Vectors, num_clusters: list[int], num_resamplings: int, seed: int
-) -> tuple[list[Int64], Float64]:
-    """Return the clusters of every level and the distance (N,), 1 - cosine, of every image to its finest centroid.
+    vectors: Vectors, num_clusters: Sequence[int], settings: KMeansSettings, seed: int, saved: Saved | None = None
+) -> Hierarchy:
+    """Cluster vectors (N, D), then the centroids, then theirs.
 
-    Level 0 holds the cluster of every image (N,), level l that of every cluster of level l - 1. Upper levels cluster
-    the centroids of the level below, at length 1 and by cosine: by Euclidean distance short mean vectors would gather
-    everything around them in a hub.
+    By cosine, centroids have length 1 at every level: by Euclidean distance short mean vectors gather everything
+    around them in a hub.
     """
-    levels, clustered = [], vectors
-    distances = np.empty(0)
+    levels, centroids, clustered = [], [], vectors
+    distances, agreement = np.empty(0, np.float32), 1.0
     for level, count in enumerate(num_clusters):
-        found = cluster_vectors(clustered, count, num_resamplings=num_resamplings, seed=seed + level * LEVEL_SEEDS)
+        found = cluster_vectors(
+            clustered,
+            count,
+            num_resamplings=settings.resample,
+            seed=seed + level * LEVEL_SEEDS,
+            settings=settings,
+            saved=saved,
+            level=level,
+        )
         if level == 0:
-            own = Vectors(found.centroids, np.arange(count), vectors.base)
-            distances = 1 - similarities(vectors, np.arange(len(vectors)), own, found.assignments)
+            distances, agreement = found.distances, found.agreement
         levels.append(found.assignments)
+        centroids.append(found.centroids)
         clustered = Vectors(found.centroids, np.arange(count), vectors.base)
-    return levels, distances
+    return Hierarchy(levels, distances, centroids, agreement)
 
 
-def _ranks(distances: Float64, order: Int64) -> Int64:
+def _ranks(distances: Float32, order: Int64) -> Int64:
     ranks = np.empty(len(order), np.int64)
     ranks[np.lexsort((order, distances))] = np.arange(len(order))
     return ranks
-
-
-def _balance(
-    images: EmbeddedImages, columns: list[Int64], num_clusters: list[int], positions: Int64
-) -> dict[str, object]:
-    """Return sizes and normalised entropies of clusters and classes, before and after sampling, and tabulate them."""
-    figures: dict[str, object] = {}
-    rows: list[list[object]] = []
-    for level, (clusters, count) in enumerate(zip(columns, num_clusters, strict=True)):
-        sizes = np.bincount(clusters, minlength=count)
-        measured: dict[str, object] = {
-            "clusters": count,
-            "empty": int((sizes == 0).sum()),
-            "smallest": int(sizes.min()),
-            "median": float(np.median(sizes)),
-            "largest": int(sizes.max()),
-            "entropy": normalised_entropy(sizes),
-            "sample_entropy": normalised_entropy(np.bincount(clusters[positions], minlength=count)),
-        }
-        figures.update({f"{name}_{level}": value for name, value in measured.items()})
-        rows.append([f"cluster_{level}", *measured.values()])
-    labels = pc.drop_null(images.images.column("label"))
-    if len(labels):
-        codes = images.images.column("label").combine_chunks().dictionary_encode()
-        count = len(codes.dictionary)
-        sampled = codes.indices.take(pa.array(positions))
-        entropies = [
-            normalised_entropy(np.bincount(pc.drop_null(part).to_numpy(), minlength=count))
-            for part in (codes.indices, sampled)
-        ]
-        figures.update(class_entropy=entropies[0], sample_class_entropy=entropies[1])
-        rows.append(["label", count, "", "", "", "", *entropies])
-    title = f"{len(positions):,} of {len(images):,} images; entropy 1 is all alike"
-    console.table(title, ["", "number", "empty", "smallest", "median", "largest", "entropy", "of the sample"], rows)
-    return figures

@@ -13,13 +13,12 @@ import pyarrow.compute as pc
 
 from .. import console
 from ..errors import ToolkitError
-from ..store.image_columns import has_images
 from ..store.images import image_id
-from ..store.vectors import Float32, Int64, Vectors
+from ..store.vectors import Int64
 from .against import image_ids, same_keys
 from .identical import of_shared_size, pixel_id, read_ids, same_key
 from .keep import Keep, preference, preferred
-from .selection import EmbeddedImages, Input
+from .selection import EmbeddedImages, Input, read_unembedded
 from .verdict import REASONS, RESEMBLES, SAME_BYTES, SAME_PIXELS, STAYS, Verdict
 
 ID_LENGTH = 32  # of the hex digits of BLAKE2b-128
@@ -29,7 +28,7 @@ Exact = Literal["bytes", "pixels"]
 
 def exact_work(exact: Exact, inputs: list[Input], limit: int | None) -> str:
     """Say what comparing the images of some manifests would mean."""
-    parts = [_without_vectors(part, limit if part is inputs[0] else None) for part in inputs]
+    parts = [read_unembedded(part, limit if part is inputs[0] else None) for part in inputs]
     num_images = sum(len(part) for part in parts)
     if exact == "bytes":
         unknown = sum(ids.null_count for part in parts for ids in image_ids(part))
@@ -55,8 +54,8 @@ def exact_duplicates(
     None stays that a known or evaluation set holds too. What cannot be read is like no other, and stays.
     Raises ToolkitError when a manifest names no images, or none of them can be read.
     """
-    images = _without_vectors(pool, limit)
-    others = [_without_vectors(part, None) for part in (*known, *evaluation)]
+    images = read_unembedded(pool, limit)
+    others = [read_unembedded(part, None) for part in (*known, *evaluation)]
     ids = [_byte_ids(part) for part in (images, *others)]
     rank = preference(keep, images)
     stands_for = preferred(same_key([ids[0]], len(images), memory), rank)  # (N,)
@@ -87,22 +86,6 @@ def exact_duplicates(
         target[held] = found.index[held]
     ones = np.ones(len(labels))
     return Verdict(images, others, reason, found.part, target, ones, labels, ones, figures)
-
-
-def _without_vectors(source: Input, limit: int | None) -> EmbeddedImages:
-    """Return the images of any manifest, with vectors of no numbers; rows count in its base, else in itself."""
-    manifest = source.manifest
-    if not has_images(manifest):
-        raise ToolkitError(
-            f"{manifest.path} ({source.role}) names no images (columns: {', '.join(manifest.names())});"
-            " --exact needs a `uri` or `path` column"
-        )
-    positions = source.rows(limit)
-    rows = pa.array(positions)
-    if "embedding" not in manifest.names() and source.base() is not None:
-        rows = manifest.read(["row"], limit).column("row").cast(pa.int64()).combine_chunks().take(rows)
-    nothing: Float32 = np.empty((manifest.num_rows, 0), np.float32)
-    return EmbeddedImages(source, positions, rows, Vectors(nothing, positions, manifest.source("base")))
 
 
 def _byte_ids(images: EmbeddedImages) -> pa.ChunkedArray:

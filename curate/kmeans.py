@@ -17,10 +17,11 @@ from ..features.products import run, workers
 from ..features.similarity import tolerance
 from ..store.memory import memory_budget
 from ..store.vectors import Float32, Float64, Int64, Vectors
+from .allocation import Int32
 from .balance import seeded_keys
-from .centroid_search import Centroids, Int32, Lists, Metric, nearest_centroids, search_points, suited_lists
+from .centroid_search import Centroids, Lists, Metric, nearest_centroids, search_points, suited_lists
 from .lloyd import POINTS_A_CENTROID, Init, State, centroid_means, fit, iterate, near_assignments
-from .saved import Saved
+from .saved import Array, Saved
 
 BLOCK_ROWS = 16_384  # vectors a thread reads and assigns at a time
 RELEASED_ROWS = 1 << 18  # mapped pages are given back after so many
@@ -58,7 +59,7 @@ class _Progress:
     saved: Saved | None
     level: int
 
-    def load(self, name: str) -> dict[str, np.ndarray] | None:  # type: ignore[type-arg]
+    def load(self, name: str) -> dict[str, Array] | None:
         return None if self.saved is None else self.saved.load(f"{name}-{self.level}")
 
     def save(self, name: str, **arrays: object) -> None:
@@ -223,7 +224,7 @@ def fit_centroids(
     return state.centroids
 
 
-def _state(kept: dict[str, np.ndarray]) -> State:  # type: ignore[type-arg]
+def _state(kept: dict[str, Array]) -> State:
     return State(
         int(kept["iteration"]),
         kept["centroids"],

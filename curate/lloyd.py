@@ -17,9 +17,9 @@ import torch
 from ..features.products import device, product, run
 from ..features.similarity import tolerance
 from ..store.vectors import Float32, Float64, Int64, unit_length
-from .allocation import allocate
+from .allocation import Int32, allocate
 from .balance import seeded_keys
-from .centroid_search import EXACT_CENTROIDS, Centroids, Int32, Metric, make_lists, neighbours_of, search_points
+from .centroid_search import EXACT_CENTROIDS, Centroids, Metric, make_lists, neighbours_of, search_points
 
 Init = Literal["k-means++", "sampled"]
 
@@ -105,7 +105,7 @@ def near_assignments(
     Distances are 1 - cosine, or half the squared Euclidean.
     """
     targets, offsets = torch.from_numpy(centroids.vectors).to(device()), centroids.offsets()
-    near = _neighbour_lists(centroids, threads)
+    near = neighbour_lists(centroids, threads)
     by = np.argsort(assignments, kind="stable")
     ends = np.cumsum(np.bincount(assignments, minlength=len(centroids)))
     starts = np.append(0, ends[:-1])
@@ -133,7 +133,7 @@ def near_assignments(
     return found, np.maximum(distances, 0)
 
 
-def _neighbour_lists(centroids: Centroids, threads: ThreadPoolExecutor) -> Int64:
+def neighbour_lists(centroids: Centroids, threads: ThreadPoolExecutor) -> Int64:
     """Return the centroids near each, (K, 64) and itself among them: of very many, the near ones that a list holds."""
     if len(centroids) <= 2 * EXACT_CENTROIDS:
         return neighbours_of(centroids.vectors, centroids, NUM_NEIGHBOURS, threads)
@@ -232,7 +232,7 @@ def starting_points(
         sizes,
         np.array([num_clusters]),
         seeded_keys(num_groups, seed, 5),
-        weights=np.bincount(groups, distances, num_groups),
+        weights=np.bincount(groups, distances, num_groups).astype(np.float64),
     )
     by = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
 
@@ -240,7 +240,8 @@ def starting_points(
         drawn = chain(points[by[group]], int(counts[group]), np.random.default_rng([seed, 6, group]))
         return by[group][drawn]
 
-    return points[np.concatenate(list(run(threads, draw, np.flatnonzero(counts).tolist())))]
+    started: Float32 = points[np.concatenate(list(run(threads, draw, np.flatnonzero(counts).tolist())))]
+    return started
 
 
 def chain(points: Float32, num: int, rng: np.random.Generator) -> Int64:

@@ -36,7 +36,7 @@ def clusters_of(pool: EmbeddedImages, num_clusters: int | None, seed: int) -> tu
     num_clusters = num_clusters or max(1, round(len(pool) ** 0.5))
     console.say(f"{why}making {num_clusters:,} clusters of its images")
     made = cluster_vectors(pool.vectors, num_clusters, num_resamplings=NUM_RESAMPLINGS, seed=seed)
-    return made.assignments, made.centroids
+    return made.assignments.astype(np.int64), made.centroids
 
 
 def mean_directions(vectors: Vectors, clusters: Int64) -> Float32:

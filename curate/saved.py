@@ -37,7 +37,7 @@ class Saved:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{name}.{os.getpid()}.tmp"
         with temporary.open("wb") as file:
-            np.savez(file, **{key: np.asarray(value) for key, value in arrays.items()})
+            np.savez(file, allow_pickle=False, **{key: np.asarray(value) for key, value in arrays.items()})
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.folder / f"{name}.npz")

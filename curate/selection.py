@@ -124,11 +124,6 @@ class EmbeddedImages:
         return pa.concat_tables([empty, *self.batches(["uri"], rising)]).column(0).take(pa.array(place))
 
     @cached_property
-    def images(self) -> pa.Table:
-        """The image columns of all images, N rows in memory."""
-        return pa.concat_tables([self.schema().empty_table(), *self.batches(self.schema().names)])
-
-    @cached_property
     def order(self) -> Int64:
         """The rank of every image by (image_id, uri, row), (N,), which breaks every tie."""
         schema = pa.schema([*IMAGE_FIELDS[:2], ROW_FIELD, PLACE_FIELD])

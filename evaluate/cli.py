@@ -141,6 +141,71 @@ def pca(
 
 
 @app.command()
+def attention(
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGES...", help="Images, folders, manifests, lists of names (.txt), - for stdin."),
+    ],
+    output: Annotated[str, options.output_option("attention.png")] = "attention.png",
+    model: Annotated[
+        str | None, typer.Option(help=f"{MODEL_HELP} [default: the newest finished run]", show_default=False)
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Short side in pixels, a multiple of the patch. [default: the model's own, or 8 patches]"
+        ),
+    ] = None,
+    null: options.Null = False,
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    limit: options.Limit = 8,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Draw where the class token looks, head by head, and the registers: attention maps of the last block."""
+    console.set_verbosity(quiet, verbose)
+    from ..store.artifact import Options
+    from .attention import AttentionSettings, draw_attention
+
+    settings = AttentionSettings(model, image_size, null)
+    options.emit(draw_attention(images, output, settings, Options(seed, force, dry_run, limit)), json)
+
+
+@app.command()
+def match(
+    left: Annotated[str, typer.Argument(metavar="A", help="An image.")],
+    right: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    output: Annotated[str, options.output_option("match.png")] = "match.png",
+    model: Annotated[
+        str | None, typer.Option(help=f"{MODEL_HELP} [default: the newest finished run]", show_default=False)
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Short side in pixels, a multiple of the patch. [default: the model's own, or 8 patches]"
+        ),
+    ] = None,
+    matches: Annotated[int, typer.Option(min=1, metavar="M", help="The best M are drawn.")] = 20,
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Draw lines between the patches of two images that are each other's nearest, the foreground first."""
+    console.set_verbosity(quiet, verbose)
+    from ..store.artifact import Options
+    from .match import MatchSettings, draw_match
+
+    settings = MatchSettings(model, image_size, matches)
+    options.emit(draw_match(left, right, output, settings, Options(seed, force, dry_run)), json)
+
+
+@app.command()
 def neighbors(
     manifest: Annotated[Path, typer.Argument(help="Embeddings of queries, or what `dinov2 curate retrieve` chose.")],
     output: Annotated[str, options.output_option("neighbors.png")] = "neighbors.png",

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .. import console
 from ..errors import ToolkitError
+from ..models.copy_descriptor import PREPROCESS as COPY_PREPROCESS
+from ..models.copy_descriptor import CopyDescriptor, copy_content_id, load_copy_descriptor
 from ..models.preprocess import Preprocess, crop_picture, normalise
 from ..models.vit import Features, VisionTransformer
 from ..models.weights import Model, load_model
@@ -28,7 +30,7 @@ from .windows import Layout, cut
 
 TASK_IMAGES = 8  # chosen: images a thread decodes at a time, so that small ones do not drown in hand-overs
 PIXELS_SIDE = 16
-MODEL_HELP = "a run folder, a weights file, a Hugging Face folder, random:ARCH or pixels"
+MODEL_HELP = "a run folder, a weights file, a Hugging Face folder, random:ARCH, pixels or copy"
 
 
 class PixelBackbone(nn.Module):
@@ -50,7 +52,7 @@ class FeatureModel:
     source: Source
     dim: int  # E
     preprocess: Preprocess
-    backbone: VisionTransformer | PixelBackbone
+    backbone: VisionTransformer | PixelBackbone | CopyDescriptor
     choice: TokenChoice = TokenChoice()
     windows: int | None = None  # short side in pixels of images that are looked at in tiles
 
@@ -100,18 +102,18 @@ class FeatureBatch:
 
 
 def open_model(name: str | None, seed: int = 0) -> FeatureModel:
-    """Return the model that --model names; None means the newest finished run, else `pixels`, said on stderr.
+    """Return the model that --model names; None means the newest finished run, else `copy`, said on stderr.
 
     Raises ToolkitError when there is no such model.
     """
     if name is None:
         run = catalog.newest_run()
-        name = "pixels" if run is None else str(run)
+        name = "copy" if run is None else str(run)
         console.say(f"no --model given: using {'the newest run, ' if run else ''}{name}")
     if name == "pixels":
         return pixels_model()
-    if name == "copy" and not Path(name).exists():
-        raise ToolkitError(f"no model {name!r}; --model takes {MODEL_HELP}")
+    if name == "copy":
+        return copy_model()
     return feature_model(load_model(name, seed=seed))
 
 
@@ -129,6 +131,12 @@ def pixels_model() -> FeatureModel:
     return FeatureModel(
         Source("model", "pixels", "pixels-16x16-rgb"), PixelBackbone.embed_dim, preprocess, PixelBackbone()
     )
+
+
+def copy_model() -> FeatureModel:
+    """Return the model `copy`: the descriptor made for near-duplicates that ships with the package."""
+    source = Source("model", "copy", copy_content_id())
+    return FeatureModel(source, CopyDescriptor.embed_dim, COPY_PREPROCESS, load_copy_descriptor())
 
 
 def with_choice(
@@ -222,7 +230,10 @@ def extract(
 
 
 def forward(
-    backbone: VisionTransformer | PixelBackbone, preprocess: Preprocess, pixels: Tensor, device: torch.device
+    backbone: VisionTransformer | PixelBackbone | CopyDescriptor,
+    preprocess: Preprocess,
+    pixels: Tensor,
+    device: torch.device,
 ) -> Features:
     """Return the features of pixels (B, C, S, S) uint8, on the device, without waiting for them.
 
@@ -259,7 +270,7 @@ def _half_precision(device: torch.device) -> torch.autocast:
 
 
 def _seen(
-    backbone: VisionTransformer | PixelBackbone,
+    backbone: VisionTransformer | PixelBackbone | CopyDescriptor,
     model: FeatureModel,
     batch: ImageBatch,
     device: torch.device,

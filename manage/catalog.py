@@ -8,9 +8,9 @@ from pathlib import Path
 from .. import console
 from ..errors import ToolkitError
 from ..store import catalog
-from ..store.artifact import RUN_PROVENANCE, read_run_provenance
+from ..store.artifact import FILE_PROVENANCE, RUN_PROVENANCE, read_run_provenance
 from ..store.catalog import Artifact
-from ..store.manifest import Provenance, data_content_id, open_manifest
+from ..store.manifest import Provenance, data_content_id, open_manifest, provenance_from
 from ..store.vectors import cache_folder
 
 
@@ -114,7 +114,7 @@ def _state(artifact: Artifact) -> str:
 
 
 def rebuild(paths: list[Path]) -> None:
-    """Enter every manifest and run folder under `paths` that carries provenance; times are those of the files.
+    """Enter every manifest, run folder and export under `paths` that carries provenance; times are those of the files.
 
     Raises ToolkitError when a path does not exist.
     """
@@ -138,6 +138,10 @@ def _carriers(path: Path) -> list[tuple[Path, Provenance]]:
     for file in sorted(path.rglob(RUN_PROVENANCE)) if path.is_dir() else []:
         if (provenance := read_run_provenance(file.parent)) is not None and provenance.content_id:
             found.append((file.parent, provenance))
+    for file in sorted(path.rglob(f"*{FILE_PROVENANCE}")) if path.is_dir() else []:
+        carrier = file.with_name(file.name.removesuffix(FILE_PROVENANCE))
+        if carrier.name and carrier.exists():
+            found.append((carrier, provenance_from(json.loads(file.read_text(encoding="utf-8")), file)))
     return sorted(found, key=lambda carrier: carrier[0].stat().st_mtime)
 
 

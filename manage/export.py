@@ -15,6 +15,7 @@ from ..models import export, export_hf, export_onnx
 from ..models.export import Comparison, Format, Trial
 from ..models.weights import Model, load_model
 from ..store.artifact import (
+    FILE_PROVENANCE,
     Options,
     Result,
     difference,
@@ -26,7 +27,6 @@ from ..store.manifest import Provenance, Source, provenance_from, provenance_val
 from .model_card import model_card
 
 EXTRAS = {"hf": ("hf", ("transformers",)), "onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime"))}
-PROVENANCE_SUFFIX = ".provenance.json"  # beside an export that is a file; a folder holds its own
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def export_model(source: str, output: str, settings: ExportSettings, options: Op
                 write_run_provenance(written, made)
             else:
                 values = json.dumps(provenance_values(made), indent=1, sort_keys=True)
-                (aside / f"{path.name}{PROVENANCE_SUFFIX}").write_text(values, encoding="utf-8")
+                (aside / f"{path.name}{FILE_PROVENANCE}").write_text(values, encoding="utf-8")
             _put_in_place(aside, path)
             finished.append(made)
     finally:
@@ -166,7 +166,7 @@ def _find_provenance(path: Path) -> Provenance | None:
     if path.is_dir():
         found = read_run_provenance(path)
         return found if found is not None and found.kind == "export" else None
-    file = path.with_name(f"{path.name}{PROVENANCE_SUFFIX}")
+    file = path.with_name(f"{path.name}{FILE_PROVENANCE}")
     return provenance_from(json.loads(file.read_text(encoding="utf-8")), file) if file.exists() else None
 
 

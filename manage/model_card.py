@@ -40,8 +40,7 @@ A DINOv2 vision transformer: {parameters:,} parameters, {settings.depth} blocks 
 
 {_use(model)}
 
-The image processor may cut a pixel further left or up than dinov2-toolkit does, where the border around the centre
-crop is an odd number of pixels. `last_hidden_state` holds the class token{", the registers" if registers else ""} and the patch tokens row by row, \
+`last_hidden_state` holds the class token{", the registers" if registers else ""} and the patch tokens row by row, \
 after the final norm.
 
 ## Image sizes
@@ -66,7 +65,10 @@ processor = AutoImageProcessor.from_pretrained("this folder")
 model = AutoModel.from_pretrained("this folder")
 pixels = processor(Image.open("photo.jpg"), return_tensors="pt")
 features = model(**pixels).last_hidden_state[:, 0]  # the class token
-```"""
+```
+
+Where the border around the centre crop is an odd number of pixels, this processor may cut a pixel further left or up
+than dinov2-toolkit does."""
     channels = model.backbone.in_chans
     return (
         f"The model takes {channels} channels, which no image processor of transformers makes. Prepare `pixel_values` "

@@ -1,21 +1,21 @@
 """SQL over the catalog and over manifests; the answer on the terminal, or as a manifest like any other."""
 
 import json
-import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 
 from .. import console
 from ..errors import ToolkitError
-from ..store import catalog
+from ..store import catalog, tables
 from ..store.artifact import Options, Result, check_manifest_name, is_up_to_date
-from ..store.manifest import IMAGE_FIELDS, Manifest, ManifestWriter, Provenance, Source, embedding_field, open_manifest
+from ..store.manifest import IMAGE_FIELDS, Manifest, ManifestWriter, Provenance, Source, embedding_field
 
-PARQUET_NAME = re.compile(r"""'([^']+\.parquet)'""")
+CATALOG_TABLES = ("artifacts", "inputs", "metrics", "newest")
 
 
 def sql(query: str, output: str | None, force: bool, as_json: bool) -> Result | None:
@@ -27,8 +27,11 @@ def sql(query: str, output: str | None, force: bool, as_json: bool) -> Result | 
     """
     if output is not None:
         return _write(query, output, Options(force=force))
-    with catalog.connect(read_only=True) as connection:
-        answer = _run(connection, query)
+    with _connect() as connection:
+        try:
+            answer = _run(connection, query).to_arrow_table()
+        except duckdb.Error as problem:
+            raise _failed(problem) from None
     rows = answer.to_pylist()
     if as_json:
         print(json.dumps({"rows": rows}, default=str))
@@ -39,19 +42,31 @@ def sql(query: str, output: str | None, force: bool, as_json: bool) -> Result | 
     return None
 
 
-def _run(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
-    try:
-        relation = connection.sql(query)
-        if relation is None:
-            raise ToolkitError(f"{query!r} has no answer; ask with select")
-        return relation.to_arrow_table()
-    except duckdb.Error as problem:
-        raise ToolkitError(f"the query failed ({' '.join(str(problem).split())}); mend it") from None
+@contextmanager
+def _connect() -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open a database with a copy of the catalog's tables, so that a long query keeps no other process waiting."""
+    with catalog.connect(read_only=True) as known:
+        copies = {name: known.sql(f"from {name}").to_arrow_table() for name in CATALOG_TABLES}
+    with tables.connect() as connection:
+        for name, copy in copies.items():
+            connection.register(name, copy)
+        yield connection
+
+
+def _run(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRelation:
+    relation = connection.sql(query)
+    if relation is None:
+        raise ToolkitError(f"{query!r} has no answer; ask with select")
+    return relation
+
+
+def _failed(problem: duckdb.Error) -> ToolkitError:
+    return ToolkitError(f"the query failed ({tables.failure(problem)}); mend it")
 
 
 def _write(query: str, output: str, options: Options) -> Result:
     path = check_manifest_name(output)
-    sources = [open_manifest(Path(name)) for name in dict.fromkeys(PARQUET_NAME.findall(query))]
+    sources = tables.named_manifests(query)
     if not sources:
         raise ToolkitError("the query names no 'file.parquet'; -o makes a manifest out of manifests")
     known = [source.provenance for source in sources if source.provenance is not None]
@@ -68,32 +83,57 @@ def _write(query: str, output: str, options: Options) -> Result:
         return Result(output)
 
     start = time.monotonic()
-    with catalog.connect(read_only=True) as connection:
-        table = _with_image_columns(_run(connection, query))
-    if "embedding" in table.column_names:
-        table = _with_fixed_vectors(table, sources)
-        provenance = replace(provenance, kind="embeddings")
-    elif "row" in table.column_names:
-        provenance = replace(provenance, kind="selection", base=_common_base(sources))
-    with ManifestWriter(path, list(table.schema), provenance) as writer:
-        writer.write(table)
+    try:
+        with _connect() as connection:
+            answer = _run(connection, query).to_arrow_reader(tables.BATCH_ROWS)
+            if "embedding" in answer.schema.names:
+                provenance = replace(provenance, kind="embeddings")
+            elif "row" in answer.schema.names:
+                provenance = replace(provenance, kind="selection", base=_common_base(sources))
+            fields = _fields(answer.schema)
+            written = _as_manifest(tables.answer(answer), fields, sources)
+            # The first rows tell how long vectors are where the manifest they come from does not.
+            first = next(written, None)
+            schema = pa.schema(fields) if first is None else first.schema
+            with ManifestWriter(path, list(schema), provenance) as writer:
+                if first is not None:
+                    writer.write(first)
+                for table in written:
+                    writer.write(table)
+    except duckdb.Error as problem:
+        raise _failed(problem) from None
     catalog.record(path, writer.provenance, time.monotonic() - start)
     console.say(f"{output}: {writer.num_rows:,} rows")
     return Result(output, {"rows": writer.num_rows})
 
 
-def _with_image_columns(answer: pa.Table) -> pa.Table:
-    """Put the image columns first, at their declared types; what the query left out is null."""
-    if "uri" not in answer.column_names:
-        raise ToolkitError(f"the answer has no `uri` column (it has {', '.join(answer.column_names)}); select it too")
-    columns = {
-        field.name: answer.column(field.name).cast(field.type)
-        if field.name in answer.column_names
-        else pa.nulls(answer.num_rows, field.type)
-        for field in IMAGE_FIELDS
-    }
-    columns.update({name: answer.column(name) for name in answer.column_names if name not in columns})
-    return pa.table(columns)
+def _fields(answer: pa.Schema) -> list[pa.Field]:
+    """Return the columns to write: those of images first, at their declared types, then the others of the answer.
+
+    Raises ToolkitError when the answer names no images, or two columns alike.
+    """
+    if "uri" not in answer.names:
+        raise ToolkitError(f"the answer has no `uri` column (it has {', '.join(answer.names)}); select it too")
+    twice = sorted({name for name in answer.names if answer.names.count(name) > 1})
+    if twice:
+        raise ToolkitError(f"the answer has {', '.join(twice)} twice; join by `using`, or name the columns to select")
+    declared = {field.name for field in IMAGE_FIELDS}
+    return [*IMAGE_FIELDS, *(field for field in answer if field.name not in declared)]
+
+
+def _as_manifest(
+    batches: Iterator[pa.RecordBatch], fields: list[pa.Field], sources: list[Manifest]
+) -> Iterator[pa.Table]:
+    """Yield the answer's rows with these columns; what the query left out is null."""
+    for table in tables.even(batches):
+        columns = [
+            table.column(field.name).cast(field.type)
+            if field.name in table.column_names
+            else pa.nulls(table.num_rows, field.type)
+            for field in fields
+        ]
+        made = pa.table(columns, schema=pa.schema(fields))
+        yield _with_fixed_vectors(made, sources) if "embedding" in table.column_names else made
 
 
 def _with_fixed_vectors(table: pa.Table, sources: list[Manifest]) -> pa.Table:

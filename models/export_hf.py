@@ -115,8 +115,8 @@ def compare_hugging_face(model: Model, folder: Path, trial: Trial) -> Comparison
         )
     else:
         note = (
-            "where the border around the centre crop is an odd number of pixels, the image processor of transformers may "
-            "cut a pixel further left or up than this toolkit does"
+            "where the border around the centre crop is an odd number of pixels, transformers' image processor may cut "
+            "a pixel further left or up than this toolkit does"
         )
         difference = max(difference, _processor_difference(model, processor))
     return Comparison(reader, difference, largest_difference(other_tokens, trial.other_tokens), note)

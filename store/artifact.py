@@ -14,6 +14,7 @@ from . import catalog
 from .manifest import Provenance, open_manifest, provenance_from, provenance_values, toolkit_version
 
 RUN_PROVENANCE = "provenance.json"  # in a run folder
+FILE_PROVENANCE = ".provenance.json"  # behind the name of a file that cannot carry its own
 
 
 @dataclass(frozen=True)

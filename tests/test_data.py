@@ -22,7 +22,15 @@ def write_images(folder: Path, num_images: int) -> ImageSet:
 
 
 def batches(images: ImageSet, samples: range = range(0, 24), **settings: int) -> list[Batch]:
-    return list(read_batches(images, seed=3, samples=samples, batch_size=4, short_side_px=100, **settings))
+    return list(
+        read_batches(
+            images,
+            seed=3,
+            batches=[samples[start : start + 4] for start in range(0, len(samples), 4)],
+            short_side_px=100,
+            **settings,
+        )
+    )
 
 
 def reds(batch: Batch) -> list[int]:

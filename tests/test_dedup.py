@@ -141,16 +141,6 @@ def test_nothing_is_above_a_threshold_of_one() -> None:
     assert groups_of(planted(6, 200), 1.0, 4) == (list(range(200)), 0)
 
 
-def test_connected_names_every_group_by_its_smallest_row() -> None:
-    chain = np.arange(999)
-    left, right = np.append(chain[::-1], 5), np.append(chain[::-1] + 1, 998)
-    shuffled = np.random.default_rng(0).permutation(1000)
-    assert (connected(np.arange(1_000), left, right) == 0).all()
-    joined = connected(np.arange(1_002), shuffled[left] + 1, shuffled[right] + 1)
-    assert joined.tolist() == [0, *[1] * 1_000, 1_001]
-    assert connected(np.arange(4), np.array([3]), np.array([2])).tolist() == [0, 1, 2, 2]
-
-
 def test_what_resembles_an_evaluation_image_goes_with_its_group(tmp_path: Path) -> None:
     vectors = planted(7)
     pool = write_embeddings(tmp_path / "pool.parquet", vectors)
@@ -393,11 +383,9 @@ def test_one_image_and_one_image_a_thousand_times_are_one_image(tmp_path: Path) 
 def test_an_empty_pool_and_numbers_that_are_none_are_one_line(tmp_path: Path) -> None:
     pool = write_embeddings(tmp_path / "pool.parquet", planted(28, 50))
     dedup(pool, threshold=0.999, against=(pool,))
-    for exact in (None, "bytes"):
+    for settings in (DedupSettings(), DedupSettings(exact="bytes")):
         with pytest.raises(ToolkitError, match=r"unique.parquet \(manifest\) has no rows"):
-            dedup_images(
-                tmp_path / "unique.parquet", str(tmp_path / "again.parquet"), DedupSettings(exact=exact), Options()
-            )
+            dedup_images(tmp_path / "unique.parquet", str(tmp_path / "again.parquet"), settings, Options())
     with pytest.raises(ToolkitError, match="has no rows"):
         dedup(pool, threshold=0.9, known=(tmp_path / "unique.parquet",))
     for value in (np.nan, np.inf):

@@ -1,7 +1,6 @@
 """`dinov2 evaluate pca`: components against known ones, the split of the background, and the picture."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,14 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate.pca import (
     BACKGROUND,
     PcaSettings,
-    _side_px,
     best_split,
     colour_patches,
     draw_pca,
     principal_directions,
 )
-from dinov2_toolkit.features.extract import feature_model
+from dinov2_toolkit.evaluate.whole import open_viewer
 from dinov2_toolkit.models.vit import build_vit
-from dinov2_toolkit.models.weights import Model
+from dinov2_toolkit.models.weights import save_model
 from dinov2_toolkit.store.artifact import Options
 
 SMALL_VIT = PcaSettings("random:vit_tiny/14", image_size=56)
@@ -187,11 +185,21 @@ def test_a_size_that_does_not_suit_the_patch_is_an_error(tmp_path: Path, image_s
 
 
 def test_a_model_that_sees_few_patches_is_shown_at_least_eight_a_side(tmp_path: Path) -> None:
-    backbone = build_vit("vit_tiny", patch_size=7, img_size=28)
-    small = Model("small", "id", backbone, 28, 1.0, (0.5,) * 3, (0.5,) * 3, 3)
-    assert _side_px(feature_model(small), None) == 56
-    assert _side_px(feature_model(replace(small, image_size=70)), None) == 70
-    assert _side_px(feature_model(small), 28) == 28
+    backbone = build_vit("vit_tiny", patch_size=7, depth=1, img_size=28)
+    for image_size in (28, 70):
+        half = (0.5,) * 3
+        save_model(
+            tmp_path / f"run{image_size}",
+            backbone=backbone,
+            heads={},
+            image_size=image_size,
+            crop_ratio=1.0,
+            mean=half,
+            std=half,
+        )
+    assert open_viewer("run28", None, 0).side_px == 56
+    assert open_viewer("run70", None, 0).side_px == 70
+    assert open_viewer("run70", 28, 0).side_px == 28
 
 
 def test_the_model_pixels_is_refused_for_it_has_no_patch_tokens(tmp_path: Path) -> None:

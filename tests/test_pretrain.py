@@ -26,6 +26,7 @@ from dinov2_toolkit.train.config import TrainConfig, resolve
 from dinov2_toolkit.train.launch import read_status
 from dinov2_toolkit.train.metrics import append_metrics, read_metrics
 from dinov2_toolkit.train.pretrain import pretrain
+from dinov2_toolkit.train.schedules import scaled_lr
 from dinov2_toolkit.train.views import make_masks
 
 SETTINGS = [
@@ -128,6 +129,23 @@ def test_a_run_leaves_a_model_metrics_settings_and_a_catalog_row(manifest: Path)
     assert read_status(folder) == {"exit_code": 0}
 
 
+def test_a_growing_batch_in_micro_batches_and_views_resumes_bit_for_bit(
+    manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["batch_size=[[0, 4], [8, 8]]", "hold_lr=true", "split_views=true", "micro_batch_size=2"]
+    run(manifest, "whole", *changes)
+    lines = read_metrics(manifest.parent / "whole")
+    assert [line["samples"] for line in lines] == [4, 8, 16, 24, 32, 40]
+    assert [line["batch_size"] for line in lines] == [4, 4, 8, 8, 8, 8]
+    assert lines[2]["lr"] == lines[5]["lr"] == scaled_lr(settings().base_lr, 4)
+    monkeypatch.setattr(module, "append_metrics", stopping_at(2))
+    with pytest.raises(Stopped, match="stopped at step 3 of 6"):
+        run(manifest, "stopped", *changes)
+    monkeypatch.undo()
+    run(manifest, "stopped", *changes, resume=True)
+    assert_same_run(manifest.parent / "whole", manifest.parent / "stopped")
+
+
 def test_stopped_by_a_signal_and_resumed_equals_uninterrupted_bit_for_bit_with_any_workers(
     manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,11 +242,11 @@ def test_a_run_starts_from_another_with_its_position_embedding_resampled(
 
 def test_the_processes_share_out_the_masks_of_a_step() -> None:
     config = settings()
-    whole = make_masks(3, config, 0, 1).view(2, 8, 9)
-    halves = [make_masks(3, config, rank, 2).view(2, 4, 9) for rank in range(2)]
+    whole = make_masks(3, 8, config, 0, 1).view(2, 8, 9)
+    halves = [make_masks(3, 8, config, rank, 2).view(2, 4, 9) for rank in range(2)]
     assert torch.equal(torch.stack(halves, dim=2).view(2, 8, 9), whole)
     assert whole.any(2).sum() == 8
-    assert not torch.equal(make_masks(4, config, 0, 1).view(2, 8, 9), whole)
+    assert not torch.equal(make_masks(4, 8, config, 0, 1).view(2, 8, 9), whole)
 
 
 def test_two_processes_give_the_loss_of_one_and_stop_at_a_signal_with_exit_code_75(

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.manage.query import sql
-from dinov2_toolkit.store import catalog
+from dinov2_toolkit.manage.query import _connect, sql
+from dinov2_toolkit.store import catalog, tables
 from dinov2_toolkit.store.manifest import (
     IMAGE_FIELDS,
     ROW_FIELD,
@@ -99,3 +99,55 @@ def test_rows_go_to_stdout_as_lines_or_json(pool: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "uri\twidth\n/0.png\t100\n/1.png\t101\n"
     sql("select 1 as one, null as none", None, False, True)
     assert json.loads(capsys.readouterr().out) == {"rows": [{"one": 1, "none": None}]}
+
+
+def test_an_answer_larger_than_a_piece_is_written_whole(
+    tmp_path: Path, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = f"select * from '{pool}' a, range(40) order by uri, range"
+    for rows in (7, 64, 1_000):
+        monkeypatch.setattr(tables, "BATCH_ROWS", rows)
+        sql(query, str(tmp_path / "many.parquet"), True, False)
+        many = open_manifest(tmp_path / "many.parquet")
+        assert many.num_rows == 240 and many.schema.names[-2:] == ["embedding", "range"]
+        assert many.read(["range"]).column(0).to_pylist() == list(range(40)) * 6
+        assert open_vectors(many).raw(0, 240)[:, 0].tolist() == sorted(list(range(6)) * 40)
+
+
+def test_what_fails_after_the_first_rows_leaves_no_half_manifest(tmp_path: Path) -> None:
+    late = tmp_path / "late.parquet"
+    pq.write_table(pa.table({"uri": ["a"] * 300_000, "label": ["1"] * 299_999 + ["x"]}), late, row_group_size=20_000)
+    with pytest.raises(ToolkitError, match="the query failed .*'x'") as problem:
+        sql(f"select uri, label::int as number from '{late}'", str(tmp_path / "out.parquet"), False, False)
+    assert "\n" not in str(problem.value)
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == []
+
+
+def test_a_join_adds_columns_and_two_of_one_name_are_refused(tmp_path: Path, pool: Path) -> None:
+    scores = tmp_path / "scores.parquet"
+    pq.write_table(pa.table({"uri": [f"/{row}.png" for row in range(0, 6, 2)], "score": [0.5, 0.25, 1.0]}), scores)
+    joined = f"select a.*, score from '{pool}' a join '{scores}' using (uri) where score > 0.3 order by uri"
+    sql(joined, str(tmp_path / "good.parquet"), False, False)
+    good = open_manifest(tmp_path / "good.parquet")
+    assert good.read(["score"]).column(0).to_pylist() == [0.5, 1.0] and open_vectors(good).raw(0, 2)[:, 0].tolist() == [
+        0,
+        4,
+    ]
+    assert good.provenance is not None and len(good.provenance.inputs) == 3  # both manifests, and the model
+    with pytest.raises(ToolkitError, match="the answer has uri twice"):
+        sql(f"select * from '{pool}' a join '{scores}' b on a.uri = b.uri", str(tmp_path / "x.parquet"), False, False)
+
+
+def test_an_answer_without_rows_is_a_manifest_without_rows(tmp_path: Path, pool: Path) -> None:
+    sql(f"select * from '{pool}' where width > 1000", str(tmp_path / "none.parquet"), False, False)
+    assert open_manifest(tmp_path / "none.parquet").num_rows == 0
+
+
+def test_the_catalog_can_be_asked_and_is_not_held_meanwhile(tmp_path: Path, pool: Path) -> None:
+    sql(f"select uri from '{pool}'", str(tmp_path / "some.parquet"), False, False)
+    query = f"select a.* from '{pool}' a where a.width >= (select count(*) + 104 from artifacts)"
+    sql(query, str(tmp_path / "few.parquet"), False, False)
+    assert open_manifest(tmp_path / "few.parquet").num_rows == 1
+    with _connect() as connection:
+        assert catalog.find("few").rows == 1  # by another connection
+        assert connection.sql("select count(*) from newest").fetchall() == [(2,)]

@@ -1,6 +1,12 @@
 import pytest
 
-from dinov2_toolkit.train.schedules import last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
+from dinov2_toolkit.train.schedules import (
+    batch_sizes,
+    last_layer_lr,
+    linear_then_constant,
+    scaled_lr,
+    warmup_then_cosine,
+)
 
 
 def test_the_line_has_both_ends_and_stays() -> None:
@@ -41,3 +47,17 @@ def test_the_last_layer_waits() -> None:
 def test_the_rate_grows_with_the_root_of_the_batch() -> None:
     assert scaled_lr(4e-3, 1024) == 4e-3
     assert scaled_lr(4e-3, 2048) == pytest.approx(5.66e-3, rel=1e-3)
+
+
+def test_a_batch_that_grows_does_so_with_the_images_seen() -> None:
+    sizes = batch_sizes([[0, 4], [10, 6], [30, 12]])
+    # 4 + 4 + 4 = 12 seen at step 3, then 6 a step; 12 + 18 = 30 at step 6.
+    assert [sizes.at(step) for step in range(9)] == [4, 4, 4, 6, 6, 6, 12, 12, 12]
+    assert [sizes.images_until(step) for step in range(9)] == [0, 4, 8, 12, 18, 24, 30, 42, 54]
+    numbers = [number for step in range(9) for number in sizes.images_of(step)]
+    assert numbers == list(range(66))
+
+
+def test_one_batch_size_is_a_schedule_of_one_stage() -> None:
+    sizes = batch_sizes(5)
+    assert (sizes.at(0), sizes.at(10**9), sizes.images_until(7)) == (5, 5, 35)

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .. import console
 from ..errors import ToolkitError
 from .launch import speaks_for_all
+from .schedules import Growth, batch_sizes
 
 CONFIG_FILE = "config.toml"  # in a run folder
 RECIPES = files("dinov2_toolkit.train") / "recipes"
@@ -31,7 +32,7 @@ class TrainConfig:
     # What every recipe states.
     arch: str = "vit_large"
     steps: int = 125_000
-    batch_size: int = 2048
+    batch_size: int | Growth = 2048  # or [[images seen, batch from then on], ...], starting at 0
     checkpoint_every: int = 3750
     seed: int = 0
 
@@ -83,8 +84,9 @@ class TrainConfig:
     teacher_temp_warmup_steps: int = 37_500
     momentum: tuple[float, float] = (0.992, 1.0)
 
-    # The optimizer. The learning rate is base_lr * sqrt(batch_size / 1024).
+    # The optimizer. The learning rate is base_lr * sqrt(batch_size / 1024), of the first batch where it grows.
     base_lr: float = 4e-3
+    hold_lr: bool = False  # after the warm-up it stays; false: half a cosine down to min_lr
     min_lr: float = 1e-6
     warmup_steps: int = 12_500
     weight_decay: tuple[float, float] = (0.04, 0.4)
@@ -108,7 +110,8 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "patch_size", "log_every", "keep_checkpoints"):
+        batch_sizes(self.batch_size)  # raises when it is none
+        for name in ("steps", "checkpoint_every", "patch_size", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ToolkitError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("global_crop_size_px", "local_crop_size_px"):
@@ -264,12 +267,19 @@ def _typed(name: str, value: object, kind: object) -> object:
         raise ToolkitError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(kind, UnionType):
+        for option in get_args(kind)[:-1]:
+            if type(value) is option:
+                return value
+        return _typed(name, value, get_args(kind)[-1])
     if get_origin(kind) is tuple:
-        wanted = get_args(kind)
         items = value if isinstance(value, list | tuple) else ()
-        if len(items) == len(wanted):
+        wanted = get_args(kind)
+        if wanted[-1] is ...:
+            wanted = wanted[:1] * len(items)
+        if items and len(items) == len(wanted):
             return tuple(_typed(name, item, item_kind) for item, item_kind in zip(items, wanted, strict=True))
-        raise ToolkitError(f"{name} is {value!r}; it must be {len(wanted)} numbers, like [0.1, 0.5]")
+        raise ToolkitError(f"{name} is {value!r}; it must be {_described(kind)}")
     # An exact comparison: True is an int to isinstance.
     if type(value) is kind:
         return value
@@ -281,4 +291,8 @@ def _described(kind: object) -> str:
         return "true or false"
     if kind is int:
         return "a whole number"
+    if kind == Growth:
+        return "a whole number, or a list like [[0, 256], [100000, 512]]"
+    if get_origin(kind) is tuple:
+        return f"{len(get_args(kind))} numbers, like [0.1, 0.5]"
     return "a number" if kind is float else "a text"

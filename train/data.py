@@ -5,7 +5,7 @@ batches depend neither on the number of workers nor on that of processes, and go
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -89,8 +89,7 @@ def read_batches(
     images: ImageSet,
     *,
     seed: int,
-    samples: range,
-    batch_size: int,
+    batches: Iterable[range],
     short_side_px: int,
     process: int = 0,
     num_processes: int = 1,
@@ -101,8 +100,7 @@ def read_batches(
 
     Args:
         seed: the run's.
-        samples: those to see, from the first to one after the last; whole batches.
-        batch_size: images of all processes together; this one reads every `num_processes`-th.
+        batches: the samples of each, all processes together; this one reads every `num_processes`-th.
         short_side_px: larger images are shrunk to this short side when decoded.
         num_workers: threads that decode; 0 decodes when asked.
         cache_bytes: decoded images kept in memory, until that many bytes are full.
@@ -148,8 +146,8 @@ def read_batches(
         return _batch(numbers, [pixels for _, pixels, _ in loaded], sum(bool(passed) for _, _, passed in loaded))
 
     try:
-        for start in samples[::batch_size]:
-            numbers = np.arange(start + process, start + batch_size, num_processes)
+        for samples in batches:
+            numbers = np.array(samples[process::num_processes])
             rows = drawn_rows(images, seed, numbers).tolist()
             futures = []
             if pool is not None and not all(row in cache for row in rows):

@@ -54,7 +54,7 @@ from .run import (
     run_provenance,
     start_processes,
 )
-from .schedules import last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
+from .schedules import batch_sizes, last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
 from .views import make_crops, make_masks, view_settings
 
 
@@ -196,28 +196,32 @@ def train(
         rewind_metrics(run_folder, counts["step"])
     first_step = counts["step"]
 
+    sizes = batch_sizes(config.batch_size)
     global_views, local_views = view_settings(config)
     batches = read_batches(
         images,
         seed=config.seed,
-        samples=range(first_step * config.batch_size, config.steps * config.batch_size),
-        batch_size=config.batch_size,
+        batches=map(sizes.images_of, range(first_step, config.steps)),
         short_side_px=2 * max(config.global_crop_size_px, config.local_crop_size_px),
         process=process,
         num_processes=num_processes,
         num_workers=config.num_workers,
         cache_bytes=config.cache_mib << 20,
     )
-    peak_lr = scaled_lr(config.base_lr, config.batch_size)
+    peak_lr = scaled_lr(config.base_lr, sizes.at(0))
     ill_since: int | None = None
     figures = (read_metrics(run_folder) or [{}])[-1]
-    window_start, window_wait_s, window_steps = time.monotonic(), 0.0, 0
+    window_start, window_wait_s, window_images = time.monotonic(), 0.0, 0
 
     with caught_signals() as signals, console.progress("training", config.steps - first_step, "steps") as advance:
         for step in range(first_step, config.steps):
             # The step's rates and temperatures.
             lr = warmup_then_cosine(
-                step, base=peak_lr, final=config.min_lr, num_steps=config.steps, warmup_steps=config.warmup_steps
+                step,
+                base=peak_lr,
+                final=peak_lr if config.hold_lr else config.min_lr,
+                num_steps=config.steps,
+                warmup_steps=config.warmup_steps,
             )
             weight_decay, momentum = (
                 warmup_then_cosine(step, base=start, final=final, num_steps=config.steps)
@@ -243,7 +247,7 @@ def train(
             pixels = batch.images.to(device, non_blocking=True)
             global_crops = make_crops(batch, pixels, config.seed, "global crops", global_views)
             local_crops = make_crops(batch, pixels, config.seed, "local crops", local_views) if local_views else None
-            masks = make_masks(step, config, process, num_processes).to(device)
+            masks = make_masks(step, sizes.at(step), config, process, num_processes).to(device)
 
             # The teacher answers, then the student learns: all at once, or part by part, which adds up to the same.
             # Stochastic depth draws from torch's own generator, so this is what its numbers depend on.
@@ -277,7 +281,7 @@ def train(
             num_stopped, num_replaced = summed([bool(signals), batch.num_replaced], accelerator)
             counts["step"] = step + 1
             counts["replaced_images"] += num_replaced
-            window_steps += 1
+            window_images += sizes.at(step)
             is_last = step + 1 == config.steps
 
             # Log.
@@ -286,8 +290,9 @@ def train(
                 means = averaged(outputs, accelerator)
                 figures = {
                     **counts,
-                    "samples": (step + 1) * config.batch_size,
-                    "epoch": (step + 1) * config.batch_size / len(images),
+                    "samples": sizes.images_until(step + 1),
+                    "epoch": sizes.images_until(step + 1) / len(images),
+                    "batch_size": sizes.at(step),
                     **{name: float(value) for name, value in means.items() if value.ndim == 0},
                     "lr": lr,
                     "weight_decay": weight_decay,
@@ -295,11 +300,11 @@ def train(
                     "teacher_temp": teacher_temp,
                     **{f"grad_norm_{part}": float(norm) for part, norm in norms.items()},
                     **health_figures(means),
-                    "images_per_s": window_steps * config.batch_size / seconds,
+                    "images_per_s": window_images / seconds,
                     "data_wait": window_wait_s / seconds,
                     "peak_memory_mib": peak_memory_mib(device),
                 }
-                window_start, window_wait_s, window_steps = time.monotonic(), 0.0, 0
+                window_start, window_wait_s, window_images = time.monotonic(), 0.0, 0
                 illness = collapse(figures, len(means["teacher_cls_probs"]))
                 ill_since = None if illness is None else step if ill_since is None else ill_since
                 if ill_since is not None and step - ill_since >= PATIENCE_STEPS:

@@ -19,7 +19,7 @@ from .checkpoint import TrainedModel, checkpoints
 from .config import CONFIG_FILE, COST_KEYS, TrainConfig, write_config
 from .data import ImageSet
 from .launch import adopt_slurm
-from .schedules import scaled_lr
+from .schedules import batch_sizes, scaled_lr
 
 CHECKPOINTS = "checkpoints"
 
@@ -75,9 +75,10 @@ def prepare_folder(run_folder: Path, config: TrainConfig, provenance: Provenance
 
 def check_batch(config: TrainConfig, num_processes: int) -> None:
     """Raise ToolkitError when a batch cannot be shared out evenly, at least two images to each process."""
-    if config.batch_size % num_processes or config.batch_size < 2 * num_processes:
+    unfit = [n for n in batch_sizes(config.batch_size).sizes if n % num_processes or n < 2 * num_processes]
+    if unfit:
         raise ToolkitError(
-            f"batch_size {config.batch_size} does not give each of {num_processes} processes the same number of "
+            f"batch_size {unfit[0]} does not give each of {num_processes} processes the same number of "
             "images, two or more; change one of the two"
         )
 
@@ -115,11 +116,13 @@ def describe(config: TrainConfig, images: ImageSet, model: TrainedModel, num_pro
     """Say what a run trains on what, and for how long."""
     backbone = sum(weight.numel() for weight in model.student["backbone"].parameters())
     everything = sum(weight.numel() for weight in model.student.parameters())
-    samples = config.steps * config.batch_size
+    sizes = batch_sizes(config.batch_size)
+    samples = sizes.images_until(config.steps)
+    batch = f"{sizes.at(0)}" if len(sizes.sizes) == 1 else f"{sizes.at(0)} to {sizes.at(config.steps - 1)}"
     console.say(
         f"{config.arch}: {backbone / 1e6:.2f} M parameters, {(everything - backbone) / 1e6:.2f} M more in heads; "
-        f"{config.steps:,} steps of {config.batch_size} images in {num_processes} "
+        f"{config.steps:,} steps of {batch} images in {num_processes} "
         f"{'process' if num_processes == 1 else 'processes'}: {samples:,} samples, "
         f"{samples / len(images):.1f} passes over {len(images):,} images; peak learning rate "
-        f"{scaled_lr(config.base_lr, config.batch_size):.2e} (base_lr * sqrt(batch_size / 1024))"
+        f"{scaled_lr(config.base_lr, sizes.at(0)):.2e} (base_lr * sqrt(batch_size / 1024))"
     )

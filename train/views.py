@@ -45,16 +45,16 @@ def make_crops(batch: Batch, pixels: Tensor, seed: int, purpose: str, views: Vie
     return apply_crops(pixels, draw_crops(seed, purpose, batch.samples, batch.sizes, views))
 
 
-def make_masks(step: int, config: TrainConfig, process: int, num_processes: int) -> Tensor:
-    """Return this process's masks (2 B, N) of a step: drawn for the whole batch, so that all processes agree."""
+def make_masks(step: int, batch_size: int, config: TrainConfig, process: int, num_processes: int) -> Tensor:
+    """Return this process's masks (2 B, N) of a step: drawn for the global batch, so that all processes agree."""
     generator = np.random.default_rng(draws.derived_seed(config.seed, "masks", step))
     side = config.global_crop_size_px // config.patch_size
     masks = block_masks(
-        2 * config.batch_size,
+        2 * batch_size,
         (side, side),
         generator,
         probability=config.mask_probability,
         ratio=config.mask_ratio,
     )
-    views = masks.reshape(2, config.batch_size, side * side)[:, process::num_processes]
+    views = masks.reshape(2, batch_size, side * side)[:, process::num_processes]
     return torch.from_numpy(views.reshape(-1, side * side))

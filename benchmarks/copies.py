@@ -1,0 +1,347 @@
+"""Measure what `--model copy` finds: altered copies among distinct pictures, beside an 8 x 8 difference hash.
+
+    apt install dataset-fashion-mnist openclipart-png
+    python benchmarks/copies.py --photos FOLDER --drawings FOLDER --write
+
+For each set of distinct pictures the threshold is the lowest at which deduplication (connected components) of the
+distinct pictures alone loses at most 2 % of them. Then a copy of some of them is altered in one way, and compared
+with all: recall is the share of copies above the threshold to their original, precision the share of these pairs
+among all pairs of a copy and a picture above the threshold. Sets: Fashion-MNIST's test images, clip art from folders
+that training never saw, and, where folders are named, photographs in tiles and other drawings, unlike the training
+data. The last column is the recall at the threshold that `dedup` takes for the descriptor.
+"""
+
+import argparse
+import io
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+
+from dinov2_toolkit.models.copy_descriptor import (
+    PREPROCESS,
+    THRESHOLD,
+    CopyDescriptor,
+    load_copy_descriptor,
+)
+from dinov2_toolkit.models.preprocess import crop_picture, normalise
+from dinov2_toolkit.store.images import UnreadableImage, decode
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+from build_copy_weights import is_held_out  # noqa: E402
+from build_data import read_split  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "copies.md"
+LOSS = 0.02  # share of the distinct pictures that a threshold may lose
+BATCH = 64
+TILE_PX = (256, 192)
+
+Floats = npt.NDArray[np.float32]
+Rng = np.random.Generator
+Alter = Callable[[Image.Image, Rng], Image.Image]
+
+
+# Copies
+
+
+def reencoded(image_format: str, quality: int = 75) -> Alter:
+    def alter(picture: Image.Image, _: Rng) -> Image.Image:
+        buffer = io.BytesIO()
+        picture.save(buffer, image_format, quality=quality)
+        return decode(buffer.getvalue())
+
+    return alter
+
+
+def resized(factor: float) -> Alter:
+    return lambda picture, _: picture.resize(
+        (max(1, round(picture.width * factor)), max(1, round(picture.height * factor))), Image.Resampling.BICUBIC
+    )
+
+
+def with_gamma(exponent: float) -> Alter:
+    table = [round(255 * (value / 255) ** exponent) for value in range(256)] * 3
+    return lambda picture, _: picture.point(table)
+
+
+def cropped(share: float, centre: bool = False) -> Alter:
+    """Keep `share` of the width and of the height, at the centre or anywhere."""
+
+    def alter(picture: Image.Image, rng: Rng) -> Image.Image:
+        width, height = round(picture.width * share), round(picture.height * share)
+        left, top = picture.width - width, picture.height - height
+        left, top = (left // 2, top // 2) if centre else (int(rng.integers(left + 1)), int(rng.integers(top + 1)))
+        return picture.crop((left, top, left + width, top + height))
+
+    return alter
+
+
+def bordered(share: float, colour: str) -> Alter:
+    """Add `share` of each side on both of its ends."""
+
+    def alter(picture: Image.Image, _: Rng) -> Image.Image:
+        across, down = round(picture.width * share), round(picture.height * share)
+        framed = Image.new("RGB", (picture.width + 2 * across, picture.height + 2 * down), colour)
+        framed.paste(picture, (across, down))
+        return framed
+
+    return alter
+
+
+def with_text(picture: Image.Image, rng: Rng) -> Image.Image:
+    """Write a word, a tenth of the short side high, anywhere, black on white."""
+    picture = picture.copy()
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(max(6, min(picture.size) // 10))
+    box = draw.textbbox((0, 0), "sample", font=font)
+    left = int(rng.integers(max(1, picture.width - int(box[2]))))
+    top = int(rng.integers(max(1, picture.height - int(box[3]))))
+    draw.rectangle((left, top, left + box[2], top + box[3]), fill="white")
+    draw.text((left, top), "sample", fill="black", font=font)
+    return picture
+
+
+ALTERATIONS: dict[str, Alter] = {
+    "JPEG, quality 80": reencoded("JPEG", 80),
+    "JPEG, quality 50": reencoded("JPEG", 50),
+    "JPEG, quality 30": reencoded("JPEG", 30),
+    "WebP, quality 50": reencoded("WEBP", 50),
+    "GIF": reencoded("GIF"),
+    "resized to 200 %": resized(2),
+    "resized to 50 %": resized(0.5),
+    "brightness x 0.7": lambda picture, _: ImageEnhance.Brightness(picture).enhance(0.7),
+    "brightness x 1.3": lambda picture, _: ImageEnhance.Brightness(picture).enhance(1.3),
+    "contrast x 0.7": lambda picture, _: ImageEnhance.Contrast(picture).enhance(0.7),
+    "contrast x 1.4": lambda picture, _: ImageEnhance.Contrast(picture).enhance(1.4),
+    "gamma 0.7": with_gamma(0.7),
+    "gamma 1.4": with_gamma(1.4),
+    "blurred by 1 % of the long side": lambda picture, _: picture.filter(
+        ImageFilter.GaussianBlur(max(picture.size) / 100)
+    ),
+    "grey": lambda picture, _: picture.convert("L").convert("RGB"),
+    "turned by 3 degrees": lambda picture, _: picture.rotate(
+        3, Image.Resampling.BICUBIC, fillcolor=picture.getpixel((0, 0))
+    ),
+    "crop, 90 % of the area, centre": cropped(0.9**0.5, centre=True),
+    "crop, 90 % of the area, anywhere": cropped(0.9**0.5),
+    "crop, 90 % of each side, centre": cropped(0.9, centre=True),
+    "crop, 90 % of each side, anywhere": cropped(0.9),
+    "crop, 80 % of each side, anywhere": cropped(0.8),
+    "border of 5 %, white": bordered(0.05, "white"),
+    "border of 10 %, white": bordered(0.1, "white"),
+    "border of 10 %, black": bordered(0.1, "black"),
+    "border of 10 %, red": bordered(0.1, "#c81e28"),
+    "a word written on it": with_text,
+    "mirrored (no promise)": lambda picture, _: picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+}
+
+
+# Distinct pictures
+
+
+def fashion(folder: Path, most: int) -> list[Image.Image]:
+    return [Image.fromarray(pixels).convert("RGB") for pixels in read_split(folder, "t10k").images[:most]]
+
+
+def clipart(path: Path) -> list[Image.Image]:
+    rows = pq.read_table(path, columns=["image"]).column("image").to_pylist()
+    return [decode(row["bytes"]) for row in rows if is_held_out(row["path"])]
+
+
+def pictures_below(folders: list[Path]) -> list[Image.Image]:
+    """Return all pictures below folders, at most 256 pixels a side, each once and none nearly plain."""
+    pictures = {}
+    for path in sorted(path for folder in folders for path in folder.rglob("*")):
+        if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            continue
+        try:
+            picture = decode(path.read_bytes())
+        except UnreadableImage:
+            continue
+        picture.thumbnail((256, 256), Image.Resampling.LANCZOS)
+        if min(picture.size) >= 16 and np.asarray(picture).std(axis=(0, 1)).max() >= 8:
+            pictures.setdefault(picture.tobytes(), picture)
+    return list(pictures.values())
+
+
+def tiles_below(folders: list[Path]) -> list[Image.Image]:
+    """Return photographs below folders cut into tiles that do not overlap, without blurred or empty ones."""
+    tiles = []
+    for path in sorted(path for folder in folders for path in folder.rglob("*")):
+        if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            continue
+        picture = decode(path.read_bytes())
+        picture.thumbnail((1600, 1600), Image.Resampling.LANCZOS)
+        width, height = TILE_PX if max(picture.size) > 1000 else (160, 120)
+        for top in range(0, picture.height - height + 1, height):
+            for left in range(0, picture.width - width + 1, width):
+                tile = picture.crop((left, top, left + width, top + height))
+                grey = np.asarray(tile.convert("L"), np.float32)
+                detail = np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()
+                if grey.std() >= 16 and detail >= 4:
+                    tiles.append(tile)
+    return tiles
+
+
+# Measuring
+
+
+def descriptors(model: CopyDescriptor, pictures: list[Image.Image]) -> Floats:
+    """Return (N, D), rounded to float16 as `embed` stores them."""
+    features = []
+    for start in range(0, len(pictures), BATCH):
+        pixels = torch.stack([crop_picture(picture, PREPROCESS) for picture in pictures[start : start + BATCH]])
+        with torch.inference_mode():
+            features.append(model.forward_features(normalise(pixels, PREPROCESS)).cls_token.half().float())
+    vectors = torch.cat(features).numpy()
+    unit: Floats = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
+
+
+def difference_hashes(pictures: list[Image.Image]) -> Floats:
+    """Return (N, 64) of +-1/8: the cosine of two is 1 - 2 h / 64 for h differing bits."""
+    hashes = []
+    for picture in pictures:
+        grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.LANCZOS), np.int16)
+        hashes.append((grey[:, 1:] > grey[:, :-1]).ravel())
+    return (np.array(hashes, np.float32) * 2 - 1) / 8
+
+
+def edges_above(vectors: Floats, similarity: float) -> list[tuple[float, int, int]]:
+    """Return all pairs of vectors (N, D) at least so similar, the most similar first."""
+    edges = []
+    for start in range(0, len(vectors), 2_000):
+        block = vectors[start : start + 2_000] @ vectors.T
+        left, right = np.nonzero(block >= similarity)
+        is_pair = right > left + start
+        left, right = left[is_pair], right[is_pair]
+        edges += list(zip(block[left, right].tolist(), (left + start).tolist(), right.tolist(), strict=True))
+    return sorted(edges, reverse=True)
+
+
+def losses(vectors: Floats) -> list[float]:
+    """Return, falling, the similarities at which deduplicating distinct pictures loses one more of them.
+
+    Only the first 5 % of the pictures.
+    """
+    root = list(range(len(vectors)))
+
+    def find(place: int) -> int:
+        while root[place] != place:
+            root[place] = root[root[place]]
+            place = root[place]
+        return place
+
+    nearest = np.empty(len(vectors), np.float32)
+    for start in range(0, len(vectors), 2_000):
+        block = vectors[start : start + 2_000] @ vectors.T
+        np.fill_diagonal(block[:, start:], -1)
+        nearest[start : start + len(block)] = block.max(axis=1)
+    lost = []
+    for similarity, left, right in edges_above(vectors, float(np.quantile(nearest, 0.88)) - 1e-6):
+        one, other = find(left), find(right)
+        if one != other:
+            root[one] = other
+            lost.append(similarity)
+    return lost[: max(1, len(vectors) // 20)]
+
+
+def measure(vectors: Floats, copies: Floats, originals: npt.NDArray[np.int64], threshold: float) -> tuple[float, float]:
+    """Return recall and precision of copies (Q, D) of the originals (Q,)."""
+    similarities = copies @ vectors.T
+    found = (similarities[np.arange(len(copies)), originals] > threshold).sum()
+    return found / len(copies), found / max((similarities > threshold).sum(), 1)
+
+
+def table(name: str, pictures: list[Image.Image], model: CopyDescriptor, num_copies: int) -> str:
+    rng = np.random.default_rng(0)
+    originals = rng.permutation(len(pictures))[:num_copies]
+    methods: list[Callable[[list[Image.Image]], Floats]] = [lambda given: descriptors(model, given), difference_hashes]
+    pools = [method(pictures) for method in methods]
+    falling = [losses(pool) for pool in pools]
+    thresholds = [lost[min(int(LOSS * len(pictures)), len(lost) - 1)] for lost in falling]
+    bits = round((1 - thresholds[1]) * 32)
+    own = sum(similarity > THRESHOLD for similarity in falling[0])
+    more = "at least " if own == len(falling[0]) else ""
+    lines = [
+        f"## {name}: {len(pictures):,} distinct pictures, {len(originals):,} copies of each kind",
+        "",
+        f"Thresholds that lose 2 %: `copy` above {thresholds[0]:.4f}; hash fewer than {bits} of 64 bits. The"
+        f" descriptor's own threshold, {THRESHOLD}, loses {more}{own / len(pictures):.1%}.",
+        "",
+        f"| copy | `copy` recall | precision | hash recall | precision | `copy` recall above {THRESHOLD} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, alter in ALTERATIONS.items():
+        copies = [alter(pictures[place], np.random.default_rng((1, place))) for place in originals.tolist()]
+        found = [method(copies) for method in methods]
+        numbers = [
+            number
+            for pool, altered, threshold in zip(pools, found, thresholds, strict=True)
+            for number in measure(pool, altered, originals, threshold)
+        ]
+        numbers.append(measure(pools[0], found[0], originals, THRESHOLD)[0])
+        lines.append(f"| {kind} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
+        print(lines[-1], flush=True)
+    same = (descriptors(model, [pictures[place].copy() for place in originals.tolist()]) == pools[0][originals]).all(1)
+    lines.append(f"| the same pixels, other batch | {same.mean():.3f} with equal vectors | | | | |")
+    return "\n".join(lines)
+
+
+def speed(model: CopyDescriptor) -> str:
+    pixels = torch.randint(0, 256, (BATCH, 3, PREPROCESS.image_size, PREPROCESS.image_size), dtype=torch.uint8)
+    seconds = []
+    for _ in range(8):
+        start = time.thread_time()
+        with torch.inference_mode():
+            model.forward_features(normalise(pixels, PREPROCESS))
+        seconds.append(time.thread_time() - start)
+    return f"{BATCH / sorted(seconds)[len(seconds) // 2]:,.0f} images a second of one core's time, without decoding"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--clipart", type=Path, default=ROOT / "examples" / "data" / "clipart.parquet")
+    parser.add_argument("--photos", type=Path, nargs="*", default=[], help="folders of photographs, cut into tiles")
+    parser.add_argument("--drawings", type=Path, nargs="*", default=[], help="folders of pictures")
+    parser.add_argument("--num-fashion", type=int, default=10_000)
+    parser.add_argument("--num-copies", type=int, default=500)
+    parser.add_argument("--write", action="store_true", help=f"to {RESULTS.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load_copy_descriptor()
+    sets = {
+        "Fashion-MNIST, test images (28 px)": fashion(arguments.fashion, arguments.num_fashion),
+        "Clip art of folders not trained on": clipart(arguments.clipart),
+        "Photographs in tiles, unlike the training data": tiles_below(arguments.photos),
+        "Other drawings and cut-out photographs, unlike the training data": pictures_below(arguments.drawings),
+    }
+    parts = [
+        "# Copies found by `--model copy`",
+        (__doc__ or "").split("\n\n", 2)[2].strip(),
+        f"{date.today()}, Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__},"
+        f" {os.cpu_count()} cores ({platform.machine()}), one thread. The network alone: {speed(model)}.",
+    ]
+    for name, pictures in sets.items():
+        if pictures:
+            parts.append(table(name, pictures, model, arguments.num_copies))
+            print(parts[-1].split("| copy")[0])
+    if arguments.write:
+        RESULTS.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        print(RESULTS)
+
+
+if __name__ == "__main__":
+    main()
