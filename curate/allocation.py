@@ -53,8 +53,8 @@ def allocate(
     weights = np.ones(len(sizes)) if weights is None else np.maximum(weights, np.finfo(float).tiny)
     totals = np.bincount(parents, sizes, len(wanted))
     if (wanted > totals).any():
-        parent = int(np.argmax(wanted > totals))
-        raise ValueError(f"{wanted[parent]} wanted of {int(totals[parent])}")
+        poor = int(np.argmax(wanted > totals))
+        raise ValueError(f"{wanted[poor]} wanted of {int(totals[poor])}")
 
     # By the c at which a child is exhausted: when one is, so are all before it.
     by = np.lexsort((sizes / weights, parents))
@@ -80,7 +80,7 @@ def allocate(
     return result
 
 
-def _running(values: Float64, starts: Int64, parent: Int64) -> Float64:
+def _running(values: Float64, starts: Int64, parent: Int64 | Int32) -> Float64:
     """Return the sum of what stands before each value among those of its parent, (C,); parents stand together."""
     sums = np.append(0.0, np.cumsum(values))
     before: Float64 = sums[:-1] - sums[starts[parent]]

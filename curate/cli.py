@@ -35,8 +35,8 @@ def embed(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Run folder, weights file, Hugging Face folder, random:ARCH or pixels."
-            " [default: the newest finished run, else pixels]",
+            help="Run folder, weights file, Hugging Face folder, random:ARCH, pixels or copy."
+            " [default: the newest finished run, else copy]",
             show_default=False,
         ),
     ] = None,

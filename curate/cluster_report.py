@@ -26,13 +26,13 @@ figure { display: inline-block; margin: 0 1em 1em 0 } figcaption { color: #6d737
 BEFORE, AFTER = "#b8bcc2", "#1f6f8b"
 
 GROUPS = """
-    select level, max(parent) is null as is_coarsest, count(*) as number from read_parquet($clusters)
-    group by level order by level nulls last
+    select level, count(*) from read_parquet($clusters)
+    group by level order by level
 """
 SORTED = """
     with ranked as (
         select {column} as size, row_number() over (order by {column} desc) as place from read_parquet($clusters)
-        where level is not distinct from $level and images > 0
+        where level = $level and images > 0
     )
     select place, size from ranked where size > 0 and
         (place <= 20 or floor(ln(place) * 30) > floor(ln(place - 1) * 30) or place = (select max(place) from ranked))
@@ -84,17 +84,17 @@ def _body(connection: duckdb.DuckDBPyConnection, clusters: Path, provenance: Pro
     parts = [f"<p>{figures.get('images', 0):,} images. {html.escape(given)}.</p>"]
     levels = connection.execute(GROUPS, {"clusters": str(clusters)}).fetchall()
     rows: list[list[object]] = []
-    for level, _, number in levels:
-        if level is None:
-            entropies = [figures.get("class_entropy"), figures.get("sample_class_entropy")]
-            rows.append(["label", number, *[None] * 4, *entropies, None, None])
-            continue
+    for level, _ in levels:
         names = ("clusters", "empty", "smallest", "median", "largest", "entropy", "sample_entropy", "purity", "nmi")
         rows.append([f"cluster_{level}", *(figures.get(f"{name}_{level}") for name in names)])
+    if "class_entropy" in figures:
+        sizes = [figures.get(f"class_{name}") for name in ("smallest", "median", "largest")]
+        entropies = [figures["class_entropy"], figures["sample_class_entropy"]]
+        rows.append(["label", figures.get("classes"), None, *sizes, *entropies, None, None])
     header = ["", "number", "empty", "smallest", "median", "largest", "entropy", "of the sample", "purity", "NMI"]
     parts.append("<p>Entropy is 1 when all are of one size, 0 when one holds everything.</p>")
     parts.append(_table(header, rows))
-    for level, _, _ in levels:
+    for level, _ in levels:
         if level and figures.get(f"hub_{level}"):
             parts.append(
                 f"<p><b>Level {level} finds no hierarchy</b>: its largest cluster holds"
@@ -103,13 +103,13 @@ def _body(connection: duckdb.DuckDBPyConnection, clusters: Path, provenance: Pro
                 f" {figures[f'grouping_{level}']:.2f}. Leave it out, or share out by --allocation flat.</p>"
             )
     parts.append("<h2>Sizes, from the largest to the smallest</h2><p>Grey: the pool. Blue: what was taken of it.</p>")
-    for level, _, number in levels:
+    for level, number in levels:
         curves = [
             connection.execute(SORTED.format(column=column), {"clusters": str(clusters), "level": level}).fetchall()
             for column in ("images", "sampled")
         ]
-        name = "classes" if level is None else f"clusters of level {level}"
-        parts.append(f"<figure>{_curves(curves)}<figcaption>{number:,} {name}</figcaption></figure>")
+        caption = f"{number:,} clusters of level {level}"
+        parts.append(f"<figure>{_curves(curves)}<figcaption>{caption}</figcaption></figure>")
     header = ["cluster", "images", "taken", "mean distance", "isolation", "label", "purity"]
     for title, condition, order in (
         ("Tiny clusters far from all others: perhaps junk", "suspected", "isolation desc"),

@@ -1,6 +1,6 @@
 """The clusters of a selection as a table of their own, NAME.clusters.parquet beside NAME.parquet, and what they tell.
 
-A row is a cluster, its centroid in the column `embedding`, or, where `level` is null, a class of the labels.
+A row is a cluster, with its centroid in the column `embedding`: so it is an embedding manifest too.
 
 N images, K_l clusters at level l.
 """
@@ -17,10 +17,8 @@ from .. import console
 from ..store.manifest import ManifestWriter, Provenance, embedding_field
 from ..store.vectors import Float32, Int64
 from .allocation import Int32
-from .balance import normalised_entropy
 from .centroid_search import Metric
 from .cluster_figures import (
-    Classes,
     class_sizes,
     grouping,
     isolation,
@@ -36,7 +34,7 @@ from .cluster_figures import (
 from .selection import EmbeddedImages
 
 TABLE_FIELDS = (
-    pa.field("level", pa.int32()),  # 0 is the finest; null: a class
+    pa.field("level", pa.int32()),  # 0 is the finest
     pa.field("cluster", pa.int32()),
     pa.field("parent", pa.int32()),  # cluster of the next level; null at the coarsest
     pa.field("images", pa.int64()),
@@ -124,12 +122,11 @@ def describe_levels(
             joint = joint_above(joint, np.asarray(level.parents, np.int64))
             sizes, sampled = (np.bincount(level.parents, part, above).astype(np.int64) for part in (sizes, sampled))
     if classes.names:
-        in_pool, taken = class_sizes(classes, positions)
-        entropies = normalised_entropy(in_pool), normalised_entropy(taken)
-        figures |= {"class_entropy": entropies[0], "sample_class_entropy": entropies[1]}
-        shown = (int((in_pool == 0).sum()), int(in_pool.min()), float(np.median(in_pool)), int(in_pool.max()))
-        lines.append(["label", len(in_pool), *shown, *entropies, "", ""])
-        tables.append(_class_table(classes, in_pool, taken, levels[0].centroids))
+        measured = size_figures(*class_sizes(classes, positions))
+        figures |= {"class_entropy": measured["entropy"], "sample_class_entropy": measured["sample_entropy"]}
+        figures |= {f"class_{name}": measured[name] for name in ("smallest", "median", "largest")}
+        figures["classes"] = len(classes.names)
+        lines.append(["label", *measured.values(), "", ""])
     title = f"{len(positions):,} of {len(images):,} images; entropy 1 is all alike"
     header = ["", "number", "empty", "smallest", "median", "largest", "entropy", "of the sample", "purity", "nmi"]
     console.table(title, header if classes.names else header[:-2], [line[: len(header)] for line in lines])
@@ -137,22 +134,10 @@ def describe_levels(
 
 
 def _table(columns: dict[str, pa.Array], centroids: Float32) -> pa.Table:
-    field = embedding_field(centroids.shape[1], pa.float32()).with_nullable(True)
+    field = embedding_field(centroids.shape[1], pa.float32())
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(centroids.reshape(-1)), type=field.type)
     schema = pa.schema([*TABLE_FIELDS, field])
     return pa.table([*(columns[each.name].cast(each.type) for each in TABLE_FIELDS), vectors], schema=schema)
-
-
-def _class_table(classes: Classes, in_pool: Int64, taken: Int64, centroids: Float32) -> pa.Table:
-    count = len(in_pool)
-    field = embedding_field(centroids.shape[1], pa.float32()).with_nullable(True)
-    given = {
-        "images": pa.array(in_pool),
-        "sampled": pa.array(taken),
-        "label": pa.array(classes.names, pa.string()),
-    }
-    columns = [given.get(each.name, pa.nulls(count, each.type)) for each in TABLE_FIELDS]
-    return pa.table([*columns, pa.nulls(count, field.type)], schema=pa.schema([*TABLE_FIELDS, field]))
 
 
 def _say_junk(
@@ -177,11 +162,11 @@ def _say_junk(
         [cluster, int(sizes[cluster]), float(isolated[cluster]), uri or ""]
         for cluster, uri in zip(shown.tolist(), uris, strict=True)
     ]
-    title = (
+    console.warn(
         f"{len(suspected):,} tiny clusters far from all others, {sizes[suspected].sum():,} images: perhaps junk, which"
-        " balancing would favour; look at them"
+        " balancing favours; look at them (--sheet)"
     )
-    console.table(title, ["cluster_0", "images", "isolation", "its central image"], rows)
+    console.table("", ["cluster_0", "images", "isolation", "its central image"], rows)
 
 
 def _say_grouping(below: Level, above: Level, number: int) -> dict[str, object]:

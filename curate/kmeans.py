@@ -185,7 +185,7 @@ def fit_centroids(
     metric = settings.metric
     kept = progress.load("fit")
     first = 0 if kept is None else int(kept["step"])
-    chosen = np.arange(len(points)) if kept is None else kept["chosen"]
+    chosen: Int64 = np.arange(len(points)) if kept is None else kept["chosen"]
     num_kept = max(1, round(len(points) / num_clusters / 2))
     with console.progress(f"{num_clusters:,} clusters", num_resamplings + 1, "fits") as advance:
         if first:
@@ -243,8 +243,8 @@ def _assign_all(
     done = 0
     assignments, distances = np.empty(num, np.int32), np.empty(num, np.float32)
     if saved is not None and num > RELEASED_ROWS:
-        assignments = saved.mapped(f"assignments-{progress.level}", np.int32, num)  # type: ignore[assignment]
-        distances = saved.mapped(f"distances-{progress.level}", np.float32, num)  # type: ignore[assignment]
+        assignments = saved.mapped(f"assignments-{progress.level}", np.int32, num)
+        distances = saved.mapped(f"distances-{progress.level}", np.float32, num)
         reached = progress.load("assigned")
         done = 0 if reached is None else int(reached["rows"])
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..features.products import device, product, run
 from ..features.similarity import tolerance
@@ -26,8 +27,10 @@ Init = Literal["k-means++", "sampled"]
 NUM_NEIGHBOURS = 64  # measured: the objective of comparing with all, within 0.1 %
 NUM_ITERATIONS = 20  # chosen
 EARLY_STOP = 1e-4  # relative gain below which iterations end
-CHAIN = 64  # steps of the Markov chain that draws a starting centroid; chosen
-GROUPED_CENTROIDS = 128  # with more, starting centroids are drawn group by group
+UNGROUPED_CENTROIDS = 128  # with more, starting centroids are drawn group by group
+GROUPS_FACTOR = 4  # groups = this times the root of K; chosen: as much work for the groups as within them
+GROUP_ITERATIONS = 5  # chosen: groups need no good clusters
+ROUNDING = 1e-6  # of squared distances, relative: below it two points are the same
 POINTS_A_CENTROID = 256  # FAISS's own limit: more points move a centroid little
 JOB_POINTS = 4_096  # points a job of a thread
 FIRST_LISTED = 256  # lists by which points first find their centroids
@@ -212,18 +215,18 @@ def starting_points(
 ) -> Float32:
     """Return K of the points (S, D), (K, D): any ("sampled"), or those that are far from each other ("k-means++").
 
-    k-means++ draws by squared distance through a Markov chain (Bachem et al. 2016, AFK-MC²). More than 128 are drawn
-    in groups of points around about sqrt(K) centroids; a group gets as many as its share of the squared distances.
+    More than 128 are drawn in groups of points around fewer centroids; a group gets as many as its share of the
+    squared distances. So the cost grows with S sqrt(K), not with S K.
     """
     rng = np.random.default_rng([seed, 5])
     if init == "sampled":
         return points[np.sort(rng.choice(len(points), num_clusters, replace=False))]
-    if num_clusters <= GROUPED_CENTROIDS:
-        return points[chain(points, num_clusters, rng)]
-    num_groups = round(num_clusters**0.5)
+    if num_clusters <= UNGROUPED_CENTROIDS:
+        return points[spread_points(points, num_clusters, rng)]
+    num_groups = round(GROUPS_FACTOR * num_clusters**0.5)
     few = np.sort(rng.choice(len(points), min(len(points), POINTS_A_CENTROID * num_groups), replace=False))
-    first = fit(points[few], num_groups, metric, "sampled", seed, threads)
-    coarse = iterate(first, points[few], metric, threads, num_iterations=5)
+    first = fit(points[few], num_groups, metric, init, seed, threads)
+    coarse = iterate(first, points[few], metric, threads, num_iterations=GROUP_ITERATIONS)
     groups, scores = search_points(points, Centroids(coarse.centroids, metric), threads)
     squares = np.einsum("nd,nd->n", points, points)
     distances = np.maximum(1 - scores if metric == "cosine" else squares / 2 - scores, 0)
@@ -237,38 +240,45 @@ def starting_points(
     by = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
 
     def draw(group: int) -> Int64:
-        drawn = chain(points[by[group]], int(counts[group]), np.random.default_rng([seed, 6, group]))
-        return by[group][drawn]
+        return by[group][spread_points(points[by[group]], int(counts[group]), np.random.default_rng([seed, 6, group]))]
 
     started: Float32 = points[np.concatenate(list(run(threads, draw, np.flatnonzero(counts).tolist())))]
     return started
 
 
-def chain(points: Float32, num: int, rng: np.random.Generator) -> Int64:
-    """Return different places of `num` of the points (S, D), drawn like k-means++ draws them. One thread."""
-    chosen = [int(rng.integers(len(points)))]
+def spread_points(points: Float32, num: int, rng: np.random.Generator) -> Int64:
+    """Return different places of `num` of the points (S, D), far from each other. One thread.
+
+    Greedy k-means++ (Arthur and Vassilvitskii 2007): of a few points that are drawn by their squared distance to the
+    chosen ones, the one that lessens the sum of these distances most.
+    """
     squares = np.einsum("nd,nd->n", points, points)
-    first = np.maximum(squares + squares[chosen[0]] - 2 * (points @ points[chosen[0]]), 0).astype(np.float64)
-    proposal = 0.5 * first / max(float(first.sum()), 1e-300) + 0.5 / len(points)
-    running = np.cumsum(proposal)
-    is_taken = np.zeros(len(points), bool)
-    is_taken[chosen] = True
-    centres = np.empty((num, points.shape[1]), np.float32)
-    centres[0] = points[chosen[0]]
+    targets = torch.from_numpy(points).to(device())
+    num_drawn = 2 + int(np.log(num))
+    chosen = np.empty(num, np.int64)
+    chosen[0] = rng.integers(len(points))
+    nearest = _squared_distances(targets, squares, chosen[:1])[:, 0]
+    nearest[chosen[0]] = 0
     for count in range(1, num):
-        places = np.searchsorted(running, rng.random(CHAIN) * running[-1], side="right")
-        luck = rng.random(CHAIN)
-        scores = product(torch.from_numpy(points[places]).to(device()), torch.from_numpy(centres[:count]).to(device()))
-        distances = (squares[places][:, None] + squares[chosen] - 2 * scores).min(axis=1)
-        worth = np.where(is_taken[places], 0, np.maximum(distances, 0)) / proposal[places]
-        at = 0
-        for step in range(1, CHAIN):
-            if worth[step] > luck[step] * worth[at]:
-                at = step
-        place = int(places[at])
-        if is_taken[place]:  # only copies were proposed
-            place = int(np.argmin(is_taken))
-        is_taken[place] = True
-        chosen.append(place)
-        centres[count] = points[place]
-    return np.array(chosen)
+        running = np.cumsum(nearest, dtype=np.float64)
+        if running[-1] == 0:  # only copies are left
+            rest = np.setdiff1d(np.arange(len(points)), chosen[:count], assume_unique=False)
+            chosen[count:] = rest[: num - count]
+            break
+        drawn = np.searchsorted(running, rng.random(num_drawn) * running[-1], side="right")
+        drawn = np.minimum(drawn, len(points) - 1)
+        lessened = np.minimum(_squared_distances(targets, squares, drawn), nearest[:, None])
+        best = int(lessened.sum(axis=0, dtype=np.float64).argmin())
+        chosen[count] = drawn[best]
+        nearest = lessened[:, best].copy()
+        nearest[drawn[best]] = 0
+    return chosen
+
+
+def _squared_distances(targets: Tensor, squares: Float32, places: Int64) -> Float32:
+    """Return those of all points (S, D) to the ones at `places` (M,), (S, M), without what rounding makes of zero."""
+    products = product(targets, targets[torch.from_numpy(places).to(targets.device)])
+    sums = squares[:, None] + squares[places]
+    distances = sums - 2 * products
+    distances[distances < ROUNDING * sums] = 0
+    return distances

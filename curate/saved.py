@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from ..store.vectors import cache_folder
 
 SAVE_EVERY_S = 30.0  # chosen: what a kill costs at most
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]  # the name it is kept under tells of what
 
 
 class Saved:

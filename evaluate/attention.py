@@ -22,6 +22,8 @@ from .whole import Viewer, open_images, open_viewer
 
 HEAT = np.array([(12, 8, 38), (106, 23, 110), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # from none to most
 
+BRIGHTEST = 0.98  # of a map's values the quantile that is shown as most, for single patches may draw most of it
+
 
 @dataclass(frozen=True)
 class AttentionSettings:
@@ -64,7 +66,7 @@ def draw_attention(arguments: list[str], output: str, settings: AttentionSetting
     note = "of the class token to the patches, mean and head by head"
     if viewer.backbone.num_register_tokens:
         note += "; then of each register, mean of the heads"
-    note += "; each map from none to its own most"
+    note += f"; each map from none to its own {BRIGHTEST:.0%} quantile"
     write_picture(draw_sheet(rows, title=title, note=note), path, provenance)
     return Result(output, {"images": len(rows), "heads": viewer.backbone.num_heads})
 
@@ -102,8 +104,8 @@ def _maps(viewer: Viewer, picture: Image.Image) -> list[list[Tile]]:
 
 
 def heat(values: npt.NDArray[np.float32], size: tuple[int, int]) -> Image.Image:
-    """Return a map (h, w) as colours, its largest value the brightest, enlarged to `size` pixels across and down."""
-    shares = values / max(float(values.max()), 1e-12)
+    """Return a map (h, w) as colours, its BRIGHTEST quantile the brightest, enlarged to `size` pixels."""
+    shares = values / max(float(np.quantile(values, BRIGHTEST)), 1e-12)
     places = np.linspace(0, 1, len(HEAT))
     colours = np.stack([np.interp(shares, places, channel) for channel in HEAT.T], axis=2)
     return Image.fromarray(colours.round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)

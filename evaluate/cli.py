@@ -10,7 +10,7 @@ from .. import console, options
 
 app = typer.Typer(no_args_is_help=True, help="Runs and manifests in, scores and pictures out.")
 
-MODEL_HELP = "Run folder, weights file, Hugging Face folder, random:ARCH or pixels."
+MODEL_HELP = "Run folder, weights file, Hugging Face folder, random:ARCH, pixels or copy."
 
 
 class Method(StrEnum):
@@ -32,7 +32,7 @@ def probe(
         list[str] | None,
         typer.Option(
             help=f"{MODEL_HELP} May be given several times. [default: the manifests' embeddings, else the newest"
-            " finished run, else pixels]",
+            " finished run, else copy]",
             show_default=False,
         ),
     ] = None,
@@ -207,7 +207,13 @@ def match(
 
 @app.command()
 def neighbors(
-    manifest: Annotated[Path, typer.Argument(help="Embeddings of queries, or what `dinov2 curate retrieve` chose.")],
+    query: Annotated[
+        str,
+        typer.Argument(
+            metavar="QUERY",
+            help="An image, a folder or a list of them; or embeddings, or what `dinov2 curate retrieve` chose.",
+        ),
+    ],
     output: Annotated[str, options.output_option("neighbors.png")] = "neighbors.png",
     pool: Annotated[
         Path | None,
@@ -218,7 +224,11 @@ def neighbors(
         typer.Option(help="Query images of what `retrieve` chose. [default: those it was given]", show_default=False),
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="Images beside each query.")] = 8,
-    seed: options.Seed = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Embeds query images. [default: the model that embedded the pool]", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of a random:ARCH model that embeds query images.")] = 0,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     limit: options.Limit = 12,
@@ -231,5 +241,5 @@ def neighbors(
     from ..store.artifact import Options
     from .neighbors import NeighborSettings, draw_neighbors
 
-    settings = NeighborSettings(pool, queries, k)
-    options.emit(draw_neighbors(manifest, output, settings, Options(seed, force, dry_run, limit)), json)
+    settings = NeighborSettings(pool, queries, k, model)
+    options.emit(draw_neighbors(query, output, settings, Options(seed, force, dry_run, limit)), json)

@@ -1,27 +1,31 @@
 """A sheet of queries and their nearest images: of a pool, or those that `retrieve` chose."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
 from .. import console
 from ..errors import ToolkitError
+from ..features.extract import FeatureModel, extract, open_model
+from ..features.knn import in_memory
 from ..features.neighbors import Identity, nearest
-from ..features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
+from ..features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, read_tile, write_picture
 from ..store import catalog
 from ..store.artifact import Options, Result
 from ..store.image_columns import has_images, read_images
-from ..store.images import UnreadableImage, decode_sized, read_bytes
 from ..store.manifest import Manifest, Provenance, Source, open_manifest
-from ..store.vectors import Int64, open_vectors
+from ..store.vectors import Int64, Vectors, has_vectors, open_vectors
+from .whole import NamedImages, open_images
 
 TILE_PX = 112  # four times 28
+BATCH_SIZE = 64  # query images the model sees at a time
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class NeighborSettings:
     pool: Path | None = None  # None: the newest pool in the catalog
     queries: Path | None = None  # of what `retrieve` chose; None: those that it was given
     k: int = 8  # images beside a query
+    model: str | None = None  # that embeds query images; None: the one that made the pool
 
 
 @dataclass(frozen=True)
@@ -45,36 +50,70 @@ class Found:
 Line = tuple[Found, list[Found]]  # a query, and its nearest first
 
 
-def draw_neighbors(manifest: Path, output: str, settings: NeighborSettings, options: Options) -> Result | None:
+@dataclass(frozen=True)
+class Queries:
+    """Images that look for their nearest, and their vectors."""
+
+    images: list[Found]  # (Q,)
+    keys: list[str]  # (Q,) image_id and uri: what an image is known by
+    vectors: Vectors  # (Q, D)
+    model: Source | None  # that made the vectors, where it is known
+
+
+def draw_neighbors(query: str, output: str, settings: NeighborSettings, options: Options) -> Result | None:
     """Draw queries in a column and their k nearest images beside them; return None after a dry run.
 
-    `manifest` holds embeddings of queries, which are looked up in the pool; or it is what `retrieve` chose and no pool
-    is named: then the images beside a query are those that it brought.
+    `query` names images, which are embedded by the pool's model; or it is a manifest of embeddings; or it is what
+    `retrieve` chose and no pool is named: then the images beside a query are those that it brought.
     Raises ToolkitError when images or vectors are missing, or come from two models.
     """
     path = check_picture_name(output)
-    opened = _open("manifest", manifest)
-    is_retrieved = settings.pool is None and {"query_id", "rank", "similarity"} <= set(opened.names())
-    other = _open("queries", _queries_of(opened, settings)) if is_retrieved else _open("pool", _pool(settings))
+    manifest = _manifest(query)
+    is_retrieved = (
+        manifest is not None and settings.pool is None and {"query_id", "rank", "similarity"} <= set(manifest.names())
+    )
+    if manifest is not None and is_retrieved:
+        other = _open("queries", _queries_of(manifest, settings))
+        inputs, seed = [manifest.source("manifest"), other.source("queries")], 0
+        read = partial(_retrieved, manifest, other, settings, options)
+    elif manifest is not None:
+        other = _open("pool", _pool(settings))
+        inputs, seed = [manifest.source("manifest"), other.source("pool")], 0
+        read = partial(_nearest, partial(_embedded, manifest, options.limit), other, settings)
+    else:
+        other = _open("pool", _pool(settings))
+        images = open_images([query], str(path.absolute()), limit=options.limit)
+        model = _model_of(other, settings, options.seed)
+        inputs, seed = [*images.inputs, other.source("pool"), model.source], options.seed
+        read = partial(_nearest, partial(_embed, images, model), other, settings)
     provenance = Provenance(
         kind="picture",
         command="evaluate neighbors",
         parameters={"k": settings.k, "limit": options.limit},
-        seed=options.seed,
-        inputs=(opened.source("manifest"), other.source("queries" if is_retrieved else "pool")),
+        seed=seed,
+        inputs=tuple(inputs),
     )
     if is_picture_up_to_date(path, provenance, options):
         return None if options.dry_run else Result(output)
     if options.dry_run:
-        found = f"what {manifest} retrieved" if is_retrieved else f"the nearest of {other.num_rows:,} in {other.path}"
+        found = f"what {query} retrieved" if is_retrieved else f"the nearest of {other.num_rows:,} in {other.path}"
         console.say(f"would draw queries and {found}, up to {settings.k} each, to {path}")
         return None
-    lines = _retrieved(opened, other, settings, options) if is_retrieved else _nearest(opened, other, settings, options)
+    lines = read()
     brought = "what each query brought" if is_retrieved else "the nearest in the pool by cosine"
     note = f"left the query, then {brought}, with the similarity"
-    rows = [[[_tile(query)], [_tile(each) for each in found]] for query, found in lines]
-    write_picture(draw_sheet(rows, title=f"Neighbours: {manifest.name}", note=note, tile_px=TILE_PX), path, provenance)
-    return Result(output, {"queries": len(lines), "images": sum(len(found) for _, found in lines)})
+    rows = [[[_tile(line[0])], [_tile(each) for each in line[1]]] for line in lines]
+    title = f"Neighbours: {os.path.basename(query.rstrip(os.sep))}"
+    write_picture(draw_sheet(rows, title=title, note=note, tile_px=TILE_PX), path, provenance)
+    return Result(output, {"queries": len(lines), "images": sum(len(near) for _, near in lines)})
+
+
+def _manifest(query: str) -> Manifest | None:
+    """Return the manifest of that name, if it is one with vectors or a selection."""
+    if not (query.endswith(".parquet") or Path(query, "_manifest.json").exists()):
+        return None
+    manifest = _open("manifest", Path(query))
+    return manifest if has_vectors(manifest) else None
 
 
 def _open(role: str, path: Path) -> Manifest:
@@ -130,33 +169,77 @@ def _retrieved(retrieved: Manifest, queries: Manifest, settings: NeighborSetting
     return lines
 
 
-def _nearest(queries: Manifest, pool: Manifest, settings: NeighborSettings, options: Options) -> list[Line]:
-    """Return the first queries and their nearest in the pool, the image itself left out."""
-    query_vectors, pool_vectors = open_vectors(queries, limit=options.limit), open_vectors(pool)
-    if query_vectors.dim != pool_vectors.dim:
+def _model_of(pool: Manifest, settings: NeighborSettings, seed: int) -> FeatureModel:
+    """Return the model that embeds query images as the pool was embedded.
+
+    Raises ToolkitError when it is not known, or another.
+    """
+    made_by = pool.provenance.model() if pool.provenance else None
+    name = settings.model or (made_by.path if made_by else None)
+    if name is None:
+        raise ToolkitError(f"nothing says which model embedded {pool.path}; name it by --model")
+    model = open_model(name, seed)
+    if made_by is not None and model.source.content_id != made_by.content_id:
         raise ToolkitError(
-            f"{queries.path} has vectors of {query_vectors.dim} numbers and {pool.path} of {pool_vectors.dim};"
+            f"{pool.path} was not embedded by {name} as it is now (seed {seed}); embed the query images as the pool was"
+            " and give that manifest, or embed the pool again"
+        )
+    return model
+
+
+def _embed(images: NamedImages, model: FeatureModel) -> Queries:
+    """Return the images that can be read, with the vectors that a model gives them."""
+    found, keys, vectors = [], [], []
+    uris = [uri for uri, _ in images.named]
+    with closing(extract(model, uris, batch_size=BATCH_SIZE, num_workers=1)) as batches:
+        for batch in batches:
+            for index, facts in zip(batch.indices, batch.facts, strict=True):
+                found.append(Found(*images.named[index]))
+                keys.append(f"{facts.image_id}\n{uris[index]}")
+            vectors.append(batch.features.numpy())
+            for index, reason in batch.failures:
+                console.warn(f"{uris[index]} left out: {reason}")
+    if not found:
+        raise ToolkitError(f"none of the {len(uris)} query images can be read; name others")
+    return Queries(found, keys, in_memory(np.concatenate(vectors)), model.source)
+
+
+def _embedded(manifest: Manifest, limit: int | None) -> Queries:
+    """Return the first images of a manifest with their vectors."""
+    images = read_images(manifest, limit)
+    found = [Found(row["uri"], row["label"]) for row in images.to_pylist()]
+    model = manifest.provenance.model() if manifest.provenance else None
+    return Queries(found, _keys(images).to_pylist(), open_vectors(manifest, limit=limit), model)
+
+
+def _nearest(read_queries: Callable[[], Queries], pool: Manifest, settings: NeighborSettings) -> list[Line]:
+    """Return queries and their nearest in the pool, the image itself left out."""
+    queries = read_queries()
+    pool_vectors = open_vectors(pool)
+    if queries.vectors.dim != pool_vectors.dim:
+        raise ToolkitError(
+            f"the queries have vectors of {queries.vectors.dim} numbers and {pool.path} of {pool_vectors.dim};"
             " embed both by the same model"
         )
-    models = [each.provenance.model() if each.provenance else None for each in (queries, pool)]
+    models = [queries.model, pool.provenance.model() if pool.provenance else None]
     known = {model.content_id: model.path for model in models if model is not None}
     if len(known) > 1:
         raise ToolkitError(
-            f"the vectors of {queries.path} and {pool.path} come from two models ({', '.join(known.values())});"
+            f"the vectors of the queries and of {pool.path} come from two models ({', '.join(known.values())});"
             " embed both by the same"
         )
-    query_images, pool_images = read_images(queries, options.limit), read_images(pool)
-    keys = _keys(query_images)
+    pool_images = read_images(pool)
+    keys = pa.chunked_array([queries.keys], pa.string())
     identity = Identity(_numbers(keys, keys), _numbers(_keys(pool_images), keys))
     order = np.arange(len(pool_vectors))
-    neighbors = nearest(query_vectors, pool_vectors, settings.k, order=order, identity=identity)
+    neighbors = nearest(queries.vectors, pool_vectors, settings.k, order=order, identity=identity)
     lines: list[Line] = []
-    for row, query in enumerate(query_images.to_pylist()):
+    for row, query in enumerate(queries.images):
         there = neighbors.indices[row] >= 0
         found = pool_images.take(neighbors.indices[row][there]).to_pylist()
         similarities = neighbors.similarities[row][there].tolist()
         near = [Found(each["uri"], each["label"], cosine) for each, cosine in zip(found, similarities, strict=True)]
-        lines.append((Found(query["uri"], query["label"]), near))
+        lines.append((query, near))
     return lines
 
 
@@ -174,9 +257,4 @@ def _numbers(keys: pa.ChunkedArray, among: pa.ChunkedArray) -> Int64:
 def _tile(found: Found) -> Tile:
     label = found.label or ("" if found.similarity is not None else os.path.basename(found.uri))
     similarity = "" if found.similarity is None else f"{found.similarity:.3f}"
-    try:
-        picture, _ = decode_sized(read_bytes(found.uri), "RGB", 2 * TILE_PX)
-    except UnreadableImage as problem:
-        console.warn(f"{found.uri} cannot be shown: {problem.reason}")
-        return Tile(Image.new("RGB", (TILE_PX, TILE_PX), "#e8d9d6"), f"{similarity} cannot be read".strip())
-    return Tile(picture, f"{similarity}  {label}".strip())
+    return read_tile(found.uri, f"{similarity}  {label}".strip(), TILE_PX)

@@ -31,7 +31,7 @@ from .vote import measure_knn
 class ProbeSettings:
     """What `dinov2 evaluate probe` can be told, beside the options that all commands share."""
 
-    models: tuple[str, ...] = ()  # none: the embeddings in the manifests, else the newest finished run, else pixels
+    models: tuple[str, ...] = ()  # none: the embeddings in the manifests, else the newest finished run, else copy
     methods: tuple[str, ...] = ("knn",)  # knn, linear, logreg, segment, retrieval
     ks: tuple[int, ...] | None = None  # None: those of the protocol, as far as the training set allows
     per_class: int | None = None  # knn: images of each class that vote; None: all

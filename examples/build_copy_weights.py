@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from build_data import read_split
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -378,11 +378,10 @@ def spread_loss(pictures: Tensor) -> Tensor:
     return -(2 - 2 * nearest).clamp(min=1e-6).sqrt().log().mean()
 
 
-def train(batches: Batches, num_workers: int) -> CopyDescriptor:
-    torch.manual_seed(SEED)
-    descriptor = CopyDescriptor().to(memory_format=torch.channels_last)
+def train(descriptor: CopyDescriptor, batches: Batches, learning_rate: float, num_workers: int) -> None:
+    descriptor.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(descriptor.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, batches.steps, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, batches.steps, pct_start=0.15)
     queue = torch.empty(0, CopyDescriptor.embed_dim)
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, num_workers=num_workers, worker_init_fn=lambda _: torch.set_num_threads(1)
@@ -407,7 +406,6 @@ def train(batches: Batches, num_workers: int) -> CopyDescriptor:
                 f"step {step}: loss {loss.item():.3f}, spread {spread.item():.3f}, copies at {similarity:.3f}",
                 flush=True,
             )
-    return descriptor
 
 
 def main() -> None:
@@ -416,21 +414,27 @@ def main() -> None:
     parser.add_argument("--openclipart", type=Path, default=Path("/usr/share/openclipart/png"))
     parser.add_argument("--output", type=Path, default=WEIGHTS_FILE)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--init-from", type=Path, help="weights to go on from")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
 
     Image.MAX_IMAGE_PIXELS = 8_000_000  # a few sources have hundreds of millions
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    torch.set_num_threads(1)
     batches = Batches(arguments.fashion, arguments.openclipart, arguments.steps)
     print(f"{len(batches.clipart):,} pieces of clip art", flush=True)
-    descriptor = train(batches, arguments.num_workers)
+    torch.manual_seed(SEED)
+    descriptor = CopyDescriptor()
+    if arguments.init_from is not None:
+        descriptor.load_state_dict({name: tensor.float() for name, tensor in load_file(arguments.init_from).items()})
+    train(descriptor, batches, arguments.learning_rate, arguments.num_workers)
     tensors = {
         name: tensor.half().contiguous()
         for name, tensor in descriptor.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
     save_file(tensors, arguments.output)
+    arguments.output.chmod(0o644)  # it is made for its owner only
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e3:,.0f} kB")
 
 

@@ -22,11 +22,11 @@ from .. import console
 from ..store.vectors import Float32, Int64, Stored, Vectors, cache_folder, make_room
 from .products import product, run, unit_rows, workers
 
-ROWS_A_CELL = 256  # chosen: rows in a cell, on average
+ROWS_A_CELL = int(os.environ.get("RAC","256"))  # chosen: rows in a cell, on average
 SAMPLE_A_CELL = 32  # chosen: rows by which a centroid is fitted
 ITERATIONS = 6  # chosen: cells need not be good clusters
 NUM_NEAREST = 8  # P: cells of which a row knows
-BEAM = 6  # chosen: groups in which a row looks for its cells
+BEAM = 4  # chosen: groups in which a row looks for its cells
 BLOCK_ROWS = 8_192  # rows assigned at a time
 RELEASED_BYTES = 256 << 20  # mapped pages are given back after so much was read
 

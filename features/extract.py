@@ -222,6 +222,9 @@ def extract(
             started = (batch, *described(blocks, model.choice, batch.layouts))
         else:  # nothing but failures
             started = (batch, torch.empty(0, model.dim), [])
+        if device.type == "cpu":
+            yield _fetch(*started)
+            continue
         if running is not None:  # fetched only now, so that a GPU has the next batch before it is asked for the last
             yield _fetch(*running)
         running = started

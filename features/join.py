@@ -21,6 +21,7 @@ from .products import TILE, run, tile_above, unit_rows, workers
 from .width import join_width
 
 EXACT_ROWS = 8_192  # rows a block of the exact join
+OWN_ROWS = 256  # rows a tile where a run meets itself: half of the products are the other half's
 BATCHES = 100  # chosen: into so many parts the cells are divided; after each the join can be continued
 
 
@@ -198,8 +199,9 @@ def _compare(
     right_rows = np.arange(task.right.start, task.right.stop)
     is_same = isinstance(task.left, slice) and task.left == task.right
     left_rows = np.arange(task.left.start, task.left.stop) if isinstance(task.left, slice) else task.left
-    for start in range(0, len(left_rows), TILE[0]):
-        rows = left_rows[start : start + TILE[0]]
+    step = OWN_ROWS if is_same else TILE[0]
+    for start in range(0, len(left_rows), step):
+        rows = left_rows[start : start + step]
         left = right[start : start + len(rows)] if is_same else unit_rows(vectors.array[vectors.rows[rows]])
         first = start if is_same else 0
         for near, near_rows, others, other_rows in _open(graph, left, rows, right[first:], right_rows[first:]):

@@ -31,25 +31,29 @@ def join_width(vectors: Vectors, cells: Cells, threshold: float, search: SearchS
     rows = np.sort(rng.choice(len(cells), min(len(cells), SAMPLE_ROWS), replace=False))
     left, right, seen = _pairs_in_many_cells(vectors, cells, rows, threshold)
     has_pair = np.isin(rows, left)
-    needed, weight = [_needed_gap(cells, left, right)], [np.ones(len(left))]
-    for group in (np.flatnonzero(has_pair), np.flatnonzero(~has_pair)):
-        if not len(group):
-            continue
-        some = group[np.unique(np.linspace(0, len(group) - 1, min(len(group), EXACT_ROWS)).astype(np.int64))]
-        found = exact_neighbors(
-            vectors.take(rows[some]),
-            vectors,
-            MOST_PAIRS,
-            order=np.arange(len(cells)),
-            identity=Identity(rows[some], np.arange(len(cells))),
-            above=threshold,
-            progress=None,
-        ).indices
-        query, column = np.nonzero(found >= 0)
-        other = found[query, column]
-        missed = ~(seen[some[query]] == cells.nearest[other, 0][:, None]).any(axis=1)
-        needed.append(_needed_gap(cells, rows[some[query[missed]]], other[missed]))
-        weight.append(np.full(int(missed.sum()), len(group) / len(some)))
+    # All of these are searched exactly: as many with a pair as without, each standing for its share.
+    groups = [group for group in (np.flatnonzero(has_pair), np.flatnonzero(~has_pair)) if len(group)]
+    spread = [
+        np.unique(np.linspace(0, len(group) - 1, min(len(group), EXACT_ROWS)).astype(np.int64)) for group in groups
+    ]
+    some = np.concatenate([group[places] for group, places in zip(groups, spread, strict=True)])
+    stands_for = np.concatenate(
+        [np.full(len(places), len(group) / len(places)) for group, places in zip(groups, spread, strict=True)]
+    )
+    found = exact_neighbors(
+        vectors.take(rows[some]),
+        vectors,
+        MOST_PAIRS,
+        order=np.arange(len(cells)),
+        identity=Identity(rows[some], np.arange(len(cells))),
+        above=threshold,
+        progress="measuring recall",
+    ).indices
+    query, column = np.nonzero(found >= 0)
+    other = found[query, column]
+    missed = ~(seen[some[query]] == cells.nearest[other, 0][:, None]).any(axis=1)
+    needed = [_needed_gap(cells, left, right), _needed_gap(cells, rows[some[query[missed]]], other[missed])]
+    weight = [np.ones(len(left)), stands_for[query[missed]]]
     return _smallest_width(np.concatenate(needed), np.concatenate(weight), search.recall)
 
 

@@ -24,10 +24,12 @@ from .vit import Features
 WEIGHTS_FILE = Path(__file__).with_name("copy_weights.safetensors")
 PREPROCESS = Preprocess(image_size=128, crop_ratio=None, mean=(0.0,) * 3, std=(1.0,) * 3, in_chans=3)
 TRIMMED_SIDE_PX = 64
+THRESHOLD = 0.95  # cosine above which two pictures are copies
 
 WIDTHS = (32, 64, 80)  # channels at 16 x 16, 8 x 8 and 4 x 4; chosen: as much as some hundred kB hold
 PATCH_DIM = 32  # channels kept of each of the 4 x 4 places
 
+LEAST_CONTRAST = 0.05  # chosen: what is paler counts as plain; of plain pictures the colour shows, not the noise
 MARGIN_STD = 0.25  # chosen: a line is flat when its deviation is below this share of the picture's
 MARGIN_STD_BOUNDS = (0.01, 0.06)  # chosen: the noise of a JPEG passes for flat, faint drawings do not
 FRAME_RATIO = 2  # chosen: the sides of a frame are at most this unequal
@@ -65,10 +67,11 @@ class CopyDescriptor(nn.Module):
     def describe(self, trimmed: Tensor) -> Features:
         """Return the features of pictures (B, 3, 64, 64) in [0, 1] that have no margins."""
         mean, deviation = trimmed.mean((2, 3)), trimmed.std((2, 3), correction=0)  # (B, 3)
-        contrast = deviation.square().mean(1).sqrt()[:, None, None, None]
-        even = (trimmed - mean[:, :, None, None]) / (contrast + 0.05)  # light and contrast no longer show
+        contrast = deviation.square().mean(1, keepdim=True).sqrt()  # (B, 1)
+        softened = contrast + LEAST_CONTRAST
+        even = (trimmed - mean[:, :, None, None]) / softened[:, :, None, None]  # light and contrast hardly show
         places = self.convolutions(even)  # (B, 32, 4, 4)
-        colours = torch.cat([2 * mean - 1, 4 * deviation], dim=1)  # so that plain pictures differ all the same
+        colours = torch.cat([2 * mean - 1, 4 * deviation], dim=1) * (LEAST_CONTRAST / softened) ** 2  # of plain ones
         descriptor = F.normalize(self.head(torch.cat([places.flatten(1), colours], dim=1)), dim=1)
         patch_tokens = places.flatten(2).transpose(1, 2)  # (B, 32, 4, 4) -> (B, 16, 32)
         return Features(descriptor, patch_tokens[:, :0], patch_tokens)

@@ -1,21 +1,10 @@
-"""Water filling against handing out one by one, and sampling through levels."""
+"""Sampling through levels, keys and entropy."""
 
 import numpy as np
 import pytest
 
-from dinov2_toolkit.curate.balance import balanced_sample, normalised_entropy, seeded_keys, water_fill
+from dinov2_toolkit.curate.balance import balanced_sample, normalised_entropy, seeded_keys
 from dinov2_toolkit.store.vectors import Int64
-
-
-def slow_water_fill(sizes: list[int], num_wanted: int, keys: list[int]) -> list[int]:
-    """Hand out one a round to everyone who has more; in the last round, which is not full, by the keys."""
-    counts = [0] * len(sizes)
-    while num_wanted:
-        richer = sorted((i for i in range(len(sizes)) if counts[i] < sizes[i]), key=lambda i: keys[i])[:num_wanted]
-        for i in richer:
-            counts[i] += 1
-        num_wanted -= len(richer)
-    return counts
 
 
 def drawn_levels(seed: int) -> list[Int64]:
@@ -24,22 +13,6 @@ def drawn_levels(seed: int) -> list[Int64]:
     images = np.minimum(rng.geometric(0.15, 300) - 1, 29)
     images[images == 4] = 5
     return [images, rng.integers(7, size=30), np.array([0, 1, 2, 0, 1, 1, 0])]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_water_filling_equals_handing_out_one_by_one(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    sizes = np.minimum(rng.zipf(1.4, rng.integers(1, 30)) - 1, 60)
-    keys = seeded_keys(len(sizes), seed, 0)
-    for num_wanted in {0, int(sizes.sum()), *rng.integers(sizes.sum() + 1, size=10).tolist()}:
-        counts = water_fill(sizes, num_wanted, keys)
-        assert counts.tolist() == slow_water_fill(sizes.tolist(), num_wanted, keys.tolist())
-        assert counts.sum() == num_wanted and (counts <= sizes).all()
-
-
-def test_more_than_there_is_cannot_be_shared_out() -> None:
-    with pytest.raises(ValueError, match="4 wanted of 3"):
-        water_fill(np.array([1, 2]), 4, seeded_keys(2, 0, 0))
 
 
 @pytest.mark.parametrize("num_levels", [1, 2, 3])
@@ -69,7 +42,7 @@ def test_every_level_is_shared_as_evenly_as_its_clusters_allow(num_levels: int, 
 
 
 def test_who_gets_the_odd_ones_depends_on_the_seed_alone() -> None:
-    levels, preference = drawn_levels(2), np.arange(300)
+    levels, preference = [np.repeat(np.arange(30), 10)], np.arange(300)
     samples = [balanced_sample(levels, 100, preference, seed).tolist() for seed in (3, 3, 4)]
     assert samples[0] == samples[1] != samples[2]
 

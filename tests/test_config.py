@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from dinov2_toolkit import train
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.train.config import TrainConfig, read_recipe, resolve, write_config
 
@@ -72,7 +73,9 @@ def test_a_wrong_setting_is_named_with_what_to_do(assignment: str, message: str)
 
 
 def test_an_unknown_recipe_and_a_broken_one_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ToolkitError, match="no recipe 'huge'; name a TOML file or one of .*tiny, vitl16-short"):
+    with pytest.raises(
+        ToolkitError, match="no recipe 'huge'; name a TOML file or one of continue, .*tiny, .*vitl16-short"
+    ):
         settings("huge")
     (tmp_path / "broken.toml").write_text("steps = = 3")
     with pytest.raises(ToolkitError, match="not valid TOML"):
@@ -95,7 +98,9 @@ def test_the_written_config_repeats_the_run(tmp_path: Path) -> None:
 
 
 def test_every_shipped_recipe_is_valid_and_states_the_shared_keys() -> None:
-    for name in ("tiny", "vitl16-short"):
+    names = {path.stem for path in (Path(train.__file__).parent / "recipes").glob("*.toml")}
+    assert {"tiny", "vits16-1gpu", "vitb14-8gpu", "vitl16-short", "vitl14", "vitg14", "highres", "continue"} == names
+    for name in names:
         settings(name)
         assert {"steps", "batch_size", "checkpoint_every", "arch", "seed"} <= set(read_recipe(name))
 

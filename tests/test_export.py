@@ -54,7 +54,7 @@ def run_folder(folder: Path, ffn: Ffn = "mlp", registers: int = 0, in_chans: int
 
 
 def export(source: Path, output: Path, to: Format, image_size: int | None = None, **options: bool) -> Result:
-    result = export_model(str(source), str(output), ExportSettings(to, image_size), Options(**options))  # type: ignore[arg-type]
+    result = export_model(str(source), str(output), ExportSettings(to, image_size), Options(**options))
     assert result is not None
     return result
 
@@ -187,6 +187,16 @@ def test_transformers_loads_the_folder_and_gives_the_same_tokens_and_images(
         prepared = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
         ours = normalise(crop_picture(Image.fromarray(pixels), preprocess)[None], preprocess)
         assert torch.allclose(prepared[..., shift:], ours[..., : 28 - shift], atol=1e-6)
+
+
+def test_at_a_size_that_is_asked_for_transformers_agrees_without_registers_too(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    backbone = run_folder(tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "hf", "hf", image_size=49)
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        tokens = model(images(49)).last_hidden_state
+    assert (tokens - all_tokens(backbone, images(49))).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(("ffn", "registers"), [("mlp", 0), ("swiglu", 2)])

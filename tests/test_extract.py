@@ -167,11 +167,11 @@ def test_features_can_be_trained_on(uris: list[str]) -> None:
     assert linear.weight.grad is not None
 
 
-def test_without_a_name_the_newest_run_is_the_model_and_pixels_where_there_is_none(
+def test_without_a_name_the_newest_run_is_the_model_and_copy_where_there_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert open_model(None).source.path == "pixels"
-    assert "no --model given: using pixels" in capsys.readouterr().err
+    assert open_model(None).source.path == "copy"
+    assert "no --model given: using copy" in capsys.readouterr().err
     run = tmp_path / "run"
     save_model(run, backbone=tiny_vit(), heads={}, image_size=28, crop_ratio=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     catalog.record(run, Provenance("run", "train pretrain", {}, content_id="1"), 1.0)
@@ -181,6 +181,6 @@ def test_without_a_name_the_newest_run_is_the_model_and_pixels_where_there_is_no
 
 
 def test_an_unknown_model_is_an_error() -> None:
-    for name in ("copy", "no/such/run", "random:vit_huge"):
+    for name in ("no/such/run", "random:vit_huge"):
         with pytest.raises(ToolkitError, match=name):
             open_model(name)

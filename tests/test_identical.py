@@ -131,7 +131,7 @@ def test_every_planted_exact_copy_is_found(tmp_path: Path) -> None:
     assert len(kept) == 60 and len(removed) == 120
     assert all(row["duplicates"] == 2 for row in kept)
     for gone in removed:
-        number, of = (re.split(r"[_.]", *names([gone], column))[0] for column in ("uri", "duplicate_of"))
+        number, of = (re.split(r"[_.]", names([gone], column)[0])[0] for column in ("uri", "duplicate_of"))
         assert number == of
 
 

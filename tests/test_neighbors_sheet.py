@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
 from dinov2_toolkit.curate.retrieve import RetrieveSettings, retrieve_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate import neighbors
@@ -66,7 +67,7 @@ def cosine(degrees: float) -> str:
 
 def test_each_query_stands_beside_its_nearest(drawn: Drawn) -> None:
     queries, pool = embedded("queries", [10, 80], "queries"), embedded("pool", [0, 75, 15, 100, 40])
-    result = draw_neighbors(queries, "sheet.png", NeighborSettings(pool, k=2), Options())
+    result = draw_neighbors(str(queries), "sheet.png", NeighborSettings(pool, k=2), Options())
     assert result is not None
     assert result.figures == {"queries": 2, "images": 4}
     assert captions(drawn) == [
@@ -78,13 +79,13 @@ def test_each_query_stands_beside_its_nearest(drawn: Drawn) -> None:
 
 def test_an_image_is_no_neighbour_of_itself(drawn: Drawn) -> None:
     pool = embedded("pool", [0, 10, 30])
-    draw_neighbors(pool, "sheet.png", NeighborSettings(pool, k=8), Options())
+    draw_neighbors(str(pool), "sheet.png", NeighborSettings(pool, k=8), Options())
     assert captions(drawn)[0] == (["at 0"], [f"{cosine(10)}  at 10", f"{cosine(30)}  at 30"])
 
 
 def test_without_a_pool_the_newest_is_taken_and_said(drawn: Drawn, capsys: pytest.CaptureFixture[str]) -> None:
     pool, queries = embedded("pool", [0, 10]), embedded("queries", [9], "queries")
-    draw_neighbors(queries, "sheet.png", NeighborSettings(k=1), Options())
+    draw_neighbors(str(queries), "sheet.png", NeighborSettings(k=1), Options())
     assert f"{pool.name}, the newest in the catalog" in capsys.readouterr().err
     assert captions(drawn) == [(["at 9"], [f"{cosine(1)}  at 10"])]
 
@@ -92,12 +93,12 @@ def test_without_a_pool_the_newest_is_taken_and_said(drawn: Drawn, capsys: pytes
 def test_of_a_selection_the_images_are_those_that_each_query_brought(drawn: Drawn) -> None:
     queries, pool = embedded("queries", [10, 80], "queries"), embedded("pool", [0, 75, 15, 90, 40])
     retrieve_images(queries, pool, "curated.parquet", RetrieveSettings(k=2, include_queries=True), Options())
-    draw_neighbors(Path("curated.parquet"), "sheet.png", NeighborSettings(), Options())
+    draw_neighbors("curated.parquet", "sheet.png", NeighborSettings(), Options())
     assert captions(drawn) == [
         (["at 10"], [f"{cosine(5)}  at 15", f"{cosine(10)}  at 0"]),
         (["at 80"], [f"{cosine(5)}  at 75", f"{cosine(10)}  at 90"]),
     ]
-    draw_neighbors(Path("curated.parquet"), "one.png", NeighborSettings(k=1), Options(limit=1))
+    draw_neighbors("curated.parquet", "one.png", NeighborSettings(k=1), Options(limit=1))
     assert captions(drawn) == [(["at 10"], [f"{cosine(5)}  at 15"])]
 
 
@@ -106,52 +107,84 @@ def test_queries_that_are_gone_must_be_named(drawn: Drawn) -> None:
     retrieve_images(queries, pool, "curated.parquet", RetrieveSettings(k=1), Options())
     moved = queries.rename("moved.parquet")
     with pytest.raises(ToolkitError, match=r"gone: no .*queries\.parquet; name them by --queries"):
-        draw_neighbors(Path("curated.parquet"), "sheet.png", NeighborSettings(), Options())
-    draw_neighbors(Path("curated.parquet"), "sheet.png", NeighborSettings(queries=moved), Options())
+        draw_neighbors("curated.parquet", "sheet.png", NeighborSettings(), Options())
+    draw_neighbors("curated.parquet", "sheet.png", NeighborSettings(queries=moved), Options())
     assert captions(drawn) == [(["at 10"], [f"{cosine(5)}  at 15"])]
     with pytest.raises(ToolkitError, match="1 of 1 queries"):
-        draw_neighbors(Path("curated.parquet"), "other.png", NeighborSettings(queries=pool), Options())
+        draw_neighbors("curated.parquet", "other.png", NeighborSettings(queries=pool), Options())
 
 
 def test_vectors_of_two_models_are_not_compared() -> None:
     queries, pool = embedded("queries", [10], "queries", model="another"), embedded("pool", [0, 15])
     with pytest.raises(ToolkitError, match=r"two models \(another, a model\)"):
-        draw_neighbors(queries, "sheet.png", NeighborSettings(pool), Options())
+        draw_neighbors(str(queries), "sheet.png", NeighborSettings(pool), Options())
 
 
 def test_embeddings_without_images_are_an_error() -> None:
     bare = pa.table({"embedding": pa.array([[1.0, 0.0]], pa.list_(pa.float32()))})
     pq.write_table(bare, "bare.parquet")
     with pytest.raises(ToolkitError, match=r"bare.parquet \(manifest\) names no images \(columns: embedding\)"):
-        draw_neighbors(Path("bare.parquet"), "sheet.png", NeighborSettings(embedded("pool", [0])), Options())
+        draw_neighbors("bare.parquet", "sheet.png", NeighborSettings(embedded("pool", [0])), Options())
 
 
 def test_an_image_that_cannot_be_read_keeps_its_place(drawn: Drawn, capsys: pytest.CaptureFixture[str]) -> None:
     queries, pool = embedded("queries", [10], "queries"), embedded("pool", [10, 20])
     Path("pool_images/0.png").unlink()
-    draw_neighbors(queries, "sheet.png", NeighborSettings(pool), Options())
-    assert captions(drawn)[0][1] == ["1.000 cannot be read", f"{cosine(10)}  at 20"]
+    draw_neighbors(str(queries), "sheet.png", NeighborSettings(pool), Options())
+    assert captions(drawn)[0][1] == ["1.000  at 10 cannot be read", f"{cosine(10)}  at 20"]
     assert "0.png cannot be shown: no such file" in capsys.readouterr().err
 
 
 def test_a_second_run_is_up_to_date_and_another_needs_force(capsys: pytest.CaptureFixture[str]) -> None:
     pool = embedded("pool", [0, 10, 30])
-    draw_neighbors(pool, "sheet.png", NeighborSettings(pool, k=1), Options())
+    draw_neighbors(str(pool), "sheet.png", NeighborSettings(pool, k=1), Options())
     before = Path("sheet.png").read_bytes()
-    draw_neighbors(pool, "sheet.png", NeighborSettings(pool, k=1), Options())
+    draw_neighbors(str(pool), "sheet.png", NeighborSettings(pool, k=1), Options())
     assert "sheet.png is up to date" in capsys.readouterr().err
     with pytest.raises(ToolkitError, match=r"was made otherwise \(k 1, now 2\)"):
-        draw_neighbors(pool, "sheet.png", NeighborSettings(pool, k=2), Options())
+        draw_neighbors(str(pool), "sheet.png", NeighborSettings(pool, k=2), Options())
     assert Path("sheet.png").read_bytes() == before
-    draw_neighbors(pool, "sheet.png", NeighborSettings(pool, k=2), Options(force=True))
+    draw_neighbors(str(pool), "sheet.png", NeighborSettings(pool, k=2), Options(force=True))
     assert Path("sheet.png").read_bytes() != before
 
 
 def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     pool = embedded("pool", [0, 10, 30])
-    assert draw_neighbors(pool, "sheet.png", NeighborSettings(pool), Options(dry_run=True)) is None
+    assert draw_neighbors(str(pool), "sheet.png", NeighborSettings(pool), Options(dry_run=True)) is None
     assert "would draw queries and the nearest of 3 in pool.parquet, up to 8 each" in capsys.readouterr().err
     assert not Path("sheet.png").exists()
+
+
+def embed_pool(folder: Path) -> Path:
+    """Noise in three colours, embedded as `embed` does."""
+    random = np.random.default_rng(0)
+    for number in range(6):
+        pixels = random.integers(0, 120, (20, 20, 3))
+        pixels[:, :, number % 3] += 120
+        path = folder / ("red", "green", "blue")[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    embed_images([str(folder)], "pool.parquet", EmbedSettings(model="random:vit_tiny", num_workers=1), Options(seed=3))
+    return Path("pool.parquet")
+
+
+def test_an_image_file_finds_its_nearest_by_the_model_of_the_pool(drawn: Drawn) -> None:
+    pool = embed_pool(Path("photos"))
+    Image.new("RGB", (20, 20), (200, 60, 60)).save("query.png")
+    result = draw_neighbors("query.png", "sheet.png", NeighborSettings(pool, k=2), Options(seed=3))
+    assert result is not None
+    assert result.figures == {"queries": 1, "images": 2}
+    ((query,), found) = captions(drawn)[0]
+    assert query == "query.png"
+    assert [caption.split()[1] for caption in found] == ["red", "red"]
+    with pytest.raises(ToolkitError, match=r"was not embedded by random:vit_tiny as it is now \(seed 0\)"):
+        draw_neighbors("query.png", "other.png", NeighborSettings(pool), Options())
+
+
+def test_a_query_image_that_lies_in_the_pool_does_not_find_itself(drawn: Drawn) -> None:
+    pool = embed_pool(Path("photos"))
+    draw_neighbors("photos/red/0.png", "sheet.png", NeighborSettings(pool, k=8), Options(seed=3))
+    assert len(captions(drawn)[0][1]) == 5
 
 
 def test_tiny_images_are_enlarged_a_whole_number_of_times() -> None:

@@ -27,13 +27,13 @@ def test_multipliers_of_each_kind_of_parameter() -> None:
     def multipliers(name: str) -> Multipliers:
         return parameter_multipliers(name, depth=12, layerwise_decay=0.9, patch_embed_lr_mult=0.2)
 
-    assert multipliers("pos_embed") == (0.9**13, 1.0, False)
-    assert multipliers("patch_embed.proj.weight") == (0.9**13 * 0.2, 1.0, False)
-    assert multipliers("blocks.0.attn.qkv.weight") == (0.9**12, 1.0, False)
-    assert multipliers("blocks.11.norm1.weight") == (0.9, 0.0, False)
-    assert multipliers("blocks.10.ls1.gamma") == (0.9**2, 0.0, False)
-    assert multipliers("norm.bias") == (1.0, 0.0, False)
-    assert parameter_multipliers("last_layer.weight_g", depth=0) == (1.0, 1.0, True)
+    assert multipliers("pos_embed") == (0.9**13, 1.0, False, False)
+    assert multipliers("patch_embed.proj.weight") == (0.9**13 * 0.2, 1.0, False, False)
+    assert multipliers("blocks.0.attn.qkv.weight") == (0.9**12, 1.0, False, False)
+    assert multipliers("blocks.11.norm1.weight") == (0.9, 0.0, False, False)
+    assert multipliers("blocks.10.ls1.gamma") == (0.9**2, 0.0, False, False)
+    assert multipliers("norm.bias") == (1.0, 0.0, False, False)
+    assert parameter_multipliers("last_layer.weight_g", depth=0) == (1.0, 1.0, True, True)
 
 
 def test_every_trained_parameter_is_in_one_group_with_its_own_rates() -> None:
@@ -64,6 +64,18 @@ def test_a_frozen_last_layer_does_not_move() -> None:
     optimizer.step()
     for name, parameter in parts.named_parameters():
         assert torch.equal(parameter, before[name]) == ("last_layer" in name), name
+
+
+def test_a_frozen_backbone_does_not_move_while_the_heads_learn() -> None:
+    parts = tiny_parts()
+    optimizer = build_optimizer(parts)
+    for parameter in parts.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in parts.named_parameters()}
+    set_rates(optimizer, lr=0.1, last_layer_lr=0.1, weight_decay=0.1, backbone_lr=0.0)
+    optimizer.step()
+    for name, parameter in parts.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("backbone."), name
 
 
 def test_the_first_step_of_adamw_by_hand() -> None:

@@ -37,8 +37,8 @@ def test_figures_equal_their_definition(monkeypatch: pytest.MonkeyPatch) -> None
             hits_at[k] += any(hits[:k])
     found = {measured.metric: measured for measured in measure_retrieval(given, None)}
     assert found["map"].value == pytest.approx(np.mean(precisions))
-    for k, hits in hits_at.items():
-        assert found[f"recall@{k}"].value == pytest.approx(hits / 30)
+    for k, count in hits_at.items():
+        assert found[f"recall@{k}"].value == pytest.approx(count / 30)
     assert found["map"].interval[0] < found["map"].value < found["map"].interval[1]
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2_toolkit.curate.balance import normalised_entropy, seeded_keys, water_fill
+from dinov2_toolkit.curate.allocation import allocate
+from dinov2_toolkit.curate.balance import normalised_entropy, seeded_keys
 from dinov2_toolkit.curate.cluster import ClusterSettings, cluster_images
 from dinov2_toolkit.curate.dedup import DedupSettings, dedup_images
 from dinov2_toolkit.curate.kmeans import cluster_vectors
@@ -90,7 +91,7 @@ def test_a_sample_of_one_level_is_filled_like_water_and_takes_the_closest_when_t
     pool = write_embeddings(tmp_path / "pool.parquet", vectors, image_ids=image_ids)
     every = cluster(pool, "20", resample=1)
     sizes = np.bincount([int(str(row["cluster_0"])) for row in every], minlength=20)
-    wanted = water_fill(sizes, 150, seeded_keys(20, 0, 1))
+    wanted = allocate(sizes, np.array([150]), seeded_keys(20, 0, 1))
     assert wanted.min() < wanted.max()
     expected: list[object] = []
     for number, count in enumerate(wanted.tolist()):

@@ -94,6 +94,7 @@ class TrainConfig:
     layerwise_decay: float = 0.9
     patch_embed_lr_mult: float = 0.2
     freeze_last_layer_steps: int = 1250
+    freeze_backbone_steps: int = 0  # new heads on trained weights learn alone for so long
     max_skipped_steps: int = 10  # steps in a row with a gradient that is not finite before the run gives up
     mixed_precision: Literal["no", "bf16"] = "bf16"
 
@@ -128,7 +129,7 @@ COST_KEYS = ("checkpoint_every", "num_workers", "cache_mib", "keep_checkpoints",
 Config = TypeVar("Config", bound=TrainConfig)
 
 # Lengths that belong to the schedule: whoever sets `steps` without them stretches or compresses them with it.
-SCHEDULE_KEYS = ("warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps")
+SCHEDULE_KEYS = ("warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps", "freeze_backbone_steps")
 
 
 def resolve(

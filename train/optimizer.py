@@ -15,6 +15,7 @@ class Multipliers(NamedTuple):
     lr: float
     weight_decay: float
     is_last_layer: bool  # follows the schedule that is 0 for the first steps
+    is_head: bool = True  # false: of the backbone, which may be frozen for the first steps
 
 
 def parameter_multipliers(
@@ -40,7 +41,7 @@ def parameter_multipliers(
         layers_above = 0 if name.startswith("norm.") else depth + 1
     lr = layerwise_decay**layers_above * (patch_embed_lr_mult if name.startswith("patch_embed.") else 1.0)
     is_decayed = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
-    return Multipliers(lr, float(is_decayed), "last_layer" in name)
+    return Multipliers(lr, float(is_decayed), "last_layer" in name, is_head=depth == 0)
 
 
 def build_optimizer(
@@ -57,7 +58,8 @@ def build_optimizer(
         layerwise_decay, patch_embed_lr_mult: as in `parameter_multipliers`.
         betas: of AdamW.
 
-    Each group carries `lr_multiplier`, `wd_multiplier` and `is_last_layer`; its learning rate is 0 until `set_rates`.
+    Each group carries `lr_multiplier`, `wd_multiplier`, `is_last_layer` and `is_head`; its learning rate is 0 until
+    `set_rates`.
     """
     groups: dict[Multipliers, list[nn.Parameter]] = {}
     for part in parts.values():
@@ -74,8 +76,14 @@ def build_optimizer(
     devices = {parameter.device.type for parameters in groups.values() for parameter in parameters}
     return torch.optim.AdamW(
         [
-            {"params": parameters, "lr_multiplier": lr, "wd_multiplier": weight_decay, "is_last_layer": is_last_layer}
-            for (lr, weight_decay, is_last_layer), parameters in groups.items()
+            {
+                "params": parameters,
+                "lr_multiplier": multipliers.lr,
+                "wd_multiplier": multipliers.weight_decay,
+                "is_last_layer": multipliers.is_last_layer,
+                "is_head": multipliers.is_head,
+            }
+            for multipliers, parameters in groups.items()
         ],
         lr=0.0,
         betas=betas,
@@ -84,10 +92,23 @@ def build_optimizer(
     )
 
 
-def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, last_layer_lr: float, weight_decay: float) -> None:
-    """Write a step's learning rate and weight decay, times their multipliers, into every group."""
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    *,
+    lr: float,
+    last_layer_lr: float,
+    weight_decay: float,
+    backbone_lr: float | None = None,
+) -> None:
+    """Write a step's learning rate and weight decay, times their multipliers, into every group.
+
+    The backbone's learning rate is `lr` where it has none of its own.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
+        rate = last_layer_lr if group["is_last_layer"] else lr
+        if backbone_lr is not None and not group["is_head"]:
+            rate = backbone_lr
+        group["lr"] = rate * group["lr_multiplier"]
         group["weight_decay"] = weight_decay * group["wd_multiplier"]
 
 

@@ -238,6 +238,7 @@ def train(
                 lr=lr,
                 last_layer_lr=last_layer_lr(step, lr, freeze_steps=config.freeze_last_layer_steps),
                 weight_decay=weight_decay,
+                backbone_lr=0.0 if step < config.freeze_backbone_steps else lr,
             )
 
             # Data.
