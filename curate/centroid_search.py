@@ -63,8 +63,8 @@ def nearest_centroids(points: Float32, centroids: Centroids, lists: Lists | None
     present, starts = np.unique(heads[by], return_index=True)
     for head, rows in zip(present, np.split(by, starts[1:]), strict=True):
         listed = lists.listed[head]
-        sources = torch.from_numpy(points[rows]).to(device())
-        chosen = targets[torch.from_numpy(listed).to(device())]
+        sources = torch.from_numpy(points[rows]).to(targets.device)
+        chosen = targets[torch.from_numpy(listed).to(targets.device)]
         place, scores[rows] = _best(sources, chosen, None if offsets is None else offsets[listed])
         best[rows] = listed[place]
     return best, scores
@@ -123,7 +123,7 @@ def neighbours_of(points: Float32, centroids: Centroids, num: int, threads: Thre
     step = max(32, PRODUCTS // len(centroids))
 
     def search(start: int) -> Int64:
-        products = product(torch.from_numpy(points[start : start + step]).to(device()), targets)
+        products = product(torch.from_numpy(points[start : start + step]).to(targets.device), targets)
         if offsets is not None:
             products -= offsets
         return np.sort(np.argpartition(products, len(centroids) - num, axis=1)[:, len(centroids) - num :], axis=1)

@@ -117,11 +117,11 @@ def near_assignments(
     def look(clusters: Int64) -> None:
         for cluster in clusters.tolist():
             listed = near[cluster]
-            chosen = targets[torch.from_numpy(listed).to(device())]
+            chosen = targets[torch.from_numpy(listed).to(targets.device)]
             for start in range(int(starts[cluster]), int(ends[cluster]), JOB_POINTS):
                 rows = by[start : min(start + JOB_POINTS, int(ends[cluster]))]
                 members = points[rows]
-                scores = product(torch.from_numpy(members).to(device()), chosen)
+                scores = product(torch.from_numpy(members).to(targets.device), chosen)
                 own = 1.0 if offsets is None else np.einsum("nd,nd->n", members, members) / 2
                 if offsets is not None:
                     scores -= offsets[listed]
@@ -148,8 +148,8 @@ def neighbour_lists(centroids: Centroids, threads: ThreadPoolExecutor) -> Int64:
     def look(head: int) -> None:
         members = np.flatnonzero(heads == head)
         listed = np.union1d(lists.listed[head], members)
-        chosen = torch.from_numpy(listed).to(device())
-        scores = product(targets[torch.from_numpy(members).to(device())], targets[chosen])
+        chosen = torch.from_numpy(listed).to(targets.device)
+        scores = product(targets[torch.from_numpy(members).to(targets.device)], targets[chosen])
         if offsets is not None:
             scores -= offsets[listed]
         best = np.argpartition(scores, len(listed) - NUM_NEIGHBOURS, axis=1)[:, len(listed) - NUM_NEIGHBOURS :]

@@ -109,7 +109,7 @@ def _provenance(
     bases = [part.base() for part in inputs]
     base = bases[0] if len({base and base.content_id for base in bases}) == 1 else None
     models = {model.content_id: model for part in inputs if (model := part.model()) is not None}
-    model = models.values() if len(models) == 1 else ()
+    shared = tuple(models.values()) if len(models) == 1 else ()
     roles = {part.manifest.provenance.role for part in inputs if part.manifest.provenance is not None}
     parameters: dict[str, object] = {
         "parts": names,
@@ -123,7 +123,7 @@ def _provenance(
         command="curate union",
         parameters=parameters,
         seed=options.seed,
-        inputs=(*(source for part in inputs for source in part.sources()), *model),
+        inputs=(*(source for part in inputs for source in part.sources()), *shared),
         base=None if settings.embeddings else base,
         role=roles.pop() if len(roles) == 1 else "pool",
     )

@@ -11,8 +11,9 @@ import torch
 
 from .. import console
 from ..store.vectors import Float32, Float64, Int64, Vectors
+from .candidates import no_progress
 from .cells import RELEASED_BYTES, Cells, Int32, open_cells, release
-from .exact_search import Identity, Neighbors, SearchSettings, exact_neighbors, no_progress, num_candidates_for, settle
+from .exact_search import Identity, Neighbors, SearchSettings, exact_neighbors, num_candidates_for, settle
 from .products import product, run, unit_rows, workers
 from .similarity import similarities, tolerance
 

@@ -1,29 +1,24 @@
 """Exact nearest neighbours by cosine, whatever the block size, the number of threads or the device.
 
-FAISS proposes neighbours in float32; what it cannot tell apart is settled by float64 dot products in a fixed order.
+Products in float32 propose neighbours; what they cannot tell apart is settled by float64 sums in a fixed order.
 
 Q queries, N pool vectors, D numbers a vector, k neighbours, C candidates.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 
 from .. import console
 from ..store.vectors import Float32, Float64, Int64, Vectors
+from .candidates import BLOCK_BYTES, candidates
 from .similarity import first_identical, similarities, tolerance
 
 MARGIN = 16  # candidates beyond k, so that float32 rounding at the k-th place costs no second search
-BLOCK_BYTES = 1 << 28  # chosen: what a block of queries, or a quarter of it of the pool, may take
-CANDIDATE_BYTES = 64  # what a candidate takes while it is settled
 MOST_EXCLUDED = 1_000  # candidates more, at most, for pool rows that are the query's own image
 SETTLED_QUERIES = 4_096  # queries whose candidates are settled together
 EXACT_PRODUCTS = 1.6e13  # chosen: 200,000 x 200,000 vectors of 384; three minutes on two cores
 SCAN_QUERIES = 256  # queries a tile of `_scan`
-GPU_MAX_K = 2_048  # what FAISS can return on a GPU
 
 
 @dataclass(frozen=True)
@@ -139,60 +134,6 @@ def _most_excluded(identity: Identity) -> int:
     """Return how many pool vectors at most are the image of one query."""
     found, counts = np.unique(identity.pool, return_counts=True)
     return min(int(counts[np.isin(found, identity.queries)].max(initial=0)), MOST_EXCLUDED)
-
-
-def candidates(
-    queries: Vectors,
-    pool: Vectors,
-    num: int,
-    progress: str | None = "searching neighbours",
-    block_bytes: int = BLOCK_BYTES,
-) -> Iterator[tuple[int, Int64, Float32]]:
-    """Yield (start, positions, similarities) for blocks of queries: the `num` nearest by float32, (B, num) each.
-
-    Similarities fall along a row and are within `tolerance(D)` of the exact ones, as are those of what is left out.
-    """
-    num_blocks = -(-len(queries) * (4 * pool.dim + CANDIDATE_BYTES * num) // block_bytes)
-    starts = np.linspace(0, len(queries), num_blocks + 1).astype(np.int64)  # even blocks: FAISS is slow on small ones
-    pool_rows = max(num, 1_024, block_bytes // 4 // (4 * pool.dim))
-    search = _search_function(num)
-    total = len(queries) * -(-len(pool) // pool_rows)
-    bar = nullcontext(no_progress) if progress is None else console.progress(progress, total, "queries")
-    with bar as advance:
-        for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-            query_block = queries.unit(start, stop)
-            heap = faiss.ResultHeap(stop - start, num, keep_max=True)
-            for pool_start in range(0, len(pool), pool_rows):
-                pool_block = pool.unit(pool_start, min(pool_start + pool_rows, len(pool)))
-                found, positions = search(query_block, pool_block, min(num, len(pool_block)))
-                heap.add_result(found, positions + pool_start)
-                advance(stop - start)
-            heap.finalize()
-            yield start, heap.I, heap.D
-
-
-def no_progress(count: int = 1) -> None:
-    """Show nothing."""
-
-
-def _search_function(num: int) -> Callable[[Float32, Float32, int], tuple[Float32, Int64]]:
-    """Return exact float32 search (queries, pool, k) -> (similarities, positions), on the GPU when there is one."""
-    if faiss.get_num_gpus() == 0 or num > GPU_MAX_K:
-        console.detail("neighbours by FAISS on the CPU")
-        return _knn_by_products
-    console.detail("neighbours by FAISS on the GPU")
-    resources = faiss.StandardGpuResources()
-    return lambda queries, pool, k: faiss.knn_gpu(resources, queries, pool, k, metric=faiss.METRIC_INNER_PRODUCT)
-
-
-def _knn_by_products(queries: Float32, pool: Float32, k: int) -> tuple[Float32, Int64]:
-    """Search by FAISS; too few queries for its matrix products, five times as quick, are joined by zero vectors."""
-    num, dim = queries.shape
-    least = -(-faiss.cvar.distance_compute_blas_threshold // dim)
-    if least / 5 < num < least:
-        queries = np.concatenate([queries, np.zeros((least - num, dim), np.float32)])
-    found, positions = faiss.knn(queries, pool, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return found[:num], positions[:num]
 
 
 def _scan(

@@ -9,6 +9,7 @@ The idea of learning from copies: Pizzi et al. 2022 (A Self-Supervised Descripto
 Shapes: B images, S side in pixels, D embed_dim.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -121,26 +122,37 @@ def content_bounds(images: Tensor) -> Tensor:
     whole of a side keeps it. First only a frame is taken, which may hide margins of another colour. These are then
     judged together, for within the margins of one direction plain content would be flat in the other.
     """
-    count, _, side, _ = images.shape
-    limit = (MARGIN_STD * images.flatten(1).std(dim=1, correction=0)).clamp(*MARGIN_STD_BOUNDS)
-    places = torch.arange(side, device=images.device)
-    squares = images.square()
-    whole = torch.tensor([0, side, 0, side], device=images.device)
-    bounds = whole.expand(count, 4)
-    for blur in (0, MARGIN_BLUR):
-        left, right, top, bottom = bounds.T
-        rows, columns = _within(places, top, bottom, blur), _within(places, left, right, blur)
-        flat_columns = _deviation(images, squares, rows, "bcyx,by->bcx") <= limit[:, None]
-        flat_rows = _deviation(images, squares, columns, "bcyx,bx->bcy") <= limit[:, None]
-        inner = torch.stack(
-            [*_content(flat_columns, places, left, right), *_content(flat_rows, places, top, bottom)], dim=1
-        )
-        if blur:
-            return inner
-        widths = (inner - whole).abs()  # (B, 4)
-        frame = torch.minimum(widths, FRAME_RATIO * widths.amin(dim=1, keepdim=True))
-        bounds = (whole - frame).abs()
-    raise AssertionError("there are two rounds")
+    side = images.shape[-1]
+    lines = _Lines(
+        images,
+        images.square(),
+        torch.arange(side, device=images.device),
+        (MARGIN_STD * images.flatten(1).std(dim=1, correction=0)).clamp(*MARGIN_STD_BOUNDS)[:, None],
+    )
+    whole = torch.tensor([0, side, 0, side], device=images.device).expand(len(images), 4)
+    widths = (_inside(lines, whole, blur=0) - whole).abs()
+    frame = torch.minimum(widths, FRAME_RATIO * widths.amin(dim=1, keepdim=True))
+    return _inside(lines, (whole - frame).abs(), blur=MARGIN_BLUR)
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Pictures and what tells whether their lines are flat."""
+
+    images: Tensor  # (B, 3, S, S)
+    squares: Tensor  # (B, 3, S, S)
+    places: Tensor  # (S,) 0..S - 1
+    limit: Tensor  # (B, 1) standard deviation up to which a line is flat
+
+
+def _inside(lines: _Lines, bounds: Tensor, blur: int) -> Tensor:
+    """Return the bounds (B, 4) of what is left within `bounds` when flat lines go."""
+    left, right, top, bottom = bounds.T
+    rows, columns = _within(lines.places, top, bottom, blur), _within(lines.places, left, right, blur)
+    flat_columns = _deviation(lines, rows, "bcyx,by->bcx") <= lines.limit
+    flat_rows = _deviation(lines, columns, "bcyx,bx->bcy") <= lines.limit
+    across = _content(flat_columns, lines.places, left, right)
+    return torch.stack([*across, *_content(flat_rows, lines.places, top, bottom)], dim=1)
 
 
 def _within(places: Tensor, first: Tensor, last: Tensor, blur: int) -> Tensor:
@@ -150,9 +162,9 @@ def _within(places: Tensor, first: Tensor, last: Tensor, blur: int) -> Tensor:
     return inside / inside.sum(dim=1, keepdim=True)
 
 
-def _deviation(images: Tensor, squares: Tensor, weights: Tensor, equation: str) -> Tensor:
+def _deviation(lines: _Lines, weights: Tensor, equation: str) -> Tensor:
     """Return the standard deviation along each line (B, S), of the colour in which it is largest."""
-    mean, mean_square = torch.einsum(equation, images, weights), torch.einsum(equation, squares, weights)
+    mean, mean_square = torch.einsum(equation, lines.images, weights), torch.einsum(equation, lines.squares, weights)
     return (mean_square - mean.square()).clamp(min=0).sqrt().amax(dim=1)
 
 

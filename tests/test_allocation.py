@@ -46,19 +46,22 @@ def test_shares_are_exact_within_sizes_monotone_and_the_same_in_any_order(power:
     for num_wanted in {0, 1, int(sizes.sum()), *rng.integers(sizes.sum() + 1, size=8).tolist()}:
         if num_wanted > sizes.sum():
             continue
-        counts = allocate(sizes, np.array([num_wanted]), keys, weights=sizes**power)
+        counts = allocate(sizes, np.array([num_wanted]), keys, weights=sizes.astype(float) ** power)
         assert counts.sum() == num_wanted and (counts >= 0).all() and (counts <= sizes).all()
         for size, count in zip(sizes, counts, strict=True):
             assert (counts[sizes > size] >= count).all()
         order = rng.permutation(len(sizes))
-        again = allocate(sizes[order], np.array([num_wanted]), keys[order], weights=sizes[order] ** power)
+        again = allocate(sizes[order], np.array([num_wanted]), keys[order], weights=sizes[order].astype(float) ** power)
         assert again.tolist() == counts[order].tolist()
 
 
 def test_weights_share_in_proportion_until_someone_has_no_more() -> None:
     def shares(sizes: list[int], wanted: int, power: float) -> list[int]:
         given = np.array(sizes)
-        return allocate(given, np.array([wanted]), seeded_keys(len(sizes), 0, 0), weights=given**power).tolist()
+        counts: list[int] = allocate(
+            given, np.array([wanted]), seeded_keys(len(sizes), 0, 0), weights=given.astype(float) ** power
+        ).tolist()
+        return counts
 
     assert shares([100, 200, 700], 100, 1.0) == [10, 20, 70]  # proportional
     assert shares([100, 400, 900], 60, 0.5) == [10, 20, 30]  # the square root
@@ -71,10 +74,10 @@ def test_the_children_of_every_parent_add_up_to_what_is_wanted_of_it() -> None:
     rng = np.random.default_rng(0)
     sizes, parents, keys = rng.integers(0, 50, 200), rng.integers(0, 9, 200), seeded_keys(200, 1, 1)
     wanted = np.bincount(parents, sizes, 10).astype(np.int64) // 3  # parent 9 has no children
-    counts = allocate(sizes, wanted, keys, parents=parents, weights=sizes**0.5)
+    counts = allocate(sizes, wanted, keys, parents=parents, weights=sizes.astype(float) ** 0.5)
     for parent in range(9):
         mine = parents == parent
-        alone = allocate(sizes[mine], wanted[parent : parent + 1], keys[mine], weights=sizes[mine] ** 0.5)
+        alone = allocate(sizes[mine], wanted[parent : parent + 1], keys[mine], weights=sizes[mine].astype(float) ** 0.5)
         assert counts[mine].tolist() == alone.tolist() and alone.sum() == wanted[parent]
 
 

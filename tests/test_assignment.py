@@ -59,8 +59,7 @@ def found_in(rows: list[Row], names: list[str]) -> set[tuple[int, int]]:
     return {(names.index(str(row["query_id"])), int(str(row["row"]))) for row in rows}
 
 
-@pytest.mark.parametrize(("k", "num_pool"), [(1, 120), (3, 120), (4, 70), (50, 60)])
-@pytest.mark.parametrize("fill_pairs", [1 << 23, 64])
+@pytest.mark.parametrize(("k", "num_pool", "fill_pairs"), [(1, 120, 64), (3, 120, 64), (4, 70, 1 << 23), (50, 60, 64)])
 def test_filled_places_are_those_of_going_through_all_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int, num_pool: int, fill_pairs: int
 ) -> None:

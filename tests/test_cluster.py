@@ -88,7 +88,7 @@ def test_upper_levels_group_the_clusters_below(tmp_path: Path) -> None:
 
 def test_resampling_moves_centroids_from_crowds_to_the_rest() -> None:
     rng = np.random.default_rng(3)
-    crowd = np.eye(8)[0] + 0.3 * rng.normal(size=(4_000, 8))
+    crowd = np.eye(8)[0] + 0.3 * rng.normal(size=(2_000, 8))
     rest = np.eye(8)[1] + 0.3 * rng.normal(size=(200, 8))
     points = unit(np.concatenate([crowd, rest]).astype(np.float32)).astype(np.float32)
 

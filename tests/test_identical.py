@@ -131,8 +131,8 @@ def test_every_planted_exact_copy_is_found(tmp_path: Path) -> None:
     assert len(kept) == 60 and len(removed) == 120
     assert all(row["duplicates"] == 2 for row in kept)
     for gone in removed:
-        number, of = (re.split(r"[_.]", names([gone], column)[0])[0] for column in ("uri", "duplicate_of"))
-        assert number == of
+        mine, of = (re.split(r"[_.]", names([gone], column)[0])[0] for column in ("uri", "duplicate_of"))
+        assert mine == of
 
 
 def test_what_other_sets_hold_exactly_goes(tmp_path: Path) -> None:

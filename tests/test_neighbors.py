@@ -4,8 +4,9 @@ import faiss
 import numpy as np
 import pytest
 
+from dinov2_toolkit.features.candidates import candidates
+from dinov2_toolkit.features.exact_search import exact_neighbors
 from dinov2_toolkit.features.neighbors import Identity, Neighbors, first_identical, nearest, tolerance
-from dinov2_toolkit.features.exact_search import candidates, exact_neighbors
 from dinov2_toolkit.store.manifest import Source
 from dinov2_toolkit.store.vectors import Float64, Int64, Stored, Vectors
 

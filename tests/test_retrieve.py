@@ -122,7 +122,7 @@ def assert_same(rows: list[Row], expected: list[Found], queries: Images, pool: I
     assert [row["similarity"] for row in rows] == pytest.approx(cosines, abs=1e-7)
 
 
-@pytest.mark.parametrize("k", [1, 4, 40, 1_000])
+@pytest.mark.parametrize("k", [1, 4, 1_000])
 def test_ties_and_collisions_are_settled_as_by_brute_force(tmp_path: Path, k: int) -> None:
     queries, pool = planted(tmp_path)
     rows = retrieve(queries.path, pool.path, tmp_path / "curated.parquet", k=k)

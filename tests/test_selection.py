@@ -39,6 +39,11 @@ def pool_of(folder: Path, num_rows: int = 300, name: str = "pool") -> Path:
     return write_embeddings(folder / f"{name}.parquet", vectors, image_ids=ids, uris=uris, sizes=sizes, labels=labels)
 
 
+def queries_of(folder: Path) -> Path:
+    vectors = np.random.default_rng(5).normal(size=(20, 6)).astype(np.float32)
+    return write_embeddings(folder / "q.parquet", vectors, role="queries")
+
+
 def opened(path: Path, where: str | None = None) -> EmbeddedImages:
     return read_embedded(open_input("pool", path, path.with_name("output.parquet"), where=where))
 
@@ -126,7 +131,7 @@ def written(queries: Path, pool: Path, output: Path, **settings: object) -> list
 @pytest.mark.parametrize("mode", [{"k": 3}, {"k": 3, "fill": True}, {"per_cluster": 9, "num_clusters": 5}])
 def test_a_condition_leaves_the_same_pool_as_a_manifest_of_these_rows(tmp_path: Path, mode: dict[str, object]) -> None:
     pool = pool_of(tmp_path)
-    queries = write_embeddings(tmp_path / "q.parquet", np.random.default_rng(5).normal(size=(20, 6)), role="queries")
+    queries = queries_of(tmp_path)
     where = "width >= 100 and label is not null"
     kept = [row for row in range(100, 300) if row % 3 == 0]
     table = pq.read_table(pool).take(kept)
@@ -151,7 +156,7 @@ def test_a_limit_is_of_the_rows_before_the_condition(tmp_path: Path) -> None:
 
 def test_a_condition_on_a_selection_asks_its_own_columns(tmp_path: Path) -> None:
     pool = pool_of(tmp_path)
-    queries = write_embeddings(tmp_path / "q.parquet", np.random.default_rng(5).normal(size=(20, 6)), role="queries")
+    queries = queries_of(tmp_path)
     written(queries, pool, tmp_path / "near.parquet", k=10)
     near = pq.read_table(tmp_path / "near.parquet")
     images = opened(tmp_path / "near.parquet", "rank <= 2 -- the nearest only")

@@ -48,7 +48,8 @@ def union(parts: list[Part], output: Path, **settings: object) -> tuple[list[Row
 
 def test_what_was_retrieved_and_what_was_sampled_make_one_selection(tmp_path: Path) -> None:
     pool = pool_of(tmp_path)
-    queries = write_embeddings(tmp_path / "q.parquet", np.random.default_rng(1).normal(size=(6, 8)), role="queries")
+    vectors = np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32)
+    queries = write_embeddings(tmp_path / "q.parquet", vectors, role="queries")
     retrieve_images(queries, pool, str(tmp_path / "near.parquet"), RetrieveSettings(k=4), Options())
     cluster_images(pool, str(tmp_path / "even.parquet"), ClusterSettings("5", resample=1, sample=20), Options())
     paths = [tmp_path / "near.parquet", tmp_path / "even.parquet"]

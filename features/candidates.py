@@ -1,0 +1,169 @@
+"""The nearest by float32, all queries against all of a pool, by products of tiles.
+
+A product is compared with what the k-th place of each query already holds; the few numbers that pass are collected and
+thinned out now and then. So next to nothing is spent beside the products, which run at the machine's full rate.
+
+Q queries, N pool vectors, D numbers a vector, C candidates, B queries of a tile, T pool vectors of a tile.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import console
+from ..store.vectors import Float32, Int64, Vectors
+from .cells import RELEASED_BYTES, release
+from .products import device, product, run, unit_rows, workers
+
+BLOCK_BYTES = 1 << 28  # chosen: what the queries that go through the pool together may take
+QUERY_ROWS = 16_384  # chosen: so many at most
+TILE_QUERIES = 1_024  # chosen
+TILE_POOL = 4_096  # chosen
+FIRST_POOL = 1_024  # the first tile has no k-th place to compare with
+GPU_TILE_POOL = 1 << 17
+SLACK = 4  # candidates that are collected before they are thinned out, times C
+
+
+class Best:
+    """The best candidates of some queries so far."""
+
+    def __init__(self, num_queries: int, num: int) -> None:
+        self.num = num
+        self.values = torch.full((num_queries, SLACK * num), -torch.inf)
+        self.positions = torch.full((num_queries, SLACK * num), -1)
+        self.counts = np.zeros(num_queries, np.int64)
+        self.least = np.full((num_queries, 1), -np.inf, np.float32)  # what a candidate must exceed
+
+    def add(self, products: Float32, start: int) -> None:
+        """Take up products (B, T) with the pool vectors from `start` on."""
+        if self.least[0, 0] == -np.inf:  # not yet `num` of them
+            self._add_best(products, start)
+            return
+        query, column = np.divmod(np.flatnonzero(products > self.least), products.shape[1])
+        if not len(query):
+            return
+        first = np.searchsorted(query, np.arange(len(self.counts) + 1))
+        more = np.diff(first)
+        if (self.counts + more).max() > self.values.shape[1]:
+            self._thin_out()
+            if (self.counts + more).max() > self.values.shape[1]:
+                self._add_best(products, start)
+                return
+        place = self.counts[query] + np.arange(len(query)) - first[query]
+        self.values.numpy()[query, place] = products[query, column]
+        self.positions.numpy()[query, place] = column + start
+        self.counts += more
+
+    def _add_best(self, products: Float32, start: int) -> None:
+        top = torch.from_numpy(products).topk(min(self.num, products.shape[1]), dim=1)
+        self._thin_out()
+        stop = self.num + top.values.shape[1]
+        self.values[:, self.num : stop] = top.values
+        self.positions[:, self.num : stop] = top.indices + start
+        self._thin_out()
+
+    def _thin_out(self) -> None:
+        values, positions = self.sorted()
+        self.values[:, : self.num], self.values[:, self.num :] = values, -torch.inf
+        self.positions[:, : self.num] = positions
+        self.counts[:] = self.num
+        self.least = values[:, -1:].numpy().copy()
+
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """Return the best similarities (B, C), falling, and their positions."""
+        top = self.values.topk(self.num, dim=1)
+        return top.values, self.positions.gather(1, top.indices)
+
+
+def candidates(
+    queries: Vectors,
+    pool: Vectors,
+    num: int,
+    progress: str | None = "searching neighbours",
+    block_bytes: int = BLOCK_BYTES,
+) -> Iterator[tuple[int, Int64, Float32]]:
+    """Yield (start, positions, similarities) for blocks of queries: the `num` nearest by float32, (B, num) each.
+
+    Similarities fall along a row and are within `tolerance(D)` of the exact ones, as are those of what is left out.
+    `num` is at most N.
+    """
+    on_gpu = device().type == "cuda"
+    console.detail(f"neighbours by {'the GPU' if on_gpu else 'the CPU'}")
+    bar = nullcontext(no_progress) if progress is None else console.progress(progress, len(queries), "queries")
+    search = _by_gpu if on_gpu else _by_tiles
+    with workers() as threads, bar as advance:
+        rows = min(QUERY_ROWS, max(1, block_bytes // (4 * pool.dim + 12 * (SLACK + 1) * num)))
+        num_blocks = -(-len(queries) // rows)
+        bounds = np.linspace(0, len(queries), num_blocks + 1).astype(np.int64).tolist()
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+            found, positions = search(queries, start, stop, pool, num, threads, advance)
+            yield start, positions, found
+
+
+def no_progress(count: int = 1) -> None:
+    """Show nothing."""
+
+
+def _by_tiles(
+    queries: Vectors,
+    start: int,
+    stop: int,
+    pool: Vectors,
+    num: int,
+    threads: ThreadPoolExecutor,
+    advance: Callable[..., None],
+) -> tuple[Float32, Int64]:
+    blocks = [(first, min(first + TILE_QUERIES, stop)) for first in range(start, stop, TILE_QUERIES)]
+    points = [unit_rows(queries.array[queries.rows[first:last]]) for first, last in blocks]
+    best = [Best(last - first, num) for first, last in blocks]
+    first_tile = min(max(FIRST_POOL, num), len(pool))
+    tiles = [(0, first_tile)]
+    tiles += [(first, min(first + TILE_POOL, len(pool))) for first in range(first_tile, len(pool), TILE_POOL)]
+
+    def decode(tile: tuple[int, int]) -> Tensor:
+        return unit_rows(pool.array[pool.rows[slice(*tile)]])
+
+    passed, told = 0, 0
+    for tile, right in zip(tiles, run(threads, decode, tiles), strict=True):
+
+        def compare(number: int, right: Tensor = right, first: int = tile[0]) -> None:
+            best[number].add(product(points[number], right), first)
+
+        for _ in run(threads, compare, range(len(blocks))):
+            pass
+        done = (stop - start) * tile[1] // len(pool)
+        advance(done - told)
+        told = done
+        passed += len(right) * pool.dim * pool.array.itemsize
+        if passed > RELEASED_BYTES:
+            passed = 0
+            release(pool.array)
+    parts = [part.sorted() for part in best]
+    return torch.cat([part[0] for part in parts]).numpy(), torch.cat([part[1] for part in parts]).numpy()
+
+
+def _by_gpu(
+    queries: Vectors,
+    start: int,
+    stop: int,
+    pool: Vectors,
+    num: int,
+    threads: ThreadPoolExecutor,
+    advance: Callable[..., None],
+) -> tuple[Float32, Int64]:
+    left = unit_rows(queries.array[queries.rows[start:stop]])
+    values = left.new_empty((len(left), 0))
+    positions = torch.empty((len(left), 0), dtype=torch.int64, device=left.device)
+    for first in range(0, len(pool), GPU_TILE_POOL):
+        right = unit_rows(pool.array[pool.rows[first : first + GPU_TILE_POOL]])
+        top = (left @ right.T).topk(min(num, len(right)), dim=1)
+        values = torch.cat([values, top.values], dim=1)
+        positions = torch.cat([positions, top.indices + first], dim=1)
+        top = values.topk(min(num, values.shape[1]), dim=1)
+        values, positions = top.values, positions.gather(1, top.indices)
+    advance(stop - start)
+    return values.cpu().numpy(), positions.cpu().numpy()
