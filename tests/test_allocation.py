@@ -57,10 +57,8 @@ def test_shares_are_exact_within_sizes_monotone_and_the_same_in_any_order(power:
 
 def test_weights_share_in_proportion_until_someone_has_no_more() -> None:
     def shares(sizes: list[int], wanted: int, power: float) -> list[int]:
-        given = np.array(sizes)
-        counts: list[int] = allocate(
-            given, np.array([wanted]), seeded_keys(len(sizes), 0, 0), weights=given.astype(float) ** power
-        ).tolist()
+        given, keys = np.array(sizes), seeded_keys(len(sizes), 0, 0)
+        counts: list[int] = allocate(given, np.array([wanted]), keys, weights=given.astype(float) ** power).tolist()
         return counts
 
     assert shares([100, 200, 700], 100, 1.0) == [10, 20, 70]  # proportional

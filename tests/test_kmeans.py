@@ -44,7 +44,8 @@ def slow_nearest(points: Float64, centroids: Float64, metric: Metric) -> Int64:
     if metric == "cosine":
         points, centroids = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (points, centroids))
     squares: Float64 = ((points[:, None] - centroids[None]) ** 2).sum(axis=2)
-    return squares.argmin(axis=1)
+    nearest: Int64 = squares.argmin(axis=1)
+    return nearest
 
 
 def cost(vectors: Stored, made: Clustering) -> float:

@@ -1,7 +1,9 @@
 """`dinov2 evaluate probe`: what is measured, what is left out, and what is written."""
 
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,11 @@ from dinov2_toolkit import cli
 from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate import linear
+from dinov2_toolkit.evaluate import probe as probe_module
 from dinov2_toolkit.evaluate.probe import ProbeSettings, parse_ks, probe
 from dinov2_toolkit.evaluate.vote import usable_ks
 from dinov2_toolkit.evaluate.scores import bootstrap_interval
+from dinov2_toolkit.features.extract import FeatureModel, open_model
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, Result
 from dinov2_toolkit.store.manifest import ROW_FIELD, SCORE_FIELDS, ManifestWriter, Provenance, open_manifest
@@ -146,6 +150,61 @@ def test_embeddings_and_images_with_their_model_score_the_same(
     assert rows() == of_embeddings
     measure("train.parquet", "test.parquet", asked, Options(force=True))
     assert rows() == of_embeddings
+
+
+def test_every_method_names_itself_and_the_best_accuracy_is_the_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "MIN_STEPS", 50)
+    train, test = draw_classes(tmp_path / "train", 30, seed=0), draw_classes(tmp_path / "test", 12, seed=1)
+    methods = ("knn", "linear", "logreg", "retrieval")
+    result = measure(str(train), str(test), ProbeSettings((SMALL_VIT,), methods, num_workers=1))
+    found = {(row["method"], row["metric"]) for row in rows()}
+    accuracies = {(method, "top1") for method in methods[:3]}
+    assert found == accuracies | {("retrieval", metric) for metric in ("map", "recall@1", "recall@5", "recall@10")}
+    assert result.value == max(float(str(row["value"])) for row in rows() if row["metric"] == "top1")
+    parameters = {str(row["method"]): json.loads(str(row["parameters"])) for row in rows()}
+    assert parameters["linear"]["grid"]["blocks"] == [1, 4]
+    assert parameters["linear"]["grid"]["mean_patch"] == [False, True]
+    assert parameters["logreg"]["C"] > 0
+    assert all(float(str(row["low"])) <= float(str(row["value"])) <= float(str(row["high"])) for row in rows())
+
+
+def test_of_features_for_the_linear_grid_the_others_see_the_last_class_token(tmp_path: Path) -> None:
+    train, test = draw_classes(tmp_path / "train", 20, seed=0), draw_classes(tmp_path / "test", 12, seed=1)
+    measure(str(train), str(test), ProbeSettings((SMALL_VIT,), ("knn", "linear"), (1, 3), num_workers=1))
+    beside = [row for row in rows() if row["method"] == "knn"]
+    alone = ProbeSettings((SMALL_VIT,), ("knn",), (1, 3), num_workers=1)
+    measure(str(train), str(test), alone, Options(force=True))
+    assert rows() == beside
+
+
+def test_few_images_a_class_are_asked_for_with_knn_alone() -> None:
+    train, test = embedded("train", [0, 5, 80, 90], ["a", "a", "b", "b"]), embedded("test", [3, 85], ["a", "b"])
+    measure(train, test, ProbeSettings(ks=(1,), per_class=1))
+    assert [(row["metric"], row["value"], row["num_train"]) for row in rows()] == [("top1", 1, 2), ("top1_std", 0, 2)]
+    with pytest.raises(ToolkitError, match="--per-class 1 is for --method knn"):
+        measure(train, test, ProbeSettings(methods=("logreg",), per_class=1), Options(force=True))
+
+
+def test_one_model_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = draw_classes(tmp_path / "train", 9, seed=0), draw_classes(tmp_path / "test", 6, seed=1)
+    opened: list[weakref.ref[object]] = []
+    most = 0
+
+    def counting(name: str | None, seed: int) -> FeatureModel:
+        nonlocal most
+        model = open_model(name, seed)
+        opened.append(weakref.ref(model.backbone))
+        gc.collect()
+        most = max(most, sum(each() is not None for each in opened))
+        return model
+
+    monkeypatch.setattr(probe_module, "open_model", counting)
+    models = (SMALL_VIT, "random:vit_tiny/28", "pixels")
+    measure(str(train), str(test), ProbeSettings(models, ks=(1,), num_workers=1))
+    assert len(rows()) == 3
+    assert most == 1
 
 
 def test_a_selection_takes_its_vectors_from_its_base() -> None:
