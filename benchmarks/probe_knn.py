@@ -44,7 +44,7 @@ def make_features(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     centres = np.random.default_rng(99).standard_normal((NUM_CLASSES, DIM), dtype=np.float32)
     labels = random.integers(0, NUM_CLASSES, count)
-    return 0.12 * centres[labels] + random.standard_normal((count, DIM), dtype=np.float32), labels
+    return 0.2 * centres[labels] + random.standard_normal((count, DIM), dtype=np.float32), labels
 
 
 def write_manifest(path: Path, features: np.ndarray, labels: np.ndarray) -> None:

@@ -139,13 +139,16 @@ def _fit_sample(
             f"{budget / 2**30:.2f} GiB of memory hold {num_points:,} points, too few for {num_clusters:,} clusters;"
             " give a larger --memory, or fewer clusters"
         )
-    keys = seeded_keys(len(vectors), seed, SAMPLE_PURPOSE)
-    sample = np.arange(len(vectors))
-    if num_points < len(vectors):
-        sample = np.sort(np.argpartition(keys, num_points)[:num_points])
-    points = read_points(vectors, sample, settings.metric)
+    points = read_points(vectors, sample_rows(len(vectors), num_points, seed), settings.metric)
     vectors_of = fit_centroids(points, num_clusters, num_resamplings, seed, settings, progress, threads)
     return Centroids(vectors_of, settings.metric)
+
+
+def sample_rows(num_rows: int, num_points: int, seed: int) -> Int64:
+    """Return the rows (S,) that centroids are fitted to, rising: those with the lowest seeded keys."""
+    if num_points >= num_rows:
+        return np.arange(num_rows)
+    return np.sort(np.argpartition(seeded_keys(num_rows, seed, SAMPLE_PURPOSE), num_points)[:num_points])
 
 
 def read_points(vectors: Vectors, rows: Int64, metric: Metric) -> Float32:

@@ -93,7 +93,9 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
             _describe(output, sides, masked, contenders, methods)
             return None
         with recorded(path) as finished:
-            scores = list(_scores(sides, masked, contenders, methods, settings, options))
+            scores: list[Score] = []
+            for contender in contenders:  # a model is let go before the next is opened
+                scores += _scores(sides, masked, contender, methods, settings, options.seed)
             finished.append(write_scores(path, provenance, scores))
     elif options.dry_run:
         return None
@@ -170,27 +172,26 @@ def _describe(
 def _scores(
     sides: list[Side],
     masked: list[MaskedSide],
-    contenders: list[Contender],
+    contender: Contender,
     methods: tuple[str, ...],
     settings: ProbeSettings,
-    options: Options,
+    seed: int,
 ) -> Iterator[Score]:
-    """Yield what every protocol finds of every contender; one model at a time is in memory."""
-    for contender in contenders:
-        model = None if contender.model is None else open_model(contender.model, options.seed)
-        task = _task(sides, model, methods, settings, options.seed) if sides else None
-        for method in methods:
-            for found in _measured(method, task, model, masked, settings, options.seed):
-                yield Score(
-                    contender.name,
-                    method,
-                    json.dumps(found.parameters),
-                    found.metric,
-                    found.value,
-                    *found.interval,
-                    found.num_train,
-                    found.num_test,
-                )
+    """Yield what every protocol finds of a contender."""
+    model = None if contender.model is None else open_model(contender.model, seed)
+    task = _task(sides, model, methods, settings, seed) if sides else None
+    for method in methods:
+        for found in _measured(method, task, model, masked, settings, seed):
+            yield Score(
+                contender.name,
+                method,
+                json.dumps(found.parameters),
+                found.metric,
+                found.value,
+                *found.interval,
+                found.num_train,
+                found.num_test,
+            )
 
 
 def _measured(

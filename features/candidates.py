@@ -33,8 +33,8 @@ class Best:
 
     def __init__(self, num_queries: int, num: int) -> None:
         self.num = num
-        self.values = torch.full((num_queries, SLACK * num), -torch.inf)
-        self.positions = torch.full((num_queries, SLACK * num), -1)
+        self.values = np.full((num_queries, SLACK * num), -np.inf, np.float32)
+        self.positions = np.full((num_queries, SLACK * num), -1)
         self.counts = np.zeros(num_queries, np.int64)
         self.least = np.full((num_queries, 1), -np.inf, np.float32)  # what a candidate must exceed
 
@@ -54,29 +54,43 @@ class Best:
                 self._add_best(products, start)
                 return
         place = self.counts[query] + np.arange(len(query)) - first[query]
-        self.values.numpy()[query, place] = products[query, column]
-        self.positions.numpy()[query, place] = column + start
+        self.values[query, place] = products[query, column]
+        self.positions[query, place] = column + start
         self.counts += more
 
     def _add_best(self, products: Float32, start: int) -> None:
-        top = torch.from_numpy(products).topk(min(self.num, products.shape[1]), dim=1)
+        top = _largest(products, min(self.num, products.shape[1]))
         self._thin_out()
-        stop = self.num + top.values.shape[1]
-        self.values[:, self.num : stop] = top.values
-        self.positions[:, self.num : stop] = top.indices + start
+        stop = self.num + top.shape[1]
+        self.values[:, self.num : stop] = np.take_along_axis(products, top, axis=1)
+        self.positions[:, self.num : stop] = top + start
         self._thin_out()
 
     def _thin_out(self) -> None:
-        values, positions = self.sorted()
-        self.values[:, : self.num], self.values[:, self.num :] = values, -torch.inf
+        top = _largest(self.values, self.num)
+        values, positions = (
+            np.take_along_axis(self.values, top, axis=1),
+            np.take_along_axis(self.positions, top, axis=1),
+        )
+        self.values[:, : self.num], self.values[:, self.num :] = values, -np.inf
         self.positions[:, : self.num] = positions
         self.counts[:] = self.num
-        self.least = values[:, -1:].numpy().copy()
+        self.least = values.min(axis=1, keepdims=True)
 
-    def sorted(self) -> tuple[Tensor, Tensor]:
+    def sorted(self) -> tuple[Float32, Int64]:
         """Return the best similarities (B, C), falling, and their positions."""
-        top = self.values.topk(self.num, dim=1)
-        return top.values, self.positions.gather(1, top.indices)
+        self._thin_out()
+        values, positions = self.values[:, : self.num], self.positions[:, : self.num]
+        by = np.argsort(-values, axis=1, kind="stable")
+        return np.take_along_axis(values, by, axis=1), np.take_along_axis(positions, by, axis=1)
+
+
+def _largest(values: Float32, num: int) -> Int64:
+    """Return where the `num` largest of every row are, (B, num), in no order."""
+    if num == values.shape[1]:
+        return np.broadcast_to(np.arange(num), values.shape)
+    places: Int64 = np.argpartition(values, values.shape[1] - num, axis=1)[:, values.shape[1] - num :]
+    return places
 
 
 def candidates(
@@ -143,7 +157,7 @@ def _by_tiles(
             passed = 0
             release(pool.array)
     parts = [part.sorted() for part in best]
-    return torch.cat([part[0] for part in parts]).numpy(), torch.cat([part[1] for part in parts]).numpy()
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
 def _by_gpu(

@@ -22,7 +22,7 @@ from .. import console
 from ..store.vectors import Float32, Int64, Stored, Vectors, cache_folder, make_room
 from .products import product, run, unit_rows, workers
 
-ROWS_A_CELL = int(os.environ.get("RAC","256"))  # chosen: rows in a cell, on average
+ROWS_A_CELL = int(os.environ.get("RAC", "256"))  # chosen: rows in a cell, on average
 SAMPLE_A_CELL = 32  # chosen: rows by which a centroid is fitted
 ITERATIONS = 6  # chosen: cells need not be good clusters
 NUM_NEAREST = 8  # P: cells of which a row knows
@@ -146,7 +146,9 @@ def spherical_kmeans(points: Tensor, num_centroids: int, seed: list[int]) -> Ten
 def _write(pool: Vectors, centroids: Float32, groups: Int64, paths: dict[str, Path]) -> None:
     """Assign all rows, sort them by cell, and put the files into place."""
     count = (len(pool), NUM_NEAREST)
-    with _temporary("nearest", np.int32, count) as nearest, _temporary("gaps", np.float16, count) as gaps:
+    with _temporary("nearest") as nearest_path, _temporary("gaps") as gaps_path:
+        nearest: Int32 = np.lib.format.open_memmap(nearest_path, mode="w+", dtype=np.int32, shape=count)
+        gaps: Float16 = np.lib.format.open_memmap(gaps_path, mode="w+", dtype=np.float16, shape=count)
         _assign(pool, centroids, groups, nearest, gaps)
         own = np.array(nearest[:, 0])
         ids = np.argsort(own, kind="stable")
@@ -228,11 +230,11 @@ def _gather(source: npt.NDArray[np.generic], rows: Int64, target: Path) -> None:
 
 
 @contextmanager
-def _temporary(name: str, dtype: type[np.generic], shape: tuple[int, int]) -> Iterator[npt.NDArray[np.generic]]:
-    """Yield an array on disk that is gone afterwards."""
+def _temporary(name: str) -> Iterator[Path]:
+    """Yield where a file may be written that is gone afterwards."""
     path = cache_folder() / f".{name}.{os.getpid()}.tmp"
     try:
-        yield np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        yield path
     finally:
         path.unlink(missing_ok=True)
 

@@ -4,7 +4,7 @@ N vectors, D numbers a vector, K cells, P nearest cells of a row, E pairs.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from .cells import RELEASED_BYTES, Cells, cells_key, open_cells, release
 from .exact_search import DEFAULTS, EXACT_PRODUCTS, SearchSettings
 from .graph import Bools, Graph
 from .products import TILE, run, tile_above, unit_rows, workers
+from .tasks import Batch, Task
 from .width import join_width
 
 EXACT_ROWS = 8_192  # rows a block of the exact join
@@ -32,14 +33,6 @@ class Joined:
     labels: Int64  # (N,) the smallest position of every vector's component
     degree: Int64  # (N,) the weight of the others above the threshold; where it is `enough` or more, at least that
     recall: float  # measured share of the pairs above the threshold that were found; 1: exact
-
-
-@dataclass(frozen=True)
-class Task:
-    """Rows to be compared with a run of rows; with those after them where they are the same run."""
-
-    left: Int64 | slice
-    right: slice
 
 
 def components_above(
@@ -70,10 +63,10 @@ def components_above(
     keep = None
     if search.recall >= 1:
         width, recall = np.inf, 1.0
-        batches = bounded_batches(by_cell, cells, threshold, search)
-        if batches is None:
-            console.say(f"comparing all {num:,} vectors with all, as --recall 1 asks")
-            batches = exact_batches(num)
+        bounded = bounded_batches(by_cell, cells, threshold)
+        how = "all with all" if bounded is None else "all that bounds do not exclude"
+        console.say(f"{num:,} vectors, {products:.1e} products: comparing {how}, as --recall 1 asks")
+        batches = exact_batches(num) if bounded is None else bounded
     else:
         width, recall = join_width(by_cell, cells, threshold, search)
         console.say(
@@ -99,23 +92,23 @@ def components_above(
     return Joined(labels, degree, recall)
 
 
-def exact_batches(num: int) -> list[Callable[[], Iterable[Task]]]:
+def exact_batches(num: int) -> list[Batch]:
     """Return what compares every row with every other, a block of rows with all after it at a time."""
     blocks = [slice(start, min(start + EXACT_ROWS, num)) for start in range(0, num, EXACT_ROWS)]
 
-    def batch(number: int) -> Callable[[], Iterable[Task]]:
+    def batch(number: int) -> Batch:
         return lambda: (Task(blocks[number], right) for right in blocks[number:])
 
     return [batch(number) for number in range(len(blocks))]
 
 
-def visit_batches(cells: Cells, width: float) -> list[Callable[[], Iterable[Task]]]:
+def visit_batches(cells: Cells, width: float) -> list[Batch]:
     """Return what compares the rows of every cell with each other and with those that visit it."""
     num_cells = len(cells.centroids)
     bounds = np.unique(np.linspace(0, num_cells, BATCHES + 1).astype(np.int64)).tolist()
     visitors, offsets = _visitors(cells, width)
 
-    def batch(first: int, last: int) -> Callable[[], Iterable[Task]]:
+    def batch(first: int, last: int) -> Batch:
         def tasks() -> Iterator[Task]:
             for cell in range(first, last):
                 members = cells.members(cell)
@@ -158,7 +151,7 @@ def _join(
     graph: Graph,
     vectors: Vectors,
     threshold: float,
-    batches: list[Callable[[], Iterable[Task]]],
+    batches: list[Batch],
     keep: Callable[[Int64, Int64], Bools] | None,
     kept: Path | None,
 ) -> None:

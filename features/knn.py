@@ -3,14 +3,19 @@
 N training images, M test images, D numbers a feature, C classes.
 """
 
+from contextlib import nullcontext
+
 import numpy as np
 
+from .. import console
 from ..store.manifest import Source
 from ..store.vectors import Float32, Float64, Int64, Vectors
 from .neighbors import SearchSettings, nearest
 
 TEMPERATURE = 0.07
+BLOCK_ROWS = 1_024  # test images looked up at once
 BLOCK_VOTES = 4_000_000  # votes (image by class) counted at once: 32 MB
+EXACT = SearchSettings(memory=256 << 20, recall=1.0)  # chosen: larger blocks are no faster
 
 
 def knn_guesses(
@@ -38,17 +43,24 @@ def knn_guesses(
         raise ValueError(f"ks {ks} must lie in 1..{len(train_labels)}, the number of training images")
     num_classes = int(train_labels.max()) + 1
     train, test = in_memory(train_features), in_memory(test_features)
-    found = nearest(test, train, max_k, order=train.rows, search=SearchSettings(recall=1.0), progress=progress)
-    labels = train_labels[found.indices]  # (M, max_k)
-    weights = np.exp((found.similarities - found.similarities[:, :1]) / temperature)
-    weights /= weights.sum(axis=1, keepdims=True)
-    block_rows = max(1, BLOCK_VOTES // num_classes)
+    block_rows = max(1, min(BLOCK_ROWS, BLOCK_VOTES // num_classes))
     guesses: dict[int, list[Int64]] = {k: [] for k in ks}
-    for start in range(0, len(labels), block_rows):
-        block = slice(start, start + block_rows)
-        for k in ks:
-            guesses[k].append(_most_voted(labels[block, :k], weights[block, :k], num_classes, num_guesses))
+    bar = nullcontext(_no_progress) if progress is None else console.progress(progress, len(test), "images")
+    with bar as advance:
+        for start in range(0, len(test), block_rows):
+            block = test.take(test.rows[start : start + block_rows])
+            found = nearest(block, train, max_k, order=train.rows, search=EXACT, progress=None)
+            labels = train_labels[found.indices]  # (B, max_k)
+            weights = np.exp((found.similarities - found.similarities[:, :1]) / temperature)
+            weights /= weights.sum(axis=1, keepdims=True)
+            for k in ks:
+                guesses[k].append(_most_voted(labels[:, :k], weights[:, :k], num_classes, num_guesses))
+            advance(len(block))
     return {k: np.concatenate(blocks) for k, blocks in guesses.items()}
+
+
+def _no_progress(count: int) -> None:
+    pass
 
 
 def in_memory(features: Float32) -> Vectors:

@@ -7,8 +7,8 @@ import numpy as np
 
 from .. import console
 from ..store.vectors import Int64, Vectors
-from .cell_search import cell_neighbors
 from .candidates import BLOCK_BYTES
+from .cell_search import cell_neighbors
 from .exact_search import DEFAULTS, exact_neighbors
 from .exact_search import EXACT_PRODUCTS as EXACT_PRODUCTS  # all of these are for those who search
 from .exact_search import Identity as Identity

@@ -272,6 +272,8 @@ def build_vit(
     *,
     patch_size: int = 14,
     depth: int | None = None,
+    embed_dim: int | None = None,
+    num_heads: int | None = None,
     ffn: Ffn | None = None,
     num_register_tokens: int = 0,
     in_chans: int = 3,
@@ -283,8 +285,8 @@ def build_vit(
 ) -> VisionTransformer:
     """Return a freshly initialised ViT of a named architecture (arguments as in `VisionTransformer`).
 
-    `depth` and `ffn` None mean the architecture's own; `img_size` None means 37 patches a side, as the released
-    weights have.
+    `depth`, `embed_dim`, `num_heads` and `ffn` None mean the architecture's own; `img_size` None means 37 patches a
+    side, as the released weights have.
 
     Raises:
         ToolkitError: if there is no such architecture.
@@ -294,9 +296,9 @@ def build_vit(
     chosen = ARCHITECTURES[arch]
     return VisionTransformer(
         patch_size=patch_size,
-        embed_dim=chosen.embed_dim,
+        embed_dim=chosen.embed_dim if embed_dim is None else embed_dim,
         depth=chosen.depth if depth is None else depth,
-        num_heads=chosen.num_heads,
+        num_heads=chosen.num_heads if num_heads is None else num_heads,
         ffn=ffn or chosen.ffn,
         num_register_tokens=num_register_tokens,
         in_chans=in_chans,

@@ -7,7 +7,7 @@ the backbone and its heads and to prepare images, and the weights as `backbone.*
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b, file_digest
 from pathlib import Path
@@ -105,6 +105,14 @@ def save_model(
     _write_whole(folder / MODEL_JSON, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def save_students(folder: Path, averages: nn.ModuleDict, names: Sequence[str]) -> None:
+    """Write all students of a common distillation into one file, for going on, and a model.json that names them."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in averages.state_dict().items()}
+    text = json.dumps({"format": 1, "students": list(names)}, indent=1) + "\n"
+    _write_whole(folder / TEACHER_FILE, lambda path: save_file(tensors, path, metadata={MODEL_METADATA: text}))
+    _write_whole(folder / MODEL_JSON, lambda path: path.write_text(text, encoding="utf-8"))
+
+
 def model_description(
     backbone: VisionTransformer, heads: Mapping[str, ProjectionHead], preprocessing: Preprocessing
 ) -> str:
@@ -143,6 +151,10 @@ def read_model_json(folder: Path) -> SavedModel:
 
 
 def _saved_model(described: Mapping[str, object], path: Path) -> SavedModel:
+    students = described.get("students")
+    if isinstance(students, list):
+        folders = ", ".join(str(path.parent / str(student)) for student in students)
+        raise ToolkitError(f"{path.parent} holds several models; name one of {folders}")
     try:
         backbone, heads, preprocessing = (described[name] for name in ("backbone", "heads", "preprocessing"))
         assert isinstance(backbone, dict) and isinstance(heads, dict) and isinstance(preprocessing, dict)

@@ -11,6 +11,7 @@ from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone, load_heads
 from dinov2_toolkit.train.checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint
 from dinov2_toolkit.train.distill_model import DistillModel
+from dinov2_toolkit.train.frozen_teacher import FrozenTeacher
 from dinov2_toolkit.train.optimizer import build_optimizer, set_rates
 from dinov2_toolkit.train.ssl_model import SSLModel
 
@@ -58,14 +59,14 @@ def test_a_loaded_checkpoint_goes_on_exactly_as_the_run_would_have(tmp_path: Pat
 
 def test_the_frozen_model_of_a_distillation_is_not_saved(tmp_path: Path) -> None:
     backbone = VisionTransformer(patch_size=4, embed_dim=8, depth=1, num_heads=2, img_size=8)
-    model = DistillModel(backbone, dict(small_model(0).teacher.items()))
+    model = DistillModel(backbone, FrozenTeacher(dict(small_model(0).teacher.items())))
     optimizer = build_optimizer(model.student)
     path = save(tmp_path, 1, model, optimizer)
     names = [name for file in path.glob("*.safetensors") for name in load_file(file)]
     assert len(names) == len(model.student.state_dict()) + len(model.teacher.state_dict())
-    frozen = model.frozen["backbone"].state_dict()["cls_token"].clone()
+    frozen = model.frozen.backbone.state_dict()["cls_token"].clone()
     load_checkpoint(path, model, optimizer)
-    assert torch.equal(model.frozen["backbone"].state_dict()["cls_token"], frozen)
+    assert torch.equal(model.frozen.backbone.state_dict()["cls_token"], frozen)
 
 
 def test_a_checkpoint_folder_is_a_model(tmp_path: Path) -> None:

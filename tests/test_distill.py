@@ -1,5 +1,6 @@
 """Distillation: one step against the paper's sums written out, and whole runs."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.head import ProjectionHead
+from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone, load_heads, save_model
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options
-from dinov2_toolkit.train.config import TrainConfig, resolve
-from dinov2_toolkit.train.distill import build_distill_model, distill, distill_config
+from dinov2_toolkit.train.config import resolve
+from dinov2_toolkit.train.distill import DistillConfig, build_distill_model, distill, distill_config
 from dinov2_toolkit.train.distill_model import DistillModel
+from dinov2_toolkit.train.frozen_teacher import FrozenTeacher
 
 SETTINGS = [
     "arch=vit_tiny",
@@ -70,7 +73,7 @@ def cross_entropy(student_logits: Tensor, probs: Tensor) -> Tensor:
 def test_a_step_is_the_sum_over_all_pairs_and_all_patches(separate: bool) -> None:
     torch.manual_seed(0)
     frozen = teacher(separate)
-    model = DistillModel(backbone(16), frozen).train()
+    model = DistillModel(backbone(16), FrozenTeacher(frozen)).train()
     num_images, num_local = 3, 2
     global_crops, local_crops = torch.randn(2 * num_images, 3, 12, 12), torch.randn(num_local * num_images, 3, 8, 8)
     masks = torch.rand(2 * num_images, 9) < 0.5
@@ -107,7 +110,7 @@ def test_a_step_is_the_sum_over_all_pairs_and_all_patches(separate: bool) -> Non
 
 def test_only_the_student_learns_and_its_average_follows() -> None:
     torch.manual_seed(0)
-    model = DistillModel(backbone(16), teacher(False)).train()
+    model = DistillModel(backbone(16), FrozenTeacher(teacher(False))).train()
     losses = model(
         model.taught(torch.randn(4, 3, 12, 12), None, torch.zeros(4, 9, dtype=torch.bool), teacher_temp=0.05)
     )
@@ -122,9 +125,46 @@ def test_only_the_student_learns_and_its_average_follows() -> None:
     torch.testing.assert_close(model.teacher.get_parameter(name), before + 0.25)
 
 
-def test_another_patch_size_is_an_error() -> None:
-    with pytest.raises(ToolkitError, match="patch size 6 .*teacher's 4"):
-        DistillModel(backbone(16, patch_size=6), teacher(False))
+def test_a_teacher_of_another_patch_size_sees_the_crops_at_the_size_of_the_same_grid() -> None:
+    torch.manual_seed(0)
+    frozen = teacher(False)
+    model = DistillModel(backbone(16, patch_size=6), FrozenTeacher(frozen)).train()
+    crops = torch.randn(4, 3, 18, 18)  # 3 x 3 patches of 6 px for the student, so 12 px for the teacher's of 4 px
+    step = model.taught(crops, None, torch.zeros(4, 9, dtype=torch.bool), teacher_temp=0.05)
+    smaller = torch.nn.functional.interpolate(crops, size=(12, 12), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        taught = frozen["backbone"].forward_features(smaller)  # type: ignore[operator]
+        logits = frozen["dino_head"](taught.patch_tokens.reshape(-1, 24))
+    torch.testing.assert_close(step.patch_targets, slow_sinkhorn(logits, 0.05), rtol=1e-4, atol=1e-6)
+    assert torch.equal(step.global_crops, crops)
+    assert model(step)["total"].isfinite()
+
+
+def test_the_teacher_sees_pixels_normalised_by_its_own_numbers() -> None:
+    pixels = torch.rand(2, 3, 12, 12)
+    own_mean, own_std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    parts = teacher(False)
+    frozen = FrozenTeacher(parts, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
+    theirs = (pixels - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.25, 0.2]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = parts["backbone"].forward_features(theirs).cls_token  # type: ignore[operator]
+        found = frozen((pixels - own_mean) / own_std, 4).cls_token
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_kept_in_half_precision_answers_bit_for_bit_what_autocast_makes_of_it() -> None:
+    torch.manual_seed(0)
+    parts = teacher(True)
+    crops, masks = torch.randn(6, 3, 12, 12), torch.zeros(6, 9, dtype=torch.bool)
+    targets = []
+    for half in (False, True):
+        frozen = FrozenTeacher({name: copy.deepcopy(part) for name, part in parts.items()}, half=half)
+        assert frozen.backbone.patch_embed.proj.weight.dtype == (torch.bfloat16 if half else torch.float32)
+        assert frozen.backbone.norm.weight.dtype == torch.float32
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            step = DistillModel(backbone(16), frozen).taught(crops, None, masks, teacher_temp=0.05)
+        targets.append((step.cls_targets, step.patch_targets))
+    assert all(torch.equal(first, second) for first, second in zip(*targets, strict=True))
 
 
 @pytest.fixture
@@ -151,7 +191,7 @@ def teacher_run(tmp_path: Path) -> Path:
 
 
 def test_a_run_leaves_the_students_average_and_its_lineage(manifest: Path, teacher_run: Path) -> None:
-    config = resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=SETTINGS)
+    config = resolve(DistillConfig, recipe=None, environment={}, flags={}, assignments=SETTINGS)
     output = manifest.parent / "student"
     frozen_before = load_file(teacher_run / "teacher.safetensors")
     distill(manifest, str(output), config, Options(), teacher=str(teacher_run))
@@ -169,7 +209,7 @@ def test_a_run_leaves_the_students_average_and_its_lineage(manifest: Path, teach
 
 
 def test_stopped_and_resumed_equals_uninterrupted(manifest: Path, teacher_run: Path) -> None:
-    config = resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=SETTINGS)
+    config = resolve(DistillConfig, recipe=None, environment={}, flags={}, assignments=SETTINGS)
     whole, parts = manifest.parent / "whole", manifest.parent / "parts"
     distill(manifest, str(whole), config, Options(), teacher=str(teacher_run))
     distill(manifest, str(parts), config, Options(), teacher=str(teacher_run))
@@ -187,13 +227,15 @@ def test_the_recipe_is_the_teachers_own_unless_given(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(
         "steps = 7\npatch_size = 4\nglobal_crop_size_px = 12\nlocal_crop_size_px = 8\n"
     )
-    made = distill_config("out", str(tmp_path), "vit_small", None, ["batch_size=6"], resume=False, seed=3)
+    made = distill_config("out", str(tmp_path), ["vit_small"], None, ["batch_size=6"], resume=False, seed=3)
     assert (made.arch, made.steps, made.batch_size, made.seed, made.drop_path) == ("vit_small", 7, 6, 3, 0.0)
-    assert distill_config("out", str(tmp_path), None, "tiny", [], resume=False, seed=None).arch == "vit_tiny"
+    assert made.objective == "heads"
+    made = distill_config("out", str(tmp_path), [], "tiny", [], objective="features", resume=False, seed=None)
+    assert (made.arch, made.objective) == ("vit_tiny", "features")
 
 
 def test_a_teacher_without_heads_is_one_clear_line(manifest: Path, tmp_path: Path) -> None:
     torch.save(backbone(24).state_dict(), tmp_path / "released.pth")
-    config = resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=SETTINGS)
-    with pytest.raises(ToolkitError, match="released.pth has no heads"):
+    config = resolve(DistillConfig, recipe=None, environment={}, flags={}, assignments=SETTINGS)
+    with pytest.raises(ToolkitError, match="released.pth has no heads; .*--objective features"):
         build_distill_model(config, str(tmp_path / "released.pth"))

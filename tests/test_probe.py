@@ -18,8 +18,8 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate import linear
 from dinov2_toolkit.evaluate import probe as probe_module
 from dinov2_toolkit.evaluate.probe import ProbeSettings, parse_ks, probe
-from dinov2_toolkit.evaluate.vote import usable_ks
 from dinov2_toolkit.evaluate.scores import bootstrap_interval
+from dinov2_toolkit.evaluate.vote import usable_ks
 from dinov2_toolkit.features.extract import FeatureModel, open_model
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, Result

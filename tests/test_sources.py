@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.store import sources as sources_module
 from dinov2_toolkit.store.manifest import IMAGE_FIELDS, ManifestWriter, Provenance
 from dinov2_toolkit.store.sources import Entry, check_labels, entries, open_source, open_sources, survey
 
@@ -49,6 +50,29 @@ def test_files_come_in_the_order_of_their_paths_as_bytes(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     expected = sorted(os.fsencode(tmp_path / name) for name in names)
     assert [os.fsencode(entry.uri) for entry in listed(tmp_path)] == expected
+
+
+def test_large_folders_and_long_lists_keep_their_order(
+    tmp_path: Path, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources_module, "SLICE_ROWS", 3)
+    names = [f"{number % 7}/{number}é" for number in range(50)]
+    fill(tmp_path, *names)
+    expected = sorted(os.fsencode(tmp_path / name) for name in names)
+    assert [os.fsencode(entry.uri) for entry in listed(tmp_path)] == expected
+    feed(b"".join(b"/%0100d.png\n" % number for number in range(12_000)))  # more than is read at a time
+    stdin = open_source("-")
+    for _ in range(2):  # it can be read again
+        uris = [entry.uri for entry in entries(stdin, "none", nothing)]
+        assert uris == [f"/{number:0100}.png" for number in range(12_000)]
+
+
+def test_a_file_is_listed_with_its_size_and_time_stamp(tmp_path: Path) -> None:
+    fill(tmp_path, "a.png")
+    os.utime(tmp_path / "a.png", ns=(5, 7))
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "nothing")
+    assert [(entry.size, entry.mtime_ns) for entry in listed(tmp_path)] == [(1, 7), (1, 7), (None, None)]
 
 
 def test_the_first_folder_below_the_source_is_the_label(tmp_path: Path) -> None:
@@ -127,9 +151,9 @@ def test_names_in_a_list_count_from_its_folder_then_from_here(tmp_path: Path, mo
 def test_image_files_that_follow_one_another_are_one_source(tmp_path: Path) -> None:
     fill(tmp_path, "a/1.png", "b/2.png", "b/3.png", "c/4.png")
     arguments = [str(tmp_path / name) for name in ("a/1.png", "b/2.png", "b", "c/4.png")]
-    sources = open_sources(arguments)
-    assert [source.path for source in sources] == [str(tmp_path), str(tmp_path / "b"), arguments[3]]
-    uris = [entry.uri for source in sources for entry in entries(source, "folder", nothing)]
+    opened = open_sources(arguments)
+    assert [source.path for source in opened] == [str(tmp_path), str(tmp_path / "b"), arguments[3]]
+    uris = [entry.uri for source in opened for entry in entries(source, "folder", nothing)]
     assert uris == [*arguments[:2], str(tmp_path / "b" / "2.png"), str(tmp_path / "b" / "3.png"), arguments[3]]
 
 

@@ -10,6 +10,7 @@ from dinov2_toolkit.models.block import Recompute
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.train.distill_model import DistillModel
+from dinov2_toolkit.train.frozen_teacher import FrozenTeacher
 from dinov2_toolkit.train.health import teacher_figures
 from dinov2_toolkit.train.losses import koleo_loss, sinkhorn_knopp
 from dinov2_toolkit.train.metrics import added
@@ -219,7 +220,7 @@ def test_autocast_changes_little_and_losses_stay_in_float32() -> None:
 def tiny_distill_model() -> DistillModel:
     frozen = tiny_model(separate=True).teacher
     student = VisionTransformer(patch_size=4, embed_dim=6, depth=2, num_heads=1, img_size=16, layer_scale=1.0)
-    return DistillModel(student, dict(frozen.items())).train()
+    return DistillModel(student, FrozenTeacher(dict(frozen.items()))).train()
 
 
 def losses_and_gradients(

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embedded import write_embeddings
 
 from dinov2_toolkit.curate.threshold import FIXED_THRESHOLD, LOSS, crowded_threshold, threshold_from_pool
 from dinov2_toolkit.models.copy_descriptor import THRESHOLD
 from dinov2_toolkit.store.manifest import open_manifest
 from dinov2_toolkit.store.vectors import Float64, Vectors, open_vectors
+from dinov2_toolkit.tests.embedded import write_embeddings
 
 
 def spread(num: int, dim: int) -> Float64:

@@ -25,6 +25,8 @@ def build_backbone(config: TrainConfig) -> VisionTransformer:
         config.arch,
         patch_size=config.patch_size,
         depth=config.depth or None,
+        embed_dim=config.embed_dim or None,
+        num_heads=config.num_heads or None,
         ffn=config.ffn,
         num_register_tokens=config.num_register_tokens,
         img_size=config.global_crop_size_px,

@@ -26,11 +26,13 @@ from ..errors import ToolkitError
 from ..models.head import ProjectionHead
 from ..models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ..models.vit import VisionTransformer
-from ..models.weights import TEACHER_FILE, save_model
+from ..models.weights import TEACHER_FILE, save_model, save_students
 from .distill_model import DistillModel
+from .feature_distill_model import FeatureDistillModel
+from .several_students import SeveralStudents
 from .ssl_model import SSLModel
 
-TrainedModel = SSLModel | DistillModel
+TrainedModel = SSLModel | DistillModel | FeatureDistillModel | SeveralStudents
 
 STUDENT_FILE, BUFFERS_FILE, OPTIMIZER_FILE, STATE_FILE = (
     "student.safetensors",
@@ -41,7 +43,15 @@ STUDENT_FILE, BUFFERS_FILE, OPTIMIZER_FILE, STATE_FILE = (
 
 
 def save_teacher(folder: Path, model: TrainedModel, *, image_size: int, crop_ratio: float) -> None:
-    """Write the teacher as a model folder, `model.json` last (arguments as in `models.weights.save_model`)."""
+    """Write the teacher as a model folder, `model.json` last (arguments as in `models.weights.save_model`).
+
+    Several students get a folder each in it, and `model.json` names them.
+    """
+    if isinstance(model, SeveralStudents):
+        for name, student in model.models.items():
+            save_teacher(folder / name, student, image_size=image_size, crop_ratio=crop_ratio)
+        save_students(folder, model.teacher, list(model.models))
+        return
     backbone, heads = model.teacher["backbone"], dict(model.teacher.items())
     del heads["backbone"]
     assert isinstance(backbone, VisionTransformer)

@@ -39,6 +39,8 @@ class TrainConfig:
     # The model.
     patch_size: int = 16
     depth: int = 0  # blocks; 0 = as many as the architecture has
+    embed_dim: int = 0  # width; 0 = the architecture's
+    num_heads: int = 0  # of attention; 0 = the architecture's
     ffn: Literal["mlp", "swiglu"] = "mlp"
     num_register_tokens: int = 0
     layer_scale: float = 1e-5
@@ -109,10 +111,11 @@ class TrainConfig:
     cache_mib: int = 1024  # decoded images kept in memory, a process
     keep_checkpoints: int = 3
     log_every: int = 10
+    eval_every: int = 1000  # steps between two looks at the labelled images of --eval-train and --eval-test
 
     def __post_init__(self) -> None:
         batch_sizes(self.batch_size)  # raises when it is none
-        for name in ("steps", "checkpoint_every", "patch_size", "log_every", "keep_checkpoints"):
+        for name in ("steps", "checkpoint_every", "patch_size", "log_every", "keep_checkpoints", "eval_every"):
             if getattr(self, name) < 1:
                 raise ToolkitError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("global_crop_size_px", "local_crop_size_px"):
@@ -124,7 +127,7 @@ class TrainConfig:
             raise ToolkitError("separate_heads is true but ibot_weight is 0: the second head would learn nothing")
 
 
-COST_KEYS = ("checkpoint_every", "num_workers", "cache_mib", "keep_checkpoints", "log_every")
+COST_KEYS = ("checkpoint_every", "num_workers", "cache_mib", "keep_checkpoints", "log_every", "eval_every")
 
 Config = TypeVar("Config", bound=TrainConfig)
 

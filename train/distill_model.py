@@ -5,14 +5,13 @@ N patch tokens of a global crop, K prototypes, D the student's embed_dim.
 """
 
 import copy
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ToolkitError
 from ..models.head import ProjectionHead
 from ..models.vit import Features, VisionTransformer
+from .frozen_teacher import FrozenTeacher
 from .losses import sinkhorn_knopp
 from .parts import Part, taught
 from .ssl_model import head_logits, part_losses
@@ -26,12 +25,9 @@ class DistillModel(nn.Module):
     average of the student, which is the result, and `frozen` the model that teaches.
 
     Args:
-        backbone: the student's; same patch size as the teacher's.
-        frozen: the teaching model's `backbone`, `dino_head` and, when its heads are untied, `ibot_head`.
+        backbone: the student's; width, depth and patch size are its own.
+        frozen: the teaching model, with its heads.
         student_temp, dino_weight, ibot_weight, koleo_weight: as in SSLModel.
-
-    Raises:
-        ToolkitError: when the patch grids of student and teacher differ.
 
     Source: section 5 of Oquab et al. 2023 (the code was not released).
     """
@@ -39,7 +35,7 @@ class DistillModel(nn.Module):
     def __init__(
         self,
         backbone: VisionTransformer,
-        frozen: Mapping[str, nn.Module],
+        frozen: FrozenTeacher,
         *,
         student_temp: float = 0.1,
         dino_weight: float = 1.0,
@@ -47,17 +43,10 @@ class DistillModel(nn.Module):
         koleo_weight: float = 0.1,
     ) -> None:
         super().__init__()
-        teaching = frozen["backbone"]
-        assert isinstance(teaching, VisionTransformer)
-        if teaching.patch_size != backbone.patch_size:
-            raise ToolkitError(
-                f"the student's patch size {backbone.patch_size} gives another grid than the teacher's"
-                f" {teaching.patch_size}; set patch_size={teaching.patch_size}"
-            )
-        heads = {name: _new_head(head, backbone.embed_dim) for name, head in frozen.items() if name != "backbone"}
+        heads = {name: _new_head(head, backbone.embed_dim) for name, head in frozen.parts.items() if name != "backbone"}
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.frozen = nn.ModuleDict(dict(frozen)).requires_grad_(False).eval()
+        self.frozen = frozen
         self.student_temp = student_temp
         self.dino_weight, self.ibot_weight, self.koleo_weight = dino_weight, ibot_weight, koleo_weight
 
@@ -65,7 +54,6 @@ class DistillModel(nn.Module):
         """Set the student's mode; the other two never drop anything."""
         super().train(mode)
         self.teacher.eval()
-        self.frozen.eval()
         return self
 
     @torch.no_grad()
@@ -74,8 +62,12 @@ class DistillModel(nn.Module):
 
         `masks` (2 B, N) only tells how many patch tokens there are: all of them are read, none is masked.
         """
-        taught_features: Features = self.frozen["backbone"](global_crops)
-        logits = head_logits(self.frozen, taught_features.cls_token, taught_features.patch_tokens.flatten(0, 1))
+        backbone = self.student["backbone"]
+        assert isinstance(backbone, VisionTransformer)
+        with torch.inference_mode():
+            features: Features = self.frozen(global_crops, backbone.patch_size)
+            logits = head_logits(self.frozen.parts, features.cls_token, features.patch_tokens.flatten(0, 1))
+        # Outside inference mode, for what comes of it is kept for the way back.
         cls_probs, patch_probs = (sinkhorn_knopp(part, teacher_temp) for part in logits)
         return taught(global_crops, local_crops, torch.ones_like(masks), cls_probs, patch_probs)
 

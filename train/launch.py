@@ -38,6 +38,28 @@ def speaks_for_all() -> bool:
     return is_main_process() and SENTINEL not in os.environ
 
 
+def check_launch(environment: Mapping[str, str], *, has_gpu: bool) -> None:
+    """Raise ToolkitError where Accelerate would silently train with fewer processes, or otherwise, than asked for."""
+    started = "WORLD_SIZE" in environment
+    if started and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        missing = sorted({"RANK", "MASTER_ADDR", "MASTER_PORT"} - environment.keys())
+        raise ToolkitError(
+            f"WORLD_SIZE is {environment['WORLD_SIZE']} but {', '.join(missing)} is not set; start with torchrun, "
+            "srun or --num-processes, or unset WORLD_SIZE"
+        )
+    # `accelerate launch --cpu --num_processes 2` starts one process, which this shows.
+    if not started and environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in environment:
+        raise ToolkitError(
+            "`accelerate launch --cpu` starts a single process whatever its --num_processes; "
+            "leave it out and give --num-processes to this command, or start it with torchrun"
+        )
+    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not has_gpu:
+        raise ToolkitError("FSDP needs GPUs and there are none; leave FSDP out of Accelerate's settings")
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise ToolkitError(f"ACCELERATE_USE_{name} is set, which this training does not know; use DDP or FSDP")
+
+
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     """Set what torch.distributed reads (RANK, WORLD_SIZE, ...) from the variables of an `srun` step with many tasks."""
     if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:

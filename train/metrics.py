@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..store.manifest import ManifestWriter, Provenance
+from .config import TrainConfig
+
+BAR_COLUMNS = 75  # of a terminal, that a progress bar fills by itself
 
 
 def append_metrics(run_folder: Path, figures: Mapping[str, float]) -> None:
@@ -68,6 +72,56 @@ def averaged(outputs: Mapping[str, Tensor], accelerator: Accelerator) -> dict[st
     shared = {name: value for name, value in values.items() if value.ndim < 2}
     reduced: dict[str, Tensor] = accelerator.reduce(shared, reduction="mean")
     return values | reduced
+
+
+def weighted(losses: Mapping[str, Tensor], config: TrainConfig) -> dict[str, float]:
+    """Return each loss times its weight, as `NAME_weighted`: they add up to the total.
+
+    Of several students, the losses have their names before.
+    """
+    weights = {
+        "dino_local": config.dino_weight,
+        "dino_global": config.dino_weight,
+        "ibot": config.ibot_weight,
+        "koleo": config.koleo_weight,
+        "cls_local": config.dino_weight,
+        "cls_global": config.dino_weight,
+        "patch": config.ibot_weight,
+    }
+    return {
+        f"{name}_weighted": weight * float(value)
+        for name, value in losses.items()
+        for loss, weight in weights.items()
+        if name == loss or name.endswith(f"_{loss}")
+    }
+
+
+def progress_note(figures: Mapping[str, float]) -> str:
+    """Say a step's figures in one line, the most telling first; on a terminal no more than fits beside the bar."""
+    if not figures:
+        return ""
+    shown = [
+        ("loss {:.3f}", "total"),
+        ("k-NN {:.3f}", "knn"),
+        ("step {:,.0f}", "step"),
+        ("epoch {:.2f}", "epoch"),
+        ("images {:,.0f}", "samples"),
+        ("lr {:.2e}", "lr"),
+        ("{:,.0f} images/s", "images_per_s"),
+        ("data wait {:.0%}", "data_wait"),
+        ("memory {:,.0f} MiB", "peak_memory_mib"),
+        ("entropy {:.2f}", "teacher_entropy"),
+        ("KL to uniform {:.2f}", "teacher_kl_to_uniform"),
+        ("prototypes {:,.0f}", "prototype_perplexity"),
+        ("RankMe {:.1f}", "rank_me"),
+    ]
+    texts = [form.format(figures[name]) for form, name in shown if name in figures]
+    for name in (name.removesuffix("_weighted") for name in figures if name.endswith("_weighted")):
+        texts.append(f"{name} {figures[name]:.3f} ({figures[f'{name}_weighted']:.3f})")
+    parts = [(name.removeprefix("grad_norm_"), norm) for name, norm in figures.items() if name.startswith("grad_norm_")]
+    texts.append("gradients " + " ".join(f"{part} {norm:.2g}" for part, norm in parts))
+    note = ", ".join(texts)
+    return note[: max(0, shutil.get_terminal_size().columns - BAR_COLUMNS)] if sys.stderr.isatty() else note
 
 
 def summed(numbers: list[int], accelerator: Accelerator) -> list[int]:

@@ -23,16 +23,17 @@ class Part:
     global_crops: Tensor  # (V b, C, H, W), V from 0 to 2
     local_crops: Tensor | None  # (L b, C, h, w)
     masks: Tensor  # (V b, N) bool, True where the iBOT loss reads
-    cls_probs: Tensor  # (V, b, K), the teacher's of the other global crop than each
-    all_cls_probs: Tensor  # (b, K), the sum of the teacher's two: what local crops are compared with
-    patch_probs: Tensor  # (M, K), the teacher's of the patches under the masks, crop by crop
+    cls_targets: Tensor  # (V, b, K), the teacher's of the other global crop than each; features: of the same one
+    all_cls_targets: Tensor  # (b, K), the sum of the teacher's two: what local crops are compared with
+    patch_targets: Tensor  # (M, K), the teacher's of the patches under the masks, crop by crop
     num_pairs: int  # of a student's and a teacher's view in the whole step: 2 L + 2
     share: float = 1.0  # of the step's images: b / B
+    are_probs: bool = True  # the targets, over prototypes; false: features, K numbers each
 
     @property
     def num_images(self) -> int:
         """Return b."""
-        return len(self.all_cls_probs)
+        return len(self.all_cls_targets)
 
 
 def taught(
@@ -76,15 +77,15 @@ def _images(part: Part, start: int, stop: int) -> Part:
         global_crops=cut(part.global_crops),
         local_crops=None if part.local_crops is None else cut(part.local_crops),
         masks=cut(part.masks),
-        cls_probs=part.cls_probs[:, start:stop],
-        all_cls_probs=part.all_cls_probs[start:stop],
-        patch_probs=part.patch_probs[_of_each_patch(part.masks, chosen.repeat(len(part.cls_probs)))],
+        cls_targets=part.cls_targets[:, start:stop],
+        all_cls_targets=part.all_cls_targets[start:stop],
+        patch_targets=part.patch_targets[_of_each_patch(part.masks, chosen.repeat(len(part.cls_targets)))],
         share=part.share * (stop - start) / part.num_images,
     )
 
 
 def _views(part: Part, views: list[int], with_local: bool) -> Part:
-    crops = torch.zeros(len(part.cls_probs), dtype=torch.bool, device=part.masks.device)
+    crops = torch.zeros(len(part.cls_targets), dtype=torch.bool, device=part.masks.device)
     crops[views] = True
     crops = crops.repeat_interleave(part.num_images)  # (2 b,)
     return replace(
@@ -92,8 +93,8 @@ def _views(part: Part, views: list[int], with_local: bool) -> Part:
         global_crops=part.global_crops[crops],
         local_crops=part.local_crops if with_local else None,
         masks=part.masks[crops],
-        cls_probs=part.cls_probs[views],
-        patch_probs=part.patch_probs[_of_each_patch(part.masks, crops)],
+        cls_targets=part.cls_targets[views],
+        patch_targets=part.patch_targets[_of_each_patch(part.masks, crops)],
     )
 
 

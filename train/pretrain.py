@@ -8,7 +8,7 @@ Shapes: B images of this process's batch, 2 global and L local crops of each, N 
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,36 +16,41 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
 
 from .. import console
 from ..errors import Stopped, ToolkitError
+from ..models.vit import VisionTransformer
 from ..models.weights import model_content_id
 from ..store import catalog
 from ..store.artifact import Options, Result, recorded, write_run_provenance
 from ..store.image_columns import read_images
 from ..store.manifest import Provenance, Source, open_manifest
 from . import draws
+from .accumulate import learn
 from .build import build_model
 from .checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint, save_teacher
 from .config import TrainConfig
 from .data import ImageSet, image_set, read_batches
 from .health import PATIENCE_STEPS, collapse, health_figures, teacher_figures
-from .launch import caught_signals, is_launched, launch, status_kept
+from .launch import caught_signals, is_launched, launch, speaks_for_all, status_kept
 from .metrics import (
-    added,
     append_metrics,
     averaged,
     peak_memory_mib,
+    progress_note,
     read_metrics,
     rewind_metrics,
     summed,
+    weighted,
     write_metrics_table,
 )
+from .online_knn import LabelledSets, knn_accuracy
 from .optimizer import build_optimizer, clip_gradients, set_rates
-from .parts import Part, parts
+from .preview import draw_preview
 from .run import (
     CHECKPOINTS,
+    NOTHING,
+    Watching,
     check_batch,
     describe,
     finished_result,
@@ -55,6 +60,7 @@ from .run import (
     start_processes,
 )
 from .schedules import batch_sizes, last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
+from .trackers import tracked
 from .views import make_crops, make_masks, view_settings
 
 
@@ -67,6 +73,7 @@ def pretrain(
     resume: bool = False,
     init_from: str | None = None,
     num_processes: int = 1,
+    watching: Watching = NOTHING,
 ) -> Result | None:
     """Train a ViT on a manifest's images and leave a run folder (arguments as in `run_training`).
 
@@ -84,6 +91,7 @@ def pretrain(
         sources=sources,
         resume=resume,
         num_processes=num_processes,
+        watching=watching,
     )
 
 
@@ -98,6 +106,7 @@ def run_training(
     sources: tuple[Source, ...] = (),
     resume: bool = False,
     num_processes: int = 1,
+    watching: Watching = NOTHING,
 ) -> Result | None:
     """Train a model on a manifest's images and leave a run folder; return None after a dry run.
 
@@ -111,6 +120,7 @@ def run_training(
         sources: what is read beside the manifest.
         resume: go on from the latest checkpoint in `output`, if there is one.
         num_processes: how many to start on this machine, unless a launcher has started this one.
+        watching: what is looked at beside the training, which it does not change.
 
     Raises:
         Stopped: if a signal came; everything is saved.
@@ -122,8 +132,11 @@ def run_training(
         console.say(f"no manifest given: taking {manifest_path}")
     manifest = open_manifest(manifest_path)
     images = image_set(read_images(manifest, options.limit))
+    labelled = watching.open()
     run_folder = Path(output)
     provenance = run_provenance(command, config, options, (manifest.source("images"), *sources))
+    if watching.preview is not None and speaks_for_all():
+        draw_preview(watching.preview, images, config, provenance, options)
     starts_others = num_processes > 1 and not is_launched(os.environ)
     if options.dry_run or starts_others:
         check_batch(config, num_processes)
@@ -137,7 +150,7 @@ def run_training(
         launch(num_processes, run_folder)
         return finished_result(output)
 
-    accelerator = start_processes(config)
+    accelerator = start_processes(config, watching.track, run_folder)
     is_main = accelerator.is_main_process
     done = [is_main and is_done(run_folder, provenance, options, resume)]
     broadcast_object_list(done)
@@ -151,8 +164,8 @@ def run_training(
     accelerator.wait_for_everyone()
 
     recording: AbstractContextManager[list[Provenance]] = recorded(run_folder) if is_main else nullcontext([])
-    with status_kept(run_folder), recording as finished:
-        figures = train(model, images, config, run_folder, provenance, accelerator)
+    with status_kept(run_folder), recording as finished, tracked(accelerator, run_folder, config):
+        figures = train(model, images, config, run_folder, provenance, accelerator, labelled)
         if is_main:
             save_teacher(run_folder, model, image_size=config.global_crop_size_px, crop_ratio=config.crop_ratio)
             provenance = replace(provenance, figures=dict(figures), content_id=model_content_id(run_folder))
@@ -169,11 +182,12 @@ def train(
     run_folder: Path,
     provenance: Provenance,
     accelerator: Accelerator,
+    labelled: LabelledSets | None = None,
 ) -> dict[str, float]:
     """Train a model from its latest checkpoint, or from the start, to its last step; return the last step's figures.
 
     The result is a function of the settings, the images and the number of processes alone: neither the number of
-    workers nor where the run was stopped and resumed shows.
+    workers nor where the run was stopped and resumed shows. `labelled` images are looked at every `eval_every` steps.
 
     Raises:
         Stopped: if a signal came; a checkpoint of that step is there.
@@ -188,9 +202,10 @@ def train(
 
     # Go on where the latest checkpoint is.
     counts = {"step": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "replaced_images": 0}
+    counts["micro_batch_size"] = config.micro_batch_size
     saved = checkpoints(run_folder / CHECKPOINTS)
     if saved:
-        counts = load_checkpoint(saved[-1], model, optimizer)
+        counts |= load_checkpoint(saved[-1], model, optimizer)
         console.say(f"resuming at step {counts['step']:,} of {config.steps:,}")
     if is_main:
         rewind_metrics(run_folder, counts["step"])
@@ -251,17 +266,19 @@ def train(
             masks = make_masks(step, sizes.at(step), config, process, num_processes).to(device)
 
             # The teacher answers, then the student learns: all at once, or part by part, which adds up to the same.
-            # Stochastic depth draws from torch's own generator, so this is what its numbers depend on.
-            torch.manual_seed(draws.derived_seed(config.seed, "drop path", step * num_processes + process))
+            # Stochastic depth draws from torch's own generator, so the seed is what its numbers depend on.
             with accelerator.autocast():
                 whole = model.taught(global_crops, local_crops, masks, teacher_temp=teacher_temp)
-            *first_parts, last_part = parts(whole, by_view=config.split_views, num_images=config.micro_batch_size)
-            collected = []
-            for part in first_parts:
-                with accelerator.no_sync(wrapped):
-                    collected.append(backward(wrapped, part, accelerator))
-            collected.append(backward(wrapped, last_part, accelerator))
-            outputs = added(collected) | teacher_figures(whole)
+            outputs, counts["micro_batch_size"] = learn(
+                wrapped,
+                whole,
+                accelerator,
+                seed=draws.derived_seed(config.seed, "drop path", step * num_processes + process),
+                split_views=config.split_views,
+                micro_batch_size=counts["micro_batch_size"],
+                smallest=2 if config.koleo_weight else 1,
+            )
+            outputs |= teacher_figures(whole)
 
             # Update. Gradients are averaged over the processes, so all of them skip a step or none.
             norms = clip_gradients(model.student, config.clip_grad_norm)
@@ -284,9 +301,10 @@ def train(
             counts["replaced_images"] += num_replaced
             window_images += sizes.at(step)
             is_last = step + 1 == config.steps
+            is_watched = labelled is not None and ((step + 1) % config.eval_every == 0 or is_last)
 
             # Log.
-            if (step + 1) % config.log_every == 0 or is_last:
+            if (step + 1) % config.log_every == 0 or is_last or is_watched:
                 seconds = time.monotonic() - window_start
                 means = averaged(outputs, accelerator)
                 figures = {
@@ -295,6 +313,7 @@ def train(
                     "epoch": sizes.images_until(step + 1) / len(images),
                     "batch_size": sizes.at(step),
                     **{name: float(value) for name, value in means.items() if value.ndim == 0},
+                    **weighted(means, config),
                     "lr": lr,
                     "weight_decay": weight_decay,
                     "momentum": momentum,
@@ -305,15 +324,20 @@ def train(
                     "data_wait": window_wait_s / seconds,
                     "peak_memory_mib": peak_memory_mib(device),
                 }
-                window_start, window_wait_s, window_images = time.monotonic(), 0.0, 0
-                illness = collapse(figures, len(means["teacher_cls_probs"]))
+                illness = collapse(figures, len(means.get("teacher_cls_probs", ())))
                 ill_since = None if illness is None else step if ill_since is None else ill_since
                 if ill_since is not None and step - ill_since >= PATIENCE_STEPS:
                     console.warn(f"step {step + 1}: {illness}")
                     ill_since = None
+                if is_main and is_watched and labelled is not None:
+                    figures["knn"] = watched(model, labelled, config)
                 if is_main:
                     append_metrics(run_folder, figures)
-            advance(1, f"loss {figures['total']:.3f}" if figures else "")
+                accelerator.log(figures, step=step + 1)
+                if is_watched:
+                    accelerator.wait_for_everyone()
+                window_start, window_wait_s, window_images = time.monotonic(), 0.0, 0
+            advance(1, progress_note(figures))
 
             # Save; not while gradients are bad, for then the weights may be.
             is_due = (step + 1) % config.checkpoint_every == 0 and not counts["skipped_in_a_row"]
@@ -335,11 +359,17 @@ def train(
     return figures
 
 
-def backward(wrapped: nn.Module, part: Part, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Add the gradients of a part of a step to the student's; return the losses, detached."""
-    outputs: Mapping[str, Tensor] = wrapped(part)
-    accelerator.backward(outputs["total"])
-    return {name: value.detach() for name, value in outputs.items()}
+def watched(model: TrainedModel, labelled: LabelledSets, config: TrainConfig) -> float:
+    """Return the k-NN accuracy of the teacher's class tokens, 0 to 1."""
+    backbone = model.teacher["backbone"]
+    assert isinstance(backbone, VisionTransformer)
+    return knn_accuracy(
+        backbone,
+        labelled,
+        image_size=config.global_crop_size_px,
+        crop_ratio=config.crop_ratio,
+        num_workers=config.num_workers,
+    )
 
 
 def _last_good(run_folder: Path) -> str:

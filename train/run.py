@@ -3,25 +3,53 @@
 import json
 import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from .. import console
 from ..errors import ToolkitError
+from ..models.vit import VisionTransformer
 from ..models.weights import MODEL_JSON
 from ..store.artifact import Options, Result, difference, read_run_provenance, write_run_provenance
 from ..store.manifest import Provenance, Source
 from .checkpoint import TrainedModel, checkpoints
 from .config import CONFIG_FILE, COST_KEYS, TrainConfig, write_config
 from .data import ImageSet
-from .launch import adopt_slurm
+from .launch import adopt_slurm, check_launch
+from .online_knn import LabelledSets, labelled_sets
 from .schedules import batch_sizes, scaled_lr
+from .trackers import check_trackers
 
 CHECKPOINTS = "checkpoints"
+LONGEST_WAIT = timedelta(hours=2)  # chosen: of the processes for the main one, which saves and looks at labelled images
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What is looked at beside the training, which it does not change."""
+
+    eval_train: str | None = None  # labelled images that vote in the k-NN of a run's features
+    eval_test: str | None = None  # those whose class is guessed
+    track: tuple[str, ...] = ()  # trackers that get the metrics
+    preview: str | None = None  # a PNG of crops and masks
+
+    def open(self) -> LabelledSets | None:
+        """Return the labelled images, if there are any; raise ToolkitError for whatever cannot be watched."""
+        check_trackers(self.track)
+        if self.eval_train is None and self.eval_test is None:
+            return None
+        if self.eval_train is None or self.eval_test is None:
+            raise ToolkitError("--eval-train and --eval-test go together; give both, or neither")
+        return labelled_sets(self.eval_train, self.eval_test)
+
+
+NOTHING = Watching()
 
 
 def run_provenance(command: str, config: TrainConfig, options: Options, sources: tuple[Source, ...]) -> Provenance:
@@ -89,17 +117,28 @@ def finished_result(output: str) -> Result:
     return Result(output, {} if provenance is None else provenance.figures)
 
 
-def start_processes(config: TrainConfig) -> Accelerator:
+def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path) -> Accelerator:
     """Return the Accelerator of this process, which knows of all the others that a launcher started.
+
+    Args:
+        track: trackers that it logs to, in the run folder where they keep files.
 
     Raises:
         ToolkitError: if the launcher's processes do not find one another, or the batch cannot be shared out among them.
     """
     adopt_slurm(os.environ)
+    check_launch(os.environ, has_gpu=torch.cuda.is_available())
+    if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ToolkitError("this GPU has no bfloat16; set mixed_precision=no")
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # without it Accelerate ignores torchrun on a machine without GPU
         mixed_precision=config.mixed_precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        log_with=list(track) or None,
+        project_dir=run_folder,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+        ],
     )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise ToolkitError(
@@ -114,7 +153,8 @@ def start_processes(config: TrainConfig) -> Accelerator:
 
 def describe(config: TrainConfig, images: ImageSet, model: TrainedModel, num_processes: int) -> None:
     """Say what a run trains on what, and for how long."""
-    backbone = sum(weight.numel() for weight in model.student["backbone"].parameters())
+    backbones = [part for part in model.student.values() if isinstance(part, VisionTransformer)]
+    backbone = sum(weight.numel() for part in backbones for weight in part.parameters())
     everything = sum(weight.numel() for weight in model.student.parameters())
     sizes = batch_sizes(config.batch_size)
     samples = sizes.images_until(config.steps)

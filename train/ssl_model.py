@@ -156,22 +156,22 @@ def part_losses(
     Source: sections 4 and 5 of Oquab et al. 2023. Without local crops there are 2 pairs (the official code divides
     by 3).
     """
-    num_views = len(part.cls_probs)
+    num_views = len(part.cls_targets)
     # (V b + L b, K) -> (V, b, K) and (L, b, K)
     views = cls_logits.view(-1, part.num_images, cls_logits.shape[1])
     global_views, local_views = torch.split(views, [num_views, len(views) - num_views])
     zero = cls_logits.new_zeros((), dtype=torch.float32)
     losses = {"dino_local": zero, "dino_global": zero, "ibot": zero, "koleo": zero}
     if len(local_views):
-        local_loss = dino_loss(local_views, part.all_cls_probs[None], student_temp=student_temp)
+        local_loss = dino_loss(local_views, part.all_cls_targets[None], student_temp=student_temp)
         losses["dino_local"] = part.share * local_loss / part.num_pairs
     if num_views:
         pairs = [
             dino_loss(view[None], probs[None], student_temp=student_temp)
-            for view, probs in zip(global_views, part.cls_probs, strict=True)
+            for view, probs in zip(global_views, part.cls_targets, strict=True)
         ]
         losses["dino_global"] = part.share * torch.stack(pairs).sum() / part.num_pairs
-        patch_loss = ibot_loss(patch_logits, part.patch_probs, part.masks, student_temp=student_temp)
+        patch_loss = ibot_loss(patch_logits, part.patch_targets, part.masks, student_temp=student_temp)
         losses["ibot"] = part.share * num_views / 2 * patch_loss
         if koleo_weight:
             losses["koleo"] = part.share * torch.stack([koleo_loss(view) for view in cls_tokens.chunk(num_views)]).sum()

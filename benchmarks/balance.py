@@ -1,0 +1,117 @@
+"""How balanced 10 % samples of a long-tailed pool are, by random, flat and hierarchical choice.
+
+    python benchmarks/balance.py --write
+
+Pools by benchmarks/synthetic.py: 50 super-concepts of 30 concepts, both by Zipf's law, and 1,500 concepts without a
+level above. Entropy is normalised: 1 when all concepts have equally many images in the sample. Ends with an error
+unless flat clusters with resampling balance concepts better than without, these better than a random sample, two
+levels balance super-concepts better than one and to at least 0.95, and two levels over concepts without a hierarchy
+are recognised as such.
+"""
+
+import argparse
+import platform
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dinov2_toolkit import console
+from dinov2_toolkit.benchmarks.synthetic import NUM_CONCEPTS, blocks
+from dinov2_toolkit.curate.balance import balanced_sample, normalised_entropy, seeded_keys
+from dinov2_toolkit.curate.cluster import Hierarchy, cluster_levels
+from dinov2_toolkit.curate.cluster_figures import grouping
+from dinov2_toolkit.curate.kmeans import KMeansSettings
+from dinov2_toolkit.store.manifest import Source
+from dinov2_toolkit.store.vectors import Vectors
+
+RESULTS = Path(__file__).parent / "results" / "balance.md"
+SUPERS = 50
+Int64 = npt.NDArray[np.int64]
+Row = tuple[str, float, float, int, float, str]
+
+
+def read_pool(num_rows: int, supers: int, seed: int) -> tuple[Vectors, Int64]:
+    """Return vectors as they would be stored, and the concept of each."""
+    made = list(blocks(num_rows, 384, supers, seed))
+    vectors = np.concatenate([block.vectors for block in made]).astype(np.float16)
+    concepts = np.concatenate([block.concept for block in made])
+    return Vectors(vectors, np.arange(num_rows), Source("base", "synthetic", str(supers))), concepts
+
+
+def measure(name: str, positions: Int64, concepts: Int64, found: str = "") -> Row:
+    """Return the entropy over concepts and super-concepts, concepts hit, and the share of the 20 most frequent."""
+    counts = np.bincount(concepts[positions], minlength=NUM_CONCEPTS)
+    above = counts.reshape(SUPERS, -1).sum(axis=1)
+    top = float(np.sort(counts)[-20:].sum() / counts.sum())
+    return name, normalised_entropy(counts), normalised_entropy(above), int((counts > 0).sum()), top, found
+
+
+def sampled(made: Hierarchy, num_levels: int, num_wanted: int, seed: int) -> Int64:
+    """Return a balanced sample through the finest levels."""
+    keys = seeded_keys(len(made.distances), seed, 0)
+    return balanced_sample(made.levels[:num_levels], num_wanted, keys, seed)
+
+
+def compare(vectors: Vectors, concepts: Int64, num_clusters: list[int], resample: int, seed: int) -> list[Row]:
+    """Return a row for every way to take a tenth of the pool."""
+    num_wanted = len(concepts) // 10
+    rows = [measure("random", np.argsort(seeded_keys(len(concepts), seed, 1))[:num_wanted], concepts)]
+    for times in (0, resample):
+        made = cluster_levels(vectors, num_clusters, KMeansSettings(resample=times), seed)
+        upper = grouping(made.centroids[0], np.asarray(made.levels[1], np.int64), num_clusters[1])
+        warned = "no hierarchy" if upper.is_hub(num_clusters[1]) or upper.is_loose() else "a hierarchy"
+        suffix = f", {times} resamplings" if times else ""
+        rows.append(measure(f"one level{suffix}", sampled(made, 1, num_wanted, seed), concepts))
+        rows.append(measure(f"two levels{suffix}", sampled(made, 2, num_wanted, seed), concepts, warned))
+    return rows
+
+
+def check(structured: list[Row], unstructured: list[Row]) -> None:
+    """Raise AssertionError unless the promised orders hold."""
+    random, flat, _, resampled, hierarchical = structured
+    assert resampled[1] > flat[1] > random[1], "concepts: resampled > flat > random"
+    assert hierarchical[2] > flat[2] and hierarchical[2] >= 0.95, "super-concepts: two levels > one, at least 0.95"
+    assert all(row[5] == "a hierarchy" for row in (structured[2], structured[4]))
+    assert all(row[5] == "no hierarchy" for row in (unstructured[2], unstructured[4]))
+
+
+def main() -> None:
+    """Read the command line, measure, print and check."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=40_000)
+    parser.add_argument("--clusters", type=int, nargs=2, default=[1_000, 50])
+    parser.add_argument("--resample", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    args = parser.parse_args()
+    console.set_verbosity(quiet=True, verbose=0)
+    tables, lines = [], []
+    for supers, title in ((SUPERS, "50 super-concepts of 30 concepts"), (0, "1,500 concepts without a level above")):
+        start = time.perf_counter()
+        vectors, concepts = read_pool(args.rows, supers, args.seed)
+        tables.append(compare(vectors, concepts, args.clusters, args.resample, args.seed))
+        lines += [f"## {title}", "", "| sample | concepts | super-concepts | concepts hit | top-20 share | level 1 |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for name, of_concepts, of_supers, hit, top, found in tables[-1]:
+            above = f"{of_supers:.3f}" if supers else ""
+            lines.append(f"| {name} | {of_concepts:.3f} | {above} | {hit:,} | {top:.3f} | {found} |")
+        lines += ["", f"{time.perf_counter() - start:.0f} s.", ""]
+    head = [
+        "# Balance of 10 % samples of a long-tailed pool",
+        "",
+        f"`python benchmarks/balance.py`, {date.today()}, {platform.machine()}, numpy {np.__version__}. {args.rows:,}"
+        f" vectors of 384 numbers, {args.clusters[0]:,} and {args.clusters[1]:,} clusters, seed {args.seed}. Normalised"
+        " entropy of the sample: 1 is all alike. Level 1: what the command says of the upper level.",
+        "",
+    ]
+    print("\n".join([*head, *lines]))
+    check(tables[0], tables[1])
+    if args.write:
+        RESULTS.write_text("\n".join([*head, *lines]).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()

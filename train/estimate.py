@@ -1,0 +1,177 @@
+"""What a run will cost, before it starts: arithmetic, memory and time.
+
+Shapes: B images of this process's step, b of a part of it, 2 global and L local crops of each; n tokens of a crop, of
+which r are read by a loss; D embed_dim, F numbers a token between the linear layers of the feed-forward, K prototypes.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..models.head import ProjectionHead
+from ..models.vit import VisionTransformer
+from ..store.memory import machine_memory
+from .build import build_model
+from .checkpoint import TrainedModel
+from .config import TrainConfig
+from .metrics import peak_memory_mib
+from .optimizer import build_optimizer
+from .parts import parts
+from .schedules import batch_sizes
+from .ssl_model import SSLModel
+
+BACKWARD = 2  # times a forward pass, for the gradients of inputs and of weights
+TRIAL_DEPTH, TRIAL_IMAGES, TRIAL_STEPS = 2, 8, 3  # what the machine's speed is measured by; the first step warms up
+ADAM_NUMBERS = 2  # first and second moment of a weight
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one process of a run needs."""
+
+    flop_per_image: float  # of a training step, one image
+    memory_bytes: float  # at the peak
+    seconds: float | None  # of all steps, None where no trial was made
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The crops of one kind that a part holds of each image."""
+
+    number: int
+    num_tokens: int  # n, class and register tokens included
+    num_read: float  # r, on average
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens an image has in them."""
+        return self.number * self.num_tokens
+
+    @property
+    def read(self) -> float:
+        """Return how many of them a loss reads."""
+        return self.number * self.num_read
+
+
+def crops_of(config: TrainConfig, *, is_masked: bool) -> tuple[Crops, Crops]:
+    """Return the global and the local crops of an image; without masks a loss reads all tokens of global ones."""
+    extra = 1 + config.num_register_tokens
+    num_patches, num_local_patches = (
+        (size // config.patch_size) ** 2 for size in (config.global_crop_size_px, config.local_crop_size_px)
+    )
+    share = config.mask_probability * sum(config.mask_ratio) / 2 if is_masked else 1.0
+    return (
+        Crops(2, extra + num_patches, 1 + share * num_patches),
+        Crops(config.num_local_crops, extra + num_local_patches, 1.0),
+    )
+
+
+def flop_per_image(config: TrainConfig, model: TrainedModel) -> float:
+    """Return the floating-point operations of a training step for one image: 2 for a multiplication and its addition.
+
+    Counted are matrix products: those of the student forward and backward, those of whoever teaches forward. Skipped
+    branches (stochastic depth) and tokens that no loss reads cost nothing, in the last block and the heads.
+    """
+    is_masked = isinstance(model, SSLModel)
+    crops = crops_of(config, is_masked=is_masked)
+    backbone = _backbone(model.student)
+    kept = 1 - config.drop_path
+    forward = sum(_backbone_flop(backbone, each, kept, only_read=is_masked) for each in crops)
+    again = forward if config.recompute == "blocks" else 0.0
+    forward += sum(each.read for each in crops) * _head_flop(model.student)
+    teaching: nn.Module = model.teacher if isinstance(model, SSLModel) else model.frozen.parts
+    assert isinstance(teaching, nn.ModuleDict)
+    teacher = _backbone_flop(_backbone(teaching), crops[0], 1.0, only_read=is_masked)
+    return (1 + BACKWARD) * forward + again + teacher + crops[0].read * _head_flop(teaching)
+
+
+def _backbone_flop(backbone: VisionTransformer, crops: Crops, kept: float, *, only_read: bool) -> float:
+    dim, tokens = backbone.embed_dim, crops.tokens
+    feed_forward = sum(layer.weight.numel() for layer in backbone.blocks[0].modules() if isinstance(layer, nn.Linear))
+    feed_forward -= 4 * dim**2  # what is not attention's
+    block = 2 * tokens * (4 * dim**2 + feed_forward) + 4 * tokens * crops.num_tokens * dim
+    last = block
+    if only_read:
+        # Keys and values of all tokens; queries, projection and feed-forward of those that are read.
+        last = 2 * tokens * 2 * dim**2 + 2 * crops.read * (2 * dim**2 + feed_forward)
+        last += 4 * crops.read * crops.num_tokens * dim
+    patches = 2 * tokens * dim * backbone.in_chans * backbone.patch_size**2
+    return patches + kept * ((backbone.depth - 1) * block + last)
+
+
+def _head_flop(modules: nn.ModuleDict) -> float:
+    """Return the operations of one token in a head; of the first, where class and patch tokens have one each."""
+    head = next((module for module in modules.values() if isinstance(module, ProjectionHead)), None)
+    if head is None:
+        return 0.0
+    return 2 * sum(weight.numel() for weight in head.parameters() if weight.ndim == 2)
+
+
+def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, base_bytes: float) -> float:
+    """Return the most memory that one process will hold, in bytes.
+
+    The formula, with numbers of 4 bytes (2 for what matrix products read and give under bf16):
+
+    - `base_bytes` of the process itself
+    - 4 (1 + 1 + 2) bytes a trained weight (itself, its gradient, Adam's moments) and 4 each of any other
+    - the crops of the step, and the decoded images of this batch and the two that are decoded ahead
+    - teacher's targets, 4 K bytes for the class token of each global crop, twice, and each masked patch
+    - what the student keeps for going backward, of the largest part: a block keeps (9 D + 2 F) numbers a token
+      (inputs and outputs of two norms, queries, keys and values, attention's result twice, the feed-forward's inside
+      before and after its activation) and its scaled last layers; with recompute=cheap (7 D + F), with recompute=blocks
+      D; stochastic depth keeps its share; the last block keeps that of the tokens read, and keys and values of all
+    - logits of the student, K numbers a row, and twice as much for their gradients
+    - the largest block once more while it goes backward
+    """
+    crops = crops_of(config, is_masked=isinstance(model, SSLModel))
+    size = max(batch_sizes(config.batch_size).sizes) // num_processes
+    weights = sum(
+        weight.numel() * weight.element_size() * (2 + ADAM_NUMBERS if weight.requires_grad else 1)
+        for weight in model.parameters()
+    )
+    pixels = sum(
+        each.number * side**2
+        for each, side in zip(crops, (config.global_crop_size_px, config.local_crop_size_px), strict=True)
+    )
+    inputs = 4 * 3 * size * pixels
+    head = next((module for module in model.student.values() if isinstance(module, ProjectionHead)), None)
+    num_prototypes = 0 if head is None else head.num_prototypes
+    targets = 4 * size * num_prototypes * (2 * crops[0].number + crops[0].read)
+    part_size = min(config.micro_batch_size or size, size)
+    kinds = [[crops[0]], [crops[1]]] if config.split_views else [list(crops)]
+    if config.split_views:
+        kinds[0] = [replace(crops[0], number=1)]
+    student = max(part_size * _kept_bytes(config, model, kind, num_prototypes) for kind in kinds)
+    return base_bytes + weights + inputs + targets + student
+
+
+def _kept_bytes(config: TrainConfig, model: TrainedModel, crops: list[Crops], num_prototypes: int) -> float:
+    """Return what an image's crops take between forward and backward."""
+    backbone = _backbone(model.student)
+    dim, kept = backbone.embed_dim, 1 - config.drop_path
+    number = 2 if config.mixed_precision == "bf16" else 4
+    hidden = _hidden_numbers(backbone)
+    whole = 9 * dim + 2 * hidden
+    block = {"nothing": whole, "cheap": 7 * dim + hidden, "blocks": dim}[config.recompute]
+    tokens, read = sum(each.tokens for each in crops), sum(each.read for each in crops)
+    per_block = block if config.recompute == "blocks" else kept * block
+    last = kept * (4 * dim * tokens + whole * read) if isinstance(model, SSLModel) else per_block * tokens
+    backward = kept * whole * tokens
+    streams = 2 * dim * tokens
+    rows = 3 * num_prototypes * 4 * read
+    return number * (tokens * per_block * (backbone.depth - 1) + last + backward + streams) + rows
+
+
+def _hidden_numbers(backbone: VisionTransformer) -> int:
+    """Return F, the numbers a token has between the feed-forward's linear layers."""
+    widths = [layer.out_features for layer in backbone.blocks[0].modules() if isinstance(layer, nn.Linear)]
+    return max(widths[2:])  # after attention's two
+
+
+def _backbone(modules: nn.ModuleDict) -> VisionTransformer:
+    backbone = modules["backbone"]
+    assert isinstance(backbone, VisionTransformer)
+    return backbone
