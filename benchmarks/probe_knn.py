@@ -55,7 +55,7 @@ def write_manifest(path: Path, features: np.ndarray, labels: np.ndarray) -> None
 
 
 def probe(folder: Path, threads: int) -> tuple[float, float, float, dict[str, float]]:
-    """Run the command; return its seconds, those of its processor, its peak memory in MB, and accuracy by k."""
+    """Run the command; return its seconds, those of its processor, its peak memory in MiB, and accuracy by k."""
     arguments = ["evaluate", "probe", "--train", "train.parquet", "--test", "test.parquet", "--force", "--json", "-q"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DINOV2_CATALOG": str(folder / "catalog.duckdb")}
     start = time.perf_counter()
@@ -111,11 +111,11 @@ def main() -> None:
         write_manifest(folder / "test.parquet", test, truth)
         for _ in range(args.repeats):
             searched.append(bare_search(train, test, args.threads))
-            seconds, processor_s, peak_mb, accuracies = probe(folder, args.threads)
+            seconds, processor_s, peak_mib, accuracies = probe(folder, args.threads)
             probed.append(seconds)
             processor.append(processor_s)
             print(f"{seconds:.1f} s beside {searched[-1]:.1f} s", file=sys.stderr, flush=True)
-            peaks.append(peak_mb)
+            peaks.append(peak_mib)
     expected = brute_force(train, labels, test, truth)
     load = os.getloadavg()[0]
     figures = {
@@ -125,7 +125,7 @@ def main() -> None:
         "probe_s_all": [round(seconds, 2) for seconds in probed],
         "faiss_s_all": [round(seconds, 2) for seconds in searched],
         "probe_processor_s": round(statistics.median(processor), 2),
-        "peak_rss_mb": round(max(peaks)),
+        "peak_rss_mib": round(max(peaks)),
         "accuracy": accuracies,
         "brute_force": expected,
         "equal": accuracies == expected,
@@ -141,7 +141,7 @@ def main() -> None:
         f" {os.cpu_count()} cores, {args.threads} threads, load {load:.1f} at the end.",
         f"{args.train:,} training and {args.test:,} test embeddings of {DIM} numbers, k = 10, 20, 100, 200.",
         "",
-        "| | seconds, median | all | processor seconds | peak memory MB |",
+        "| | seconds, median | all | processor seconds | peak memory MiB |",
         "|---|---|---|---|---|",
         f"| `dinov2 evaluate probe`, whole command | {figures['probe_s']} | {figures['probe_s_all']}"
         f" | {figures['probe_processor_s']} | {max(peaks):.0f} |",

@@ -48,7 +48,8 @@ class Block:
 def zipf(num: int) -> npt.NDArray[np.float64]:
     """Return the shares of `num` things by Zipf's law."""
     weights = np.arange(1, num + 1) ** -EXPONENT
-    return weights / weights.sum()
+    shares: npt.NDArray[np.float64] = weights / weights.sum()
+    return shares
 
 
 def blocks(num_rows: int, dim: int, supers: int = 50, seed: int = 0) -> Iterator[Block]:

@@ -175,7 +175,7 @@ def train_grid(
     velocities = [torch.zeros_like(of_view) for of_view in weights]
     batches = _batches(num_images, steps, torch.Generator().manual_seed(seed))
     ones = torch.ones(BATCH_SIZE, 1)
-    with _threads_for(flops=4 * BATCH_SIZE * sum(of_view.numel() for of_view in weights)):
+    with threads_for(flops=4 * BATCH_SIZE * sum(of_view.numel() for of_view in weights)):
         for step, chosen in enumerate(batches):
             batch, truth = inputs[chosen], one_hot[chosen][:, None]
             decay = 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -201,7 +201,7 @@ def _initial(view: View, dim: int, num_classes: int, num_rates: int, seed: int) 
 
 
 @contextmanager
-def _threads_for(flops: int) -> Iterator[None]:
+def threads_for(flops: int) -> Iterator[None]:
     """Let torch use one thread where a step is small, all of them otherwise."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if flops < ONE_THREAD_FLOPS else before)

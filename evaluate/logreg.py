@@ -14,6 +14,7 @@ from .. import console
 from ..errors import ToolkitError
 from ..store.vectors import Float32, Int64
 from .labelled import held_back
+from .linear import threads_for
 from .scores import Measurement, accuracies
 from .task import Task
 
@@ -133,5 +134,6 @@ def _minimum(
         free.grad = error.sum(dim=0)
         return -log_shares[rows, targets].mean() + decay / 2 * unscaled.square().sum()
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    with threads_for(flops=4 * len(inputs) * weight.numel()):
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
     return (scale * scaled).detach(), free.detach()

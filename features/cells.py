@@ -22,7 +22,7 @@ from .. import console
 from ..store.vectors import Float32, Int64, Stored, Vectors, cache_folder, make_room
 from .products import product, run, unit_rows, workers
 
-ROWS_A_CELL = int(os.environ.get("RAC", "256"))  # chosen: rows in a cell, on average
+ROWS_A_CELL = 256  # chosen: rows in a cell, on average
 SAMPLE_A_CELL = 32  # chosen: rows by which a centroid is fitted
 ITERATIONS = 6  # chosen: cells need not be good clusters
 NUM_NEAREST = 8  # P: cells of which a row knows

@@ -12,9 +12,10 @@ from .cells import Cells
 from .exact_search import Identity, SearchSettings, exact_neighbors
 from .products import run, tile_above, unit_rows, workers
 
-SAMPLE_ROWS = 8_192  # chosen: rows whose pairs are looked for in many cells
-SAMPLE_CELLS = 32  # chosen: in how many, several times what a join visits
+SAMPLE_ROWS = 16_384  # chosen: rows whose pairs are looked for in many cells
+SAMPLE_CELLS = 16  # chosen: in how many, several times what a join visits
 EXACT_ROWS = 256  # chosen: of those with a pair, and of those without, how many are searched exactly
+SURENESS = 1.5  # standard errors by which the recall of a sample must exceed what is asked
 MOST_PAIRS = 64  # of a row and cell, so that a crowd does not drown the others
 
 
@@ -106,7 +107,7 @@ def _smallest_width(needed: Float64, weight: Float64, recall: float) -> tuple[fl
         return 0.0, 1.0
     ranked = np.argsort(needed, kind="stable")
     needed, share = needed[ranked], np.cumsum(weight[ranked]) / weight.sum()
-    aim = recall + (1 - recall) / 4  # what is measured is a sample
+    aim = recall + SURENESS * (recall * (1 - recall) / weight.sum()) ** 0.5  # what is measured is a sample
     place = min(int(np.searchsorted(share, aim)), int(np.isfinite(needed).sum()) - 1)
     if place < 0:
         return 0.0, 0.0

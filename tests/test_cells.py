@@ -12,7 +12,7 @@ from dinov2_toolkit.features.cells import cells_key, open_cells
 from dinov2_toolkit.features.exact_search import exact_neighbors
 from dinov2_toolkit.features.neighbors import Identity, Neighbors, SearchSettings, nearest
 from dinov2_toolkit.store.manifest import Source
-from dinov2_toolkit.store.vectors import Int64, Stored, Vectors
+from dinov2_toolkit.store.vectors import Int64, Stored, Vectors, cache_folder
 
 SURE = SearchSettings(recall=1 - 1e-9)  # all neighbours of the sample, which is all queries here
 
@@ -70,7 +70,7 @@ def test_cells_are_kept_for_the_next_search_of_the_same_vectors(monkeypatch: pyt
     assert cells_key(pool, 0) not in (cells_key(other, 0), cells_key(pool, 1), cells_key(pool.take(np.arange(599)), 0))
     monkeypatch.setattr(cells, "fit_centroids", lambda *_: pytest.fail("made again"))
     np.testing.assert_array_equal(open_cells(pool, 0).ids, first.ids)
-    next(cells.cache_folder().glob("*-gaps.npy")).unlink()
+    next(cache_folder().glob("*-gaps.npy")).unlink()
     with pytest.raises(pytest.fail.Exception):
         open_cells(pool, 0)
 
@@ -82,7 +82,7 @@ def test_cells_that_were_not_finished_leave_nothing_behind(monkeypatch: pytest.M
     monkeypatch.setattr(cells, "_gather", stop)
     with pytest.raises(KeyboardInterrupt):
         open_cells(in_memory(drawn(600, 5)), 0)
-    assert list(cells.cache_folder().iterdir()) == []
+    assert list(cache_folder().iterdir()) == []
 
 
 @pytest.mark.parametrize("k", [1, 10])
@@ -131,7 +131,7 @@ def test_threads_and_blocks_of_queries_do_not_show(monkeypatch: pytest.MonkeyPat
         for threads, rows in ((1, 65_536), (2, 100), (3, 65_536)):
             faiss.omp_set_num_threads(threads)
             monkeypatch.setattr("dinov2_toolkit.features.cell_search.QUERY_ROWS", rows)
-            for file in cells.cache_folder().glob("*.npy") if cells.cache_folder().exists() else []:
+            for file in cache_folder().glob("*.npy") if cache_folder().exists() else []:
                 file.unlink()
             found.append(by_cells(queries, pool, 10, np.arange(3_000), search=SearchSettings(recall=0.8)))
     finally:

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.models.export_hf import write_hugging_face
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.models.weights import load_backbone, load_heads, save_model
+from dinov2_toolkit.models.weights import load_backbone, load_heads, load_model, save_model
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.train.config import resolve
@@ -115,7 +116,10 @@ def test_only_the_student_learns_and_its_average_follows() -> None:
         model.taught(torch.randn(4, 3, 12, 12), None, torch.zeros(4, 9, dtype=torch.bool), teacher_temp=0.05)
     )
     losses["total"].backward()
-    assert all(weight.grad is not None for name, weight in model.student.named_parameters() if "mask" not in name)
+    assert all((weight.grad is not None) == weight.requires_grad for weight in model.student.parameters())
+    assert [name for name, weight in model.student.named_parameters() if not weight.requires_grad] == [
+        "backbone.mask_token"
+    ]
     assert all(weight.grad is None for part in (model.teacher, model.frozen) for weight in part.parameters())
     name = "backbone.norm.weight"
     before = model.teacher.get_parameter(name).clone()
@@ -239,3 +243,31 @@ def test_a_teacher_without_heads_is_one_clear_line(manifest: Path, tmp_path: Pat
     config = resolve(DistillConfig, recipe=None, environment={}, flags={}, assignments=SETTINGS)
     with pytest.raises(ToolkitError, match="released.pth has no heads; .*--objective features"):
         build_distill_model(config, str(tmp_path / "released.pth"))
+
+
+def test_a_teacher_teaches_the_same_in_whatever_form_it_comes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vit = VisionTransformer(patch_size=4, embed_dim=64, depth=1, num_heads=1, img_size=12, layer_scale=1.0)
+    heads = {"dino_head": ProjectionHead(64, 10, hidden_dim=16, bottleneck_dim=6)}
+    run, backbone_file, checkpoint, folder = (tmp_path / name for name in ("run", "b.pth", "teacher.pth", "hf"))
+    save_model(run, backbone=vit, heads=heads, image_size=12, crop_ratio=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    torch.save(vit.state_dict(), backbone_file)
+    parts = {"backbone": vit, **heads}
+    named = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+    torch.save({"teacher": named}, checkpoint)
+    folder.mkdir()
+    write_hugging_face(load_model(run), folder)
+
+    crops, masks = torch.randn(4, 3, 12, 12), torch.zeros(4, 9, dtype=torch.bool)
+
+    def targets(source: Path, objective: str) -> tuple[Tensor, Tensor]:
+        assignments = [*SETTINGS, f"objective={objective}"]
+        config = resolve(DistillConfig, recipe=None, environment={}, flags={}, assignments=assignments)
+        step = build_distill_model(config, str(source)).taught(crops, None, masks, teacher_temp=0.05)
+        return step.cls_targets, step.patch_targets
+
+    for objective, sources in {"heads": [checkpoint], "features": [checkpoint, backbone_file, folder]}.items():
+        expected = targets(run, objective)
+        for source in sources:
+            for found, wanted in zip(targets(source, objective), expected, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

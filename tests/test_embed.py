@@ -344,7 +344,7 @@ def test_wrong_calls_end_with_one_line_and_their_code(
         (1, ["nowhere"]),
         (1, ["images", "-o", "out.csv"]),
         (1, ["images", "--labels", "colour"]),
-        (1, ["images", "--model", "copy"]),
+        (1, ["images", "--model", "no/run"]),
         (1, ["-", "-"]),
         (2, ["images", "--role", "judges"]),
         (2, ["images", "--batch-size", "0"]),

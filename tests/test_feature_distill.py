@@ -113,7 +113,10 @@ def test_a_channel_that_never_changes_becomes_zero() -> None:
 def test_every_weight_of_the_student_learns_and_no_other() -> None:
     model, *crops_and_masks = model_and_crops()
     model(model.taught(*crops_and_masks, teacher_temp=0.05))["total"].backward()
-    assert all(weight.grad is not None for name, weight in model.student.named_parameters() if "mask" not in name)
+    assert all((weight.grad is not None) == weight.requires_grad for weight in model.student.parameters())
+    assert [name for name, weight in model.student.named_parameters() if not weight.requires_grad] == [
+        "backbone.mask_token"
+    ]
     assert all(weight.grad is None for part in (model.teacher, model.frozen) for weight in part.parameters())
 
 

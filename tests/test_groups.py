@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import faiss
 import numpy as np
 import pytest
+from torch import Tensor
 
 from dinov2_toolkit.curate.groups import Groups, duplicate_groups, first_independent
 from dinov2_toolkit.features import cells, graph, join, products
@@ -13,7 +14,7 @@ from dinov2_toolkit.features.graph import Graph
 from dinov2_toolkit.features.join import components_above
 from dinov2_toolkit.features.similarity import first_identical
 from dinov2_toolkit.store.manifest import Source
-from dinov2_toolkit.store.vectors import Float64, Int64, Stored, Vectors
+from dinov2_toolkit.store.vectors import Float64, Int64, Stored, Vectors, cache_folder
 from dinov2_toolkit.tests.embedded import unit
 
 
@@ -163,7 +164,7 @@ def test_bounds_leave_out_no_pair(by_cells: None, threshold: float, monkeypatch:
 
 
 def test_a_recall_of_one_compares_all_where_bounds_leave_most(by_cells: None) -> None:
-    vectors = concepts(600, 9)
+    vectors = concepts(300, 9)
     found = groups_of(vectors, 0.5, 5, search=SearchSettings(recall=1))
     assert found.labels.tolist() == slow_components(cosines(vectors) > 0.5)
 
@@ -175,7 +176,7 @@ def test_threads_and_memory_do_not_show(by_cells: None) -> None:
     try:
         for threads, memory in ((1, None), (2, 1 << 28), (4, None)):
             faiss.omp_set_num_threads(threads)
-            for file in cells.cache_folder().glob("*.npy"):
+            for file in cache_folder().glob("*.npy"):
                 file.unlink()
             found.append(groups_of(vectors, 0.9, 8, linkage="star", search=SearchSettings(memory)))
     finally:
@@ -200,11 +201,11 @@ def test_a_join_that_was_stopped_goes_on(by_cells: None, monkeypatch: pytest.Mon
     monkeypatch.setattr(join, "_compare", stopping)
     with pytest.raises(KeyboardInterrupt):
         components_above(vectors, 0.9, weights=ones, enough=8)
-    assert len(list(cells.cache_folder().glob("*-join.npy"))) == 1
+    assert len(list(cache_folder().glob("*-join.npy"))) == 1
     again = components_above(vectors, 0.9, weights=ones, enough=8)
     np.testing.assert_array_equal(again.labels, whole.labels)
     np.testing.assert_array_equal(again.degree >= 8, whole.degree >= 8)
-    assert not list(cells.cache_folder().glob("*-join.npy"))
+    assert not list(cache_folder().glob("*-join.npy"))
 
 
 @pytest.mark.parametrize("linkage", ["components", "star"])
@@ -215,7 +216,7 @@ def test_a_crowd_of_near_copies_costs_a_strip_of_its_pairs(linkage: str, monkeyp
     compared = 0
     product = products.product
 
-    def counting(left: products.Tensor, right: products.Tensor) -> object:
+    def counting(left: Tensor, right: Tensor) -> object:
         nonlocal compared
         compared += len(left) * len(right)
         return product(left, right)
@@ -223,7 +224,7 @@ def test_a_crowd_of_near_copies_costs_a_strip_of_its_pairs(linkage: str, monkeyp
     monkeypatch.setattr(products, "product", counting)
     found = groups_of(vectors, 0.95, 64, linkage=linkage)
     assert (found.labels[:5_000] == 0).all() and found.num_saturated == 5_000
-    assert compared < 0.2 * 5_200**2
+    assert compared < 0.3 * 5_200**2
 
 
 def test_identical_copies_by_the_thousand_are_one_group() -> None:

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from dinov2_toolkit.errors import Stopped, ToolkitError
-from dinov2_toolkit.train.launch import adopt_slurm, caught_signals, first_host, is_launched, read_status, status_kept
+from dinov2_toolkit.train.launch import (
+    adopt_slurm,
+    caught_signals,
+    check_launch,
+    first_host,
+    is_launched,
+    read_status,
+    status_kept,
+)
 
 
 def test_the_first_host_of_a_slurm_node_list() -> None:
@@ -70,3 +78,18 @@ def test_under_our_launcher_a_stopped_process_ends_with_code_0(tmp_path: Path, m
         raise Stopped("at step 3")
     assert ended.value.code == 0
     assert read_status(tmp_path)["exit_code"] == 75
+
+
+def test_launches_that_accelerate_would_silently_misunderstand_are_errors() -> None:
+    torchrun = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for fine in ({}, torchrun, {"ACCELERATE_USE_CPU": "true"}, torchrun | {"ACCELERATE_USE_CPU": "true"}):
+        check_launch(fine, has_gpu=False)
+    with pytest.raises(ToolkitError, match="WORLD_SIZE is 2 but MASTER_ADDR, MASTER_PORT, RANK is not set"):
+        check_launch({"WORLD_SIZE": "2"}, has_gpu=True)
+    with pytest.raises(ToolkitError, match="`accelerate launch --cpu` starts a single process"):
+        check_launch({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}, has_gpu=False)
+    with pytest.raises(ToolkitError, match="FSDP needs GPUs"):
+        check_launch(torchrun | {"ACCELERATE_USE_FSDP": "true"}, has_gpu=False)
+    check_launch(torchrun | {"ACCELERATE_USE_FSDP": "true"}, has_gpu=True)
+    with pytest.raises(ToolkitError, match="ACCELERATE_USE_DEEPSPEED is set"):
+        check_launch(torchrun | {"ACCELERATE_USE_DEEPSPEED": "true"}, has_gpu=True)

@@ -68,6 +68,7 @@ def build_model(config: TrainConfig, init_from: str | None = None) -> SSLModel:
         dino_weight=config.dino_weight,
         ibot_weight=config.ibot_weight,
         koleo_weight=config.koleo_weight,
+        koleo_gather=config.koleo_gather,
     )
 
 

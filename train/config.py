@@ -80,6 +80,7 @@ class TrainConfig:
     dino_weight: float = 1.0
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
+    koleo_gather: bool = False  # KoLeo compares the images of all processes; false: those of one, as the official code
     centering: Literal["softmax_center", "sinkhorn_knopp"] = "softmax_center"
     student_temp: float = 0.1
     teacher_temp: tuple[float, float] = (0.04, 0.07)

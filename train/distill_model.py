@@ -43,6 +43,7 @@ class DistillModel(nn.Module):
         koleo_weight: float = 0.1,
     ) -> None:
         super().__init__()
+        backbone.mask_token.requires_grad_(False)  # nothing is masked, and processes wait for every gradient
         heads = {name: _new_head(head, backbone.embed_dim) for name, head in frozen.parts.items() if name != "backbone"}
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()

@@ -4,22 +4,14 @@ Shapes: B images of this process's step, b of a part of it, 2 global and L local
 which r are read by a loss; D embed_dim, F numbers a token between the linear layers of the feed-forward, K prototypes.
 """
 
-import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..models.head import ProjectionHead
 from ..models.vit import VisionTransformer
-from ..store.memory import machine_memory
-from .build import build_model
 from .checkpoint import TrainedModel
 from .config import TrainConfig
-from .metrics import peak_memory_mib
-from .optimizer import build_optimizer
-from .parts import parts
 from .schedules import batch_sizes
 from .ssl_model import SSLModel
 

@@ -46,6 +46,7 @@ class FeatureDistillModel(nn.Module):
         koleo_weight: float = 0.1,
     ) -> None:
         super().__init__()
+        backbone.mask_token.requires_grad_(False)  # nothing is masked, and processes wait for every gradient
         widths = backbone.embed_dim, frozen.backbone.embed_dim
         self.student = nn.ModuleDict(
             {"backbone": backbone, "cls_projector": nn.Linear(*widths), "patch_projector": nn.Linear(*widths)}

@@ -117,10 +117,30 @@ def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, *, s
     return (losses * weights).sum() / len(masks)
 
 
-def koleo_loss(features: Tensor) -> Tensor:
+class _Gathered(torch.autograd.Function):
+    """Rows of all processes, (B, D) -> (processes x B, D); going back, each process's rows get the sum of gradients."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        grad = all_reduce_sum(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def koleo_loss(features: Tensor, *, gather: bool = False) -> Tensor:
     """Return minus the mean log distance of each L2-normalised feature (B, D) to its nearest neighbour in the batch.
 
     Distances below 1e-6 (copies of one image) count as 1e-6 and give no gradient, instead of an endless one.
+
+    Args:
+        features: B of them on every process.
+        gather: look for the neighbours among all processes' features, so that the mean over the processes is the loss
+            of one process with all of them; otherwise, as in the official code, among this process's.
 
     Raises:
         ToolkitError: if B is below 2, since a single image has no neighbour.
@@ -134,9 +154,14 @@ def koleo_loss(features: Tensor) -> Tensor:
         )
     with torch.autocast(features.device.type, enabled=False):
         normed = F.normalize(features.float(), dim=-1, eps=1e-8)
+        everyone, first = normed, 0
+        if gather and dist.is_available() and dist.is_initialized():
+            everyone, first = _Gathered.apply(normed), dist.get_rank() * len(normed)  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            nearest = (normed @ normed.T).fill_diagonal_(-torch.inf).argmax(1)
-        distances = torch.linalg.vector_norm(normed - normed[nearest] + 1e-8, dim=1)
+            similarities = normed @ everyone.T
+            similarities[:, first : first + len(normed)].fill_diagonal_(-torch.inf)
+            nearest = similarities.argmax(1)
+        distances = torch.linalg.vector_norm(normed - everyone[nearest] + 1e-8, dim=1)
         loss: Tensor = -(distances.clamp(min=MIN_KOLEO_DISTANCE) + 1e-8).log().mean()
         return loss
 

@@ -22,7 +22,7 @@ from .schedules import batch_sizes
 from .views import make_crops, make_masks, view_settings
 
 NUM_IMAGES, TILE_PX = 12, 112
-MASK_GREY = 0.5  # of the patches that the student does not see, in [0, 1]
+MASK_COLOUR = (0.53, 0.33, 0.75)  # of the patches that the student does not see: violet, which is rare in images
 
 
 def draw_preview(output: str, images: ImageSet, config: TrainConfig, provenance: Provenance, options: Options) -> None:
@@ -53,7 +53,7 @@ def draw_preview(output: str, images: ImageSet, config: TrainConfig, provenance:
         rows += _rows(batch, step, sizes.at(step), config)
         if len(rows) >= NUM_IMAGES:
             break
-    note = f"image; two global crops of {config.global_crop_size_px} px, grey where the student's patches are masked"
+    note = f"image; two global crops of {config.global_crop_size_px} px, violet where the student's patches are masked"
     if config.num_local_crops:
         note += f"; {config.num_local_crops} local crops of {config.local_crop_size_px} px"
     sheet = draw_sheet(rows[:NUM_IMAGES], title="What training sees", note=note, tile_px=TILE_PX)
@@ -86,11 +86,11 @@ def _pixels(crops: Tensor) -> Tensor:
 
 
 def _masked(pixels: Tensor, masks: Tensor, patch_size: int) -> Tensor:
-    """Return pixels (n, 3, S, S) with the masked patches, (n, N) bool, in grey."""
+    """Return pixels (n, 3, S, S) with the masked patches, (n, N) bool, in one colour."""
     side = pixels.shape[-1] // patch_size
     # (n, N) -> (n, 1, S, S)
     covered = masks.view(-1, 1, side, side).repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
-    return torch.where(covered, MASK_GREY, pixels)
+    return torch.where(covered, torch.tensor(MASK_COLOUR).view(-1, 1, 1), pixels)
 
 
 def _bytes(pixels: Tensor) -> NDArray[np.uint8]:

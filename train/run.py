@@ -103,11 +103,19 @@ def prepare_folder(run_folder: Path, config: TrainConfig, provenance: Provenance
 
 def check_batch(config: TrainConfig, num_processes: int) -> None:
     """Raise ToolkitError when a batch cannot be shared out evenly, at least two images to each process."""
+    smallest = 2 if config.koleo_weight else 1
     unfit = [n for n in batch_sizes(config.batch_size).sizes if n % num_processes or n < 2 * num_processes]
     if unfit:
         raise ToolkitError(
             f"batch_size {unfit[0]} does not give each of {num_processes} processes the same number of "
             "images, two or more; change one of the two"
+        )
+    size = config.micro_batch_size
+    uneven = [n // num_processes for n in batch_sizes(config.batch_size).sizes if size and n // num_processes % size]
+    if any(n % size < smallest for n in uneven):
+        raise ToolkitError(
+            f"micro_batch_size {size} leaves a single one of the {uneven[0]} images of a process, and KoLeo needs "
+            "two; choose another, or set koleo_weight=0"
         )
 
 

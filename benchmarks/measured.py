@@ -1,0 +1,72 @@
+"""What a benchmark measures and writes down: time, memory, the machine, a table."""
+
+import datetime
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Measure:
+    """Seconds of the clock and of all cores, of a block."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+
+@contextmanager
+def measured() -> Iterator[Measure]:
+    """Yield what is filled in when the block ends."""
+    measure, wall, cpu = Measure(), time.perf_counter(), time.process_time()
+    yield measure
+    measure.wall_s, measure.cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+
+
+def peak_mb() -> float:
+    """Return the most memory that this process had resident so far, mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def machine() -> str:
+    """Return the processor, its cores, and the versions that matter, as one line."""
+    import faiss
+    import numpy
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    versions = f"Python {platform.python_version()}, numpy {numpy.__version__}, torch {torch.__version__}"
+    versions += f", faiss {faiss.__version__}"
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores; {versions}"
+
+
+def in_a_process(*arguments: str) -> str:
+    """Run this script again with other arguments and return the last line it prints: memory is then its own."""
+    done = subprocess.run([sys.executable, sys.argv[0], *arguments], stdout=subprocess.PIPE, check=True, text=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def write_result(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], notes: str) -> None:
+    """Print a table and write it to results/NAME.md with machine, versions, date and command."""
+
+    def cell(value: object) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    table = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    table += [f"| {' | '.join(cell(value) for value in row)} |" for row in rows]
+    print("\n".join(table))
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    text = f"# {title}\n\n" + "\n".join(table) + f"\n\n{notes}\n\n"
+    text += f"{machine()}. {datetime.date.today()}, load at the end {load}. `{command}`\n"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text)
