@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import console
-from ..store.vectors import Float32, Int64, Vectors
-from .cells import RELEASED_BYTES, release
+from ..store.vectors import RELEASED_BYTES, Float32, Int64, Vectors, release
 from .products import device, product, run, unit_rows, workers
 
 BLOCK_BYTES = 1 << 28  # chosen: what the queries that go through the pool together may take

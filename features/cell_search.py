@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from .. import console
-from ..store.vectors import Float32, Float64, Int64, Vectors
+from ..store.vectors import RELEASED_BYTES, Float32, Float64, Int64, Vectors, release
 from .candidates import no_progress
-from .cells import RELEASED_BYTES, Cells, Int32, open_cells, release
+from .cells import Cells, Int32, open_cells
 from .exact_search import Identity, Neighbors, SearchSettings, exact_neighbors, num_candidates_for, settle
 from .products import product, run, unit_rows, workers
 from .similarity import similarities, tolerance

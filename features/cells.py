@@ -6,7 +6,6 @@ N vectors, D numbers a vector, K cells, G groups of cells, P nearest cells of a 
 """
 
 import hashlib
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,17 @@ import torch
 from torch import Tensor
 
 from .. import console
-from ..store.vectors import Float32, Int64, Stored, Vectors, cache_folder, make_room
+from ..store.vectors import (
+    RELEASED_BYTES,
+    RELEASED_ROWS,
+    Float32,
+    Int64,
+    Stored,
+    Vectors,
+    cache_folder,
+    make_room,
+    release,
+)
 from .products import product, run, unit_rows, workers
 
 ROWS_A_CELL = 256  # chosen: rows in a cell, on average
@@ -28,7 +37,6 @@ ITERATIONS = 6  # chosen: cells need not be good clusters
 NUM_NEAREST = 8  # P: cells of which a row knows
 BEAM = 4  # chosen: groups in which a row looks for its cells
 BLOCK_ROWS = 8_192  # rows assigned at a time
-RELEASED_BYTES = 256 << 20  # mapped pages are given back after so much was read
 
 Int32 = npt.NDArray[np.int32]
 Float16 = npt.NDArray[np.float16]
@@ -221,9 +229,8 @@ def _stored(pool: Vectors, positions: Int64 | slice) -> Stored:
 def _gather(source: npt.NDArray[np.generic], rows: Int64, target: Path) -> None:
     """Write the given rows of an array to a .npy file, in their order."""
     written = np.lib.format.open_memmap(target, mode="w+", dtype=source.dtype, shape=(len(rows), *source.shape[1:]))
-    step = max(1, (RELEASED_BYTES >> 2) // max(1, source[:1].nbytes))
-    for start in range(0, len(rows), step):
-        written[start : start + step] = source[rows[start : start + step]]
+    for start in range(0, len(rows), RELEASED_ROWS):
+        written[start : start + RELEASED_ROWS] = source[rows[start : start + RELEASED_ROWS]]
         release(source)
         release(written)
     written.flush()
@@ -237,12 +244,3 @@ def _temporary(name: str) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
-
-
-def release(array: npt.NDArray[np.generic]) -> None:
-    """Let go of the pages of a mapped array that were read; they stay in the page cache while there is room."""
-    base: object = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)

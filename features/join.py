@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from .. import console
-from ..store.vectors import Int64, Vectors, cache_folder
+from ..store.vectors import RELEASED_BYTES, RELEASED_ROWS, Int64, Vectors, cache_folder, release
 from .bounds import bounded_batches
-from .cells import RELEASED_BYTES, Cells, cells_key, open_cells, release
+from .cells import Cells, cells_key, open_cells
 from .exact_search import DEFAULTS, EXACT_PRODUCTS, SearchSettings
 from .graph import Bools, Graph
 from .products import TILE, run, tile_above, unit_rows, workers
@@ -162,14 +162,15 @@ def _join(
 
     def compare(task: Task) -> int:
         _compare(graph, vectors, threshold, task, keep)
-        read = task.right.stop - task.right.start + (0 if isinstance(task.left, slice) else len(task.left))
-        return int(read * vectors.dim * vectors.array.itemsize)
+        mapped = (task.right.stop - task.right.start) * vectors.dim * vectors.array.itemsize
+        visiting = 0 if isinstance(task.left, slice) else len(task.left)
+        return int(mapped + visiting * (RELEASED_BYTES // RELEASED_ROWS))
 
     passed = 0
     with workers() as threads, console.progress("comparing", len(batches) - done, "parts") as advance:
         for number in range(done, len(batches)):
-            for read in run(threads, compare, batches[number]()):
-                passed += read
+            for mapped in run(threads, compare, batches[number]()):
+                passed += mapped
                 if passed > RELEASED_BYTES:
                     passed = 0
                     release(vectors.array)

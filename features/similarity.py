@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import faiss
 import numpy as np
 
-from ..store.vectors import Float32, Float64, Int64, Vectors
+from ..store.vectors import Float32, Float64, Int64, Vectors, release
 
 SETTLED_PAIRS = 1 << 20  # pairs looked at together, at most
 DECODED_BYTES = 192 << 20  # what their vectors may take
@@ -88,6 +88,7 @@ def first_identical(vectors: Vectors) -> Int64:
     for start in range(0, len(vectors), HASH_ROWS):
         bits = vectors.raw(start, min(start + HASH_ROWS, len(vectors))).view(np.uint32).astype(np.uint64)
         hashes[start : start + len(bits)] = np.einsum("nd,d->n", bits, multipliers)  # modulo 2^64
+        release(vectors.array)
     ranked = np.argsort(hashes, kind="stable")
     hashes = hashes[ranked]
     starts = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)])

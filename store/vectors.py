@@ -1,5 +1,6 @@
 """A manifest's embeddings as one memory-mapped array."""
 
+import mmap
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from .manifest import Manifest, Source, open_manifest
 
 CACHE_BYTES = int(os.environ.get("DINOV2_CACHE_BYTES", 64 << 30))  # scratch arrays are kept up to this size
 
+RELEASED_BYTES = 256 << 20  # chosen: of a mapped array that is read in sequence, so much stays mapped
+RELEASED_ROWS = 4_096  # of one that is read here and there: the system maps 64 KB around every row
 CONVERTED = 65_536  # numbers a step of `as_float32`: they stay in the cache
 SIGN_AND_NUMBER = np.int32(-0x70000001)  # all but the three bits between sign and exponent
 EXPONENT_STEP = np.float32(2.0**112)  # half precision counts exponents from -15, single from -127
@@ -43,7 +46,15 @@ class Vectors:
 
     def raw(self, start: int, stop: int) -> Float32:
         """Return vectors start..stop as stored, (stop - start, D) float32."""
-        return as_float32(self.array[self._selector(start, stop)])
+        selector = self._selector(start, stop)
+        if isinstance(selector, slice) or self.array.nbytes <= RELEASED_BYTES:
+            return as_float32(self.array[selector])
+        vectors = np.empty((stop - start, self.dim), np.float32)
+        for first in range(0, len(selector), RELEASED_ROWS):
+            part = selector[first : first + RELEASED_ROWS]
+            vectors[first : first + len(part)] = as_float32(self.array[part])
+            release(self.array)
+        return vectors
 
     def unit(self, start: int, stop: int) -> Float32:
         """Return vectors start..stop at length 1, (stop - start, D) float32; a zero vector stays zero."""
@@ -91,6 +102,15 @@ def as_float32(stored: Stored) -> Float32:
         np.bitwise_and(bits[block], SIGN_AND_NUMBER, out=bits[block])
         np.multiply(vectors[block], EXPONENT_STEP, out=vectors[block])
     return vectors
+
+
+def release(array: npt.NDArray[np.generic]) -> None:
+    """Let go of the pages of a mapped array that were read; they stay in the page cache while there is room."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def has_vectors(manifest: Manifest) -> bool:
@@ -245,6 +265,7 @@ def _decode(manifest: Manifest, target: Path, dim: int, dtype: np.dtype[np.float
                 )
             array[done : done + len(block)] = block
             done += len(block)
+            release(array)
             advance(len(block))
     array.flush()
 

@@ -80,7 +80,7 @@ def test_a_manifest_with_labels_is_read_and_one_without_is_refused(tmp_path: Pat
     pq.write_table(pa.table({"uri": uris}), tmp_path / "none.parquet")
     with pytest.raises(ToolkitError, match="--eval-test .*none.parquet has no labels; give a manifest"):
         labelled_sets(manifest, str(tmp_path / "none.parquet"))
-    with pytest.raises(ToolkitError, match="all labels of --eval-train .*red are? .*'red'|has no labels"):
+    with pytest.raises(ToolkitError, match="--eval-train .*red has no labels"):
         labelled_sets(str(folder / "red"), manifest)
     with pytest.raises(ToolkitError, match="go together"):
         Watching(eval_train=manifest).open()

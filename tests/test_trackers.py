@@ -56,7 +56,7 @@ def test_figures_and_settings_reach_a_tracker_which_is_finished_however_the_run_
     wandb = ModuleType("wandb")
     vars(wandb).update(init=init, config=Settings())
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(tracking, "_available_trackers", ["wandb"])
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.WANDB])
     monkeypatch.delenv("WANDB_MODE", raising=False)
     accelerator = Accelerator(cpu=True, log_with=["wandb"], project_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt), tracked(accelerator, tmp_path / "first", TrainConfig()):

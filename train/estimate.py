@@ -4,29 +4,27 @@ Shapes: B images of this process's step, b of a part of it, 2 global and L local
 which r are read by a loss; D embed_dim, F numbers a token between the linear layers of the feed-forward, K prototypes.
 """
 
+import math
+import time
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from ..models.head import ProjectionHead
 from ..models.vit import VisionTransformer
+from .build import build_model
 from .checkpoint import TrainedModel
 from .config import TrainConfig
+from .optimizer import build_optimizer
+from .parts import parts
 from .schedules import batch_sizes
 from .ssl_model import SSLModel
+from .views import make_masks
 
 BACKWARD = 2  # times a forward pass, for the gradients of inputs and of weights
-TRIAL_DEPTH, TRIAL_IMAGES, TRIAL_STEPS = 2, 8, 3  # what the machine's speed is measured by; the first step warms up
-ADAM_NUMBERS = 2  # first and second moment of a weight
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What one process of a run needs."""
-
-    flop_per_image: float  # of a training step, one image
-    memory_bytes: float  # at the peak
-    seconds: float | None  # of all steps, None where no trial was made
+FIRST_STEP_BYTES = 130 << 20  # measured on a CPU: what torch loads, and does not give back, in its first step
+TRIAL_DEPTH, TRIAL_IMAGES, TRIAL_STEPS = 2, 8, 3  # chosen; the first step warms up
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,9 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
 
     The formula, with numbers of 4 bytes (2 for what matrix products read and give under bf16):
 
-    - `base_bytes` of the process itself
+    - `base_bytes` of the process itself before it trains; 130 MiB that torch takes in its first step
     - 4 (1 + 1 + 2) bytes a trained weight (itself, its gradient, Adam's moments) and 4 each of any other
-    - the crops of the step, and the decoded images of this batch and the two that are decoded ahead
+    - the crops of the step
     - teacher's targets, 4 K bytes for the class token of each global crop, twice, and each masked patch
     - what the student keeps for going backward, of the largest part: a block keeps (9 D + 2 F) numbers a token
       (inputs and outputs of two norms, queries, keys and values, attention's result twice, the feed-forward's inside
@@ -121,8 +119,7 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     crops = crops_of(config, is_masked=isinstance(model, SSLModel))
     size = max(batch_sizes(config.batch_size).sizes) // num_processes
     weights = sum(
-        weight.numel() * weight.element_size() * (2 + ADAM_NUMBERS if weight.requires_grad else 1)
-        for weight in model.parameters()
+        weight.numel() * weight.element_size() * (4 if weight.requires_grad else 1) for weight in model.parameters()
     )
     pixels = sum(
         each.number * side**2
@@ -137,7 +134,7 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     if config.split_views:
         kinds[0] = [replace(crops[0], number=1)]
     student = max(part_size * _kept_bytes(config, model, kind, num_prototypes) for kind in kinds)
-    return base_bytes + weights + inputs + targets + student
+    return base_bytes + FIRST_STEP_BYTES + weights + inputs + targets + student
 
 
 def _kept_bytes(config: TrainConfig, model: TrainedModel, crops: list[Crops], num_prototypes: int) -> float:
@@ -167,3 +164,37 @@ def _backbone(modules: nn.ModuleDict) -> VisionTransformer:
     backbone = modules["backbone"]
     assert isinstance(backbone, VisionTransformer)
     return backbone
+
+
+def measured_flops(config: TrainConfig, device: torch.device) -> float:
+    """Return the operations a second that this process reaches in a few steps of a shallow model of this width.
+
+    Random crops, everything else as in training, two blocks: so that it takes seconds whatever the model's size.
+    """
+    shallow = replace(config, depth=min(TRIAL_DEPTH, config.depth or TRIAL_DEPTH), recompute="nothing")
+    model = build_model(shallow).to(device).train()
+    optimizer = build_optimizer(model.student)
+    num_images = min(TRIAL_IMAGES, batch_sizes(config.batch_size).at(0))
+    crops = [
+        torch.randn(number * num_images, 3, side, side, device=device)
+        for number, side in ((2, config.global_crop_size_px), (config.num_local_crops, config.local_crop_size_px))
+    ]
+    masks = make_masks(0, num_images, config, 0, 1).to(device)
+    fastest = math.inf
+    for _ in range(TRIAL_STEPS):
+        start = _now(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            step = model.taught(crops[0], crops[1] if len(crops[1]) else None, masks, teacher_temp=1.0)
+            for part in parts(step, by_view=config.split_views):
+                model(part)["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_teacher(1.0)
+        fastest = min(fastest, _now(device) - start)
+    return num_images * flop_per_image(shallow, model) / fastest
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
