@@ -170,7 +170,10 @@ def test_every_method_names_itself_and_the_best_accuracy_is_the_value(
     assert all(float(str(row["low"])) <= float(str(row["value"])) <= float(str(row["high"])) for row in rows())
 
 
-def test_of_features_for_the_linear_grid_the_others_see_the_last_class_token(tmp_path: Path) -> None:
+def test_of_features_for_the_linear_grid_the_others_see_the_last_class_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "MIN_STEPS", 50)
     train, test = draw_classes(tmp_path / "train", 20, seed=0), draw_classes(tmp_path / "test", 12, seed=1)
     measure(str(train), str(test), ProbeSettings((SMALL_VIT,), ("knn", "linear"), (1, 3), num_workers=1))
     beside = [row for row in rows() if row["method"] == "knn"]

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from .. import console
+from ..features.extract import best_device
 from ..models.head import ProjectionHead
 from ..models.vit import VisionTransformer
 from .build import build_model
@@ -19,11 +21,13 @@ from .config import TrainConfig
 from .optimizer import build_optimizer
 from .parts import parts
 from .schedules import batch_sizes
+from .several_students import SeveralStudents
 from .ssl_model import SSLModel
 from .views import make_masks
 
 BACKWARD = 2  # times a forward pass, for the gradients of inputs and of weights
 FIRST_STEP_BYTES = 130 << 20  # measured on a CPU: what torch loads, and does not give back, in its first step
+ALLOCATOR = 1.1  # measured on a CPU: resident memory over what tensors take
 TRIAL_DEPTH, TRIAL_IMAGES, TRIAL_STEPS = 2, 8, 3  # chosen; the first step warms up
 
 
@@ -67,15 +71,20 @@ def flop_per_image(config: TrainConfig, model: TrainedModel) -> float:
     """
     is_masked = isinstance(model, SSLModel)
     crops = crops_of(config, is_masked=is_masked)
-    backbone = _backbone(model.student)
     kept = 1 - config.drop_path
-    forward = sum(_backbone_flop(backbone, each, kept, only_read=is_masked) for each in crops)
-    again = forward if config.recompute == "blocks" else 0.0
-    forward += sum(each.read for each in crops) * _head_flop(model.student)
-    teaching: nn.Module = model.teacher if isinstance(model, SSLModel) else model.frozen.parts
-    assert isinstance(teaching, nn.ModuleDict)
+    total = 0.0
+    for student in _students(model):
+        forward = sum(_backbone_flop(_backbone(student), each, kept, only_read=is_masked) for each in crops)
+        again = forward if config.recompute == "blocks" else 0.0
+        forward += sum(each.read for each in crops) * _head_flop(student)
+        total += (1 + BACKWARD) * forward + again
+    teaching = model.teacher if isinstance(model, SSLModel) else model.frozen.parts
     teacher = _backbone_flop(_backbone(teaching), crops[0], 1.0, only_read=is_masked)
-    return (1 + BACKWARD) * forward + again + teacher + crops[0].read * _head_flop(teaching)
+    return total + teacher + crops[0].read * _head_flop(teaching)
+
+
+def _students(model: TrainedModel) -> list[nn.ModuleDict]:
+    return [each.student for each in (model.models.values() if isinstance(model, SeveralStudents) else [model])]
 
 
 def _backbone_flop(backbone: VisionTransformer, crops: Crops, kept: float, *, only_read: bool) -> float:
@@ -106,7 +115,8 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     The formula, with numbers of 4 bytes (2 for what matrix products read and give under bf16):
 
     - `base_bytes` of the process itself before it trains; 130 MiB that torch takes in its first step
-    - 4 (1 + 1 + 2) bytes a trained weight (itself, its gradient, Adam's moments) and 4 each of any other
+    - 4 (1 + 2) bytes a trained weight (itself and Adam's moments) and 4 each of any other; the gradients' 4 when the
+      step has several parts or little is kept, for otherwise they come as what was kept goes
     - the crops of the step
     - teacher's targets, 4 K bytes for the class token of each global crop, twice, and each masked patch
     - what the student keeps for going backward, of the largest part: a block keeps (9 D + 2 F) numbers a token
@@ -114,12 +124,15 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
       before and after its activation) and its scaled last layers; with recompute=cheap (7 D + F), with recompute=blocks
       D; stochastic depth keeps its share; the last block keeps that of the tokens read, and keys and values of all
     - logits of the student, K numbers a row, and twice as much for their gradients
-    - the largest block once more while it goes backward
+    - a block once more while it goes backward, and again where it is made again; a tenth more of all that was kept, which the allocator loses
     """
     crops = crops_of(config, is_masked=isinstance(model, SSLModel))
     size = max(batch_sizes(config.batch_size).sizes) // num_processes
+    part_size = min(config.micro_batch_size or size, size)
+    copies = 4 if config.split_views or part_size < size or config.recompute == "blocks" else 3
     weights = sum(
-        weight.numel() * weight.element_size() * (4 if weight.requires_grad else 1) for weight in model.parameters()
+        weight.numel() * weight.element_size() * (copies if weight.requires_grad else 1)
+        for weight in model.parameters()
     )
     pixels = sum(
         each.number * side**2
@@ -129,17 +142,21 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     head = next((module for module in model.student.values() if isinstance(module, ProjectionHead)), None)
     num_prototypes = 0 if head is None else head.num_prototypes
     targets = 4 * size * num_prototypes * (2 * crops[0].number + crops[0].read)
-    part_size = min(config.micro_batch_size or size, size)
     kinds = [[crops[0]], [crops[1]]] if config.split_views else [list(crops)]
     if config.split_views:
         kinds[0] = [replace(crops[0], number=1)]
-    student = max(part_size * _kept_bytes(config, model, kind, num_prototypes) for kind in kinds)
-    return base_bytes + FIRST_STEP_BYTES + weights + inputs + targets + student
+    is_masked = isinstance(model, SSLModel)
+    kept = max(
+        part_size * sum(_kept_bytes(config, _backbone(student), kind, is_masked) for student in _students(model))
+        + part_size * 3 * 4 * num_prototypes * sum(each.read for each in kind)
+        for kind in kinds
+    )
+    first_step = FIRST_STEP_BYTES if base_bytes else 0
+    return base_bytes + first_step + weights + ALLOCATOR * (inputs + targets + kept)
 
 
-def _kept_bytes(config: TrainConfig, model: TrainedModel, crops: list[Crops], num_prototypes: int) -> float:
-    """Return what an image's crops take between forward and backward."""
-    backbone = _backbone(model.student)
+def _kept_bytes(config: TrainConfig, backbone: VisionTransformer, crops: list[Crops], is_masked: bool) -> float:
+    """Return what an image's crops take in the student's backbone between forward and backward, at its peak."""
     dim, kept = backbone.embed_dim, 1 - config.drop_path
     number = 2 if config.mixed_precision == "bf16" else 4
     hidden = _hidden_numbers(backbone)
@@ -147,11 +164,10 @@ def _kept_bytes(config: TrainConfig, model: TrainedModel, crops: list[Crops], nu
     block = {"nothing": whole, "cheap": 7 * dim + hidden, "blocks": dim}[config.recompute]
     tokens, read = sum(each.tokens for each in crops), sum(each.read for each in crops)
     per_block = block if config.recompute == "blocks" else kept * block
-    last = kept * (4 * dim * tokens + whole * read) if isinstance(model, SSLModel) else per_block * tokens
-    backward = kept * whole * tokens
+    last = kept * (4 * dim * tokens + whole * read) if is_masked else per_block * tokens
+    backward = kept * whole * tokens * (2 if config.recompute == "blocks" else 1)
     streams = 2 * dim * tokens
-    rows = 3 * num_prototypes * 4 * read
-    return number * (tokens * per_block * (backbone.depth - 1) + last + backward + streams) + rows
+    return number * (tokens * per_block * (backbone.depth - 1) + last + backward + streams)
 
 
 def _hidden_numbers(backbone: VisionTransformer) -> int:
@@ -192,6 +208,32 @@ def measured_flops(config: TrainConfig, device: torch.device) -> float:
         model.update_teacher(1.0)
         fastest = min(fastest, _now(device) - start)
     return num_images * flop_per_image(shallow, model) / fastest
+
+
+def say_cost(config: TrainConfig, model: TrainedModel, num_processes: int, base_mib: float) -> None:
+    """Say what a step computes, how much memory a process will take, and how long the run, by a trial on this machine.
+
+    `model` may be on the meta device; `base_mib` is what this process held before it.
+    """
+    device = best_device()
+    memory = memory_bytes(config, model, num_processes, 0.0 if device.type == "cuda" else base_mib * 2**20)
+    flop = flop_per_image(config, model)
+    speed = measured_flops(config, device)
+    images = batch_sizes(config.batch_size).images_until(config.steps)
+    workers = num_processes if device.type == "cuda" else 1  # processes share this machine's cores
+    console.say(
+        f"{flop / 1e9:,.2f} GFLOP an image; about {memory / 2**20:,.0f} MiB of memory a process at the peak; "
+        f"about {_duration(images * flop / (workers * speed))}, if data are there in time, at the "
+        f"{speed / 1e9:,.0f} GFLOP/s that a trial of a few steps reached here"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    for unit, length in (("days", 48 * 60), ("hours", 120), ("minutes", 2)):
+        if minutes >= length:
+            return f"{minutes / {'days': 1440, 'hours': 60, 'minutes': 1}[unit]:,.0f} {unit}"
+    return f"{seconds:,.0f} seconds"
 
 
 def _now(device: torch.device) -> float:

@@ -31,6 +31,7 @@ from .build import build_model
 from .checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint, save_teacher
 from .config import TrainConfig
 from .data import ImageSet, image_set, read_batches
+from .estimate import say_cost
 from .health import PATIENCE_STEPS, collapse, health_figures, teacher_figures
 from .launch import caught_signals, is_launched, launch, speaks_for_all, status_kept
 from .metrics import (
@@ -143,8 +144,11 @@ def run_training(
         if is_done(run_folder, provenance, options, resume):
             return finished_result(output)
         if options.dry_run:
+            base_mib = peak_memory_mib(torch.device("cpu"))  # before torch loads what a meta device needs
             with torch.device("meta"):
-                describe(config, images, build(), num_processes)
+                model = build()
+            describe(config, images, model, num_processes)
+            say_cost(config, model, num_processes, base_mib)
             console.say(f"would write {output}")
             return None
         launch(num_processes, run_folder)
