@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import ToolkitError
+from ..features.processes import caught_signals
 from ..store.artifact import Options, Result, check_manifest_name, is_up_to_date, recorded
 from ..store.manifest import SELECTION_FIELDS, Provenance, cluster_field, open_manifest
 from ..store.memory import memory_budget
@@ -61,7 +62,11 @@ class ClusterSettings:
 
 
 def cluster_images(manifest: Path | None, output: str, settings: ClusterSettings, options: Options) -> Result | None:
-    """Write the images with their clusters, all of them or a balanced subset; return None after a dry run."""
+    """Write the images with their clusters, all of them or a balanced subset; return None after a dry run.
+
+    What a killed run has reached is kept, and the same command goes on from there.
+    Raises Stopped when a signal came.
+    """
     path = check_manifest_name(output)
     pool = open_input("manifest", manifest, path, settings.features, settings.where)
     num_rows = pool.num_rows(options.limit)
@@ -146,7 +151,8 @@ def _cluster(
     saved = Saved(provenance)
     memory = memory_budget(settings.memory)
     how = KMeansSettings(settings.resample, settings.metric, settings.init, settings.polish, settings.recall, memory)
-    made = cluster_levels(images.vectors, num_clusters, how, provenance.seed, saved)
+    with caught_signals() as saved.signals:
+        made = cluster_levels(images.vectors, num_clusters, how, provenance.seed, saved)
     positions = np.arange(len(images))
     if settings.sample is not None:
         keys = seeded_keys(len(images), provenance.seed, 0)

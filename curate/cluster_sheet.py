@@ -69,7 +69,7 @@ def draw_clusters(path: Path, sheet: Path, options: Options) -> None:
     picture = draw_sheet(
         [[tiles[each.cluster]] for each in shown],
         title=f"Clusters: {path.name}",
-        note="the images nearest to each centroid",
+        note="of each cluster the images nearest to its centroid, among those taken",
         headings=[each.heading for each in shown],
         tile_px=TILE_PX,
     )
@@ -94,5 +94,6 @@ def _shown(connection: duckdb.DuckDBPyConnection, clusters: Path) -> list[Shown]
     for kind, cluster, images, sampled, label, purity in found:
         taken = "" if sampled == images else f", {sampled:,} of them taken"
         named = "" if label is None else f"; {purity:.0%} {label}"
-        shown.append(Shown(cluster, f"{KINDS[kind]}: cluster {cluster}, {images:,} images{taken}{named}"))
+        size = "1 image" if images == 1 else f"{images:,} images"
+        shown.append(Shown(cluster, f"{KINDS[kind]}: cluster {cluster}, {size}{taken}{named}"))
     return shown

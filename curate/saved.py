@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import Stopped
 from ..store.manifest import Provenance
 from ..store.vectors import cache_folder
 
@@ -28,13 +29,17 @@ class Saved:
         key = hashlib.blake2b(work.encode(), digest_size=16).hexdigest()
         self.folder = cache_folder() / f"clustering-{key}"
         self._last = time.monotonic()
+        self.signals: list[int] = []  # that came in; the next thing to be saved is then the last
 
     def due(self) -> bool:
-        """Tell whether enough was done since the last time to save again."""
-        return time.monotonic() - self._last >= SAVE_EVERY_S
+        """Tell whether to save now: enough was done since the last time, or a signal came."""
+        return bool(self.signals) or time.monotonic() - self._last >= SAVE_EVERY_S
 
     def save(self, name: str, **arrays: npt.ArrayLike) -> None:
-        """Keep arrays under a name, instead of what it had before."""
+        """Keep arrays under a name, instead of what it had before.
+
+        Raises Stopped afterwards when a signal has come.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{name}.{os.getpid()}.tmp"
         with temporary.open("wb") as file:
@@ -43,6 +48,8 @@ class Saved:
             os.fsync(file.fileno())
         os.replace(temporary, self.folder / f"{name}.npz")
         self._last = time.monotonic()
+        if self.signals:
+            raise Stopped("stopped: what the clustering has reached is kept; the same command goes on")
 
     def load(self, name: str) -> dict[str, Array] | None:
         """Return what was kept under a name, None where there is nothing."""
@@ -56,7 +63,11 @@ class Saved:
         """Return an array of `num` on disk, as it was left; it is as long as the pool, and only parts are in memory."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path: Path = self.folder / f"{name}.npy"
-        array: Array = np.lib.format.open_memmap(path, "r+" if path.exists() else "w+", dtype, (num,))
+        if not path.exists():
+            temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+            np.lib.format.open_memmap(temporary, "w+", dtype, (num,)).flush()
+            os.replace(temporary, path)
+        array: Array = np.lib.format.open_memmap(path, "r+")
         return array
 
     def remove(self) -> None:

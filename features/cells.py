@@ -34,7 +34,7 @@ from .products import product, run, unit_rows, workers
 ROWS_A_CELL = 256  # chosen: rows in a cell, on average
 SAMPLE_A_CELL = 32  # chosen: rows by which a centroid is fitted
 ITERATIONS = 6  # chosen: cells need not be good clusters
-NUM_NEAREST = 8  # P: cells of which a row knows
+NUM_NEAREST = 8  # P: cells of which a row knows, unless more are asked for
 BEAM = 4  # chosen: groups in which a row looks for its cells
 BLOCK_ROWS = 8_192  # rows assigned at a time
 
@@ -68,9 +68,9 @@ class Cells:
 NAMES = ("stored", "ids", "centroids", "nearest", "gaps", "offsets")  # the last one says that all are there
 
 
-def open_cells(pool: Vectors, seed: int) -> Cells:
+def open_cells(pool: Vectors, seed: int, num_nearest: int = NUM_NEAREST) -> Cells:
     """Return the cells of a pool, made now or by an earlier search of the same vectors."""
-    key = cells_key(pool, seed)
+    key = cells_key(pool, seed, num_nearest)
     paths = {name: cache_folder() / f"{key}-{name}.npy" for name in NAMES}
     if all(path.exists() for path in paths.values()):
         console.detail(f"the cells of {Path(pool.base.path).name} are there from an earlier search")
@@ -79,16 +79,16 @@ def open_cells(pool: Vectors, seed: int) -> Cells:
         return _mapped(paths)
     cache_folder().mkdir(parents=True, exist_ok=True)
     num_cells = max(1, len(pool) // ROWS_A_CELL)
-    make_room(len(pool) * (pool.dim * pool.array.itemsize + 6 * NUM_NEAREST + 8) + 4 * num_cells * pool.dim)
+    make_room(len(pool) * (pool.dim * pool.array.itemsize + 6 * num_nearest + 8) + 4 * num_cells * pool.dim)
     centroids, groups = fit_centroids(pool, num_cells, seed)
-    _write(pool, centroids, groups, paths)
+    _write(pool, centroids, groups, num_nearest, paths)
     return _mapped(paths)
 
 
-def cells_key(pool: Vectors, seed: int) -> str:
+def cells_key(pool: Vectors, seed: int, num_nearest: int = NUM_NEAREST) -> str:
     """Return a name for a pool's cells: by the vectors it is made of, and what they are divided by."""
     digest = hashlib.blake2b(digest_size=16)
-    settings = (pool.array.shape, pool.array.dtype.str, ROWS_A_CELL, SAMPLE_A_CELL, ITERATIONS, NUM_NEAREST, BEAM, seed)
+    settings = (pool.array.shape, pool.array.dtype.str, ROWS_A_CELL, SAMPLE_A_CELL, ITERATIONS, BEAM, seed, num_nearest)
     digest.update(repr((pool.base.content_id, *settings)).encode())
     digest.update(np.ascontiguousarray(pool.rows).data)
     probes = np.linspace(0, len(pool) - 1, min(len(pool), 64)).astype(np.int64)
@@ -151,9 +151,9 @@ def spherical_kmeans(points: Tensor, num_centroids: int, seed: list[int]) -> Ten
     return centroids
 
 
-def _write(pool: Vectors, centroids: Float32, groups: Int64, paths: dict[str, Path]) -> None:
+def _write(pool: Vectors, centroids: Float32, groups: Int64, num_nearest: int, paths: dict[str, Path]) -> None:
     """Assign all rows, sort them by cell, and put the files into place."""
-    count = (len(pool), NUM_NEAREST)
+    count = (len(pool), num_nearest)
     with _temporary("nearest") as nearest_path, _temporary("gaps") as gaps_path:
         nearest: Int32 = np.lib.format.open_memmap(nearest_path, mode="w+", dtype=np.int32, shape=count)
         gaps: Float16 = np.lib.format.open_memmap(gaps_path, mode="w+", dtype=np.float16, shape=count)
@@ -185,7 +185,9 @@ def _assign(pool: Vectors, centroids: Float32, groups: Int64, nearest: Int32, ga
 
     def assign(start: int) -> int:
         stop = min(start + BLOCK_ROWS, len(pool))
-        near, similarity = nearest_cells(unit_rows(_stored(pool, slice(start, stop))), cells, heads, groups)
+        near, similarity = nearest_cells(
+            unit_rows(_stored(pool, slice(start, stop))), cells, heads, groups, nearest.shape[1]
+        )
         nearest[start:stop] = near
         gaps[start:stop] = similarity[:, :1] - similarity
         return stop - start
@@ -201,24 +203,24 @@ def _assign(pool: Vectors, centroids: Float32, groups: Int64, nearest: Int32, ga
                     release(array)
 
 
-def nearest_cells(points: Tensor, cells: Tensor, heads: Tensor, groups: Int64) -> tuple[Int32, Float32]:
+def nearest_cells(points: Tensor, cells: Tensor, heads: Tensor, groups: Int64, num: int) -> tuple[Int32, Float32]:
     """Return the P nearest cells of points (B, D) by their nearest groups, (B, P), and the similarity to each."""
     beam = min(BEAM, len(heads))
     near = (points @ heads.T).topk(beam, dim=1).indices.flatten()  # (B * beam,)
     order = near.argsort(stable=True)
     row, slot = order // beam, order % beam
     bounds = np.concatenate([[0], np.cumsum(np.bincount(near.cpu().numpy(), minlength=len(heads)))]).tolist()
-    similarity = points.new_full((len(points), beam, NUM_NEAREST), -torch.inf)
+    similarity = points.new_full((len(points), beam, num), -torch.inf)
     number = torch.full(similarity.shape, -1, dtype=torch.int32, device=points.device)
     for group, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         if start == stop:
             continue
         first, last = int(groups[group]), int(groups[group + 1])
-        best = (points[row[start:stop]] @ cells[first:last].T).topk(min(NUM_NEAREST, last - first), dim=1)
+        best = (points[row[start:stop]] @ cells[first:last].T).topk(min(num, last - first), dim=1)
         place = row[start:stop], slot[start:stop]
         similarity[place[0], place[1], : best.values.shape[1]] = best.values
         number[place[0], place[1], : best.values.shape[1]] = best.indices.int() + first
-    top = similarity.flatten(1).topk(NUM_NEAREST, dim=1)
+    top = similarity.flatten(1).topk(num, dim=1)
     return number.flatten(1).gather(1, top.indices).cpu().numpy(), top.values.cpu().numpy()
 
 

@@ -21,7 +21,8 @@ from .products import TILE, run, tile_above, unit_rows, workers
 from .tasks import Batch, Task
 from .width import join_width
 
-EXACT_ROWS = 8_192  # rows a block of the exact join
+MORE_NEAREST = 32  # cells of which a row knows where the usual number is too few
+EXACT_ROWS = 4_096  # rows a block of the exact join
 OWN_ROWS = 256  # rows a tile where a run meets itself: half of the products are the other half's
 BATCHES = 100  # chosen: into so many parts the cells are divided; after each the join can be continued
 
@@ -50,16 +51,15 @@ def components_above(
     """
     num = len(vectors)
     products = num * num * vectors.dim
-    graph = Graph(weights, enough)
     if products <= EXACT_PRODUCTS:
-        console.detail(f"comparing all {num:,} vectors with all: {products:.1e} products are a matter of minutes")
+        tell = console.say if products > EXACT_PRODUCTS / 100 else console.detail
+        tell(f"comparing all {num:,} vectors with all: {products:.1e} products are a matter of minutes at most")
+        graph = Graph(weights, enough)
         _join(graph, vectors, threshold, exact_batches(num), None, None)
         return Joined(graph.components(), graph.degree, 1.0)
 
     cells = open_cells(vectors, search.seed)
     by_cell = cells.vectors(vectors)
-    graph.weights = weights[cells.ids]
-    graph.degree = graph.weights - 1
     keep = None
     if search.recall >= 1:
         width, recall = np.inf, 1.0
@@ -69,6 +69,11 @@ def components_above(
         batches = exact_batches(num) if bounded is None else bounded
     else:
         width, recall = join_width(by_cell, cells, threshold, search)
+        if recall < search.recall:
+            console.say(f"{cells.nearest.shape[1]} cells a vector hold {recall:.4f} of the pairs: looking in more")
+            cells = open_cells(vectors, search.seed, MORE_NEAREST)
+            by_cell = cells.vectors(vectors)
+            width, recall = join_width(by_cell, cells, threshold, search)
         console.say(
             f"comparing {num:,} vectors cell by cell, for all with all would be {products:.1e} products: measured on a"
             f" sample, this finds {recall:.4f} of the pairs above {threshold:.4g} (--recall {search.recall:g})"
@@ -79,7 +84,10 @@ def components_above(
             )
         batches = visit_batches(cells, width)
         keep = _once(cells, width)
-    settings = repr((cells_key(vectors, search.seed), threshold, enough, search.recall >= 1, width))
+    graph = Graph(weights[cells.ids], enough)
+    settings = repr(
+        (cells_key(vectors, search.seed, cells.nearest.shape[1]), threshold, enough, search.recall >= 1, width)
+    )
     digest = hashlib.blake2b(settings.encode() + weights.tobytes(), digest_size=16)
     _join(graph, by_cell, threshold, batches, keep, cache_folder() / f"{digest.hexdigest()}-join.npy")
 

@@ -30,7 +30,10 @@ def nearest(
     search: SearchSettings = DEFAULTS,
     progress: str | None = "searching neighbours",
 ) -> Neighbors:
-    """Return the k nearest pool vectors of every query, exactly; k is cut to N.
+    """Return the k nearest pool vectors of every query; k is cut to N.
+
+    Exactly, where comparing all with all is a matter of minutes or `search.recall` is 1. Else each query visits as many
+    cells of the pool as hold the share `search.recall` of the true neighbours of a sample.
 
     Args:
         order: (N,) rank of every pool vector by (image_id, uri, row), by which ties are broken.

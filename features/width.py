@@ -13,7 +13,7 @@ from .exact_search import Identity, SearchSettings, exact_neighbors
 from .products import run, tile_above, unit_rows, workers
 
 SAMPLE_ROWS = 16_384  # chosen: rows whose pairs are looked for in many cells
-SAMPLE_CELLS = 16  # chosen: in how many, several times what a join visits
+SAMPLE_CELLS = 2  # chosen: in how many, times P
 EXACT_ROWS = 256  # chosen: of those with a pair, and of those without, how many are searched exactly
 SURENESS = 1.5  # standard errors by which the recall of a sample must exceed what is asked
 MOST_PAIRS = 64  # of a row and cell, so that a crowd does not drown the others
@@ -61,7 +61,7 @@ def join_width(vectors: Vectors, cells: Cells, threshold: float, search: SearchS
 def _pairs_in_many_cells(vectors: Vectors, cells: Cells, rows: Int64, threshold: float) -> tuple[Int64, Int64, Int64]:
     """Return pairs (E,), (E,) above the threshold of sampled rows (S,), and the cells in which they were sought."""
     centroids = unit_rows(cells.centroids)
-    num = min(SAMPLE_CELLS, len(centroids))
+    num = min(SAMPLE_CELLS * cells.nearest.shape[1], len(centroids))
     points = unit_rows(vectors.array[rows])
     with workers():
         near = [(block @ centroids.T).topk(num, dim=1).indices for block in torch.split(points, 512)]

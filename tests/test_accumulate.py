@@ -57,7 +57,7 @@ class SmallMemory(nn.Module):
             raise torch.OutOfMemoryError("CUDA out of memory")
         outputs: dict[str, Tensor] = self.model(part)
         if part.num_images > self.num_images:
-            outputs["total"].register_hook(self.run_out)
+            outputs["total"].register_hook(self.run_out)  # type: ignore[no-untyped-call]
         return outputs
 
     def run_out(self, grad: Tensor) -> None:
@@ -66,10 +66,10 @@ class SmallMemory(nn.Module):
 
 def step_of(model: SSLModel) -> Part:
     generator = torch.Generator().manual_seed(1)
-    crops = [torch.randn(views * 8, 3, side, side, generator=generator) for views, side in ((2, 12), (2, 8))]
+    global_crops, local_crops = (torch.randn(16, 3, side, side, generator=generator) for side in (12, 8))
     masks = torch.rand(16, 9, generator=generator) < 0.3
     masks[:, 0] = True
-    return model.taught(*crops, masks, teacher_temp=0.07)
+    return model.taught(global_crops, local_crops, masks, teacher_temp=0.07)
 
 
 def gradients(model: nn.Module, step: Part, micro_batch_size: int, smallest: int = 2) -> tuple[list[Tensor], int]:

@@ -244,3 +244,12 @@ def test_zero_vectors_are_alone_above_zero_and_together_below() -> None:
     vectors = np.concatenate([np.zeros((3, 4)), np.eye(4)[:2]]).astype(np.float32)
     assert groups_of(vectors, 0.5, 4).labels.tolist() == [0, 1, 2, 3, 4]
     assert groups_of(vectors, -0.5, 4).labels.tolist() == [0] * 5
+
+
+def test_where_few_cells_are_too_few_more_are_looked_in(
+    by_cells: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors = np.random.default_rng(14).normal(size=(2_000, 6)).astype(np.float32)  # pairs everywhere, no clusters
+    monkeypatch.setattr(cells.open_cells, "__defaults__", (2,))
+    found = components_above(in_memory(vectors), 0.98, weights=np.ones(2_000, np.int64), enough=8)
+    assert "looking in more" in capsys.readouterr().err and found.recall >= 0.99

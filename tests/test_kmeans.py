@@ -12,7 +12,7 @@ from dinov2_toolkit.curate.cluster import cluster_levels
 from dinov2_toolkit.curate.kmeans import Clustering, KMeansSettings, cluster_vectors
 from dinov2_toolkit.curate.lloyd import add_points, fill_empty, iterate, near_assignments, spread_points
 from dinov2_toolkit.curate.saved import Saved
-from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.errors import Stopped, ToolkitError
 from dinov2_toolkit.features.products import workers
 from dinov2_toolkit.store.manifest import Provenance, Source
 from dinov2_toolkit.store.vectors import Float32, Float64, Int64, Stored, Vectors
@@ -234,6 +234,22 @@ def test_a_killed_clustering_goes_on_and_ends_with_the_same_bits(
     for before, after in zip(whole.centroids, again.centroids, strict=True):
         np.testing.assert_array_equal(before, after)
     np.testing.assert_array_equal(whole.distances, again.distances)
+
+
+def test_a_signal_ends_at_the_next_save_and_the_work_goes_on() -> None:
+    vectors = in_memory(mixture(1_000).astype(np.float16))
+    whole = cluster_vectors(vectors, 20, num_resamplings=1, seed=0)
+    stopped = saved("stopped")
+    stopped.signals.append(15)
+    with pytest.raises(Stopped, match="goes on"):
+        cluster_vectors(vectors, 20, num_resamplings=1, seed=0, saved=stopped)
+    again = saved("stopped")
+    assert again.load("fit-0") is not None
+    np.testing.assert_array_equal(
+        cluster_vectors(vectors, 20, num_resamplings=1, seed=0, saved=again).assignments, whole.assignments
+    )
+    again.remove()
+    assert again.load("fit-0") is None
 
 
 def test_polishing_lowers_the_objective_of_all_rows() -> None:

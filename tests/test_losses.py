@@ -210,6 +210,10 @@ def all_logits() -> Tensor:
     return logits
 
 
+def all_features() -> Tensor:
+    return torch.randn(8, 5, generator=torch.Generator().manual_seed(4))
+
+
 @pytest.fixture(scope="module")
 def results_of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("processes")
@@ -230,6 +234,20 @@ def test_two_processes_with_unequal_rows_agree_with_one(
         torch.testing.assert_close(result[f"{case}.center"], updated_center(torch.zeros(1, 11), all_logits()))
 
 
+def test_gathered_koleo_of_two_processes_has_the_loss_and_gradient_of_one(
+    results_of_two_processes: list[dict[str, Tensor]],
+) -> None:
+    features = all_features().requires_grad_()
+    loss = koleo_loss(features)
+    (grad,) = torch.autograd.grad(loss, features)
+    first, second = results_of_two_processes
+    torch.testing.assert_close((first["gathered"] + second["gathered"]) / 2, loss.detach())
+    # The mean over the processes, as DDP takes it.
+    torch.testing.assert_close(torch.cat([first["gathered.grad"], second["gathered.grad"]]) / 2, grad)
+    torch.testing.assert_close(first["alone"], koleo_loss(all_features()[:4]))
+    assert not torch.isclose((first["alone"] + second["alone"]) / 2, loss)
+
+
 def test_two_processes_reduce_copies(results_of_two_processes: list[dict[str, Tensor]]) -> None:
     for rank, result in enumerate(results_of_two_processes):
         assert [result[name].item() for name in ("sum", "max", "own")] == [3, 2, rank + 1]
@@ -244,6 +262,10 @@ def main(folder: Path, rank: int) -> None:
         logits = all_logits()[:cut] if rank == 0 else all_logits()[cut:]
         results[f"{case}.sinkhorn"] = sinkhorn_knopp(logits, 0.1)
         results[f"{case}.center"] = updated_center(torch.zeros(1, 11), logits)
+    features = all_features()[4 * rank : 4 * rank + 4].requires_grad_()
+    gathered = koleo_loss(features, gather=True)
+    (results["gathered.grad"],) = torch.autograd.grad(gathered, features)
+    results |= {"gathered": gathered.detach(), "alone": koleo_loss(features).detach()}
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

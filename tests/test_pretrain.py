@@ -252,8 +252,8 @@ def test_the_processes_share_out_the_masks_of_a_step() -> None:
 def test_two_processes_give_the_loss_of_one_and_stop_at_a_signal_with_exit_code_75(
     manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # KoLeo compares the images of one process, and stochastic depth drops sequences of one process: both off.
-    changes = ["koleo_weight=0", "drop_path=0", "steps=100000", "checkpoint_every=100000"]
+    # KoLeo would compare the images of one process alone; stochastic depth drops sequences of one process: it is off.
+    changes = ["koleo_gather=true", "layer_scale=1.0", "drop_path=0", "steps=100000", "checkpoint_every=100000"]
     monkeypatch.setattr(module, "append_metrics", stopping_at(6))
     with pytest.raises(Stopped):
         run(manifest, "one", *changes)
@@ -271,5 +271,24 @@ def test_two_processes_give_the_loss_of_one_and_stop_at_a_signal_with_exit_code_
     assert f"stopped at step {read_metrics(two)[-1]['step']:,}" in err.decode()
     assert len(checkpoints(two / "checkpoints")) == 1
     for mine, theirs in zip(read_metrics(manifest.parent / "one"), read_metrics(two), strict=False):
-        for name in ("total", "dino_local", "dino_global", "ibot", "teacher_entropy", "prototype_perplexity"):
+        for name in ("total", "dino_local", "dino_global", "ibot", "koleo", "teacher_entropy", "prototype_perplexity"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_resumed_on_two_processes_goes_on_as_the_one_that_began(
+    manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["koleo_gather=true", "layer_scale=1.0", "drop_path=0"]
+    run(manifest, "one", *changes)
+    monkeypatch.setattr(module, "append_metrics", stopping_at(2))
+    with pytest.raises(Stopped):
+        run(manifest, "two", *changes)
+    two = manifest.parent / "two"
+    command = [sys.executable, "-m", "dinov2_toolkit", "train", "pretrain", str(manifest), "-o", str(two)]
+    done = subprocess.run([*command, "--resume", "--num-processes", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for mine, theirs in zip(read_metrics(manifest.parent / "one"), read_metrics(two), strict=True):
+        assert theirs["samples"] == mine["samples"]
+        for name in ("total", "dino_local", "dino_global", "ibot", "koleo", "teacher_entropy"):
             assert theirs[name] == pytest.approx(mine[name], rel=1e-4)

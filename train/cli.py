@@ -132,6 +132,10 @@ def distill(
     ] = None,
     assignments: Assignments = None,
     resume: Resume = False,
+    eval_train: EvalTrain = None,
+    eval_test: EvalTest = None,
+    track: Track = None,
+    preview: Preview = None,
     num_processes: Processes = 1,
     seed: Seed = None,
     force: options.Force = False,
@@ -147,10 +151,20 @@ def distill(
     from .distill import distill as run
     from .distill import distill_config
     from .launch import speaks_for_all
+    from .run import Watching
 
     config = distill_config(
         output, teacher, arch or [], recipe, assignments or [], objective=objective, resume=resume, seed=seed
     )
     shared = Options(config.seed, force, dry_run, limit)
-    result = run(manifest, output, config, shared, teacher=teacher, resume=resume, num_processes=num_processes)
+    result = run(
+        manifest,
+        output,
+        config,
+        shared,
+        teacher=teacher,
+        resume=resume,
+        num_processes=num_processes,
+        watching=Watching(eval_train, eval_test, tuple(track or ()), preview),
+    )
     options.emit(result if speaks_for_all() else None, json)

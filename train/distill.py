@@ -26,6 +26,7 @@ from .frozen_teacher import FrozenTeacher
 from .launch import is_main_process
 from .metrics import append_metrics, read_metrics, write_metrics_table
 from .pretrain import run_training
+from .run import NOTHING, Watching
 from .several_students import SeveralStudents, own_figures
 
 
@@ -58,6 +59,7 @@ def distill(
     teacher: str,
     resume: bool = False,
     num_processes: int = 1,
+    watching: Watching = NOTHING,
 ) -> Result | None:
     """Train students on a manifest's images against a frozen teacher (arguments as in `run_training`).
 
@@ -81,6 +83,7 @@ def distill(
         sources=(Source("teacher", teacher, model_content_id(teacher)),),
         resume=resume,
         num_processes=num_processes,
+        watching=watching,
     )
     if result is not None and not options.dry_run and len(config.students) > 1 and is_main_process():
         for student in config.students:
@@ -141,10 +144,11 @@ def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | F
             "ibot_weight": config.ibot_weight,
             "koleo_weight": config.koleo_weight,
         }
+        gather = config.koleo_gather
         models[arch] = (
-            DistillModel(backbone, frozen, student_temp=config.student_temp, **weights)
+            DistillModel(backbone, frozen, student_temp=config.student_temp, koleo_gather=gather, **weights)
             if config.objective == "heads"
-            else FeatureDistillModel(backbone, frozen, **weights)
+            else FeatureDistillModel(backbone, frozen, koleo_gather=gather, **weights)
         )
     return SeveralStudents(models) if len(models) > 1 else models[config.arch]
 

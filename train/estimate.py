@@ -91,7 +91,7 @@ def _backbone_flop(backbone: VisionTransformer, crops: Crops, kept: float, *, on
     dim, tokens = backbone.embed_dim, crops.tokens
     feed_forward = sum(layer.weight.numel() for layer in backbone.blocks[0].modules() if isinstance(layer, nn.Linear))
     feed_forward -= 4 * dim**2  # what is not attention's
-    block = 2 * tokens * (4 * dim**2 + feed_forward) + 4 * tokens * crops.num_tokens * dim
+    block: float = 2 * tokens * (4 * dim**2 + feed_forward) + 4 * tokens * crops.num_tokens * dim
     last = block
     if only_read:
         # Keys and values of all tokens; queries, projection and feed-forward of those that are read.
@@ -122,9 +122,11 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     - what the student keeps for going backward, of the largest part: a block keeps (9 D + 2 F) numbers a token
       (inputs and outputs of two norms, queries, keys and values, attention's result twice, the feed-forward's inside
       before and after its activation) and its scaled last layers; with recompute=cheap (7 D + F), with recompute=blocks
-      D; stochastic depth keeps its share; the last block keeps that of the tokens read, and keys and values of all
+      D; stochastic depth keeps its share, and the update of each branch besides (2 D); the last block keeps that of
+      the tokens read, and keys and values of all
     - logits of the student, K numbers a row, and twice as much for their gradients
-    - a block once more while it goes backward, and again where it is made again; a tenth more of all that was kept, which the allocator loses
+    - a block once more while it goes backward, and again where it is made again
+    - a tenth more of all that was kept, which the allocator loses
     """
     crops = crops_of(config, is_masked=isinstance(model, SSLModel))
     size = max(batch_sizes(config.batch_size).sizes) // num_processes
@@ -160,8 +162,9 @@ def _kept_bytes(config: TrainConfig, backbone: VisionTransformer, crops: list[Cr
     dim, kept = backbone.embed_dim, 1 - config.drop_path
     number = 2 if config.mixed_precision == "bf16" else 4
     hidden = _hidden_numbers(backbone)
-    whole = 9 * dim + 2 * hidden
-    block = {"nothing": whole, "cheap": 7 * dim + hidden, "blocks": dim}[config.recompute]
+    updates = 2 * dim if config.drop_path else 0
+    whole = 9 * dim + 2 * hidden + updates
+    block = {"nothing": whole, "cheap": 7 * dim + hidden + updates, "blocks": dim}[config.recompute]
     tokens, read = sum(each.tokens for each in crops), sum(each.read for each in crops)
     per_block = block if config.recompute == "blocks" else kept * block
     last = kept * (4 * dim * tokens + whole * read) if is_masked else per_block * tokens

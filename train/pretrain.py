@@ -334,7 +334,7 @@ def train(
                     console.warn(f"step {step + 1}: {illness}")
                     ill_since = None
                 if is_main and is_watched and labelled is not None:
-                    figures["knn"] = watched(model, labelled, config)
+                    figures |= watched(model, labelled, config)
                 if is_main:
                     append_metrics(run_folder, figures)
                 accelerator.log(figures, step=step + 1)
@@ -363,17 +363,19 @@ def train(
     return figures
 
 
-def watched(model: TrainedModel, labelled: LabelledSets, config: TrainConfig) -> float:
-    """Return the k-NN accuracy of the teacher's class tokens, 0 to 1."""
-    backbone = model.teacher["backbone"]
-    assert isinstance(backbone, VisionTransformer)
-    return knn_accuracy(
-        backbone,
-        labelled,
-        image_size=config.global_crop_size_px,
-        crop_ratio=config.crop_ratio,
-        num_workers=config.num_workers,
-    )
+def watched(model: TrainedModel, labelled: LabelledSets, config: TrainConfig) -> dict[str, float]:
+    """Return `knn`, the k-NN accuracy of the teacher's class tokens, 0 to 1; of several students `NAME_knn` of each."""
+    return {
+        name.removesuffix("backbone") + "knn": knn_accuracy(
+            part,
+            labelled,
+            image_size=config.global_crop_size_px,
+            crop_ratio=config.crop_ratio,
+            num_workers=config.num_workers,
+        )
+        for name, part in model.teacher.items()
+        if isinstance(part, VisionTransformer)
+    }
 
 
 def _last_good(run_folder: Path) -> str:

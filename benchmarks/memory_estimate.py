@@ -1,0 +1,82 @@
+"""Compare the memory that `dinov2 train pretrain --dry-run` foretells with what the run then takes, on a CPU.
+
+    python benchmarks/memory_estimate.py
+
+Settings that differ in width, resolution, heads, stochastic depth, recomputation and the cutting of a step; three steps
+of each, for Adam's moments come with the first and the peak with the second.
+"""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+LARGER = ["patch_size=8", "global_crop_size_px=64", "local_crop_size_px=32", "num_prototypes=4096"]
+SETTINGS = {
+    "tiny recipe, batch 64": [],
+    "ViT-S, 6 blocks, 64 px, batch 32, drop path 0.2": [
+        *LARGER,
+        "arch=vit_small",
+        "depth=6",
+        "batch_size=32",
+        "drop_path=0.2",
+    ],
+    "ViT-B, 4 blocks, 64 px, batch 16, recompute=cheap": [
+        *LARGER,
+        "arch=vit_base",
+        "depth=4",
+        "batch_size=16",
+        "recompute=cheap",
+    ],
+    "ViT-S, 8 blocks, 64 px, batch 64, split views, micro-batch 32": [
+        *LARGER,
+        "arch=vit_small",
+        "depth=8",
+        "batch_size=64",
+        "split_views=true",
+        "micro_batch_size=32",
+    ],
+}
+
+
+def main() -> None:
+    """Measure all settings, print the table, and write it to benchmarks/results."""
+    lines = ["| settings | foretold MiB | measured MiB | difference |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        generator = np.random.default_rng(0)
+        (folder / "images").mkdir()
+        for number in range(64):
+            pixels = generator.integers(0, 256, (128, 128, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        _dinov2(folder, "curate", "embed", "images", "-o", "images.parquet", "--model", "pixels")
+        for number, (title, settings) in enumerate(SETTINGS.items()):
+            given = [part for text in ["steps=3", "log_every=1", *settings] for part in ("--set", text)]
+            command = ["train", "pretrain", "images.parquet", "-o", f"run-{number}", "--recipe", "tiny", *given]
+            said = _dinov2(folder, *command, "--dry-run")
+            found = re.search(r"about ([\d,]+) MiB", said)
+            assert found is not None, said
+            foretold = int(found[1].replace(",", ""))
+            _dinov2(folder, *command)
+            rows = (folder / f"run-{number}" / "metrics.jsonl").read_text().splitlines()
+            measured = json.loads(rows[-1])["peak_memory_mib"]
+            lines.append(f"| {title} | {foretold:,} | {measured:,.0f} | {foretold / measured - 1:+.0%} |")
+            print(lines[-1], flush=True)
+    text = f"# Memory foretold and measured\n\n{platform.machine()}, Python {platform.python_version()}\n\n"
+    (Path(__file__).parent / "results" / "memory_estimate.md").write_text(text + "\n".join(lines) + "\n")
+
+
+def _dinov2(folder: Path, *arguments: str) -> str:
+    """Run a command in the folder and return what it says on stderr."""
+    command = [sys.executable, "-m", "dinov2_toolkit", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+
+
+if __name__ == "__main__":
+    main()
