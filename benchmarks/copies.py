@@ -39,8 +39,8 @@ from dinov2_toolkit.store.images import UnreadableImage, decode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from build_copy_weights import is_held_out  # noqa: E402
-from build_data import read_split  # noqa: E402
+from build_copy_weights import is_held_out  # type: ignore[import-not-found]  # noqa: E402
+from build_data import read_split  # type: ignore[import-not-found]  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "copies.md"
 LOSS = 0.02  # share of the distinct pictures that a threshold may lose
@@ -161,7 +161,7 @@ def clipart(path: Path) -> list[Image.Image]:
 
 def pictures_below(folders: list[Path]) -> list[Image.Image]:
     """Return all pictures below folders, at most 256 pixels a side, each once and none nearly plain."""
-    pictures = {}
+    pictures: dict[bytes, Image.Image] = {}
     for path in sorted(path for folder in folders for path in folder.rglob("*")):
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             continue
@@ -215,7 +215,8 @@ def difference_hashes(pictures: list[Image.Image]) -> Floats:
     for picture in pictures:
         grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.LANCZOS), np.int16)
         hashes.append((grey[:, 1:] > grey[:, :-1]).ravel())
-    return (np.array(hashes, np.float32) * 2 - 1) / 8
+    signs: Floats = np.array(hashes, np.float32) * 2 - 1
+    return signs * np.float32(1 / 8)
 
 
 def edges_above(vectors: Floats, similarity: float) -> list[tuple[float, int, int]]:

@@ -7,11 +7,14 @@ of each, for Adam's moments come with the first and the peak with the second.
 """
 
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +71,8 @@ def main() -> None:
             measured = json.loads(rows[-1])["peak_memory_mib"]
             lines.append(f"| {title} | {foretold:,} | {measured:,.0f} | {foretold / measured - 1:+.0%} |")
             print(lines[-1], flush=True)
-    text = f"# Memory foretold and measured\n\n{platform.machine()}, Python {platform.python_version()}\n\n"
+    versions = f"Python {platform.python_version()}, torch {version('torch')}, {date.today()}"
+    text = f"# Memory foretold and measured\n\n{platform.machine()}, {os.cpu_count()} cores, {versions}\n\n"
     (Path(__file__).parent / "results" / "memory_estimate.md").write_text(text + "\n".join(lines) + "\n")
 
 

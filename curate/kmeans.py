@@ -12,11 +12,10 @@ import numpy as np
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.cells import release
 from ..features.products import run, workers
 from ..features.similarity import tolerance
 from ..store.memory import memory_budget
-from ..store.vectors import Float32, Float64, Int64, Vectors
+from ..store.vectors import Float32, Float64, Int64, Vectors, release
 from .allocation import Int32
 from .balance import seeded_keys
 from .centroid_search import Centroids, Lists, Metric, nearest_centroids, search_points, suited_lists

@@ -1,7 +1,7 @@
 """k-means of points in memory: Lloyd's iterations in which a point looks only at centroids near its own.
 
-After the first assignment, a point of cluster a is compared with the 64 centroids nearest to a's, whatever the number
-of clusters; it wanders further from iteration to iteration. Source: Agustsson et al. 2017 (k²-means).
+After the first assignment, a point of cluster a is compared with the 64 centroids nearest to a's, however many there
+are; it wanders further from iteration to iteration. Source: Agustsson et al. 2017 (k²-means).
 
 S points, K clusters, D numbers a point.
 """
@@ -107,6 +107,10 @@ def near_assignments(
 
     Distances are 1 - cosine, or half the squared Euclidean.
     """
+    if len(centroids) <= 2 * NUM_NEIGHBOURS:  # a product with all of them costs less than sorting points by cluster
+        nearest, scores = search_points(points, centroids, threads)
+        squares = 1.0 if centroids.metric == "cosine" else np.einsum("nd,nd->n", points, points) / 2
+        return nearest, np.maximum(squares - scores, 0).astype(np.float32)
     targets, offsets = torch.from_numpy(centroids.vectors).to(device()), centroids.offsets()
     near = neighbour_lists(centroids, threads)
     by = np.argsort(assignments, kind="stable")

@@ -41,6 +41,7 @@ def in_memory(vectors: Stored) -> Vectors:
 
 def cluster(pool: Path, name: str = "clusters.parquet", **settings: object) -> list[dict[str, object]]:
     output = pool.with_name(name)
+    settings.setdefault("resample", 1)
     cluster_images(pool, str(output), ClusterSettings(**settings), Options(force=True))  # type: ignore[arg-type]
     rows: list[dict[str, object]] = pq.read_table(output).to_pylist()
     return rows

@@ -73,9 +73,7 @@ def test_a_wrong_setting_is_named_with_what_to_do(assignment: str, message: str)
 
 
 def test_an_unknown_recipe_and_a_broken_one_are_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        ToolkitError, match="no recipe 'huge'; name a TOML file or one of continue, .*vitl16-short"
-    ):
+    with pytest.raises(ToolkitError, match="no recipe 'huge'; name a TOML file or one of continue, .*vitl16-short"):
         settings("huge")
     (tmp_path / "broken.toml").write_text("steps = = 3")
     with pytest.raises(ToolkitError, match="not valid TOML"):

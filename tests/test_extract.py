@@ -112,7 +112,7 @@ def test_decoding_goes_on_while_the_model_computes(uris: list[str], monkeypatch:
     second_batch_decoded = threading.Event()
     load, forward = extract_module.load, extract_module.forward
 
-    def announced(uri: str, preprocess: Preprocess) -> extract_module.Loaded | str:
+    def announced(uri: str, preprocess: Preprocess) -> extract_module.Loaded | int | str:
         loaded = load(uri, preprocess)
         if uri == uris[15]:
             second_batch_decoded.set()

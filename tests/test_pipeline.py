@@ -62,7 +62,7 @@ def test_the_whole_road_on_clipart(dinov2: Dinov2) -> None:
 
     assert open_manifest(Path("c.parquet")).num_rows == 12
     assert pq.read_table("d.parquet").equals(pq.read_table("curated.parquet"))
-    assert dinov2("curate", "embed", "a", "-o", "a.parquet", "--model", "pixels", "-q") == "a.parquet\n"
+    assert dinov2("curate", "embed", "a", "-o", "a.parquet", "--model", "copy", "-q") == "a.parquet\n"
     kinds = sorted(artifact.kind for artifact in catalog.artifacts())
     assert kinds.count("run") == 2 and kinds.count("selection") == 4 and "scores" in kinds
     tree = dinov2("catalog", "lineage", "runs/y")

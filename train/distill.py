@@ -29,6 +29,8 @@ from .pretrain import run_training
 from .run import NOTHING, Watching
 from .several_students import SeveralStudents, own_figures
 
+AVERAGE_MOMENTUM = (0.99, 0.99)  # of the student's average, start and end; chosen
+
 
 @dataclass(frozen=True)
 class DistillConfig(TrainConfig):
@@ -102,14 +104,18 @@ def distill_config(
     resume: bool,
     seed: int | None,
 ) -> DistillConfig:
-    """Return the settings: the recipe's, by default those the teacher was trained by, with nothing dropped.
+    """Return the settings: the recipe's, by default those the teacher was trained by, with what distillation changes.
+
+    Whatever the recipe says, no block is dropped, the backbone learns from the first step, and the student's average
+    follows at an even pace: nothing learns from it, and slowing down would leave it behind in short runs. Only
+    `assignments` go above that.
 
     Args:
         arch: the students' architectures, none for the recipe's; they bring their own width and attention heads.
         objective: None for the recipe's.
         output, recipe, assignments, resume, seed: as in `command_config`.
     """
-    flags: dict[str, object] = {"drop_path": 0.0, "freeze_backbone_steps": 0}
+    flags: dict[str, object] = {"drop_path": 0.0, "freeze_backbone_steps": 0, "momentum": AVERAGE_MOMENTUM}
     if arch:
         flags |= {"arch": ",".join(arch), "embed_dim": 0, "num_heads": 0}
     if objective is not None:
