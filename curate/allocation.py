@@ -14,6 +14,7 @@ from ..store.vectors import Float64, Int64
 Keys = npt.NDArray[np.uint64]
 Int32 = npt.NDArray[np.int32]
 
+LEAST_WEIGHT = 1e-12  # relative to the largest
 POWERS = {"water": 0.0, "flat": 0.0, "proportional": 1.0}  # flat: the finest clusters alone
 
 
@@ -47,17 +48,19 @@ def allocate(
         wanted: (P,) at most the sum of a parent's sizes.
         keys: (C,) different numbers that settle who gets the odd ones.
         parents: (C,) the parent of each; one parent of all where left out.
-        weights: (C,) not negative; 1 where left out. What has none gives only what the others cannot.
+        weights: (C,) not negative; all alike where left out. What has none gives only what the others cannot.
     """
     parents = np.zeros(len(sizes), np.int64) if parents is None else parents
-    weights = np.ones(len(sizes)) if weights is None else np.maximum(weights, np.finfo(float).tiny)
+    if weights is None or not weights.any():
+        weights = np.ones(len(sizes))
+    weights = np.maximum(weights, LEAST_WEIGHT * weights.max(initial=0))
     totals = np.bincount(parents, sizes, len(wanted))
     if (wanted > totals).any():
         poor = int(np.argmax(wanted > totals))
         raise ValueError(f"{wanted[poor]} wanted of {int(totals[poor])}")
 
-    # By the c at which a child is exhausted: when one is, so are all before it.
-    by = np.lexsort((sizes / weights, parents))
+    # By the c at which a child is exhausted: when one is, so are all before it. Size and key make sums repeat.
+    by = np.lexsort((keys, sizes, sizes / weights, parents))
     size, weight, parent = sizes[by], weights[by], parents[by]
     ends = np.searchsorted(parent, np.arange(len(wanted)), side="right")
     starts: Int64 = np.append(0, ends[:-1])

@@ -30,6 +30,7 @@ EARLY_STOP = 1e-4  # relative gain below which iterations end
 UNGROUPED_CENTROIDS = 128  # with more, starting centroids are drawn group by group
 GROUPS_FACTOR = 4  # groups = this times the root of K; chosen: as much work for the groups as within them
 GROUP_ITERATIONS = 5  # chosen: groups need no good clusters
+SPREAD_POINTS = 64  # points a centroid among which starting ones are looked for; chosen
 ROUNDING = 1e-6  # of squared distances, relative: below it two points are the same
 POINTS_A_CENTROID = 256  # FAISS's own limit: more points move a centroid little
 JOB_POINTS = 4_096  # points a job of a thread
@@ -244,7 +245,12 @@ def starting_points(
     by = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
 
     def draw(group: int) -> Int64:
-        return by[group][spread_points(points[by[group]], int(counts[group]), np.random.default_rng([seed, 6, group]))]
+        rng, num = np.random.default_rng([seed, 6, group]), int(counts[group])
+        members = by[group]
+        if len(members) > SPREAD_POINTS * num:  # a crowd; the cost grows with points times centroids
+            members = np.sort(rng.choice(members, SPREAD_POINTS * num, replace=False))
+        drawn: Int64 = members[spread_points(points[members], num, rng)]
+        return drawn
 
     started: Float32 = points[np.concatenate(list(run(threads, draw, np.flatnonzero(counts).tolist())))]
     return started

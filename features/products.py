@@ -93,9 +93,15 @@ def tile_above(
         left: (B, D) the vectors at `left_rows` (B,), at length 1; `right` (C, D) likewise.
     """
     error = tolerance(vectors.dim)
-    products = product(left, right).reshape(-1)
-    found = np.flatnonzero(products > threshold - error)
-    sure = products[found] > threshold + error
+    if left.is_cuda:  # only what is above leaves the card
+        on_device = (left @ right.T).flatten()
+        places = (on_device > threshold - error).nonzero()[:, 0]
+        found, values = places.cpu().numpy(), on_device[places].cpu().numpy()
+    else:
+        products = product(left, right).reshape(-1)
+        found = np.flatnonzero(products > threshold - error)
+        values = products[found]
+    sure = values > threshold + error
     row, column = np.divmod(found, max(len(right), 1))
     if not sure.all():
         unsure = np.flatnonzero(~sure)

@@ -68,6 +68,14 @@ def test_weights_share_in_proportion_until_someone_has_no_more() -> None:
     assert shares([0, 5], 5, 1.0) == [0, 5]
 
 
+def test_what_has_no_weight_gives_only_what_the_others_cannot() -> None:
+    sizes, keys = np.array([50, 50, 50]), seeded_keys(3, 0, 0)
+    for wanted, expected in ((60, [0, 10, 50]), (100, [0, 50, 50]), (110, [10, 50, 50])):
+        counts = allocate(sizes, np.array([wanted]), keys, weights=np.array([0.0, 1.0, 7.0]))
+        assert counts.tolist() == expected
+    assert allocate(sizes, np.array([60]), keys, weights=np.zeros(3)).tolist() == [20, 20, 20]
+
+
 def test_the_children_of_every_parent_add_up_to_what_is_wanted_of_it() -> None:
     rng = np.random.default_rng(0)
     sizes, parents, keys = rng.integers(0, 50, 200), rng.integers(0, 9, 200), seeded_keys(200, 1, 1)

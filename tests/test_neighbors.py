@@ -3,10 +3,12 @@
 import faiss
 import numpy as np
 import pytest
+import torch
 
-from dinov2_toolkit.features.candidates import candidates
+from dinov2_toolkit.features.candidates import _by_gpu, _by_tiles, candidates, no_progress
 from dinov2_toolkit.features.exact_search import exact_neighbors
 from dinov2_toolkit.features.neighbors import Identity, Neighbors, first_identical, nearest, tolerance
+from dinov2_toolkit.features.products import workers
 from dinov2_toolkit.store.manifest import Source
 from dinov2_toolkit.store.vectors import Float64, Int64, Stored, Vectors
 
@@ -140,9 +142,25 @@ def test_identical_vectors_point_to_the_first() -> None:
     assert first_identical(as_vectors(array)).tolist() == expected.tolist()
 
 
+def test_a_pool_in_rising_order_of_similarity_is_searched_as_well() -> None:
+    angles = np.linspace(1.5, 0.01, 9_000)  # every vector is nearer to the query than all before it
+    pool = as_vectors(np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
+    found = nearest(as_vectors(np.array([[1, 0], [1, 0.001]], np.float32)), pool, 4, order=np.arange(9_000))
+    assert found.indices.tolist() == [[8_999, 8_998, 8_997, 8_996]] * 2
+
+
+def test_the_search_for_a_gpu_proposes_the_same() -> None:
+    queries, pool = as_vectors(drawn(70, 24, 20)), as_vectors(drawn(3_000, 24, 21))
+    with workers() as threads:
+        one = _by_gpu(queries, 0, 70, pool, 12, threads, no_progress)
+        other = _by_tiles(queries, 0, 70, pool, 12, threads, no_progress)
+    np.testing.assert_array_equal(one[1], other[1])
+    np.testing.assert_allclose(one[0], other[0], atol=tolerance(24))
+
+
 @pytest.mark.gpu
 def test_a_gpu_finds_the_same() -> None:
-    if faiss.get_num_gpus() == 0:
+    if not torch.cuda.is_available():
         pytest.skip("no GPU")
     queries, pool = as_vectors(drawn(2_000, 384, 13)), as_vectors(drawn(9_000, 384, 14))
     order = shuffled(9_000)
