@@ -30,7 +30,7 @@ EARLY_STOP = 1e-4  # relative gain below which iterations end
 UNGROUPED_CENTROIDS = 128  # with more, starting centroids are drawn group by group
 GROUPS_FACTOR = 4  # groups = this times the root of K; chosen: as much work for the groups as within them
 GROUP_ITERATIONS = 5  # chosen: groups need no good clusters
-SPREAD_POINTS = 64  # points a centroid among which starting ones are looked for; chosen
+SPREAD_POINTS = 64  # points a centroid among which starting ones are looked for, as the cost is their product
 ROUNDING = 1e-6  # of squared distances, relative: below it two points are the same
 POINTS_A_CENTROID = 256  # FAISS's own limit: more points move a centroid little
 JOB_POINTS = 4_096  # points a job of a thread
@@ -227,7 +227,7 @@ def starting_points(
     if init == "sampled":
         return points[np.sort(rng.choice(len(points), num_clusters, replace=False))]
     if num_clusters <= UNGROUPED_CENTROIDS:
-        return points[spread_points(points, num_clusters, rng)]
+        return points[spread_members(points, np.arange(len(points)), num_clusters, rng)]
     num_groups = round(GROUPS_FACTOR * num_clusters**0.5)
     few = np.sort(rng.choice(len(points), min(len(points), POINTS_A_CENTROID * num_groups), replace=False))
     first = fit(points[few], num_groups, metric, init, seed, threads)
@@ -245,15 +245,18 @@ def starting_points(
     by = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
 
     def draw(group: int) -> Int64:
-        rng, num = np.random.default_rng([seed, 6, group]), int(counts[group])
-        members = by[group]
-        if len(members) > SPREAD_POINTS * num:  # a crowd; the cost grows with points times centroids
-            members = np.sort(rng.choice(members, SPREAD_POINTS * num, replace=False))
-        drawn: Int64 = members[spread_points(points[members], num, rng)]
-        return drawn
+        return spread_members(points, by[group], int(counts[group]), np.random.default_rng([seed, 6, group]))
 
     started: Float32 = points[np.concatenate(list(run(threads, draw, np.flatnonzero(counts).tolist())))]
     return started
+
+
+def spread_members(points: Float32, members: Int64, num: int, rng: np.random.Generator) -> Int64:
+    """Return `num` of the rows `members` (M,) whose points (S, D) are far from each other; of a crowd, among some."""
+    if len(members) > SPREAD_POINTS * num:
+        members = np.sort(rng.choice(members, SPREAD_POINTS * num, replace=False))
+    drawn: Int64 = members[spread_points(points[members], num, rng)]
+    return drawn
 
 
 def spread_points(points: Float32, num: int, rng: np.random.Generator) -> Int64:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import Stopped
-from ..store.manifest import Provenance
+from ..store.manifest import Provenance, toolkit_version
 from ..store.vectors import cache_folder
 
 SAVE_EVERY_S = 30.0  # chosen: what a kill costs at most
@@ -25,7 +25,9 @@ class Saved:
 
     def __init__(self, provenance: Provenance) -> None:
         inputs = [(source.role, source.content_id) for source in provenance.inputs]
-        work = json.dumps([provenance.command, provenance.parameters, provenance.seed, inputs], sort_keys=True)
+        work = json.dumps(
+            [toolkit_version(), provenance.command, provenance.parameters, provenance.seed, inputs], sort_keys=True
+        )
         key = hashlib.blake2b(work.encode(), digest_size=16).hexdigest()
         self.folder = cache_folder() / f"clustering-{key}"
         self._last = time.monotonic()

@@ -251,5 +251,6 @@ def test_where_few_cells_are_too_few_more_are_looked_in(
 ) -> None:
     vectors = np.random.default_rng(14).normal(size=(2_000, 6)).astype(np.float32)  # pairs everywhere, no clusters
     monkeypatch.setattr(cells.open_cells, "__defaults__", (1,))
-    found = components_above(in_memory(vectors), 0.98, weights=np.ones(2_000, np.int64), enough=8)
-    assert "looking in more" in capsys.readouterr().err and found.recall >= 0.99
+    search = SearchSettings(recall=0.999)
+    found = components_above(in_memory(vectors), 0.98, weights=np.ones(2_000, np.int64), enough=8, search=search)
+    assert "looking in more" in capsys.readouterr().err and found.recall >= 0.999
