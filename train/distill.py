@@ -19,7 +19,7 @@ from ..store.artifact import Options, Result, read_run_provenance, recorded, wri
 from ..store.manifest import Source
 from . import draws
 from .build import build_backbone
-from .config import CONFIG_FILE, TrainConfig, command_config, write_config
+from .config import CONFIG_FILE, TrainConfig, command_config, read_recipe, write_config
 from .distill_model import DistillModel
 from .feature_distill_model import FeatureDistillModel
 from .frozen_teacher import FrozenTeacher
@@ -106,16 +106,20 @@ def distill_config(
 ) -> DistillConfig:
     """Return the settings: the recipe's, by default those the teacher was trained by, with what distillation changes.
 
-    Whatever the recipe says, no block is dropped, the backbone learns from the first step, and the student's average
-    follows at an even pace: nothing learns from it, and slowing down would leave it behind in short runs. Only
-    `assignments` go above that.
+    Whatever a recipe for pretraining says, no block is dropped, the backbone learns from the first step, and the
+    student's average follows at an even pace: nothing learns from it, and slowing down would leave it behind in short
+    runs. Only `assignments` go above that.
 
     Args:
         arch: the students' architectures, none for the recipe's; they bring their own width and attention heads.
         objective: None for the recipe's.
         output, recipe, assignments, resume, seed: as in `command_config`.
     """
-    flags: dict[str, object] = {"drop_path": 0.0, "freeze_backbone_steps": 0, "momentum": AVERAGE_MOMENTUM}
+    written = Path(output) / CONFIG_FILE
+    base = str(written) if recipe is None and resume and written.exists() else recipe
+    flags: dict[str, object] = {}
+    if base is None or "objective" not in read_recipe(base):  # not the settings of a distillation, to be repeated
+        flags = {"drop_path": 0.0, "freeze_backbone_steps": 0, "momentum": AVERAGE_MOMENTUM}
     if arch:
         flags |= {"arch": ",".join(arch), "embed_dim": 0, "num_heads": 0}
     if objective is not None:
