@@ -236,6 +236,7 @@ def test_the_recipe_is_the_teachers_own_unless_given(tmp_path: Path) -> None:
     assert (made.objective, made.momentum) == ("heads", (0.99, 0.99))
     made = distill_config("out", str(tmp_path), [], "tiny", [], objective="features", resume=False, seed=None)
     assert (made.arch, made.objective) == ("vit_tiny", "features")
+    assert made.base_lr == pytest.approx(3 * 4e-3)  # three times the recipe's
 
 
 def test_a_teacher_without_heads_is_one_clear_line(manifest: Path, tmp_path: Path) -> None:
