@@ -18,7 +18,7 @@ from ..store.memory import memory_budget
 from ..store.vectors import Float64, Int64
 from .calibrate_picture import Candidate, Pair, draw_calibration, show_histogram
 from .selection import EmbeddedImages, open_input, read_embedded
-from .threshold import FAR_NEIGHBOR, FIXED_THRESHOLD, MIN_FAR_NEIGHBOR
+from .threshold import FAR_NEIGHBOR, FIXED_THRESHOLD, MIN_FAR_NEIGHBOR, chance
 
 SAMPLE_ROWS = (2_000, 20_000)  # chosen: fewer of a larger pool, so that a minute or three are enough
 SAMPLE_PRODUCTS = 2e10  # sampled images times images, at most, while the sample is not the smallest
@@ -165,39 +165,21 @@ def _calibrate(
 def threshold_curve(similarities: Float64) -> Curve:
     """Return what thresholds would do to a pool, by the neighbours of a sample of it.
 
-    Chance: where images are spread without duplicates, the neighbours around one lie like random points in a ball of a
-    few dimensions d. With the k-th neighbour at distance R, one of the k - 1 others is nearer than t with probability
-    1 - (1 - (t / R)^d)^(k - 1); summed over the sample this is how many have so near a neighbour by chance. d comes
-    from the growth of distances between neighbour k / 4 and k (Levina and Bickel 2004), which duplicates in smaller
-    groups do not touch.
-
-    Removed: of a group of m + 1 images that are all above the threshold to one another, m go. So every image with m
-    neighbours above it counts m / (m + 1).
+    Chance is that of `threshold.chance`. Removed: of a group of m + 1 images that are all above the threshold to one
+    another, m go. So every image with m neighbours above it counts m / (m + 1).
 
     Args:
         similarities: (S, k) cosines of images to their k nearest others, falling.
     """
-    distances = np.sqrt(np.maximum(2 - 2 * similarities, 0))  # chords
+    model = chance(similarities)
+    distances, chords = model.distances, model.chords
     k = distances.shape[1]
-    near, far = distances[:, max(k // 4, 1) - 1], distances[:, -1]
-    is_spread = near > 0
-    reach = float(np.median(far[is_spread])) if is_spread.any() else 1.0
-    chords = reach * np.geomspace(1e-3, 1.0, 700)  # steps of one percent
-    expected, dimension = np.zeros(len(chords)), 0.0
-    if is_spread.any() and k >= 4:
-        growth = float(np.log(far[is_spread] / near[is_spread]).mean())
-        dimension = float(np.log(k / (k // 4)) / max(growth, 1e-3))
-        for place, chord in enumerate(chords.tolist()):
-            inside = np.minimum(chord / far[is_spread], 1.0) ** dimension
-            expected[place] = (1 - (1 - inside) ** (k - 1)).sum()
-    observed = np.searchsorted(np.sort(distances[:, 0]), chords).astype(np.float64)
-
     # With its j-th neighbour an image's m / (m + 1) grows by 1 / (j (j + 1)).
     steps = np.broadcast_to(1 / (np.arange(1, k + 1) * np.arange(2, k + 2)), distances.shape).ravel()
     ranked = np.argsort(distances, axis=None)
     total = np.concatenate([[0.0], np.cumsum(steps[ranked])])
     removed = total[np.searchsorted(distances.ravel()[ranked], chords)] / len(distances)
-    return Curve(1 - chords**2 / 2, observed, expected, removed, dimension)
+    return Curve(1 - chords**2 / 2, model.observed(), model.expected, removed, model.dimension)
 
 
 def threshold_at(curve: Curve, precision: float) -> float:

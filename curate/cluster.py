@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import ToolkitError
-from ..features.processes import caught_signals
+from ..features.launched import caught_signals
 from ..store.artifact import Options, Result, check_manifest_name, is_up_to_date, recorded
 from ..store.manifest import SELECTION_FIELDS, Provenance, cluster_field, open_manifest
 from ..store.memory import memory_budget
@@ -151,7 +151,7 @@ def _cluster(
     saved = Saved(provenance)
     memory = memory_budget(settings.memory)
     how = KMeansSettings(settings.resample, settings.metric, settings.init, settings.polish, settings.recall, memory)
-    with caught_signals() as saved.signals:
+    with caught_signals("pass") as saved.signals:
         made = cluster_levels(images.vectors, num_clusters, how, provenance.seed, saved)
     positions = np.arange(len(images))
     if settings.sample is not None:

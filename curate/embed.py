@@ -7,6 +7,7 @@ of the walk, whatever the number of threads and processes.
 """
 
 import errno
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -19,7 +20,8 @@ import pyarrow as pa
 from .. import console
 from ..errors import Stopped, ToolkitError
 from ..features.extract import FeatureBatch, FeatureModel, best_device, precision
-from ..features.processes import Group, caught_signals, is_launched, join_group, launch
+from ..features.launched import caught_signals, is_launched
+from ..features.processes import Group, join_group, launch
 from ..store import catalog
 from ..store.artifact import Options, Result, check_manifest_name, recorded
 from ..store.manifest import Provenance, open_manifest, removed_path
@@ -62,7 +64,7 @@ def embed_images(arguments: list[str], output: str, settings: EmbedSettings, opt
             than the share `max_failed` cannot.
     """
     path = check_manifest_name(output)
-    if settings.num_processes > 1 and not is_launched() and not options.dry_run:
+    if settings.num_processes > 1 and not is_launched(os.environ) and not options.dry_run:
         launch(settings.num_processes)
         return None
     group = join_group()
@@ -98,7 +100,7 @@ def _embed(arguments: list[str], output: str, settings: EmbedSettings, options: 
     if is_needed:
         recording: AbstractContextManager[list[Provenance]] = recorded(path) if group.is_first else nullcontext([])
         with recording as finished:
-            with caught_signals() as signals:
+            with caught_signals("batch") as signals:
                 _embed_share(folder, model, settings, group, signals)
             group.wait()
             if group.is_first:

@@ -3,7 +3,7 @@
 lock                    held while the command runs
 listing.arrow           all entries of the sources (`listing`)
 work.json               what is being made, and what is taken over from; written last: without it nothing counts
-rows.npy, todo.npy      (N,) rows taken over; (T,) numbers of the entries to read
+rows.npy, unread.npy    (N,) rows taken over; (T,) numbers of the entries to read
 part-FROM-TO.arrow      what became of todo[FROM:TO], renamed into place when whole
 partial.parquet         what was done when the sources changed meanwhile, to be taken over
 """
@@ -32,7 +32,7 @@ BLOCK_ENTRIES = 1_024  # chosen: a batch ends where a block does, so that neithe
 PART_BYTES = 64 << 20  # chosen: a part is written when it has as much,
 PART_SECONDS = 10.0  # or spans so long: what a kill can cost
 
-LISTING, WORK, ROWS, TODO, PARTIAL = "listing.arrow", "work.json", "rows.npy", "todo.npy", "partial.parquet"
+LISTING, WORK, ROWS, UNREAD, PARTIAL = "listing.arrow", "work.json", "rows.npy", "unread.npy", "partial.parquet"
 NUMBER_FIELD = pa.field("number", pa.int64())  # of the entry
 
 Int64 = npt.NDArray[np.int64]
@@ -112,7 +112,7 @@ def start_work(folder: Path, work: Work, rows: Int64 | None, todo: Int64) -> Non
         (folder / ROWS).unlink(missing_ok=True)
     else:
         np.save(folder / ROWS, rows)
-    np.save(folder / TODO, todo)
+    np.save(folder / UNREAD, todo)
     values = {**asdict(work), "provenance": provenance_values(work.provenance)}
     temporary = folder / f".{WORK}.tmp"
     temporary.write_text(json.dumps(values, indent=1))
@@ -126,7 +126,7 @@ def taken_rows(folder: Path) -> Int64 | None:
 
 def entries_to_read(folder: Path) -> Int64:
     """Return the numbers (T,) of the entries that must be read, ascending."""
-    todo: Int64 = np.load(folder / TODO, mmap_mode="r")
+    todo: Int64 = np.load(folder / UNREAD, mmap_mode="r")
     return todo
 
 

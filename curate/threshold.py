@@ -3,6 +3,7 @@
 N images, S of them sampled, k neighbours.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,32 @@ def _own_threshold(base: Source) -> float | None:
     return THRESHOLD if model.content_id == copy_content_id() else None
 
 
-def chance_threshold(neighbor_similarities: Float64) -> tuple[float, float]:
-    """Return the lowest similarity above which chance explains at most `CHANCE` of the nearest neighbours.
+@dataclass(frozen=True)
+class Chance:
+    """What chance explains of how near the nearest neighbours of S sampled images are."""
+
+    distances: Float64  # (S, k) chords to the k nearest others, rising
+    chords: Float64  # (700,) rising by one percent each
+    expected: Float64  # (700,) how many of the images have a neighbour within each by chance
+    dimension: float  # d, of the neighbourhoods; 0 where all images lie on others, and nothing can be said
+
+    def threshold(self, most: Float64 | float) -> float:
+        """Return the lowest similarity above which chance explains at most `most` images, (700,) or the same for all.
+
+        1 - threshold is rounded to three digits, so that the last bits of similarities do not show.
+        """
+        if not self.dimension:
+            return FIXED_THRESHOLD
+        passing = self.chords[self.expected <= most]
+        return 1 - float(f"{float(passing.max(initial=self.chords[0])) ** 2 / 2:.2e}")
+
+    def observed(self) -> Float64:
+        """Return how many images have a neighbour within each chord, (700,)."""
+        return np.searchsorted(np.sort(self.distances[:, 0]), self.chords).astype(np.float64)
+
+
+def chance(neighbor_similarities: Float64) -> Chance:
+    """Return what chance explains of nearest neighbours, by the neighbours further out.
 
     Where images are spread without duplicates, the neighbours around one lie like random points in a ball of a few
     dimensions d: with the k-th neighbour at distance R, one of the k - 1 others is nearer than t with probability
@@ -75,51 +100,36 @@ def chance_threshold(neighbor_similarities: Float64) -> tuple[float, float]:
     (every image many times over) d comes out small and the threshold high: it errs towards keeping.
 
     Args:
-        neighbor_similarities: (S, k) cosines of images to their k nearest others, falling, k at least 4.
-
-    Returns the threshold, 1 - threshold rounded to three digits so that the last bits of similarities do not show,
-    and d.
+        neighbor_similarities: (S, k) cosines of images to their k nearest others, falling; of fewer than 4 nothing is
+            learnt.
     """
-    distances, chords, expected, dimension = _chance(neighbor_similarities)
-    if not len(chords):
-        return FIXED_THRESHOLD, 0.0
-    observed = np.searchsorted(np.sort(distances[:, 0]), chords)
-    passing = chords[expected <= CHANCE * np.maximum(observed, 1)]
-    return _rounded(float(passing.max(initial=chords[0]))), dimension
+    distances = np.sqrt(np.maximum(2 - 2 * neighbor_similarities, 0))
+    k = distances.shape[1]
+    near, far = distances[:, max(k // 4, 1) - 1], distances[:, -1]
+    is_spread = near > 0
+    reach = float(np.median(far[is_spread])) if is_spread.any() else 1.0
+    chords = reach * np.geomspace(1e-3, 1.0, 700)
+    expected, dimension = np.zeros(len(chords)), 0.0
+    if is_spread.any() and k >= 4:
+        near, far = near[is_spread], far[is_spread]
+        dimension = float(np.log(k / (k // 4)) / max(np.log(far / near).mean(), 1e-3))
+        for place, chord in enumerate(chords.tolist()):
+            expected[place] = (1 - (1 - np.minimum(chord / far, 1.0) ** dimension) ** (k - 1)).sum()
+    return Chance(distances, chords, expected, dimension)
+
+
+def chance_threshold(neighbor_similarities: Float64) -> tuple[float, float]:
+    """Return the lowest similarity above which chance explains at most `CHANCE` of the nearest neighbours, and d.
+
+    Args and model as in `chance`.
+    """
+    model = chance(neighbor_similarities)
+    return model.threshold(CHANCE * np.maximum(model.observed(), 1)), model.dimension
 
 
 def crowded_threshold(neighbor_similarities: Float64, share: float) -> float:
     """Return the lowest similarity above which chance gives at most a share of the images a neighbour.
 
-    Args and model of chance are those of `chance_threshold`.
+    Args and model as in `chance`.
     """
-    _, chords, expected, _ = _chance(neighbor_similarities)
-    if not len(chords):
-        return FIXED_THRESHOLD
-    passing = chords[expected <= share * len(neighbor_similarities)]
-    return _rounded(float(passing.max(initial=chords[0])))
-
-
-def _rounded(chord: float) -> float:
-    return 1 - float(f"{chord**2 / 2:.2e}")
-
-
-def _chance(neighbor_similarities: Float64) -> tuple[Float64, Float64, Float64, float]:
-    """Return the distances (S, k), some chords, at how many images each explains a neighbour so near, and d.
-
-    No chords where all images lie on others.
-    """
-    distances = np.sqrt(2 - 2 * neighbor_similarities)  # chords
-    k = distances.shape[1]
-    far, near = distances[:, -1], distances[:, k // 4 - 1]
-    is_spread = near > 0
-    if not is_spread.any():
-        return distances, np.empty(0), np.empty(0), 0.0
-    growth = np.log(far[is_spread] / near[is_spread]).mean()
-    dimension = float(np.log(k / (k // 4)) / max(growth, 1e-3))
-    far = far[is_spread]
-    chords = np.median(far) * np.geomspace(1e-3, 1.0, 700)  # steps of one percent
-    expected = np.array(
-        [(1 - (1 - np.minimum(chord / far, 1.0) ** dimension) ** (k - 1)).sum() for chord in chords.tolist()]
-    )
-    return distances, chords, expected, dimension
+    return chance(neighbor_similarities).threshold(share * len(neighbor_similarities))

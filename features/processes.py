@@ -4,13 +4,11 @@ They meet at the start and at the end only, and nothing that they exchange lies 
 """
 
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -21,8 +19,8 @@ from accelerate.utils import broadcast_object_list
 
 from .. import console
 from ..errors import ToolkitError
+from .launched import SIGNALS, adopt_slurm, is_launched
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE = timedelta(days=30)  # chosen: how long one process waits for the others' shares
 
 
@@ -65,11 +63,6 @@ class Group:
             raise ToolkitError(f"another process ended ({reason}); run the same command again") from None
 
 
-def is_launched() -> bool:
-    """Tell whether a launcher (ours, torchrun, srun) started this process, so that it works in place."""
-    return "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-
-
 def local_count() -> int:
     """Return how many of the processes share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
@@ -80,7 +73,7 @@ def join_group() -> Group:
 
     Each takes the GPU of its local rank, and all but the first are silent.
     """
-    if not is_launched():
+    if not is_launched(os.environ):
         return Group()
     adopt_slurm(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
@@ -95,28 +88,6 @@ def join_group() -> Group:
     if state.process_index > 0:
         console.set_verbosity(quiet=True, verbose=0)
     return Group(state.process_index, state.num_processes)
-
-
-def adopt_slurm(environment: MutableMapping[str, str]) -> None:
-    """Set what torch.distributed reads (RANK, WORLD_SIZE, ...) from the variables of an `srun` step with many tasks."""
-    if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
-        return
-    port = 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
-    environment.update(
-        RANK=environment["SLURM_PROCID"],
-        WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"],
-        LOCAL_RANK=environment["SLURM_LOCALID"],
-        MASTER_ADDR=first_host(environment["SLURM_STEP_NODELIST"]),
-        MASTER_PORT=environment.get("MASTER_PORT", str(port)),
-    )
-
-
-def first_host(node_list: str) -> str:
-    """Return the first name of a SLURM node list, such as `gpu-07` of `gpu-[07-09,12],cpu-1`."""
-    first = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", node_list)
-    if first is None:
-        raise ToolkitError(f"SLURM_STEP_NODELIST is {node_list!r}, no list of nodes; set MASTER_ADDR and WORLD_SIZE")
-    return "".join(part or "" for part in first.groups())
 
 
 def launch(num_processes: int) -> None:
@@ -178,24 +149,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGINT and SIGUSR1 in the yielded list instead of dying; a second one acts as usual."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        console.say(f"{signal.Signals(number).name}: saving after this batch; once more to end at once")
-        restore()
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    previous = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
-        yield received
-    finally:
-        restore()

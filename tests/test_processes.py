@@ -1,19 +1,15 @@
-"""Several processes by one command: who speaks, how they end, and what a signal does."""
+"""Several processes by one command: who speaks, and how they end."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.features.launched import is_launched
 from dinov2_toolkit.features.processes import (
     Group,
-    adopt_slurm,
-    caught_signals,
-    first_host,
-    is_launched,
     join_group,
     launch,
     local_count,
@@ -28,7 +24,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_process_is_a_group_of_its_own() -> None:
     group = join_group()
-    assert not is_launched() and (group.rank, group.count, local_count()) == (0, 1, 1)
+    assert not is_launched(os.environ) and (group.rank, group.count, local_count()) == (0, 1, 1)
     assert group.decide(lambda: True) and not group.decide(lambda: False)
     group.wait()
 
@@ -39,20 +35,6 @@ def test_an_error_of_the_first_process_is_its_own() -> None:
 
     with pytest.raises(ToolkitError, match="no"):
         Group().decide(fail)
-
-
-def test_slurm_variables_become_those_of_torch() -> None:
-    environment = {
-        "SLURM_STEP_NUM_TASKS": "8",
-        "SLURM_JOB_ID": "123456",
-        "SLURM_PROCID": "5",
-        "SLURM_LOCALID": "1",
-        "SLURM_STEP_NODELIST": "gpu-[07-09,12],cpu-1",
-    }
-    adopt_slurm(environment)
-    wanted = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu-07", "MASTER_PORT": "23456"}
-    assert {name: environment[name] for name in wanted} == wanted
-    assert [first_host(nodes) for nodes in ("a", "a,b", "n[3-5]x", "n[03]")] == ["a", "a", "n3x", "n03"]
 
 
 @pytest.fixture
@@ -91,12 +73,3 @@ def test_a_signal_reaches_all_of_them_and_their_code_comes_back(program: Path) -
     with pytest.raises(SystemExit) as end:
         launch(2)
     assert end.value.code == 75
-
-
-def test_a_signal_is_noted_once_and_handlers_come_back(capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with caught_signals() as received:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == before
-    assert "SIGTERM: saving after this batch" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before

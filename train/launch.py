@@ -6,26 +6,19 @@ torch's launcher turns every failure into exit code 1, so a run leaves its own c
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from .. import console
 from ..errors import Stopped, ToolkitError
+from ..features.launched import SIGNALS
 
 SENTINEL = "DINOV2_LAUNCHED"  # set in the processes that `launch` starts, so that they do not start others
 STATUS = "status.json"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-def is_launched(environment: Mapping[str, str]) -> bool:
-    """Tell whether a launcher (ours, torchrun, srun) started this process, so that it trains in place."""
-    return "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def is_main_process() -> bool:
@@ -58,28 +51,6 @@ def check_launch(environment: Mapping[str, str], *, has_gpu: bool) -> None:
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise ToolkitError(f"ACCELERATE_USE_{name} is set, which this training does not know; use DDP or FSDP")
-
-
-def adopt_slurm(environment: MutableMapping[str, str]) -> None:
-    """Set what torch.distributed reads (RANK, WORLD_SIZE, ...) from the variables of an `srun` step with many tasks."""
-    if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
-        return
-    port = 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
-    environment.update(
-        RANK=environment["SLURM_PROCID"],
-        WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"],
-        LOCAL_RANK=environment["SLURM_LOCALID"],
-        MASTER_ADDR=first_host(environment["SLURM_STEP_NODELIST"]),
-        MASTER_PORT=environment.get("MASTER_PORT", str(port)),
-    )
-
-
-def first_host(node_list: str) -> str:
-    """Return the first name of a SLURM node list, such as `gpu-07` of `gpu-[07-09,12],cpu-1`."""
-    first = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", node_list)
-    if first is None:
-        raise ToolkitError(f"SLURM_STEP_NODELIST is {node_list!r}, no list of nodes; set MASTER_ADDR and WORLD_SIZE")
-    return "".join(part or "" for part in first.groups())
 
 
 def launch(num_processes: int, run_folder: Path) -> None:
@@ -182,24 +153,3 @@ def read_status(run_folder: Path) -> dict[str, object]:
     path = run_folder / STATUS
     content: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
     return content
-
-
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGINT and SIGUSR1 in the yielded list instead of dying; a second one acts as usual."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        console.say(f"{signal.Signals(number).name}: saving after this step; once more to end at once")
-        restore()
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    previous = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
-        yield received
-    finally:
-        restore()

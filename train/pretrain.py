@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from .. import console
 from ..errors import Stopped, ToolkitError
+from ..features.launched import caught_signals, is_launched
 from ..models.vit import VisionTransformer
 from ..models.weights import model_content_id
 from ..store import catalog
@@ -33,7 +34,7 @@ from .config import TrainConfig
 from .data import ImageSet, image_set, read_batches
 from .estimate import say_cost
 from .health import PATIENCE_STEPS, collapse, health_figures, teacher_figures
-from .launch import caught_signals, is_launched, launch, speaks_for_all, status_kept
+from .launch import launch, speaks_for_all, status_kept
 from .metrics import (
     append_metrics,
     averaged,
@@ -232,7 +233,7 @@ def train(
     figures = (read_metrics(run_folder) or [{}])[-1]
     window_start, window_wait_s, window_images = time.monotonic(), 0.0, 0
 
-    with caught_signals() as signals, console.progress("training", config.steps - first_step, "steps") as advance:
+    with caught_signals("step") as signals, console.progress("training", config.steps - first_step, "steps") as advance:
         for step in range(first_step, config.steps):
             # The step's rates and temperatures.
             lr = warmup_then_cosine(

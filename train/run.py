@@ -14,6 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from .. import console
 from ..errors import ToolkitError
+from ..features.launched import adopt_slurm
 from ..models.vit import VisionTransformer
 from ..models.weights import MODEL_JSON
 from ..store.artifact import Options, Result, difference, read_run_provenance, write_run_provenance
@@ -21,7 +22,7 @@ from ..store.manifest import Provenance, Source
 from .checkpoint import TrainedModel, checkpoints
 from .config import CONFIG_FILE, COST_KEYS, TrainConfig, write_config
 from .data import ImageSet
-from .launch import adopt_slurm, check_launch
+from .launch import check_launch
 from .online_knn import LabelledSets, labelled_sets
 from .schedules import batch_sizes, scaled_lr
 from .trackers import check_trackers
