@@ -80,6 +80,18 @@ def locked(folder: Path, output: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(folder: Path) -> bool:
+    """Tell whether a process is at work in a folder."""
+    if not (folder / "lock").exists():
+        return False
+    with (folder / "lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def discard(folder: Path) -> None:
     """Remove the work, and the folders above it that are left empty."""
     shutil.rmtree(folder)

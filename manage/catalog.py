@@ -1,11 +1,13 @@
 """What the catalog can tell: listings, lineage, verification; and how it is rebuilt."""
 
 import json
+import shutil
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
 from .. import console
+from ..curate.embedded_parts import is_locked
 from ..errors import ToolkitError
 from ..store import catalog
 from ..store.artifact import FILE_PROVENANCE, RUN_PROVENANCE, read_run_provenance
@@ -146,15 +148,20 @@ def _carriers(path: Path) -> list[tuple[Path, Provenance]]:
 
 
 def gc() -> None:
-    """Remove the scratch arrays, and forget artifacts that no longer exist; print how many bytes came free."""
+    """Empty the cache, and forget artifacts that no longer exist; print how many bytes came free.
+
+    What an `embed` is writing this moment stays; what stopped ones have kept goes, and they start anew.
+    """
     freed = 0
-    for file in cache_folder().glob("*.npy") if cache_folder().exists() else []:
-        freed += file.stat().st_size
-        file.unlink()
+    for found in sorted(cache_folder().iterdir()) if cache_folder().exists() else []:
+        if found.is_dir() and is_locked(found):
+            continue
+        freed += sum(file.stat().st_size for file in (found.rglob("*") if found.is_dir() else [found]))
+        shutil.rmtree(found) if found.is_dir() else found.unlink()
     gone = [artifact.path for artifact in catalog.artifacts() if not Path(artifact.path).exists()]
     for path in gone:
         catalog.forget(Path(path))
-    console.say(f"removed {freed / 2**20:,.1f} MiB of scratch arrays; forgot {len(gone)} artifacts that are gone")
+    console.say(f"removed {freed / 2**20:,.1f} MiB of the cache; forgot {len(gone)} artifacts that are gone")
     print(freed)
 
 

@@ -82,7 +82,7 @@ def rebuild(
 
 @app.command()
 def gc() -> None:
-    """Remove scratch arrays and the rows of artifacts that are gone."""
+    """Empty the cache, and forget artifacts that are gone."""
     from .catalog import gc as run
 
     run()
