@@ -23,6 +23,7 @@ from torch import Tensor
 from dinov2_toolkit.models.block import Recompute
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.store.memory import keep_freed_memory
 from dinov2_toolkit.train.masking import block_masks
 from dinov2_toolkit.train.optimizer import build_optimizer, clip_gradients, set_rates
 from dinov2_toolkit.train.parts import parts
@@ -87,6 +88,7 @@ def make_batch(args: argparse.Namespace, generator: np.random.Generator) -> tupl
 def main() -> None:
     """Time the steps and print the figures."""
     args = parse_arguments()
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     generator = np.random.default_rng(args.seed)

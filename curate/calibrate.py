@@ -18,10 +18,8 @@ from ..store.memory import memory_budget
 from ..store.vectors import Float64, Int64
 from .calibrate_picture import Candidate, Pair, draw_calibration, show_histogram
 from .selection import EmbeddedImages, open_input, read_embedded
-from .threshold import FAR_NEIGHBOR, FIXED_THRESHOLD, MIN_FAR_NEIGHBOR, chance
+from .threshold import FAR_NEIGHBOR, FIXED_THRESHOLD, MIN_FAR_NEIGHBOR, chance, own_threshold, sample_rows
 
-SAMPLE_ROWS = (2_000, 20_000)  # chosen: fewer of a larger pool, so that a minute or three are enough
-SAMPLE_PRODUCTS = 2e10  # sampled images times images, at most, while the sample is not the smallest
 PRECISIONS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)  # chosen: what is tabled beside the precision asked for
 PAIRS = 3  # shown on either side of a threshold
 
@@ -75,7 +73,7 @@ def calibrate_threshold(
     if options.dry_run:
         if not is_made:
             num = pool.num_rows(options.limit)
-            console.say(f"would compare {_sample_rows(num):,} of {num:,} images with all, and draw {path}")
+            console.say(f"would compare {sample_rows(num):,} of {num:,} images with all, and draw {path}")
         return None
     if not is_made:
         search = SearchSettings(memory_budget(settings.memory), settings.recall, options.seed)
@@ -95,11 +93,6 @@ def _digits(threshold: float) -> int:
     return max(4, 2 - int(np.floor(np.log10(max(1 - threshold, 1e-9)))))
 
 
-def _sample_rows(num: int) -> int:
-    least, most = SAMPLE_ROWS
-    return min(num, max(least, min(most, int(SAMPLE_PRODUCTS / max(num, 1)))))
-
-
 def _calibrate(
     images: EmbeddedImages, path: Path, precision: float, provenance: Provenance, search: SearchSettings
 ) -> None:
@@ -111,7 +104,7 @@ def _calibrate(
             f"all {len(images):,} vectors of {images.source.manifest.path} are the same; nothing to learn"
         )
     vectors = images.vectors.take(distinct)
-    sample = np.linspace(0, len(distinct) - 1, _sample_rows(len(distinct))).astype(np.int64)  # (S,) rising, no two same
+    sample = np.linspace(0, len(distinct) - 1, sample_rows(len(distinct))).astype(np.int64)  # (S,) rising, no two same
     places = np.arange(len(distinct))
     found = nearest(
         vectors.take(sample),
@@ -136,6 +129,11 @@ def _calibrate(
         asked = sorted({*PRECISIONS, precision})
         candidates = [candidate(each, threshold_at(curve, each)) for each in asked]
         suggested = candidates[asked.index(precision)]
+    own = own_threshold(vectors.base)
+    if own is not None and own > suggested.threshold:
+        console.say(f"the descriptor `copy` has a threshold of its own, {own}: a pool may raise it and not lower it")
+        suggested = candidate(None, own)
+        candidates = sorted([*candidates, suggested], key=lambda each: each.threshold)
     scale = len(distinct) / len(sample)
     show_histogram(found.similarities[:, 0], curve.thresholds, curve.expected, scale)
     _say_candidates(candidates, suggested, len(images), num_identical, len(sample))

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from .. import console
 from ..store import tables
-from ..store.images import UnreadableImage, decode, read_bytes
+from ..store.images import ARRAY_START, UnreadableImage, decode, read_array, read_bytes
 from ..store.vectors import Int64
 
 TASK_IMAGES = 8  # chosen: images a thread reads at a time, so that small ones do not drown in hand-overs
@@ -26,9 +26,15 @@ Key = Callable[[bytes], str]
 def pixel_id(data: bytes) -> str:
     """Return the identity of a picture: BLAKE2b-128, in hex, of its size and its upright 8-bit RGB pixels.
 
-    What is transparent lies on white, so files differ where people would see a difference.
+    What is transparent lies on white, so files differ where people would see a difference. Of a .npy array all values
+    count, since a picture would show three channels of it.
     Raises UnreadableImage as `store.images.decode` does.
     """
+    if data.startswith(ARRAY_START):
+        values = read_array(data)
+        digest = hashlib.blake2b(f"{values.shape} {values.dtype} ".encode(), digest_size=16)
+        digest.update(values.tobytes())
+        return digest.hexdigest()
     picture = decode(data)
     digest = hashlib.blake2b(f"{picture.width} x {picture.height} ".encode(), digest_size=16)
     digest.update(picture.tobytes())

@@ -131,7 +131,7 @@ def _fit_sample(
     threads: ThreadPoolExecutor,
 ) -> Centroids:
     budget = settings.memory or memory_budget(None)
-    most = budget // 2 // (4 * vectors.dim)
+    most = budget // 3 // (4 * vectors.dim)  # a resampling copies half of them; the search needs room as well
     num_points = min(len(vectors), POINTS_A_CENTROID * num_clusters, most)
     if num_points < min(len(vectors), 2 * num_clusters):
         raise ToolkitError(

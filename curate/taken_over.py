@@ -98,7 +98,7 @@ class EarlierRows:
 
     def __init__(self, earlier: Manifest, columns: list[str]) -> None:
         self._columns = columns
-        self._files = [pq.ParquetFile(part) for part in earlier.parts]
+        self._files = [pq.ParquetFile(part, pre_buffer=False) for part in earlier.parts]
         self._groups = [(file, group) for file in self._files for group in range(file.num_row_groups)]
         sizes = [file.metadata.row_group(group).num_rows for file, group in self._groups]
         self._starts = [0, *np.cumsum(sizes).tolist()]

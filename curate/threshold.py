@@ -14,7 +14,8 @@ from ..store.vectors import Float64, Vectors
 
 CHANCE = 0.05  # chosen: share of the images above the threshold that may be there by chance
 LOSS = 0.02  # chosen: share of the distinct images that the descriptor's own threshold may cost
-SAMPLE_ROWS = 20_000  # chosen: how many images' neighbours the threshold is learnt from
+SAMPLE_ROWS = (2_000, 20_000)  # chosen: images whose neighbours are looked at; fewer of a larger pool
+SAMPLE_PRODUCTS = 6e9  # chosen: sampled images times images at most, a minute or so, until the fewest are reached
 FAR_NEIGHBOR = 32  # chosen: far enough to be no duplicate, near enough to be the same neighbourhood
 MIN_FAR_NEIGHBOR = 8  # of fewer images nothing is learnt
 FIXED_THRESHOLD = 0.999  # chosen: what remains then
@@ -26,13 +27,13 @@ def threshold_from_pool(distinct: Vectors) -> tuple[float, str]:
     The descriptor made for copies has its own, raised where the pool is so crowded that it would cost too many; for
     any other features it is learnt from how the vectors lie.
     """
-    own = _own_threshold(distinct.base)
+    own = own_threshold(distinct.base)
     far = min(FAR_NEIGHBOR, (len(distinct) - 1) // 3)
     if far < MIN_FAR_NEIGHBOR:
         if own is not None:
             return own, "by the descriptor `copy`"
         return FIXED_THRESHOLD, f"so because {len(distinct)} distinct images are too few to learn it from"
-    sample = np.unique(np.linspace(0, len(distinct) - 1, min(SAMPLE_ROWS, len(distinct))).astype(np.int64))
+    sample = np.linspace(0, len(distinct) - 1, sample_rows(len(distinct))).astype(np.int64)  # (S,) rising, no two same
     positions = np.arange(len(distinct))
     identity = Identity(sample, positions)
     found = nearest(
@@ -53,7 +54,13 @@ def threshold_from_pool(distinct: Vectors) -> tuple[float, str]:
     )
 
 
-def _own_threshold(base: Source) -> float | None:
+def sample_rows(num_images: int) -> int:
+    """Return how many images' neighbours say enough of a pool."""
+    least, most = SAMPLE_ROWS
+    return min(num_images, max(least, min(most, int(SAMPLE_PRODUCTS / max(num_images, 1)))))
+
+
+def own_threshold(base: Source) -> float | None:
     """Return the threshold that belongs to the descriptor of an embedding manifest; None: it has none."""
     path = Path(base.path)
     provenance = open_manifest(path).provenance if path.exists() else None

@@ -18,6 +18,7 @@ from ..models.block import Block
 from ..models.vit import VisionTransformer
 from ..store.artifact import Options, Result
 from ..store.manifest import Provenance
+from ..store.pixels import Picture, as_image
 from .whole import Viewer, open_images, open_viewer
 
 HEAT = np.array([(12, 8, 38), (106, 23, 110), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # from none to most
@@ -59,7 +60,7 @@ def draw_attention(arguments: list[str], output: str, settings: AttentionSetting
     for uri, caption in images.named:
         picture = viewer.read(uri)
         if picture is not None:
-            rows.append([[Tile(picture, caption)], *_maps(viewer, picture)])
+            rows.append([[Tile(as_image(picture), caption)], *_maps(viewer, picture)])
     if not rows:
         raise ToolkitError(f"none of the {len(images.named)} images can be read; name others")
     title = f"Attention in the last block: {viewer.name}, {viewer.side_px} px"
@@ -89,7 +90,7 @@ def last_attention(backbone: VisionTransformer, images: Tensor) -> Tensor:
     return torch.softmax(query @ key.transpose(2, 3) / key.shape[3] ** 0.5, dim=3)
 
 
-def _maps(viewer: Viewer, picture: Image.Image) -> list[list[Tile]]:
+def _maps(viewer: Viewer, picture: Picture) -> list[list[Tile]]:
     """Return the maps of one picture: of the class token, and of the registers where there are any."""
     with torch.inference_mode():
         attention = last_attention(viewer.backbone, viewer.normalised(picture))[0].float().cpu().numpy()

@@ -67,7 +67,7 @@ def _mask_uris(manifest: Manifest, column: str) -> list[str | None]:
     """Return the name of each row's mask: as it is written, or by row where the file holds the mask itself."""
     uris: list[str | None] = []
     for part in manifest.parts:
-        for batch in pq.ParquetFile(part).iter_batches(columns=[column]):
+        for batch in pq.ParquetFile(part, pre_buffer=False).iter_batches(columns=[column]):
             values, first = batch.column(0), len(uris)
             paths: list[str | None] = [None] * len(values)
             if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):

@@ -25,6 +25,7 @@ from ..features.sheet import (
 )
 from ..store.artifact import Options, Result
 from ..store.manifest import Provenance
+from ..store.pixels import as_image
 from .pca import find_foreground
 from .whole import open_images, open_viewer
 
@@ -95,7 +96,7 @@ def draw_match(left: str, right: str, output: str, settings: MatchSettings, opti
     if len(matches.left):
         best, last = float(matches.similarities.max()), float(matches.similarities.min())
         note += f", {best:.3f} to {last:.3f}"
-    write_picture(_draw(pictures, grids, middles, title, note), path, provenance)
+    write_picture(_draw([as_image(picture) for picture in pictures], grids, middles, title, note), path, provenance)
     return Result(output, {"matches": len(matches.left), "mutual": matches.num_mutual})
 
 

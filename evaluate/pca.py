@@ -17,6 +17,7 @@ from ..errors import ToolkitError
 from ..features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
 from ..store.artifact import Options, Result
 from ..store.manifest import Provenance
+from ..store.pixels import as_image
 from .whole import open_images, open_viewer
 
 RANGE = (0.02, 0.98)  # quantiles of a component that become no colour and full colour; chosen against stray patches
@@ -70,7 +71,7 @@ def draw_pca(arguments: list[str], output: str, settings: PcaSettings, options: 
         picture = viewer.read(uri)
         if picture is not None:
             tokens.append(viewer.patch_tokens(picture))
-            pictures.append(picture)
+            pictures.append(as_image(picture))
             captions.append(caption)
     if not pictures:
         raise ToolkitError(f"none of the {len(images.named)} images can be read; name others")

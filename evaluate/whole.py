@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,8 +17,9 @@ from ..errors import ToolkitError
 from ..features.extract import FeatureModel, best_device, forward, open_model
 from ..models.preprocess import normalise
 from ..models.vit import VisionTransformer
-from ..store.images import ColourMode, UnreadableImage, decode_sized, read_bytes
+from ..store.images import UnreadableImage, read_bytes
 from ..store.manifest import Source
+from ..store.pixels import Picture, decode_picture, values_of
 from ..store.sources import ImageSource, entries, open_sources, survey
 from .labelled import short_name
 
@@ -41,24 +41,27 @@ class Viewer:
         """Return the model as an input of a picture."""
         return self.model.source
 
-    def patch_tokens(self, picture: Image.Image) -> Tensor:
+    def patch_tokens(self, picture: Picture) -> Tensor:
         """Return the patch tokens of a picture as `read` gives it, (N, D) float32, row by row."""
         tokens = forward(self.backbone, self.model.preprocess, pixels_of(picture), best_device()).patch_tokens
         return tokens[0].float().cpu()
 
-    def normalised(self, picture: Image.Image) -> Tensor:
+    def normalised(self, picture: Picture) -> Tensor:
         """Return a picture as the backbone takes it, (1, C, H, W)."""
         return normalise(pixels_of(picture).to(best_device()), self.model.preprocess)
 
-    def grid(self, picture: Image.Image) -> tuple[int, int]:
+    def grid(self, picture: Picture) -> tuple[int, int]:
         """Return how many patches a picture has down and across."""
         return picture.height // self.backbone.patch_size, picture.width // self.backbone.patch_size
 
-    def read(self, uri: str) -> Image.Image | None:
-        """Return the whole picture, its short side at `side_px` and the other a multiple of the patch, or None."""
-        mode: ColourMode = "L" if self.model.preprocess.in_chans == 1 else "RGB"
+    def read(self, uri: str) -> Picture | None:
+        """Return the whole picture as the model takes it, or None.
+
+        Its short side is `side_px`, the other a multiple of the patch.
+        """
+        preprocess = self.model.preprocess
         try:
-            picture, _ = decode_sized(read_bytes(uri), mode)
+            picture, _ = decode_picture(read_bytes(uri), preprocess.in_chans, preprocess.bit_depth)
         except UnreadableImage as problem:
             console.warn(f"{uri} left out: {problem.reason}")
             return None
@@ -94,10 +97,9 @@ def open_viewer(name: str | None, image_size: int | None, seed: int) -> Viewer:
     return Viewer(short_name(model.source.path), model, backbone, side_px)
 
 
-def pixels_of(picture: Image.Image) -> Tensor:
-    """Return the pixels of a picture, (1, C, H, W) uint8."""
-    pixels = torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1)
-    return pixels.permute(2, 0, 1)[None]  # (H, W, C) -> (1, C, H, W)
+def pixels_of(picture: Picture) -> Tensor:
+    """Return the pixels of a picture, (1, C, H, W) uint8 or uint16."""
+    return torch.tensor(values_of(picture)).permute(2, 0, 1)[None]  # (H, W, C) -> (1, C, H, W)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from .products import product, run, unit_rows, workers
 ROWS_A_CELL = 256  # chosen: rows in a cell, on average
 SAMPLE_A_CELL = 32  # chosen: rows by which a centroid is fitted
 ITERATIONS = 6  # chosen: cells need not be good clusters
-NUM_NEAREST = 8  # P: cells of which a row knows, unless more are asked for
+NUM_NEAREST = 16  # P: cells of which a row knows, unless more are asked for
 BEAM = 4  # chosen: groups in which a row looks for its cells
 BLOCK_ROWS = 8_192  # rows assigned at a time
 
@@ -225,7 +225,14 @@ def nearest_cells(points: Tensor, cells: Tensor, heads: Tensor, groups: Int64, n
 
 
 def _stored(pool: Vectors, positions: Int64 | slice) -> Stored:
-    return pool.array[pool.rows[positions]]
+    if isinstance(positions, slice):
+        return pool.array[pool.rows[positions]]
+    stored = np.empty((len(positions), pool.dim), pool.array.dtype)
+    for start in range(0, len(positions), RELEASED_ROWS):
+        some = pool.rows[positions[start : start + RELEASED_ROWS]]
+        stored[start : start + len(some)] = pool.array[some]
+        release(pool.array)
+    return stored
 
 
 def _gather(source: npt.NDArray[np.generic], rows: Int64, target: Path) -> None:

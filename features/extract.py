@@ -23,8 +23,9 @@ from ..models.preprocess import Preprocess, crop_picture, normalise
 from ..models.vit import Features, VisionTransformer
 from ..models.weights import Model, load_model
 from ..store import catalog
-from ..store.images import ColourMode, UnreadableImage, decode_sized, image_id, read_bytes
+from ..store.images import UnreadableImage, image_id, read_bytes
 from ..store.manifest import Source
+from ..store.pixels import Picture, as_image, decode_picture
 from .tokens import TokenChoice, described, joined
 from .windows import Layout, cut
 
@@ -81,7 +82,7 @@ class ImageBatch:
 
     indices: list[int]  # (B,) positions among the uris, ascending
     facts: list[ImageFacts]  # (B,)
-    pixels: Tensor  # (B, C, S, S) uint8, or the tiles of all images (T, C, S, S)
+    pixels: Tensor  # (B, C, S, S) uint8 or uint16, or the tiles of all images (T, C, S, S)
     failures: list[tuple[int, str]]  # position and reason
     waited_s: float  # how long the caller had to wait for it
     layouts: list[Layout] = field(default_factory=list)  # (B,) of tiles
@@ -119,7 +120,7 @@ def open_model(name: str | None, seed: int = 0) -> FeatureModel:
 
 def feature_model(model: Model) -> FeatureModel:
     """Return a loaded backbone as something to extract features with."""
-    preprocess = Preprocess(model.image_size, model.crop_ratio, model.mean, model.std, model.in_chans)
+    preprocess = Preprocess(model.image_size, model.crop_ratio, model.mean, model.std, model.in_chans, model.bit_depth)
     path = str(Path(model.name).absolute()) if Path(model.name).exists() else model.name
     source = Source("model", path, model.content_id)
     return FeatureModel(source, model.backbone.embed_dim, preprocess, model.backbone)
@@ -238,7 +239,7 @@ def forward(
     pixels: Tensor,
     device: torch.device,
 ) -> Features:
-    """Return the features of pixels (B, C, S, S) uint8, on the device, without waiting for them.
+    """Return the features of pixels (B, C, S, S), uint8 or uint16, on the device, without waiting for them.
 
     They are inference tensors: copy them before training on them. On a GPU the model runs in half precision where
     that is safe.
@@ -297,7 +298,7 @@ def _fetch(batch: ImageBatch, vectors: Tensor, patches: list[Tensor]) -> Feature
     return FeatureBatch(batch.indices, batch.facts, features, batch.failures, batch.waited_s, fetched, batch.known)
 
 
-Cutting = Callable[[Image.Image], tuple[Tensor, Layout]]
+Cutting = Callable[[Picture], tuple[Tensor, Layout]]
 
 
 def _cutting(model: FeatureModel) -> tuple[Cutting, int] | None:
@@ -380,7 +381,7 @@ class Loaded:
     """An image on its way into a batch."""
 
     facts: ImageFacts
-    pixels: Tensor  # (C, S, S) uint8, or its tiles (T, C, S, S)
+    pixels: Tensor  # (C, S, S) uint8 or uint16, or its tiles (T, C, S, S)
     layout: Layout | None = None  # of the tiles
 
 
@@ -396,17 +397,16 @@ def load(
     uri: str, preprocess: Preprocess, reading: Reading = Reading(), cutting: tuple[Cutting, int] | None = None
 ) -> Loaded | int | str:
     """Return the image behind a uri, ready for the model; the reason why there is none; or what it is known by."""
-    mode: ColourMode = "L" if preprocess.in_chans == 1 else "RGB"
     min_side = max(preprocess.min_side if cutting is None else cutting[1], reading.decode_side)
     try:
         data = read_bytes(uri)
         identity = image_id(data)
         if reading.known is not None and (number := reading.known(identity)) is not None:
             return number
-        picture, size = decode_sized(data, mode, min_side)
+        picture, size = decode_picture(data, preprocess.in_chans, preprocess.bit_depth, min_side)
     except UnreadableImage as problem:
         return problem.reason
-    if reading.reject is not None and (reason := reading.reject(picture, size)) is not None:
+    if reading.reject is not None and (reason := reading.reject(as_image(picture), size)) is not None:
         return reason
     facts = ImageFacts(identity, *size)
     return Loaded(facts, crop_picture(picture, preprocess)) if cutting is None else Loaded(facts, *cutting[0](picture))

@@ -21,7 +21,7 @@ from .products import TILE, run, tile_above, unit_rows, workers
 from .tasks import Batch, Task
 from .width import join_width
 
-MORE_NEAREST = 32  # cells of which a row knows where the usual number is too few
+MORE_NEAREST = 48  # cells of which a row knows where the usual number is too few
 EXACT_ROWS = 4_096  # rows a block of the exact join
 OWN_ROWS = 256  # rows a tile where a run meets itself: half of the products are the other half's
 BATCHES = 100  # chosen: into so many parts the cells are divided; after each the join can be continued

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from .. import console
-from ..store.vectors import Float64, Int64, Vectors
+from ..store.vectors import RELEASED_BYTES, Float64, Int64, Vectors, release
 from .cells import Cells
 from .exact_search import Identity, SearchSettings, exact_neighbors
-from .products import run, tile_above, unit_rows, workers
+from .products import device, run, tile_above, unit_rows, workers
 
 SAMPLE_ROWS = 16_384  # chosen: rows whose pairs are looked for in many cells
-SAMPLE_CELLS = 2  # chosen: in how many, times P
+SAMPLE_CELLS = 8  # chosen: in how many, times P: so many that what they miss is rare
 EXACT_ROWS = 256  # chosen: of those with a pair, and of those without, how many are searched exactly
 SURENESS = 1.5  # standard errors by which the recall of a sample must exceed what is asked
 MOST_PAIRS = 64  # of a row and cell, so that a crowd does not drown the others
@@ -62,7 +62,7 @@ def _pairs_in_many_cells(vectors: Vectors, cells: Cells, rows: Int64, threshold:
     """Return pairs (E,), (E,) above the threshold of sampled rows (S,), and the cells in which they were sought."""
     centroids = unit_rows(cells.centroids)
     num = min(SAMPLE_CELLS * cells.nearest.shape[1], len(centroids))
-    points = unit_rows(vectors.array[rows])
+    points = torch.from_numpy(vectors.take(rows).unit(0, len(rows))).to(device())
     with workers():
         near = [(block @ centroids.T).topk(num, dim=1).indices for block in torch.split(points, 512)]
     seen = torch.cat(near).cpu().numpy()
@@ -86,8 +86,16 @@ def _pairs_in_many_cells(vectors: Vectors, cells: Cells, rows: Int64, threshold:
         )
         return rows[place[left[kept]]], right_rows[right[kept]]
 
+    parts, passed = [], 0
+    visited = np.flatnonzero(np.diff(bounds)).tolist()
     with workers() as threads:
-        parts = list(run(threads, compare, np.flatnonzero(np.diff(bounds)).tolist()))
+        for cell, part in zip(visited, run(threads, compare, visited), strict=True):
+            parts.append(part)
+            members = cells.members(cell)
+            passed += (members.stop - members.start) * vectors.dim * vectors.array.itemsize
+            if passed > RELEASED_BYTES:
+                passed = 0
+                release(vectors.array)
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]), seen
 
 

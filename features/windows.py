@@ -5,13 +5,13 @@ Shapes: C channels, S side of a tile in pixels, T tiles of an image, D embed_dim
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..models.preprocess import Preprocess
 from ..models.vit import Features
+from ..store.pixels import Picture, values_of
 
 MAX_ASPECT = 8  # chosen: of a longer image the middle part is looked at, or one image could cost a million tiles
 
@@ -31,15 +31,17 @@ class Layout:
         return len(self.tops) * len(self.lefts)
 
 
-def cut(picture: Image.Image, preprocess: Preprocess, patch_size: int, short_side: int) -> tuple[Tensor, Layout]:
-    """Return the tiles of a picture, (T, C, S, S) uint8, and their layout.
+def cut(picture: Picture, preprocess: Preprocess, patch_size: int, short_side: int) -> tuple[Tensor, Layout]:
+    """Return the tiles of a picture, (T, C, S, S) uint8 or uint16, and their layout.
 
     The picture is resized so that its short side is `short_side` pixels where it is longer, and S where it is shorter
     than that; both sides are then rounded down to whole patches. The tiles cover all of it, evenly spaced, and
     overlap by as little as that allows.
     """
     side = preprocess.image_size
-    picture = _middle(picture.convert("RGB" if preprocess.in_chans == 3 else "L"))
+    if isinstance(picture, Image.Image):
+        picture = picture.convert("RGB" if preprocess.in_chans == 3 else "L")
+    picture = _middle(picture)
     wanted = min(max(min(picture.size), side), short_side)
     scale = wanted / min(picture.size)
     width, height = (max(int(length * scale + 1e-6) // patch_size * patch_size, side) for length in picture.size)
@@ -50,7 +52,7 @@ def cut(picture: Image.Image, preprocess: Preprocess, patch_size: int, short_sid
         _offsets(height // patch_size, side // patch_size),
         _offsets(width // patch_size, side // patch_size),
     )
-    pixels = torch.from_numpy(np.array(picture)).view(height, width, preprocess.in_chans).permute(2, 0, 1)
+    pixels = torch.tensor(values_of(picture)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
     tiles = [
         pixels[:, top * patch_size : top * patch_size + side, left * patch_size : left * patch_size + side]
         for top in layout.tops
@@ -87,7 +89,7 @@ def _offsets(length: int, window: int) -> tuple[int, ...]:
     return tuple(round(number * (length - window) / (count - 1)) for number in range(count))
 
 
-def _middle(picture: Image.Image) -> Image.Image:
+def _middle(picture: Picture) -> Picture:
     width, height = picture.size
     keep_width, keep_height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
     left, top = (width - keep_width) // 2, (height - keep_height) // 2

@@ -116,6 +116,8 @@ def export_model(source: str, output: str, settings: ExportSettings, options: Op
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _say(output, comparison, trial)
+    if model.bit_depth == 16 and settings.to != "safetensors":
+        console.say(f"no {settings.to} file says that the model takes 16 bits: its images are pixels divided by 65535")
     return Result(output, figures)
 
 

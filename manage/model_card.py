@@ -6,11 +6,10 @@ from pathlib import Path
 
 from ..models.architecture import backbone_settings
 from ..models.export import Comparison, Trial
+from ..models.export_hf import described_pixels, has_processor
 from ..models.released import RELEASED
 from ..models.weights import Model
 from ..store.manifest import Provenance, toolkit_version
-
-RGB = 3
 
 
 def model_card(model: Model, source: str, run: Provenance | None, comparison: Comparison, trial: Trial) -> str:
@@ -56,7 +55,7 @@ at {trial.other_images.shape[-1]} px, where transformers interpolates them, by {
 
 
 def _use(model: Model) -> str:
-    if model.backbone.in_chans == RGB:
+    if has_processor(model):
         return """```python
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
@@ -71,9 +70,9 @@ Where the border around the centre crop is an odd number of pixels, this process
 than dinov2-toolkit does."""
     channels = model.backbone.in_chans
     return (
-        f"The model takes {channels} channels, which no image processor of transformers makes. Prepare `pixel_values` "
-        f"(B, {channels}, {model.image_size}, {model.image_size}): values in [0, 1], less {list(model.mean)}, divided "
-        f"by {list(model.std)}, a number a channel."
+        f"The model takes {described_pixels(model)}, which no image processor of transformers makes. Prepare "
+        f"`pixel_values` (B, {channels}, {model.image_size}, {model.image_size}): values in [0, 1], less "
+        f"{list(model.mean)}, divided by {list(model.std)}, a number a channel."
     )
 
 

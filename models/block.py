@@ -19,6 +19,17 @@ Reads = list[Tensor]  # (B, n) bool of each group: the tokens that somebody read
 Recompute = Literal["nothing", "cheap", "blocks"]  # what going backward computes again in place of keeping it
 
 
+SHORT = 64  # tokens, measured on a CPU: up to here the plain products are 1.5 to 2 times as fast as the fused kernel
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return softmax(query key^T / sqrt(d)) value: (B, heads, m, d), (B, heads, n, d) twice -> (B, heads, m, d)."""
+    if query.device.type != "cpu" or key.shape[2] > SHORT:
+        return F.scaled_dot_product_attention(query, key, value)
+    scaled: Tensor = query * query.shape[-1] ** -0.5
+    return (scaled @ key.transpose(-1, -2)).softmax(-1) @ value
+
+
 class LayerScale(nn.Module):
     """A learned factor for each channel of a branch's output, which starts small.
 
@@ -48,8 +59,7 @@ class Attention(nn.Module):
         for part, (sequences, length) in zip(_split(packed, groups), groups, strict=True):
             # (B n, 3 D) -> 3 x (B, heads, n, D / heads)
             query, key, value = part.view(sequences, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            values = F.scaled_dot_product_attention(query, key, value)
-            attended.append(values.transpose(1, 2).reshape(sequences * length, -1))
+            attended.append(attention(query, key, value).transpose(1, 2).reshape(sequences * length, -1))
         projected: Tensor = scale(self.proj, attended[0] if len(attended) == 1 else torch.cat(attended))
         return projected
 
@@ -76,8 +86,7 @@ class Attention(nn.Module):
             query[is_query] = queries_part
             # (B, most, D) -> (B, heads, most, D / heads)
             query = query.view(*is_query.shape, self.num_heads, -1).transpose(1, 2)
-            values = F.scaled_dot_product_attention(query, key, value)
-            attended.append(values.transpose(1, 2).flatten(2)[is_query])
+            attended.append(attention(query, key, value).transpose(1, 2).flatten(2)[is_query])
         projected: Tensor = scale(self.proj, torch.cat(attended))
         return projected
 

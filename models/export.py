@@ -135,7 +135,7 @@ def compare_official(model: Model, file: Path, trial: Trial) -> Comparison:
 
 def write_safetensors(model: Model, file: Path) -> None:
     """Write the tensors by official names, and in the metadata what model.json says, so that `--model` takes it."""
-    preprocessing = Preprocessing(model.image_size, model.crop_ratio, model.mean, model.std)
+    preprocessing = Preprocessing(model.image_size, model.crop_ratio, model.mean, model.std, model.bit_depth)
     description = model_description(model.backbone, {}, preprocessing)
     save_file(backbone_tensors(model.backbone), file, metadata={MODEL_METADATA: description, "format": "pt"})
 

@@ -19,17 +19,22 @@ from .formats import MODEL_METADATA, hugging_face_names
 from .preprocess import Preprocess, crop_picture, normalise
 from .weights import Model
 
-RGB = 3  # what transformers' image processors make
+RGB = 3
 PILLOW_BICUBIC = 3
 
 
+def has_processor(model: Model) -> bool:
+    """Tell whether transformers' image processors make what the model takes: RGB of 8 bits."""
+    return model.in_chans == RGB and model.bit_depth == 8
+
+
 def write_hugging_face(model: Model, folder: Path) -> None:
-    """Write config.json, model.safetensors and, for RGB models, preprocessor_config.json into a folder."""
+    """Write config.json, model.safetensors and, where transformers has one, preprocessor_config.json into a folder."""
     tensors = hugging_face_names(backbone_tensors(model.backbone))
     contiguous = {name: tensor.clone() for name, tensor in tensors.items()}  # parts of qkv share memory
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", hugging_face_config(model))
-    if model.backbone.in_chans == RGB:
+    if has_processor(model):
         _write_json(folder / "preprocessor_config.json", processor_config(model))
 
 
@@ -84,7 +89,7 @@ def processor_config(model: Model) -> dict[str, object]:
 
 
 def compare_hugging_face(model: Model, folder: Path, trial: Trial) -> Comparison:
-    """Load the folder with transformers, and compare tokens and, for RGB models, prepared images."""
+    """Load the folder with transformers, and compare tokens and, where there is a processor, prepared images."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -95,7 +100,7 @@ def compare_hugging_face(model: Model, folder: Path, trial: Trial) -> Comparison
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
         processor = None
-        if model.backbone.in_chans == RGB:
+        if has_processor(model):
             processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
@@ -110,7 +115,7 @@ def compare_hugging_face(model: Model, folder: Path, trial: Trial) -> Comparison
     difference = largest_difference(tokens, trial.tokens)
     if processor is None:
         note = (
-            f"the model takes {model.backbone.in_chans} channels, which no image processor of transformers makes: no "
+            f"the model takes {described_pixels(model)}, which no image processor of transformers makes: no "
             "preprocessor_config.json was written; prepare pixel_values as the card says"
         )
     else:
@@ -122,8 +127,13 @@ def compare_hugging_face(model: Model, folder: Path, trial: Trial) -> Comparison
     return Comparison(reader, difference, largest_difference(other_tokens, trial.other_tokens), note)
 
 
+def described_pixels(model: Model) -> str:
+    """Return what the model takes, in words."""
+    return f"{model.in_chans} channel{'' if model.in_chans == 1 else 's'}{' of 16 bits' * (model.bit_depth == 16)}"
+
+
 def _preprocess(model: Model) -> Preprocess:
-    return Preprocess(model.image_size, model.crop_ratio, model.mean, model.std, model.in_chans)
+    return Preprocess(model.image_size, model.crop_ratio, model.mean, model.std, model.in_chans, model.bit_depth)
 
 
 def _processor_difference(model: Model, processor: Callable[..., Mapping[str, Tensor]]) -> float:

@@ -5,12 +5,12 @@ Shapes: B images, C channels, S side of the square in pixels.
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..errors import ToolkitError
+from ..store.pixels import Picture, values_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; what DINOv2 normalises by
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -25,12 +25,11 @@ class Preprocess:
     crop_ratio: float | None  # image_size / short side before the crop; None: the whole image, squeezed into the square
     mean: tuple[float, ...]  # a number a channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    in_chans: int  # 3: RGB, 1: grey
+    in_chans: int  # 3: RGB, 1: grey, else as they are stored
+    bit_depth: int = 8  # or 16, of the pixels that are read
 
     def __post_init__(self) -> None:
         """Raise ToolkitError when no picture can be brought into this form."""
-        if self.in_chans not in (1, 3):
-            raise ToolkitError(f"the model takes {self.in_chans} channels; only RGB (3) and grey (1) can be read")
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise ToolkitError(f"crop_ratio {self.crop_ratio} is not in (0, 1]; 0.875 is usual")
         if not len(self.mean) == len(self.std) == self.in_chans:
@@ -47,25 +46,25 @@ class Preprocess:
         return 2 * self.short_side  # chosen: twice, so that the reduced decoding does not show in the result
 
 
-def crop_picture(picture: Image.Image, preprocess: Preprocess) -> Tensor:
-    """Return a picture as pixels, (C, S, S) uint8.
+def crop_picture(picture: Picture, preprocess: Preprocess) -> Tensor:
+    """Return a picture as pixels, (C, S, S) uint8 or uint16.
 
     The short side is resized to `short_side`, bicubic with antialiasing, and the central square is cut out.
     Source: the evaluation transform of github.com/facebookresearch/dinov2 (dinov2/data/transforms.py).
     """
     side = preprocess.image_size
-    picture = picture.convert("RGB" if preprocess.in_chans == 3 else "L")
+    if isinstance(picture, Image.Image):
+        picture = picture.convert("RGB" if preprocess.in_chans == 3 else "L")
     if preprocess.crop_ratio is None:
         picture = picture.resize((side, side), Image.Resampling.BICUBIC)
     else:
         picture = _resize_short_side(_middle(picture), preprocess.short_side)
         left, top = round((picture.width - side) / 2), round((picture.height - side) / 2)
         picture = picture.crop((left, top, left + side, top + side))
-    pixels = torch.from_numpy(np.array(picture)).view(side, side, preprocess.in_chans)
-    return pixels.permute(2, 0, 1).contiguous()  # (S, S, C) -> (C, S, S)
+    return torch.tensor(values_of(picture)).permute(2, 0, 1).contiguous()  # (S, S, C) -> (C, S, S)
 
 
-def _middle(picture: Image.Image) -> Image.Image:
+def _middle(picture: Picture) -> Picture:
     """Cut a very long picture, which resizing would blow up beyond the memory, to its middle."""
     width, height = picture.size
     keep_width, keep_height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
@@ -73,7 +72,7 @@ def _middle(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + keep_width, top + keep_height))
 
 
-def _resize_short_side(picture: Image.Image, short_side: int) -> Image.Image:
+def _resize_short_side(picture: Picture, short_side: int) -> Picture:
     width, height = picture.size
     if width <= height:
         size = (short_side, int(short_side * height / width))
@@ -83,7 +82,7 @@ def _resize_short_side(picture: Image.Image, short_side: int) -> Image.Image:
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
-    """Return pixels (B, C, S, S) uint8 as float32 in which each channel has the mean taken off and the std is 1."""
+    """Return pixels (B, C, S, S) uint8 or uint16 as float32, each channel less its mean and divided by its std."""
     mean = torch.tensor(preprocess.mean, device=pixels.device).view(-1, 1, 1)
     std = torch.tensor(preprocess.std, device=pixels.device).view(-1, 1, 1)
-    return (pixels.float() / 255 - mean) / std
+    return (pixels.float() / torch.iinfo(pixels.dtype).max - mean) / std

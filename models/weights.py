@@ -48,6 +48,7 @@ class Preprocessing:
     crop_ratio: float
     mean: tuple[float, ...]  # a value a channel, of pixels in [0, 1]
     std: tuple[float, ...]
+    bit_depth: int = 8  # or 16, of the pixels that are read; not said by older descriptions
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Model:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     in_chans: int
+    bit_depth: int = 8
 
 
 # Saving
@@ -85,16 +87,17 @@ def save_model(
     crop_ratio: float,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    bit_depth: int = 8,
 ) -> None:
     """Write teacher.safetensors and then model.json into a folder (made when missing), each whole or not at all.
 
     Args:
         backbone: its weights are kept in float32, as are the heads'.
         heads: `dino_head`, and `ibot_head` when it is apart; may be empty.
-        image_size, crop_ratio, mean, std: as in `Preprocessing`.
+        image_size, crop_ratio, mean, std, bit_depth: as in `Preprocessing`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = model_description(backbone, heads, Preprocessing(image_size, crop_ratio, mean, std))
+    text = model_description(backbone, heads, Preprocessing(image_size, crop_ratio, mean, std, bit_depth))
     parts: dict[str, nn.Module] = {"backbone": backbone, **heads}
     tensors = {
         f"{part}.{name}": tensor.detach().to("cpu", torch.float32).contiguous()
@@ -375,6 +378,7 @@ def load_model(
         mean=preprocessing.mean,
         std=preprocessing.std,
         in_chans=backbone.in_chans,
+        bit_depth=preprocessing.bit_depth,
     )
 
 

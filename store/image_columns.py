@@ -109,7 +109,7 @@ def _pieces(manifest: Manifest, columns: list[str], rows: Int64 | None, limit: i
     """Yield the rows wanted, all by default, of the first `limit`."""
     part_start = 0
     for part in manifest.parts:
-        with pq.ParquetFile(part) as file:
+        with pq.ParquetFile(part, pre_buffer=False, buffer_size=1 << 20) as file:
             start = 0
             for group in range(file.num_row_groups):
                 stop = start + file.metadata.row_group(group).num_rows

@@ -11,20 +11,24 @@ import struct
 import threading
 import warnings
 import zlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import parse_qs, unquote_to_bytes
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from . import parquet_rows
 
 ColourMode = Literal["RGB", "L"]
+Values = NDArray[np.unsignedinteger[Any]]  # (H, W, C) uint8 or uint16: pixels down and across, channels
 
+ARRAY_START = b"\x93NUMPY"  # of a .npy file
 MAX_FILE_BYTES = 1 << 30  # chosen: no single image, and it would be read into memory
 TRANSPOSES = {  # by EXIF orientation: what turns the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -131,10 +135,11 @@ def decode_sized(
     """Return the picture that `data` encodes, in 8-bit `mode`, and its full (width, height).
 
     EXIF orientation is applied, to the size as well; transparency is laid on white; of an animation the first frame
-    counts; colour profiles are ignored. Deeper pixels become 8 bits by `to_8_bits`.
+    counts; colour profiles are ignored. Deeper pixels become 8 bits by `to_8_bits`. A .npy array is shown by its first
+    three channels, or by the first.
 
     Args:
-        data: an encoded image of any format that Pillow reads, PostScript apart.
+        data: an encoded image of any format that Pillow reads, PostScript apart, or a .npy file.
         mode: "RGB", or "L" for grey.
         min_side: allow a JPEG to be decoded at a half, a quarter or an eighth while both sides stay this long, which
             is several times faster.
@@ -142,13 +147,23 @@ def decode_sized(
     Raises:
         UnreadableImage: whatever is wrong with the data.
     """
+    if data.startswith(ARRAY_START):
+        picture = shown(read_array(data))
+        return picture.convert(mode), picture.size
+    with opened(data) as image:
+        return _decode(image, mode, min_side)
+
+
+@contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """Open an encoded image to be decoded; whatever is wrong with it raises UnreadableImage, then too."""
     if not data:
         raise UnreadableImage("empty file")
     try:
         with Image.open(BytesIO(data), formats=_formats()) as image:
             num_pixels = image.width * image.height
             with _large_images if num_pixels > LARGE_PIXELS else nullcontext():
-                return _decode(image, mode, min_side)
+                yield image
     except UnidentifiedImageError:
         raise UnreadableImage("not an image of a known format") from None
     except Image.DecompressionBombError:
@@ -157,6 +172,36 @@ def decode_sized(
         raise UnreadableImage("not enough memory to decode it") from None
     except DECODE_ERRORS as problem:
         raise UnreadableImage(f"cannot be decoded: {problem or type(problem).__name__}") from None
+
+
+def read_array(data: bytes) -> Values:
+    """Return the pixels (H, W, C) of a .npy file of uint8 or uint16; two axes are one channel.
+
+    Raises UnreadableImage when it holds anything else.
+    """
+    try:
+        values = np.load(BytesIO(data), allow_pickle=False)
+    except DECODE_ERRORS as problem:
+        raise UnreadableImage(f"cannot be decoded: {problem or type(problem).__name__}") from None
+    if values.dtype.kind != "u" or values.dtype.itemsize > 2:
+        raise UnreadableImage(f"an array of {values.dtype}; only uint8 and uint16 are read")
+    if values.ndim not in (2, 3) or 0 in values.shape:
+        raise UnreadableImage(f"an array of shape {values.shape}; it must be (height, width, channels)")
+    pixels: Values = values.reshape(*values.shape[:2], -1).astype(values.dtype.newbyteorder("="), copy=False)
+    return pixels
+
+
+def shown(values: Values) -> Image.Image:
+    """Return pixels as a picture to look at: the first three channels in colour, or the first in grey, in 8 bits."""
+    channels = values[..., :3] if values.shape[2] >= 3 else values[..., 0]
+    if channels.dtype == np.uint16:
+        channels = eight_bits(channels)
+    return Image.fromarray(np.ascontiguousarray(channels))
+
+
+def eight_bits(values: Values) -> Values:
+    """Return 16-bit values as 8-bit ones: the whole range counts, 65535 becomes 255."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # values / 257, rounded
 
 
 _large_images = threading.Lock()
@@ -175,7 +220,7 @@ def _decode(image: Image.Image, mode: ColourMode, min_side: int | None) -> tuple
         image.draft(None, (min_side, min_side))
     is_reduced = image.size != full_size
     image.load()
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     upright = image.transpose(TRANSPOSES[orientation]) if orientation in TRANSPOSES else image
     if not is_reduced:
         full_size = upright.size  # some formats know their size only after loading
@@ -186,7 +231,7 @@ def _decode(image: Image.Image, mode: ColourMode, min_side: int | None) -> tuple
     return _flatten(upright, mode), full_size
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) when there is none or it cannot be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -140,7 +140,7 @@ class Manifest:
         """Yield the columns in row order, a row group or less at a time; `limit` ends it after so many rows."""
         left = self.num_rows if limit is None else min(limit, self.num_rows)
         for part in self.parts:
-            with pq.ParquetFile(part) as file:
+            with pq.ParquetFile(part, pre_buffer=False) as file:  # else all that was read stays in memory to the end
                 for batch in file.iter_batches(batch_size=ROW_GROUP_ROWS, columns=columns):
                     if left <= 0:
                         return

@@ -64,7 +64,8 @@ class ParquetRows:
 
     def _open(self, key: FileKey) -> OpenFile:
         if key not in self._files:
-            parquet = pq.ParquetFile(Path(key[0]), buffer_size=1 << 20)  # buffered: a row group may exceed the memory
+            # A row group may exceed the memory: it is read through a buffer, and not in advance.
+            parquet = pq.ParquetFile(Path(key[0]), pre_buffer=False, buffer_size=1 << 20)
             first_rows = [0]
             for group in range(parquet.num_row_groups):
                 first_rows.append(first_rows[-1] + parquet.metadata.row_group(group).num_rows)

@@ -178,6 +178,19 @@ def test_grayscale_solarize_and_normalisation_are_their_formulas() -> None:
     torch.testing.assert_close(augment.apply_crops(images, one_crop(solarize=yes))[0], (inverted - mean) / std)
 
 
+def test_sixteen_bits_are_augmented_as_eight_are_and_the_lower_ones_count() -> None:
+    for channels in (1, 3, 5):
+        images, sizes = canvas((20, 30), (25, 14), channels=channels)
+        deep = torch.from_numpy(images.numpy().astype(np.uint16) * np.uint16(257))  # the same share of their range
+        crops = augment.draw_crops(0, "x", np.arange(2), sizes, GLOBAL)
+        pixels, from_deep = (augment.apply_crops(pixels, crops, mean=(0.0,), std=(1.0,)) for pixels in (images, deep))
+        torch.testing.assert_close(from_deep, pixels, atol=1e-5, rtol=0)
+    ramp = torch.arange(36, dtype=torch.int32).add(1000).to(torch.uint16).view(1, 6, 6, 1)  # not two levels of 8 bits
+    torch.testing.assert_close(
+        augment.apply_crops(ramp, one_crop(), (0.0,), (1.0,)).view(6, 6) * 65535, ramp[0, :, :, 0].float()
+    )
+
+
 def test_any_number_of_channels_is_augmented_and_colour_only_at_three() -> None:
     for channels in (1, 5):
         images, sizes = canvas((20, 20), (20, 20), channels=channels)

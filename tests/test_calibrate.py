@@ -20,6 +20,7 @@ from dinov2_toolkit.curate.calibrate_picture import histogram, nines
 from dinov2_toolkit.curate.threshold import FIXED_THRESHOLD
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.sheet import picture_provenance
+from dinov2_toolkit.models.copy_descriptor import THRESHOLD
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.vectors import Float64, Stored
 from dinov2_toolkit.tests.embedded import unit, write_embeddings
@@ -118,6 +119,21 @@ def test_what_a_threshold_removes_is_foretold(tmp_path: Path) -> None:
     assert result is not None
     assert result.figures["identical"] == 50
     assert result.figures["removed"] == pytest.approx(150, abs=5)
+
+
+def test_of_the_descriptor_for_copies_no_threshold_below_its_own_is_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinov2_toolkit.models.copy_descriptor.copy_content_id", lambda: "copy of 32")
+    vectors = np.random.default_rng(3).normal(size=(300, 32))  # far from one another: chance alone would allow less
+    suggested: dict[str, float] = {}
+    for model in ("a model", "copy"):
+        pool = write_embeddings(tmp_path / f"{model}.parquet", vectors.astype(np.float32), model=model)
+        result = calibrate_threshold(pool, str(tmp_path / f"{model}.png"), CalibrateSettings(), Options())
+        assert result is not None
+        assert result.value is not None
+        suggested[model] = float(result.value)
+    assert suggested["a model"] < suggested["copy"] == THRESHOLD
 
 
 def test_few_images_give_a_guess_and_none_or_one_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

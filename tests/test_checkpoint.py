@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.head import ProjectionHead
+from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone, load_heads
 from dinov2_toolkit.train.checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint
@@ -14,6 +15,8 @@ from dinov2_toolkit.train.distill_model import DistillModel
 from dinov2_toolkit.train.frozen_teacher import FrozenTeacher
 from dinov2_toolkit.train.optimizer import build_optimizer, set_rates
 from dinov2_toolkit.train.ssl_model import SSLModel
+
+PREPROCESS = Preprocess(8, 0.5, (0.5,) * 3, (0.25,) * 3, 3)
 
 
 def small_model(seed: int, embed_dim: int = 16) -> SSLModel:
@@ -35,7 +38,7 @@ def one_step(model: SSLModel, optimizer: torch.optim.Optimizer, seed: int) -> No
 
 
 def save(folder: Path, step: int, model: TrainedModel, optimizer: torch.optim.Optimizer, keep: int = 2) -> Path:
-    return save_checkpoint(folder, model, optimizer, {"step": step}, image_size=8, crop_ratio=0.5, keep=keep)
+    return save_checkpoint(folder, model, optimizer.state_dict(), {"step": step}, PREPROCESS, keep=keep)
 
 
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -48,6 +48,8 @@ def test_values_from_texts_get_the_type_of_their_key() -> None:
     assert config.mask_ratio == (0.2, 0.4)
     assert config.separate_heads is True
     assert (config.arch, config.ffn) == ("vit_small", "swiglu")
+    deep = settings(assignments=["in_chans=2", "bit_depth=16", "pixel_mean=[0, 0.5]", "pixel_std=[]"])
+    assert (deep.bit_depth, deep.pixel_mean, deep.pixel_std) == (16, (0.0, 0.5), ())
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,12 @@ def test_values_from_texts_get_the_type_of_their_key() -> None:
         ("separate_heads=1", "separate_heads is 1; it must be true or false"),
         ("mask_ratio=0.3", "mask_ratio is 0.3; it must be 2 numbers"),
         ("ffn=relu", "ffn is 'relu'; choose one of mlp, swiglu"),
+        ("bit_depth=12", "bit_depth is 12; choose one of 8, 16"),
+        ("bit_depth=16.0", "bit_depth is 16.0; choose one of 8, 16"),
+        ("in_chans=0", "in_chans is 0; it must be at least 1"),
+        ("pixel_mean=0.5", "pixel_mean is 0.5; it must be a list of numbers, like [0.5, 0.25]"),
+        ("pixel_mean=[0.5]", "pixel_mean has 1 numbers; give 3, one a channel, or []"),
+        ("pixel_std=[1, 1, 0]", "pixel_std is (1.0, 1.0, 0.0); its numbers must be above 0"),
         ("steps", "--set 'steps' is not key=value"),
         ("steps=0", "steps is 0; it must be at least 1"),
         ("local_crop_size_px=50", "local_crop_size_px 50 is not a multiple of patch_size 16; change one"),

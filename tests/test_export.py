@@ -226,6 +226,25 @@ def test_a_model_of_other_channels_is_exported_without_an_image_processor(
     assert (tokens - all_tokens(backbone, images(28, channels=5))).abs().max() < 1e-5
 
 
+def test_sixteen_bits_are_kept_where_the_format_has_a_place_and_said_where_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = run_folder(tmp_path / "run")
+    half = (0.5,) * 3
+    save_model(
+        tmp_path / "run", backbone=backbone, heads={}, image_size=28, crop_ratio=1, mean=half, std=half, bit_depth=16
+    )
+    export(tmp_path / "run", tmp_path / "kept.safetensors", "safetensors")
+    assert load_model(tmp_path / "kept.safetensors").bit_depth == 16
+    assert "16 bits" not in capsys.readouterr().err
+    export(tmp_path / "run", tmp_path / "weights.pth", "official")
+    assert "no official file says that the model takes 16 bits" in capsys.readouterr().err
+    pytest.importorskip("transformers")
+    export(tmp_path / "run", tmp_path / "hf", "hf")
+    assert not (tmp_path / "hf" / "preprocessor_config.json").exists()
+    assert "takes 3 channels of 16 bits, which no image processor" in (tmp_path / "hf" / "README.md").read_text()
+
+
 def test_the_interpolation_of_a_run_survives_the_hugging_face_folder(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     backbone = run_folder(tmp_path / "run", registers=4)

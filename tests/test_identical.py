@@ -65,6 +65,19 @@ def test_same_key_finds_the_first_of_equal_keys_and_null_equals_nothing() -> Non
     assert same_key(keys(*values), 200, None).tolist() == expected
 
 
+def test_arrays_are_the_same_by_all_their_values_though_three_channels_are_shown() -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (8, 12, 5), dtype=np.uint16)
+    hidden, fine = values.copy(), values.copy()
+    hidden[0, 0, 4] ^= 1  # beyond the channels that are shown
+    fine[0, 0, 0] ^= 1  # below their 8 bits
+    ids = []
+    for array in (values, values, np.asfortranarray(values), hidden, fine, values.reshape(12, 8, 5)):
+        file = BytesIO()
+        np.save(file, array)
+        ids.append(pixel_id(file.getvalue()))
+    assert ids[0] == ids[1] == ids[2] and len(set(ids)) == 4
+
+
 def test_first_in_finds_the_first_other_of_the_same_key() -> None:
     found = first_in(keys("a", None, "b", "a", "d"), 5, keys("b", "a", None, "a"), 1 << 28)
     assert found.tolist() == [1, -1, 0, 1, -1]

@@ -33,14 +33,14 @@ def test_under_our_launcher_a_stopped_process_ends_with_code_0(tmp_path: Path, m
 
 def test_launches_that_accelerate_would_silently_misunderstand_are_errors() -> None:
     torchrun = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    for fine in ({}, torchrun, {"ACCELERATE_USE_CPU": "true"}, torchrun | {"ACCELERATE_USE_CPU": "true"}):
-        check_launch(fine, has_gpu=False)
+    by_accelerate = torchrun | {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+    for fine in ({}, torchrun, {"ACCELERATE_USE_CPU": "true"}, by_accelerate):
+        check_launch(fine)
     with pytest.raises(ToolkitError, match="WORLD_SIZE is 2 but MASTER_ADDR, MASTER_PORT, RANK is not set"):
-        check_launch({"WORLD_SIZE": "2"}, has_gpu=True)
+        check_launch({"WORLD_SIZE": "2"})
     with pytest.raises(ToolkitError, match="`accelerate launch --cpu` starts a single process"):
-        check_launch({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}, has_gpu=False)
-    with pytest.raises(ToolkitError, match="FSDP needs GPUs"):
-        check_launch(torchrun | {"ACCELERATE_USE_FSDP": "true"}, has_gpu=False)
-    check_launch(torchrun | {"ACCELERATE_USE_FSDP": "true"}, has_gpu=True)
+        check_launch({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"})
     with pytest.raises(ToolkitError, match="ACCELERATE_USE_DEEPSPEED is set"):
-        check_launch(torchrun | {"ACCELERATE_USE_DEEPSPEED": "true"}, has_gpu=True)
+        check_launch(torchrun | {"ACCELERATE_USE_DEEPSPEED": "true"})
+    with pytest.raises(ToolkitError, match="ACCELERATE_DYNAMO_BACKEND is set"):
+        check_launch(torchrun | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})

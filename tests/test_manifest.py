@@ -12,6 +12,7 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store.manifest import (
     IMAGE_FIELDS,
     PROVENANCE_KEY,
+    ROW_GROUP_ROWS,
     ManifestWriter,
     Provenance,
     Source,
@@ -147,3 +148,17 @@ def test_a_foreign_file_has_a_content_id_of_its_content(tmp_path: Path) -> None:
 
 def test_removed_rows_stand_beside_their_manifest() -> None:
     assert removed_path(Path("x/pool.parquet")) == Path("x/pool.removed.parquet")
+
+
+def test_reading_in_batches_keeps_no_more_than_a_few_row_groups(tmp_path: Path) -> None:
+    dim, num_groups = 64, 24
+    group = np.random.default_rng(0).normal(size=(ROW_GROUP_ROWS, dim)).astype(np.float32)
+    fields = [pa.field("uri", pa.string()), embedding_field(dim, pa.float32())]
+    with ManifestWriter(tmp_path / "m.parquet", fields, PROVENANCE) as writer:
+        for _ in range(num_groups):
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(group.reshape(-1)), type=fields[1].type)
+            writer.write(pa.table([pa.array(["/a.png"] * len(group)), vectors], schema=pa.schema(fields)))
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in open_manifest(tmp_path / "m.parquet").batches(["embedding"]):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 4 * group.nbytes  # of 24

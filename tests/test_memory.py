@@ -1,4 +1,8 @@
-"""--memory sizes."""
+"""--memory sizes, and memory that is kept."""
+
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +31,19 @@ def test_what_is_no_size_is_an_error_that_shows_it(size: str) -> None:
 def test_too_little_is_an_error() -> None:
     with pytest.raises(ToolkitError, match="256MB or more"):
         memory_budget("100MB")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks to glibc")
+def test_freed_memory_is_kept_for_the_next_tensor() -> None:
+    faults_of_the_second = """
+import numpy, resource
+from dinov2_toolkit.store.memory import keep_freed_memory
+keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+numpy.ones(1 << 23)  # 64 MiB, 16,384 pages
+before = faults()
+numpy.ones(1 << 23)
+print(faults() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", faults_of_the_second], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.train.config import TrainConfig, resolve
@@ -36,6 +37,7 @@ SETTINGS = [
     "mixed_precision=no",
     "num_workers=0",
 ]
+PREPROCESS = Preprocess(12, 1.0, IMAGENET_MEAN, IMAGENET_STD, 3)
 CLOCK = ("images_per_s", "data_wait", "peak_memory_mib")
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200)}
 
@@ -60,7 +62,7 @@ def backbone() -> VisionTransformer:
 
 def accuracy(train: Path, test: Path) -> float:
     sets = labelled_sets(str(train), str(test))
-    return knn_accuracy(backbone(), sets, image_size=12, crop_ratio=1.0, num_workers=1)
+    return knn_accuracy(backbone(), sets, PREPROCESS, num_workers=1)
 
 
 def test_colours_are_told_apart_and_classes_that_none_votes_for_count_as_wrong(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, crop_picture, normalise
+from dinov2_toolkit.store.pixels import Bands
 
 OFFICIAL = Preprocess(224, 0.875, IMAGENET_MEAN, IMAGENET_STD, 3)
 
@@ -70,9 +71,16 @@ def test_normalising_takes_off_the_mean_and_divides_by_the_std_of_each_channel()
     assert torch.allclose(normal[1, :, 0, 1], torch.tensor(expected), atol=1e-6)
 
 
+def test_deep_pixels_of_any_number_of_channels_are_cropped_and_normalised_as_they_are() -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (20, 16, 5), dtype=np.uint16)
+    five = Preprocess(16, 1.0, (0.1, 0.2, 0.3, 0.4, 0.5), (0.5,) * 5, 5, 16)
+    pixels = crop_picture(Bands(values), five)
+    assert pixels.dtype == torch.uint16 and np.array_equal(pixels.numpy(), values[2:18].transpose(2, 0, 1))
+    expected = (values[2:18].transpose(2, 0, 1) / 65535 - np.array(five.mean)[:, None, None]) / 0.5
+    assert np.abs(normalise(pixels[None], five)[0].numpy() - expected).max() < 1e-6
+
+
 def test_what_no_picture_can_be_brought_into_is_refused() -> None:
-    with pytest.raises(ToolkitError, match="takes 4 channels"):
-        Preprocess(224, 0.875, (0.0,) * 4, (1.0,) * 4, 4)
     with pytest.raises(ToolkitError, match="crop_ratio 1.2"):
         Preprocess(224, 1.2, IMAGENET_MEAN, IMAGENET_STD, 3)
     with pytest.raises(ToolkitError, match="do not have 1 numbers"):

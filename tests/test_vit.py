@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.models.block import Ffn
+from dinov2_toolkit.models.block import SHORT, Ffn, attention
 from dinov2_toolkit.models.vit import ARCHITECTURES, Features, VisionTransformer, build_vit
 
 
@@ -267,3 +268,17 @@ def test_what_does_not_fit_is_said_in_one_line() -> None:
         VisionTransformer(patch_size=4, embed_dim=12, depth=1, num_heads=3, img_size=30)
     with pytest.raises(ToolkitError, match="no architecture named 'vit_smal'; choose one of vit_tiny, vit_small"):
         build_vit("vit_smal")
+
+
+def test_short_sequences_attend_as_the_fused_kernel_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for queries, keys in ((5, 5), (SHORT, SHORT), (3, SHORT), (7, SHORT + 1)):
+        shapes = ((2, 3, queries, 8), (2, 3, keys, 8), (2, 3, keys, 8))
+        tensors = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+        weights = torch.randn(shapes[0], generator=generator)
+        found = [
+            torch.autograd.grad((attend(*tensors) * weights).sum(), tensors)
+            for attend in (attention, F.scaled_dot_product_attention)
+        ]
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

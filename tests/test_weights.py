@@ -26,6 +26,7 @@ from dinov2_toolkit.models.weights import (
     save_model,
 )
 
+DEEP = Preprocessing(28, 1.0, (0.1, 0.2), (0.3, 0.4), bit_depth=16)
 PREPROCESSING = Preprocessing(image_size=28, crop_ratio=1.0, mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))
 
 
@@ -322,7 +323,7 @@ def test_the_weights_file_of_a_run_is_enough(tmp_path: Path) -> None:
 def test_a_run_loads_as_a_frozen_model_with_its_preprocessing(tmp_path: Path) -> None:
     saved_run(tmp_path / "run")
     model = load_model(str(tmp_path / "run"))
-    assert (model.image_size, model.crop_ratio, model.mean, model.std) == astuple(PREPROCESSING)
+    assert (model.image_size, model.crop_ratio, model.mean, model.std, model.bit_depth) == astuple(PREPROCESSING)
     assert (model.name, model.in_chans) == (str(tmp_path / "run"), 3)
     assert not model.backbone.training and not any(p.requires_grad for p in model.backbone.parameters())
     content = (tmp_path / "run" / "teacher.safetensors").read_bytes()
@@ -393,6 +394,16 @@ def test_a_random_model_can_have_the_architecture_of_a_run(tmp_path: Path) -> No
 def test_an_unknown_random_architecture_lists_the_known_ones(name: str) -> None:
     with pytest.raises(ToolkitError, match="choose one of vit_tiny, vit_small, vit_base, vit_large, vit_giant2"):
         load_model(name)
+
+
+def test_a_run_says_how_deep_its_pixels_are_and_an_older_one_means_eight_bits(tmp_path: Path) -> None:
+    save_model(tmp_path, backbone=tiny_vit(in_chans=2), heads={}, **asdict(DEEP))
+    model = load_model(tmp_path)
+    assert (model.in_chans, model.bit_depth, model.mean) == (2, 16, (0.1, 0.2))
+    described = json.loads((tmp_path / "model.json").read_text())
+    del described["preprocessing"]["bit_depth"]
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    assert load_model(tmp_path).bit_depth == 8
 
 
 def test_a_model_of_other_channels_says_how_it_normalises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,12 @@
 """The student's side of a step: gradients of all its parts, in smaller ones where a GPU's memory does not suffice."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .. import console
 from ..errors import ToolkitError
@@ -80,9 +82,11 @@ def _all_parts(
     wrapped: nn.Module, step: Part, accelerator: Accelerator, split_views: bool, micro_batch_size: int
 ) -> dict[str, Tensor]:
     *first_parts, last_part = parts(step, by_view=split_views, num_images=micro_batch_size)
+    # Shards are summed part by part: whole gradients, kept for one sum, would take the memory that sharding saves.
+    in_shards = isinstance(next(wrapped.parameters()), DTensor)
     collected = []
     for part in first_parts:
-        with accelerator.no_sync(wrapped):
+        with nullcontext() if in_shards else accelerator.no_sync(wrapped):
             collected.append(_backward(wrapped, part, accelerator))
     collected.append(_backward(wrapped, last_part, accelerator))
     return added(collected)

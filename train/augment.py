@@ -43,6 +43,8 @@ class ViewSettings:
     strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # of JITTERS
     gray: float = 0.2
     blur_sigma_px: tuple[float, float] = (0.1, 2.0)
+    mean: tuple[float, ...] = IMAGENET_MEAN  # a number a channel, of values in [0, 1], by which crops are normalised
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,13 @@ def apply_crops(
     """Cut, resize and colour the crops of a batch.
 
     Args:
-        images: (B, H, W, C) uint8, each image in the top left corner of the canvas.
+        images: (B, H, W, C) uint8 or uint16, each image in the top left corner of the canvas.
         mean, std: of each channel, for values in [0, 1]; one number each for all channels is enough.
 
     Returns:
         (V * B, C, S, S) float32, normalised, view-major, on the device of `images`.
-        Saturation, hue and grayscale happen only to three-channel images.
+        Saturation, hue and grayscale happen only to three-channel images. Brightness scales all channels alike, and
+        contrast draws them to one mean, that of all, so that the channels keep their relations; solarize inverts each.
     """
     channels = images.shape[3]
     pixels = resized_crops(images, crops).clamp_(0, 1)
@@ -159,15 +162,16 @@ def resized_crops(images: Tensor, crops: Crops) -> Tensor:
     two matrix products with one pair of weight matrices an image, whose columns outside the box are zero.
 
     Args:
-        images: (B, H, W, C) uint8.
+        images: (B, H, W, C) uint8 or uint16.
 
     Returns:
         (V * B, C, S, S) float32 in [0, 1], save for bicubic's overshoot.
     """
     batch, height, width, channels = images.shape
     num_views, size = crops.boxes.shape[0], crops.size_px
-    # Scaling by 1/255 goes into the smaller matrix.
-    rows = resize_weights(crops.boxes[..., 0], crops.boxes[..., 2], height, size, images.device) / 255
+    # Scaling by 1/255, or 1/65535, goes into the smaller matrix.
+    rows = resize_weights(crops.boxes[..., 0], crops.boxes[..., 2], height, size, images.device)
+    rows /= torch.iinfo(images.dtype).max
     columns = resize_weights(crops.boxes[..., 1], crops.boxes[..., 3], width, size, images.device, crops.flip)
     lines = images.reshape(batch, height, width * channels).float()
     resized = lines.new_empty(num_views, batch, channels * size, size)

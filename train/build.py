@@ -29,6 +29,7 @@ def build_backbone(config: TrainConfig) -> VisionTransformer:
         num_heads=config.num_heads or None,
         ffn=config.ffn,
         num_register_tokens=config.num_register_tokens,
+        in_chans=config.in_chans,
         img_size=config.global_crop_size_px,
         layer_scale=config.layer_scale,
         drop_path=config.drop_path,
@@ -75,12 +76,22 @@ def build_model(config: TrainConfig, init_from: str | None = None) -> SSLModel:
 def initialise(backbone: VisionTransformer, heads: Mapping[str, ProjectionHead], source: str) -> None:
     """Copy another model's weights: the backbone's, its position embedding resampled, and heads of the same shape.
 
+    A patch projection of other channels is their mean, given to every channel and scaled by theirs / ours, so that an
+    image whose channels are all equal gives the same tokens.
+
     Raises:
-        ToolkitError: if the backbones differ in more than the size of their images.
+        ToolkitError: if the backbones differ in more than the size and the channels of their images.
     """
     loaded = load_backbone(source)
     weights = loaded.state_dict()
     weights["pos_embed"] = loaded.interpolated_pos_embed(backbone.pos_grid, backbone.pos_grid).detach()
+    if loaded.in_chans != backbone.in_chans:
+        share = weights["patch_embed.proj.weight"].sum(dim=1, keepdim=True) / backbone.in_chans
+        weights["patch_embed.proj.weight"] = share.expand(-1, backbone.in_chans, -1, -1)
+        console.say(
+            f"{source} takes {loaded.in_chans} channels, the recipe {backbone.in_chans}: each starts with the mean of "
+            "its patch projection"
+        )
     theirs, ours = _shapes(weights), _shapes(backbone.state_dict())
     differing = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
     if differing:

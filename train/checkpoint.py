@@ -24,12 +24,13 @@ from torch import Tensor
 
 from ..errors import ToolkitError
 from ..models.head import ProjectionHead
-from ..models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from ..models.preprocess import Preprocess
 from ..models.vit import VisionTransformer
 from ..models.weights import TEACHER_FILE, save_model, save_students
 from .distill_model import DistillModel
 from .feature_distill_model import FeatureDistillModel
 from .several_students import SeveralStudents
+from .sharded import placed_like
 from .ssl_model import SSLModel
 
 TrainedModel = SSLModel | DistillModel | FeatureDistillModel | SeveralStudents
@@ -42,48 +43,48 @@ STUDENT_FILE, BUFFERS_FILE, OPTIMIZER_FILE, STATE_FILE = (
 )
 
 
-def save_teacher(folder: Path, model: TrainedModel, *, image_size: int, crop_ratio: float) -> None:
-    """Write the teacher as a model folder, `model.json` last (arguments as in `models.weights.save_model`).
+def save_teacher(folder: Path, model: TrainedModel, preprocess: Preprocess) -> None:
+    """Write the teacher as a model folder, `model.json` last, which says how to prepare its images.
 
     Several students get a folder each in it, and `model.json` names them.
     """
     if isinstance(model, SeveralStudents):
         for name, student in model.models.items():
-            save_teacher(folder / name, student, image_size=image_size, crop_ratio=crop_ratio)
+            save_teacher(folder / name, student, preprocess)
         save_students(folder, model.teacher, list(model.models))
         return
     backbone, heads = model.teacher["backbone"], dict(model.teacher.items())
     del heads["backbone"]
-    assert isinstance(backbone, VisionTransformer)
+    assert isinstance(backbone, VisionTransformer) and preprocess.crop_ratio is not None
     save_model(
         folder,
         backbone=backbone,
         heads={name: head for name, head in heads.items() if isinstance(head, ProjectionHead)},
-        image_size=image_size,
-        crop_ratio=crop_ratio,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        image_size=preprocess.image_size,
+        crop_ratio=preprocess.crop_ratio,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        bit_depth=preprocess.bit_depth,
     )
 
 
 def save_checkpoint(
     folder: Path,
     model: TrainedModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer_state: Mapping[str, object],
     state: Mapping[str, int],
+    preprocess: Preprocess,
     *,
-    image_size: int,
-    crop_ratio: float,
     keep: int,
 ) -> Path:
     """Write a checkpoint aside, flush it, rename it into place, and remove all but the last `keep`.
 
     Args:
         folder: the run's `checkpoints` folder, made if missing.
-        model: not wrapped.
-        optimizer: of the student.
+        model: not wrapped, its shards put together.
+        optimizer_state: the state_dict of the student's optimizer, likewise.
         state: the loop's counts; `step`, the number of steps done, names the checkpoint.
-        image_size, crop_ratio: as in `models.weights.save_model`.
+        preprocess: how the teacher wants its images.
         keep: how many checkpoints stay, this one included.
 
     Returns:
@@ -96,7 +97,7 @@ def save_checkpoint(
     for leftover in folder.glob(".step-*"):  # of a killed process
         shutil.rmtree(leftover)
     aside = folder / f".{final.name}"
-    save_teacher(aside, model, image_size=image_size, crop_ratio=crop_ratio)
+    save_teacher(aside, model, preprocess)
     parts: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}, "": {}}
     for name, value in _own_state(model).items():
         part, _, rest = name.partition(".")
@@ -104,7 +105,7 @@ def save_checkpoint(
         parts[holder][key] = value.detach().contiguous()
     save_file(parts["student"], aside / STUDENT_FILE)
     save_file(parts[""], aside / BUFFERS_FILE)
-    torch.save(optimizer.state_dict(), aside / OPTIMIZER_FILE)
+    torch.save(optimizer_state, aside / OPTIMIZER_FILE)
     (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
     for path in [*aside.iterdir(), aside]:
         _flush(path)
@@ -126,7 +127,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Set the model and the optimizer to a checkpoint's and return its state.
+    """Set the model and the optimizer, in shards or not, to a checkpoint's and return its state.
 
     Raises:
         ToolkitError: if it was made by another model.
@@ -134,7 +135,8 @@ def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Opti
     tensors = load_file(path / BUFFERS_FILE)
     for part, file in (("student", STUDENT_FILE), ("teacher", TEACHER_FILE)):
         tensors |= {f"{part}.{name}": value for name, value in load_file(path / file).items()}
-    expected = {name: value.shape for name, value in _own_state(model).items()}
+    own = _own_state(model)
+    expected = {name: value.shape for name, value in own.items()}
     found = {name: value.shape for name, value in tensors.items()}
     if expected != found:
         name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -142,8 +144,14 @@ def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Opti
             f"checkpoint {path} is of another model: {name} is {_shape(found, name)}, wanted {_shape(expected, name)}; "
             "resume with the run's own config.toml"
         )
-    model.load_state_dict(tensors, strict=False)  # compared above; what is frozen comes from elsewhere
-    optimizer.load_state_dict(torch.load(path / OPTIMIZER_FILE, weights_only=True))
+    placed = {name: placed_like(value, own[name]) for name, value in tensors.items()}
+    model.load_state_dict(placed, strict=False)  # compared above; what is frozen comes from elsewhere
+    saved = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, entries in saved["state"].items():  # AdamW's averages lie as their weight does, its count is a number
+        weight = weights[number]
+        entries |= {name: placed_like(value, weight) for name, value in entries.items() if value.shape == weight.shape}
+    optimizer.load_state_dict(saved)
     state: dict[str, int] = json.loads((path / STATE_FILE).read_text())
     return state
 

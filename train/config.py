@@ -57,8 +57,17 @@ class TrainConfig:
     ibot_num_prototypes: int = 65_536
     ibot_bottleneck_dim: int = 256
 
+    # The pixels. Three channels of 8 bits are RGB and one is grey, whatever an image is; of other channels, and of 16
+    # bits, an image must have just as many, and they stay as they are. Mean and std are a number a channel, of values
+    # that lie in 0 to 1 whatever the depth; [] = ImageNet's for three channels, else 0.5 and 0.25.
+    in_chans: int = 3
+    bit_depth: Literal[8, 16] = 8
+    pixel_mean: tuple[float, ...] = ()
+    pixel_std: tuple[float, ...] = ()
+
     # Crops. Blur and solarize are the chances of the first global, second global and each local crop; the released
-    # code blurs with (0.0, 0.9, 0.5), where (1.0, 0.1, 0.5) was intended.
+    # code blurs with (0.0, 0.9, 0.5), where (1.0, 0.1, 0.5) was intended. Saturation, hue and grayscale happen only to
+    # three channels.
     global_crop_size_px: int = 224
     global_crop_scale: tuple[float, float] = (0.32, 1.0)
     num_local_crops: int = 8
@@ -113,6 +122,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     log_every: int = 10
     eval_every: int = 1000  # steps between two looks at the labelled images of --eval-train and --eval-test
+    compile: bool = False  # torch.compile of each block but the last; rounds otherwise, as another machine does
 
     def __post_init__(self) -> None:
         batch_sizes(self.batch_size)  # raises when it is none
@@ -124,11 +134,18 @@ class TrainConfig:
                 raise ToolkitError(
                     f"{name} {getattr(self, name)} is not a multiple of patch_size {self.patch_size}; change one"
                 )
+        if self.in_chans < 1:
+            raise ToolkitError(f"in_chans is {self.in_chans}; it must be at least 1")
+        for name in ("pixel_mean", "pixel_std"):
+            if len(numbers := getattr(self, name)) not in (0, self.in_chans):
+                raise ToolkitError(f"{name} has {len(numbers)} numbers; give {self.in_chans}, one a channel, or []")
+        if min(self.pixel_std, default=1) <= 0:
+            raise ToolkitError(f"pixel_std is {self.pixel_std}; its numbers must be above 0")
         if self.separate_heads and not self.ibot_weight:
             raise ToolkitError("separate_heads is true but ibot_weight is 0: the second head would learn nothing")
 
 
-COST_KEYS = ("checkpoint_every", "num_workers", "cache_mib", "keep_checkpoints", "log_every", "eval_every")
+COST_KEYS = ("checkpoint_every", "num_workers", "cache_mib", "keep_checkpoints", "log_every", "eval_every", "compile")
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -261,13 +278,13 @@ def _assignment(text: str) -> tuple[str, str]:
 def _typed(name: str, value: object, kind: object) -> object:
     """Return the value as the field's type; texts (from --set or the environment) are read as TOML."""
     choices = get_args(kind) if get_origin(kind) is Literal else ()
-    if isinstance(value, str) and kind is not str and not choices:
+    if isinstance(value, str) and kind is not str and not isinstance(next(iter(choices), None), str):
         try:
             value = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             pass  # stays a text, which the checks below refuse by name
     if choices:
-        if value in choices:
+        if any(value == choice and type(value) is type(choice) for choice in choices):
             return value
         raise ToolkitError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -278,11 +295,11 @@ def _typed(name: str, value: object, kind: object) -> object:
                 return value
         return _typed(name, value, get_args(kind)[-1])
     if get_origin(kind) is tuple:
-        items = value if isinstance(value, list | tuple) else ()
+        items = value if isinstance(value, list | tuple) else None
         wanted = get_args(kind)
-        if wanted[-1] is ...:
+        if items is not None and wanted[-1] is ...:
             wanted = wanted[:1] * len(items)
-        if items and len(items) == len(wanted):
+        if items is not None and len(items) == len(wanted):
             return tuple(_typed(name, item, item_kind) for item, item_kind in zip(items, wanted, strict=True))
         raise ToolkitError(f"{name} is {value!r}; it must be {_described(kind)}")
     # An exact comparison: True is an int to isinstance.
@@ -298,6 +315,8 @@ def _described(kind: object) -> str:
         return "a whole number"
     if kind == Growth:
         return "a whole number, or a list like [[0, 256], [100000, 512]]"
+    if get_origin(kind) is tuple and get_args(kind)[-1] is ...:
+        return "a list of numbers, like [0.5, 0.25]"
     if get_origin(kind) is tuple:
         return f"{len(get_args(kind))} numbers, like [0.1, 0.5]"
     return "a number" if kind is float else "a text"

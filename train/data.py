@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import console
 from ..errors import ToolkitError
-from ..store.images import UnreadableImage, decode, read_bytes
+from ..store.images import UnreadableImage, Values, read_bytes
+from ..store.pixels import decode_picture, values_of
 from . import draws
 
 LOOK_AHEAD_BATCHES = 2  # being decoded while one is trained on; chosen
@@ -41,7 +42,7 @@ class ImageSet:
 class Batch:
     """This process's share of a batch: B images in the top left corners of one canvas."""
 
-    images: Tensor  # (B, H, W, C) uint8
+    images: Tensor  # (B, H, W, C) uint8 or uint16
     sizes: NDArray[np.int64]  # (B, 2): height and width of each in pixels
     samples: NDArray[np.int64]  # (B,): index of each in the run
     num_replaced: int  # images that could not be read, so that the next sample's stands in
@@ -95,6 +96,8 @@ def read_batches(
     num_processes: int = 1,
     num_workers: int = 0,
     cache_bytes: int = 0,
+    in_chans: int = 3,
+    bit_depth: int = 8,
 ) -> Iterator[Batch]:
     """Yield batches, the next ones being decoded meanwhile.
 
@@ -104,16 +107,17 @@ def read_batches(
         short_side_px: larger images are shrunk to this short side when decoded.
         num_workers: threads that decode; 0 decodes when asked.
         cache_bytes: decoded images kept in memory, until that many bytes are full.
+        in_chans, bit_depth: of the pixels, 8 or 16 bits.
 
     Raises:
         ToolkitError: if a thousand images in a row cannot be read.
     """
-    cache: dict[int, NDArray[np.uint8]] = {}
+    cache: dict[int, Values] = {}
     room = cache_bytes
     known_unreadable: dict[int, str] = {}
 
-    def load(sample: int, row: int) -> tuple[int, NDArray[np.uint8], int]:
-        """Return row, pixels (H, W, 3) and how many samples were passed over because they cannot be read."""
+    def load(sample: int, row: int) -> tuple[int, Values, int]:
+        """Return row, pixels (H, W, C) and how many samples were passed over because they cannot be read."""
         for passed_over in range(MAX_UNREADABLE):
             if passed_over:
                 row = int(drawn_rows(images, seed, np.array([sample + passed_over]))[0])
@@ -123,7 +127,7 @@ def read_batches(
                 continue
             uri = images.uris[row].as_py()
             try:
-                return row, read_pixels(uri, short_side_px), passed_over
+                return row, read_pixels(uri, short_side_px, in_chans, bit_depth), passed_over
             except UnreadableImage as problem:
                 if row not in known_unreadable:
                     console.warn(f"{uri}: {problem.reason}; training goes on with the next image")
@@ -131,7 +135,7 @@ def read_batches(
         raise ToolkitError(f"{MAX_UNREADABLE} images in a row cannot be read, the last one {uri}; check the manifest")
 
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode") if num_workers else None
-    pending: deque[tuple[NDArray[np.int64], list[int], list[Future[tuple[int, NDArray[np.uint8], int]]]]] = deque()
+    pending: deque[tuple[NDArray[np.int64], list[int], list[Future[tuple[int, Values, int]]]]] = deque()
 
     def finished() -> Batch:
         nonlocal room
@@ -162,25 +166,25 @@ def read_batches(
             pool.shutdown(cancel_futures=True)
 
 
-def read_pixels(uri: str, short_side_px: int) -> NDArray[np.uint8]:
-    """Return an image as (H, W, 3) uint8, shrunk to the short side where it is larger; a very long one loses its ends.
+def read_pixels(uri: str, short_side_px: int, in_chans: int = 3, bit_depth: int = 8) -> Values:
+    """Return an image as (H, W, C), shrunk to the short side where it is larger; a very long one loses its ends.
 
     Raises:
-        UnreadableImage: if there is none.
+        UnreadableImage: if there is none, or none of so many channels.
     """
-    image = decode(read_bytes(uri), min_side=short_side_px)
+    image, _ = decode_picture(read_bytes(uri), in_chans, bit_depth, short_side_px)
     width, height = (min(side, MAX_ASPECT * min(image.size)) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     image = image.crop((left, top, left + width, top + height))
     scale = short_side_px / min(image.size)
     if scale < 1:
         image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    return np.asarray(image)
+    return np.ascontiguousarray(values_of(image))
 
 
-def _batch(samples: NDArray[np.int64], pixels: list[NDArray[np.uint8]], num_replaced: int) -> Batch:
+def _batch(samples: NDArray[np.int64], pixels: list[Values], num_replaced: int) -> Batch:
     sizes = np.array([image.shape[:2] for image in pixels], dtype=np.int64)
-    canvas = np.zeros((len(pixels), *sizes.max(axis=0), pixels[0].shape[2]), dtype=np.uint8)
+    canvas = np.zeros((len(pixels), *sizes.max(axis=0), pixels[0].shape[2]), dtype=pixels[0].dtype)
     for place, image in zip(canvas, pixels, strict=True):
         place[: image.shape[0], : image.shape[1]] = image
     return Batch(torch.from_numpy(canvas), sizes, samples, num_replaced)

@@ -28,6 +28,7 @@ from .metrics import append_metrics, read_metrics, write_metrics_table
 from .pretrain import run_training
 from .run import NOTHING, Watching
 from .several_students import SeveralStudents, own_figures
+from .views import preprocess_of
 
 AVERAGE_MOMENTUM = (0.99, 0.99)  # of the student's average, start and end; chosen
 FEATURES_LR_RATIO = 3.0  # over pretraining's; measured: 61.8 % k-NN instead of 60.4 (Fashion-MNIST, 3 seeds, 300 steps)
@@ -148,7 +149,7 @@ def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | F
     """Return new students by the settings, beside the frozen teacher.
 
     Raises:
-        ToolkitError: when the teacher has no heads and they are wanted, or does not take RGB.
+        ToolkitError: when the teacher has no heads and they are wanted, or takes other channels.
     """
     frozen = load_frozen_teacher(config, teacher)
     models: dict[str, DistillModel | FeatureDistillModel] = {}
@@ -183,8 +184,11 @@ def load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
             "teacher checkpoint with its heads"
         )
     model = load_model(teacher)
-    if model.in_chans != 3:
-        raise ToolkitError(f"the teacher {teacher} takes {model.in_chans} channels; training images have 3")
+    if model.in_chans != config.in_chans:
+        raise ToolkitError(
+            f"the teacher {teacher} takes {model.in_chans} channels, the recipe {config.in_chans}; "
+            f"set in_chans={model.in_chans}, or name another teacher"
+        )
     theirs = model.backbone.patch_size
     if theirs != config.patch_size:
         side = config.global_crop_size_px // config.patch_size
@@ -193,7 +197,15 @@ def load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
             f"{config.global_crop_size_px} px at {side * theirs} px, which gives both {side} x {side} patches"
         )
     parts: dict[str, nn.Module] = {"backbone": model.backbone, **heads}
-    return FrozenTeacher(parts, mean=model.mean, std=model.std, half=config.mixed_precision == "bf16")
+    preprocess = preprocess_of(config)
+    return FrozenTeacher(
+        parts,
+        mean=model.mean,
+        std=model.std,
+        crops_mean=preprocess.mean,
+        crops_std=preprocess.std,
+        half=config.mixed_precision == "bf16",
+    )
 
 
 def _finish_run_folder(together: Path, student: str, config: DistillConfig) -> None:

@@ -140,7 +140,7 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
         each.number * side**2
         for each, side in zip(crops, (config.global_crop_size_px, config.local_crop_size_px), strict=True)
     )
-    inputs = 4 * 3 * size * pixels
+    inputs = 4 * config.in_chans * size * pixels
     head = next((module for module in model.student.values() if isinstance(module, ProjectionHead)), None)
     num_prototypes = 0 if head is None else head.num_prototypes
     targets = 4 * size * num_prototypes * (2 * crops[0].number + crops[0].read)
@@ -195,7 +195,7 @@ def measured_flops(config: TrainConfig, device: torch.device) -> float:
     optimizer = build_optimizer(model.student)
     num_images = min(TRIAL_IMAGES, batch_sizes(config.batch_size).at(0))
     crops = [
-        torch.randn(number * num_images, 3, side, side, device=device)
+        torch.randn(number * num_images, config.in_chans, side, side, device=device)
         for number, side in ((2, config.global_crop_size_px), (config.num_local_crops, config.local_crop_size_px))
     ]
     masks = make_masks(0, num_images, config, 0, 1).to(device)

@@ -18,7 +18,8 @@ class FrozenTeacher(nn.Module):
 
     Args:
         parts: `backbone`, and for the prototypes' objective `dino_head` and, when its heads are untied, `ibot_head`.
-        mean, std: by which the teacher's images are normalised; the student's crops are by ImageNet's.
+        mean, std: by which the teacher's images are normalised.
+        crops_mean, crops_std: by which the student's crops are.
         half: keep in bfloat16 the weights that autocast would turn to it at every step. The numbers stay the same.
     """
 
@@ -31,12 +32,14 @@ class FrozenTeacher(nn.Module):
         *,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        crops_mean: Sequence[float] = IMAGENET_MEAN,
+        crops_std: Sequence[float] = IMAGENET_STD,
         half: bool = False,
     ) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(dict(parts)).requires_grad_(False).eval()
         own_mean, own_std, their_mean, their_std = (
-            torch.tensor(numbers).view(-1, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD, mean, std)
+            torch.tensor(numbers).view(-1, 1, 1) for numbers in (crops_mean, crops_std, mean, std)
         )
         self.register_buffer("scale", own_std / their_std)
         self.register_buffer("shift", (own_mean - their_mean) / their_std)

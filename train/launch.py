@@ -31,7 +31,7 @@ def speaks_for_all() -> bool:
     return is_main_process() and SENTINEL not in os.environ
 
 
-def check_launch(environment: Mapping[str, str], *, has_gpu: bool) -> None:
+def check_launch(environment: Mapping[str, str]) -> None:
     """Raise ToolkitError where Accelerate would silently train with fewer processes, or otherwise, than asked for."""
     started = "WORLD_SIZE" in environment
     if started and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
@@ -46,11 +46,12 @@ def check_launch(environment: Mapping[str, str], *, has_gpu: bool) -> None:
             "`accelerate launch --cpu` starts a single process whatever its --num_processes; "
             "leave it out and give --num-processes to this command, or start it with torchrun"
         )
-    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not has_gpu:
-        raise ToolkitError("FSDP needs GPUs and there are none; leave FSDP out of Accelerate's settings")
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise ToolkitError(f"ACCELERATE_USE_{name} is set, which this training does not know; use DDP or FSDP")
+    # It would compile the whole model, whose last block has other shapes every step.
+    if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ToolkitError("ACCELERATE_DYNAMO_BACKEND is set; set it to no, and compile by --set compile=true")
 
 
 def launch(num_processes: int, run_folder: Path) -> None:

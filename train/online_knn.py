@@ -9,7 +9,7 @@ from .. import console
 from ..errors import ToolkitError
 from ..features.extract import FeatureModel, extract
 from ..features.knn import knn_guesses
-from ..models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from ..models.preprocess import Preprocess
 from ..models.vit import VisionTransformer
 from ..store.manifest import Source
 from ..store.sources import entries, open_source
@@ -64,14 +64,11 @@ def _labelled(option: str, name: str) -> list[tuple[str, str]]:
     return images
 
 
-def knn_accuracy(
-    backbone: VisionTransformer, sets: LabelledSets, *, image_size: int, crop_ratio: float, num_workers: int
-) -> float:
+def knn_accuracy(backbone: VisionTransformer, sets: LabelledSets, preprocess: Preprocess, *, num_workers: int) -> float:
     """Return the share of test images, 0 to 1, whose class the 20 nearest training images vote for.
 
     Features are the class tokens; no random number is drawn. Images that cannot be read are left out, said on stderr.
     """
-    preprocess = Preprocess(image_size, crop_ratio, IMAGENET_MEAN, IMAGENET_STD, backbone.in_chans)
     model = FeatureModel(Source("model", "teacher", ""), backbone.embed_dim, preprocess, backbone)
     train_features, train_classes = _features(model, sets.train, num_workers)
     test_features, test_classes = _features(model, sets.test, num_workers)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.vit import VisionTransformer
+from .sharded import whole_tensor
 
 
 class Multipliers(NamedTuple):
@@ -114,4 +115,4 @@ def set_rates(
 
 def clip_gradients(parts: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
     """Scale each part's gradients down to a norm of `max_norm` by itself; return the norms before, by part."""
-    return {name: nn.utils.clip_grad_norm_(part.parameters(), max_norm) for name, part in parts.items()}
+    return {name: whole_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm)) for name, part in parts.items()}

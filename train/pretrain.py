@@ -47,7 +47,8 @@ from .metrics import (
     write_metrics_table,
 )
 from .online_knn import LabelledSets, knn_accuracy
-from .optimizer import build_optimizer, clip_gradients, set_rates
+from .optimizer import clip_gradients, set_rates
+from .prepare import check_compiler, prepare
 from .preview import draw_preview
 from .run import (
     CHECKPOINTS,
@@ -62,8 +63,9 @@ from .run import (
     start_processes,
 )
 from .schedules import batch_sizes, last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
+from .sharded import sharding, whole_optimizer_state
 from .trackers import tracked
-from .views import make_crops, make_masks, view_settings
+from .views import make_crops, make_masks, preprocess_of, view_settings
 
 
 def pretrain(
@@ -135,6 +137,9 @@ def run_training(
     manifest = open_manifest(manifest_path)
     images = image_set(read_images(manifest, options.limit))
     labelled = watching.open()
+    sharding(os.environ)  # raises where Accelerate's settings cannot be followed
+    if config.compile:
+        check_compiler(os.environ)
     run_folder = Path(output)
     provenance = run_provenance(command, config, options, (manifest.source("images"), *sources))
     if watching.preview is not None and speaks_for_all():
@@ -172,7 +177,6 @@ def run_training(
     with status_kept(run_folder), recording as finished, tracked(accelerator, run_folder, config):
         figures = train(model, images, config, run_folder, provenance, accelerator, labelled)
         if is_main:
-            save_teacher(run_folder, model, image_size=config.global_crop_size_px, crop_ratio=config.crop_ratio)
             provenance = replace(provenance, figures=dict(figures), content_id=model_content_id(run_folder))
             write_run_provenance(run_folder, provenance)
             finished.append(provenance)
@@ -191,6 +195,8 @@ def train(
 ) -> dict[str, float]:
     """Train a model from its latest checkpoint, or from the start, to its last step; return the last step's figures.
 
+    The teacher is left in the run folder.
+
     The result is a function of the settings, the images and the number of processes alone: neither the number of
     workers nor where the run was stopped and resumed shows. `labelled` images are looked at every `eval_every` steps.
 
@@ -198,10 +204,7 @@ def train(
         Stopped: if a signal came; a checkpoint of that step is there.
         ToolkitError: if the gradients of too many steps in a row are not finite.
     """
-    optimizer = build_optimizer(
-        model.student, layerwise_decay=config.layerwise_decay, patch_embed_lr_mult=config.patch_embed_lr_mult
-    )
-    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+    wrapped, optimizer, whole_model = prepare(model.train(), config, accelerator)
     num_processes, process, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     is_main = accelerator.is_main_process
 
@@ -227,6 +230,8 @@ def train(
         num_processes=num_processes,
         num_workers=config.num_workers,
         cache_bytes=config.cache_mib << 20,
+        in_chans=config.in_chans,
+        bit_depth=config.bit_depth,
     )
     peak_lr = scaled_lr(config.base_lr, sizes.at(0))
     ill_since: int | None = None
@@ -334,8 +339,8 @@ def train(
                 if ill_since is not None and step - ill_since >= PATIENCE_STEPS:
                     console.warn(f"step {step + 1}: {illness}")
                     ill_since = None
-                if is_main and is_watched and labelled is not None:
-                    figures |= watched(model, labelled, config)
+                if is_watched and labelled is not None:
+                    figures |= watched(whole_model(), labelled, config)
                 if is_main:
                     append_metrics(run_folder, figures)
                 accelerator.log(figures, step=step + 1)
@@ -347,36 +352,42 @@ def train(
             # Save; not while gradients are bad, for then the weights may be.
             is_due = (step + 1) % config.checkpoint_every == 0 and not counts["skipped_in_a_row"]
             if is_due or is_last or num_stopped:
-                if is_main:
+                optimizer_state = whole_optimizer_state(optimizer, wanted=is_main)
+                if (to_save := whole_model()) is not None:
                     save_checkpoint(
                         run_folder / CHECKPOINTS,
-                        model,
-                        optimizer,
+                        to_save,
+                        optimizer_state,
                         counts,
-                        image_size=config.global_crop_size_px,
-                        crop_ratio=config.crop_ratio,
+                        preprocess_of(config),
                         keep=config.keep_checkpoints,
                     )
                     write_metrics_table(run_folder, replace(provenance, kind="metrics"))
+                del to_save, optimizer_state  # where there are shards, a copy as large as the run
                 accelerator.wait_for_everyone()
             if num_stopped and not is_last:
                 raise Stopped(f"stopped at step {step + 1:,} of {config.steps:,}, all saved; go on with --resume")
+    if (to_save := whole_model()) is not None:
+        save_teacher(run_folder, to_save, preprocess_of(config))
     return figures
 
 
-def watched(model: TrainedModel, labelled: LabelledSets, config: TrainConfig) -> dict[str, float]:
-    """Return `knn`, the k-NN accuracy of the teacher's class tokens, 0 to 1; of several students `NAME_knn` of each."""
-    return {
-        name.removesuffix("backbone") + "knn": knn_accuracy(
-            part,
-            labelled,
-            image_size=config.global_crop_size_px,
-            crop_ratio=config.crop_ratio,
-            num_workers=config.num_workers,
-        )
-        for name, part in model.teacher.items()
-        if isinstance(part, VisionTransformer)
-    }
+def watched(model: TrainedModel | None, labelled: LabelledSets, config: TrainConfig) -> dict[str, float]:
+    """Return `knn`, the k-NN accuracy of the teacher's class tokens, 0 to 1; of several students `NAME_knn` of each.
+
+    Nothing in the processes that are given no model.
+    """
+    if model is None:
+        return {}
+    # What is compiled is compiled for the batches of training.
+    with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
+        return {
+            name.removesuffix("backbone") + "knn": knn_accuracy(
+                part, labelled, preprocess_of(config), num_workers=config.num_workers
+            )
+            for name, part in model.teacher.items()
+            if isinstance(part, VisionTransformer)
+        }
 
 
 def _last_good(run_folder: Path) -> str:

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
-from ..models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ..store.artifact import Options
+from ..store.images import shown
 from ..store.manifest import Provenance
 from .config import TrainConfig
 from .data import Batch, ImageSet, read_batches
 from .schedules import batch_sizes
-from .views import make_crops, make_masks, view_settings
+from .views import make_crops, make_masks, preprocess_of, view_settings
 
 NUM_IMAGES, TILE_PX = 12, 112
 MASK_COLOUR = (0.53, 0.33, 0.75)  # of the patches that the student does not see: violet, which is rare in images
@@ -47,6 +47,8 @@ def draw_preview(output: str, images: ImageSet, config: TrainConfig, provenance:
         seed=config.seed,
         batches=map(sizes.images_of, steps),
         short_side_px=2 * max(config.global_crop_size_px, config.local_crop_size_px),
+        in_chans=config.in_chans,
+        bit_depth=config.bit_depth,
     )
     rows = []
     for step, batch in zip(steps, batches, strict=True):
@@ -66,23 +68,28 @@ def _rows(batch: Batch, step: int, batch_size: int, config: TrainConfig) -> list
     num_images = len(batch.samples)
     global_crops = make_crops(batch, batch.images, config.seed, "global crops", global_views)
     masks = make_masks(step, batch_size, config, 0, 1)
-    seen = _masked(_pixels(global_crops), masks, config.patch_size)
+    seen = _masked(_pixels(global_crops, config), masks, config.patch_size)
     groups = [seen.view(2, num_images, *seen.shape[1:])]
     if local_views is not None:
-        local_crops = _pixels(make_crops(batch, batch.images, config.seed, "local crops", local_views))
+        local_crops = _pixels(make_crops(batch, batch.images, config.seed, "local crops", local_views), config)
         groups.append(local_crops.view(-1, num_images, *local_crops.shape[1:]))
     rows = []
     for number, (height, width) in enumerate(batch.sizes):
-        whole = Image.fromarray(batch.images[number, :height, :width].numpy())
+        whole = shown(batch.images[number, :height, :width].numpy())
         crops = [[Tile(Image.fromarray(_bytes(view[number]))) for view in group] for group in groups]
         rows.append([[Tile(whole)], *crops])
     return rows
 
 
-def _pixels(crops: Tensor) -> Tensor:
-    """Return normalised crops (n, 3, S, S) as pixels in [0, 1]."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (crops * std + mean).clamp(0, 1)
+def _pixels(crops: Tensor, config: TrainConfig) -> Tensor:
+    """Return normalised crops (n, C, S, S) as pixels in [0, 1], (n, 3, S, S): the first three channels, or one as grey.
+
+    It is how `shown` shows the image itself.
+    """
+    preprocess = preprocess_of(config)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
+    pixels = (crops * std + mean).clamp(0, 1)
+    return pixels[:, :3] if config.in_chans >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
 
 
 def _masked(pixels: Tensor, masks: Tensor, patch_size: int) -> Tensor:

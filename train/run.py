@@ -19,12 +19,14 @@ from ..models.vit import VisionTransformer
 from ..models.weights import MODEL_JSON
 from ..store.artifact import Options, Result, difference, read_run_provenance, write_run_provenance
 from ..store.manifest import Provenance, Source
+from ..store.memory import keep_freed_memory
 from .checkpoint import TrainedModel, checkpoints
 from .config import CONFIG_FILE, COST_KEYS, TrainConfig, write_config
 from .data import ImageSet
 from .launch import check_launch
 from .online_knn import LabelledSets, labelled_sets
 from .schedules import batch_sizes, scaled_lr
+from .sharded import sharding
 from .trackers import check_trackers
 
 CHECKPOINTS = "checkpoints"
@@ -135,8 +137,12 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
     Raises:
         ToolkitError: if the launcher's processes do not find one another, or the batch cannot be shared out among them.
     """
+    keep_freed_memory()
     adopt_slurm(os.environ)
-    check_launch(os.environ, has_gpu=torch.cuda.is_available())
+    check_launch(os.environ)
+    in_shards = sharding(os.environ) is not None
+    if in_shards and "WORLD_SIZE" not in os.environ:
+        raise ToolkitError("FSDP is asked for with one process alone; start several with --num-processes or torchrun")
     if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ToolkitError("this GPU has no bfloat16; set mixed_precision=no")
     accelerator = Accelerator(
@@ -157,6 +163,8 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
     check_batch(config, accelerator.num_processes)
     if not accelerator.is_main_process:
         console.set_verbosity(quiet=True, verbose=0)
+    if in_shards:
+        console.say(f"FSDP2: weights in shards over {accelerator.num_processes} processes")
     return accelerator
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from . import draws
 from .augment import ViewSettings, apply_crops, draw_crops
 from .config import TrainConfig
@@ -16,8 +17,22 @@ from .data import Batch
 from .masking import block_masks
 
 
+def preprocess_of(config: TrainConfig) -> Preprocess:
+    """Return how pixels are read and normalised, and how the finished model wants its images."""
+    is_rgb = config.in_chans == 3
+    return Preprocess(
+        image_size=config.global_crop_size_px,
+        crop_ratio=config.crop_ratio,
+        mean=config.pixel_mean or (IMAGENET_MEAN if is_rgb else (0.5,) * config.in_chans),
+        std=config.pixel_std or (IMAGENET_STD if is_rgb else (0.25,) * config.in_chans),
+        in_chans=config.in_chans,
+        bit_depth=config.bit_depth,
+    )
+
+
 def view_settings(config: TrainConfig) -> tuple[ViewSettings, ViewSettings | None]:
     """Return how the two global views are drawn, and how the local ones are, if there are any."""
+    preprocess = preprocess_of(config)
     both = ViewSettings(
         size_px=config.global_crop_size_px,
         scale=config.global_crop_scale,
@@ -28,6 +43,8 @@ def view_settings(config: TrainConfig) -> tuple[ViewSettings, ViewSettings | Non
         strength=config.jitter_strength,
         gray=config.grayscale,
         blur_sigma_px=config.blur_sigma_px,
+        mean=preprocess.mean,
+        std=preprocess.std,
     )
     if not config.num_local_crops:
         return both, None
@@ -42,7 +59,8 @@ def view_settings(config: TrainConfig) -> tuple[ViewSettings, ViewSettings | Non
 
 def make_crops(batch: Batch, pixels: Tensor, seed: int, purpose: str, views: ViewSettings) -> Tensor:
     """Return a batch's crops of one size, (views * B, C, S, S) view-major, from its pixels on their device."""
-    return apply_crops(pixels, draw_crops(seed, purpose, batch.samples, batch.sizes, views))
+    crops = draw_crops(seed, purpose, batch.samples, batch.sizes, views)
+    return apply_crops(pixels, crops, views.mean, views.std)
 
 
 def make_masks(step: int, batch_size: int, config: TrainConfig, process: int, num_processes: int) -> Tensor:

@@ -1,0 +1,176 @@
+"""What the recipe `tiny` learns from the 60,000 training images of Fashion-MNIST, labels unseen.
+
+    apt install dataset-fashion-mnist
+    python benchmarks/fashion.py --folder out/fashion
+
+In the table: raw pixels, the ViT untrained, the run, and the same ViT trained on the same crops with the labels, for
+as many seconds as the run took. All are scored on the 10,000 test images by `dinov2 evaluate probe`. A folder that is
+given again goes on where it stopped.
+"""
+
+import argparse
+import gzip
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dinov2_toolkit import console
+from dinov2_toolkit.benchmarks.measured import write_result
+from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.models.weights import save_model
+from dinov2_toolkit.store.memory import keep_freed_memory
+from dinov2_toolkit.train.build import build_backbone
+from dinov2_toolkit.train.config import TrainConfig, resolve
+from dinov2_toolkit.train.data import Batch
+from dinov2_toolkit.train.schedules import batch_sizes
+from dinov2_toolkit.train.views import make_crops, view_settings
+
+SPLITS = {"train": "train", "test": "t10k"}
+METHODS = ("knn", "linear", "logreg")
+SUPERVISED_LR, SUPERVISED_WEIGHT_DECAY = 1e-3, 0.05
+
+UInt8 = npt.NDArray[np.uint8]
+
+
+def read_split(folder: Path, name: str) -> tuple[UInt8, UInt8]:
+    """Return the images (N, 28, 28) and labels (N,) of a split from its gzipped IDX files."""
+    images = gzip.decompress((folder / f"{name}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / f"{name}-labels-idx1-ubyte.gz").read_bytes())
+    return np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
+
+
+def write_split(path: Path, images: UInt8, labels: UInt8) -> None:
+    """Write a split as a Parquet file of PNG files and labels."""
+    rows = []
+    for number, image in enumerate(images):
+        encoded = io.BytesIO()
+        Image.fromarray(image).save(encoded, "PNG")
+        rows.append({"bytes": encoded.getvalue(), "path": f"{number:05d}.png"})
+    pq.write_table(pa.table({"image": rows, "label": [str(label) for label in labels]}), path, row_group_size=1000)
+
+
+def supervise(config: TrainConfig, images: UInt8, labels: UInt8, seconds: float) -> tuple[VisionTransformer, int]:
+    """Train the recipe's ViT on its global crops with the labels for so long; return it and the images it has seen."""
+    torch.manual_seed(config.seed)
+    backbone = build_backbone(config)
+    head = torch.nn.Linear(backbone.embed_dim, int(labels.max()) + 1)
+    weights = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(weights, SUPERVISED_LR, weight_decay=SUPERVISED_WEIGHT_DECAY)
+    views, _ = view_settings(config)
+    assert isinstance(config.batch_size, int), "the recipe's batch is one number"
+    size, targets = config.batch_size, torch.from_numpy(labels.astype(np.int64))
+    rng, start, seen = np.random.default_rng(config.seed), time.monotonic(), 0
+    sides = np.full((size, 2), images.shape[1])
+    with console.progress("with labels", 1000, "thousandths") as advance:
+        done = 0
+        while (share := (time.monotonic() - start) / seconds) < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = SUPERVISED_LR * min(20 * share, 0.5 + 0.5 * math.cos(math.pi * share))
+            rows = rng.choice(len(images), size, replace=False)
+            pixels = torch.from_numpy(images[rows])[..., None].expand(-1, -1, -1, 3)
+            batch = Batch(pixels, sides, np.arange(seen, seen + size), 0)
+            crops = make_crops(batch, pixels, config.seed, "with labels", views)
+            loss = F.cross_entropy(head(backbone.forward_features(crops).cls_token), targets[rows].repeat(2))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            seen += size
+            advance(int(1000 * share) - done)
+            done = int(1000 * share)
+    return backbone.eval(), seen
+
+
+def command(folder: Path, *arguments: str) -> str:
+    """Run a command of the toolkit in the folder and return its stdout."""
+    environment = {**os.environ, "DINOV2_CATALOG": str(folder / "catalog.duckdb")}
+    words = [sys.executable, "-m", "dinov2_toolkit", *arguments]
+    return subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Train, score and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="the IDX files")
+    parser.add_argument("--folder", type=Path, required=True, help="where everything is kept")
+    args = parser.parse_args()
+    folder: Path = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
+    splits = {name: read_split(args.images, file) for name, file in SPLITS.items()}
+    for name, (images, labels) in splits.items():
+        if not (folder / f"{name}.parquet").exists():
+            write_split(folder / f"{name}.parquet", images, labels)
+
+    # Without labels, then with them for as long.
+    took = folder / "seconds.json"
+    if not took.exists():
+        start = time.monotonic()
+        command(folder, "train", "pretrain", "train.parquet", "-o", "run", "--recipe", "tiny", "--resume")
+        took.write_text(json.dumps(round(time.monotonic() - start)))
+    seconds = json.loads(took.read_text())
+    config = resolve(TrainConfig, recipe="tiny", environment={}, flags={}, assignments=[])
+    if not (folder / "labels" / "model.json").exists():
+        backbone, num_seen = supervise(config, *splits["train"], seconds)
+        side, ratio = config.global_crop_size_px, config.crop_ratio
+        save_model(
+            folder / "labels",
+            backbone=backbone,
+            heads={},
+            image_size=side,
+            crop_ratio=ratio,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
+        (folder / "seen.json").write_text(json.dumps(num_seen))
+    sizes = batch_sizes(config.batch_size)
+    seen = {"run": sizes.images_until(config.steps), "labels": json.loads((folder / "seen.json").read_text())}
+
+    # Scores.
+    models = {
+        "pixels": "raw pixels",
+        "random:run": "the ViT, untrained",
+        "run": f"`train pretrain --recipe tiny`, {seconds / 60:.0f} minutes",
+        "labels": "the ViT trained with labels for as long",
+    }
+    methods = [word for method in METHODS for word in ("--method", method)]
+    named = [word for model in models for word in ("--model", model)]
+    sets = ["--train", "train.parquet", "--test", "test.parquet", "-o", "scores.parquet", "--json"]
+    scores = json.loads(command(folder, "evaluate", "probe", *sets, *methods, *named))["rows"]
+
+    def best(model: str, method: str) -> str:
+        found = [
+            100 * score["value"]
+            for score in scores
+            if (score["model"], score["method"], score["metric"]) == (model, method, "top1")
+            and (method != "knn" or score["parameters"]["k"] == 20)
+        ]
+        return f"{max(found):.1f}"
+
+    header = ("", "images seen", "k-NN, k = 20", "linear", "logistic regression")
+    rows = [
+        (name, f"{seen.get(model, 0):,}", *(best(model, method) for method in METHODS))
+        for model, name in models.items()
+    ]
+    notes = (
+        "Top-1 in percent on the 10,000 test images, all 60,000 training images as neighbours or for the linear layers;"
+        " class tokens. Recipe and time of the machine named below, training and nothing else on it."
+    )
+    write_result("fashion", "Fashion-MNIST from its images alone: the recipe `tiny`", header, rows, notes)
+
+
+if __name__ == "__main__":
+    main()
