@@ -70,8 +70,9 @@ def main() -> None:
     total = [sum(part[key] for part in done.values()) / 60 for key in ("wall", "cpu")]
     rows.append(("all", "", f"{total[0]:.1f}", f"{total[1]:.1f}", f"{max(part['peak'] for part in done.values()):.0f}"))
     notes = (
-        f"`--memory {args.memory}`, `--num-clusters 5000,100`, {QUERIES:,} queries, k = 4; cells and centroids are made"
-        f" anew; threads: {num_workers()}. Peak memory is all that was resident at a time, pages of mapped files that can be given back included."
+        f"`--memory {args.memory}`, `--num-clusters 5000,100`, {QUERIES:,} queries, k = 4, threads: {num_workers()};"
+        " cells and centroids are made anew. Peak memory is all that was resident at a time, pages of mapped files that"
+        " can be given back included."
     )
     header = ("", "rows written", "wall minutes", "CPU minutes", "peak MB")
     write_result(f"scale_{args.rows // 1_000_000}m", f"Curation of {args.rows:,} x 384", header, rows, notes)
