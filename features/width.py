@@ -15,7 +15,7 @@ from .products import device, run, tile_above, unit_rows, workers
 SAMPLE_ROWS = 16_384  # chosen: rows whose pairs are looked for in many cells
 SAMPLE_CELLS = 8  # chosen: in how many, times P: so many that what they miss is rare
 EXACT_ROWS = 256  # chosen: of those with a pair, and of those without, how many are searched exactly
-SURENESS = 1.5  # standard errors by which the recall of a sample must exceed what is asked
+SURENESS = 2.5  # standard errors by which the recall of a sample must exceed what is asked
 MOST_PAIRS = 64  # of a row and cell, so that a crowd does not drown the others
 
 
