@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.train.data import Batch, ImageSet, drawn_rows, image_set, read_batches, read_pixels
+from dinov2_toolkit.train.data import Batch, ImageSet, PixelCache, drawn_rows, image_set, read_batches, read_pixels
 
 SIZES = [(12, 9), (7, 14), (10, 10), (5, 6), (16, 8)]  # width, height
 
@@ -130,3 +130,17 @@ def test_large_images_are_shrunk_when_read(tmp_path: Path) -> None:
         assert pixels.shape == (60, 80, 3)
         np.testing.assert_allclose(pixels[30, :, 0].astype(float), gradient[5::10], atol=4)
         assert read_pixels(str(tmp_path / name), short_side_px=600).shape == (600, 800, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_kept_pixels_come_back_until_there_is_no_room(dtype: type[np.uint8] | type[np.uint16]) -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(7, 5, 3), (4, 4, 1), (2000, 1500, 3), (1, 1, 3)]  # the third is larger than a slab
+    images = [rng.integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True) for shape in shapes]
+    cache = PixelCache(sum(image.nbytes for image in images[:3]))
+    for row, image in enumerate(images):
+        cache.add(10 * row, image)
+    assert [10 * row in cache for row in range(4)] == [True, True, True, False]
+    for row, image in enumerate(images[:3]):
+        np.testing.assert_array_equal(cache.pixels(10 * row), image)
+        assert cache.pixels(10 * row).dtype == dtype

@@ -4,6 +4,8 @@ Sample s of a run is always the same image: pass s // n over the data, position 
 batches depend neither on the number of workers nor on that of processes, and going on means starting at another sample.
 """
 
+import math
+import mmap
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +25,7 @@ from ..store.pixels import decode_picture, values_of
 from . import draws
 
 LOOK_AHEAD_BATCHES = 2  # being decoded while one is trained on; chosen
+SLAB_BYTES = 8 << 20  # chosen: decoded images that are kept share pieces of memory so large
 MAX_ASPECT = 4  # chosen: every image of a batch takes as much memory as the longest
 MAX_UNREADABLE = 1000  # images in a row that cannot be read before the run gives up; chosen
 
@@ -86,6 +89,42 @@ def drawn_rows(images: ImageSet, seed: int, samples: NDArray[np.int64]) -> NDArr
     return drawn
 
 
+class PixelCache:
+    """Decoded images by row, until so many bytes are full.
+
+    They lie in memory of their own, and what says where holds no arrays: of hundreds of thousands of small pieces
+    among a step's tensors the heap would be scattered, and grow.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._room = num_bytes
+        self._slabs: list[mmap.mmap] = []
+        self._used = SLAB_BYTES  # of the last slab
+        self._places: dict[int, tuple[int, int, tuple[int, ...], str]] = {}  # slab, where in it, shape, dtype
+
+    def __contains__(self, row: int) -> bool:
+        return row in self._places
+
+    def add(self, row: int, pixels: Values) -> None:
+        """Keep an image (H, W, C), where there is room."""
+        if row in self._places or pixels.nbytes > self._room:
+            return
+        if self._used + pixels.nbytes > SLAB_BYTES:
+            size = max(SLAB_BYTES, pixels.nbytes)
+            self._slabs.append(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            self._used = 0
+        self._places[row] = len(self._slabs) - 1, self._used, pixels.shape, pixels.dtype.str
+        self._used += pixels.nbytes
+        self._room -= pixels.nbytes
+        self.pixels(row)[...] = pixels
+
+    def pixels(self, row: int) -> Values:
+        """Return a kept image, in place."""
+        slab, start, shape, dtype = self._places[row]
+        pixels: Values = np.frombuffer(self._slabs[slab], dtype, math.prod(shape), start).reshape(shape)
+        return pixels
+
+
 def read_batches(
     images: ImageSet,
     *,
@@ -112,8 +151,7 @@ def read_batches(
     Raises:
         ToolkitError: if a thousand images in a row cannot be read.
     """
-    cache: dict[int, Values] = {}
-    room = cache_bytes
+    cache = PixelCache(cache_bytes)
     known_unreadable: dict[int, str] = {}
 
     def load(sample: int, row: int) -> tuple[int, Values, int]:
@@ -122,7 +160,7 @@ def read_batches(
             if passed_over:
                 row = int(drawn_rows(images, seed, np.array([sample + passed_over]))[0])
             if row in cache:
-                return row, cache[row], passed_over
+                return row, cache.pixels(row), passed_over
             if row in known_unreadable:
                 continue
             uri = images.uris[row].as_py()
@@ -138,15 +176,12 @@ def read_batches(
     pending: deque[tuple[NDArray[np.int64], list[int], list[Future[tuple[int, Values, int]]]]] = deque()
 
     def finished() -> Batch:
-        nonlocal room
         numbers, rows, futures = pending.popleft()
         loaded = [future.result() for future in futures] or [
             load(*pair) for pair in zip(numbers.tolist(), rows, strict=True)
         ]
         for row, pixels, _ in loaded:
-            if row not in cache and pixels.nbytes <= room:
-                cache[row] = pixels
-                room -= pixels.nbytes
+            cache.add(row, pixels)
         return _batch(numbers, [pixels for _, pixels, _ in loaded], sum(bool(passed) for _, _, passed in loaded))
 
     try:
