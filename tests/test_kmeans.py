@@ -326,11 +326,11 @@ def test_the_sample_is_as_large_as_memory_allows_and_too_little_is_said() -> Non
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(kmeans, "fit_centroids", watched)
-        for memory in (1 << 30, 2 * 4 * 64 * 300):
+        for memory in (1 << 30, 3 * 4 * 64 * 300):
             cluster_vectors(vectors, 5, num_resamplings=0, seed=0, settings=KMeansSettings(memory=memory))
     assert sizes == [5 * 256, 300]
     with pytest.raises(ToolkitError, match="--memory"):
-        cluster_vectors(vectors, 500, num_resamplings=0, seed=0, settings=KMeansSettings(memory=2 * 4 * 64 * 300))
+        cluster_vectors(vectors, 500, num_resamplings=0, seed=0, settings=KMeansSettings(memory=3 * 4 * 64 * 300))
 
 
 def test_four_levels_each_group_the_one_below() -> None:
