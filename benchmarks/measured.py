@@ -64,7 +64,8 @@ def write_result(name: str, title: str, header: Sequence[str], rows: Sequence[Se
     table = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     table += [f"| {' | '.join(cell(value) for value in row)} |" for row in rows]
     print("\n".join(table))
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     text = f"# {title}\n\n" + "\n".join(table) + f"\n\n{notes}\n\n"
     text += f"{machine()}. {datetime.date.today()}, load at the end {load}. `{command}`\n"

@@ -34,7 +34,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next allocation; without glibc, do nothing.
 
     By itself it gives every large tensor back and asks for it anew, and the kernel clears each page again: measured,
-    4 % of a training step on a CPU. The peak stays what it was.
+    some percent of a training step on a CPU. The peak grows by some percent as well.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
