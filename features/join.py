@@ -21,7 +21,7 @@ from .products import TILE, run, tile_above, unit_rows, workers
 from .tasks import Batch, Task
 from .width import join_width
 
-MORE_NEAREST = 48  # cells of which a row knows where the usual number is too few
+MORE = 3  # chosen: so many times the usual number of nearest cells, where that is too few
 EXACT_ROWS = 4_096  # rows a block of the exact join
 OWN_ROWS = 256  # rows a tile where a run meets itself: half of the products are the other half's
 BATCHES = 100  # chosen: into so many parts the cells are divided; after each the join can be continued
@@ -71,7 +71,7 @@ def components_above(
         width, recall = join_width(by_cell, cells, threshold, search)
         if recall < search.recall:
             console.say(f"{cells.nearest.shape[1]} cells a vector hold {recall:.4f} of the pairs: looking in more")
-            cells = open_cells(vectors, search.seed, MORE_NEAREST)
+            cells = open_cells(vectors, search.seed, MORE)
             by_cell = cells.vectors(vectors)
             width, recall = join_width(by_cell, cells, threshold, search)
         console.say(

@@ -67,12 +67,17 @@ def test_nearly_every_vector_lies_in_the_cell_of_its_nearest_centroid() -> None:
 def test_cells_are_kept_for_the_next_search_of_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, other = in_memory(drawn(600, 3)), in_memory(drawn(600, 4))
     first = open_cells(pool, 0)
-    assert cells_key(pool, 0) not in (cells_key(other, 0), cells_key(pool, 1), cells_key(pool.take(np.arange(599)), 0))
+    others = cells_key(other, 0, 16), cells_key(pool, 1, 16), cells_key(pool, 0, 17)
+    assert cells_key(pool, 0, 16) not in (*others, cells_key(pool.take(np.arange(599)), 0, 16))
     monkeypatch.setattr(cells, "fit_centroids", lambda *_: pytest.fail("made again"))
     np.testing.assert_array_equal(open_cells(pool, 0).ids, first.ids)
     next(cache_folder().glob("*-gaps.npy")).unlink()
     with pytest.raises(pytest.fail.Exception):
         open_cells(pool, 0)
+
+
+def test_a_row_knows_more_cells_where_there_are_more() -> None:
+    assert [cells.usual_nearest(num) for num in (1, 3_906, 39_062, 555_000)] == [16, 16, 34, 82]
 
 
 def test_cells_that_were_not_finished_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,7 +250,8 @@ def test_where_few_cells_are_too_few_more_are_looked_in(
     by_cells: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vectors = np.random.default_rng(14).normal(size=(2_000, 6)).astype(np.float32)  # pairs everywhere, no clusters
-    monkeypatch.setattr(cells.open_cells, "__defaults__", (1,))
+    monkeypatch.setattr(cells, "usual_nearest", lambda num_cells: 1)
+    monkeypatch.setattr(join, "MORE", 48)
     search = SearchSettings(recall=0.999)
     found = components_above(in_memory(vectors), 0.98, weights=np.ones(2_000, np.int64), enough=8, search=search)
     assert "looking in more" in capsys.readouterr().err and found.recall >= 0.999
