@@ -13,7 +13,7 @@ import pyarrow as pa
 from ..features.neighbors import SearchSettings, nearest, similarities
 from ..store.vectors import Float64, Int64, Vectors
 from .identical import first_in
-from .selection import EmbeddedImages
+from .inputs import EmbeddedImages
 
 SAME_IMAGE = 0.999  # chosen: the same bytes embedded twice, in other batches or on another device, stay above it
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .. import console
 from ..features.neighbors import Identity, Neighbors, SearchSettings, nearest
 from ..store.vectors import Float64, Int64
-from .selection import EmbeddedImages
+from .inputs import EmbeddedImages
 
 FILL_PAIRS = 1 << 23  # neighbours held while places are filled; chosen: 128 MB
 

@@ -17,7 +17,7 @@ from ..store.manifest import Provenance
 from ..store.memory import memory_budget
 from ..store.vectors import Float64, Int64
 from .calibrate_picture import Candidate, Pair, draw_calibration, show_histogram
-from .selection import EmbeddedImages, open_input, read_embedded
+from .inputs import EmbeddedImages, open_input, read_embedded
 from .threshold import FAR_NEIGHBOR, FIXED_THRESHOLD, MIN_FAR_NEIGHBOR, chance, own_threshold, sample_rows
 
 PRECISIONS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)  # chosen: what is tabled beside the precision asked for

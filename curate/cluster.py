@@ -24,19 +24,11 @@ from .cluster_report import check_report, write_report
 from .cluster_sheet import draw_clusters
 from .cluster_table import Level, describe_levels, write_cluster_table
 from .group_sheet import check_sheet
+from .inputs import EmbeddedImages, describe, open_input, read_embedded, warn_of_plain_features
 from .kmeans import KMeansSettings, cluster_vectors
 from .lloyd import NUM_ITERATIONS, NUM_NEIGHBOURS, POINTS_A_CENTROID, Init
 from .saved import Saved
-from .selection import (
-    EmbeddedImages,
-    describe,
-    open_input,
-    read_embedded,
-    selected,
-    selection_provenance,
-    warn_of_plain_features,
-    write_table,
-)
+from .selection import selected, selection_provenance, write_table
 
 LEVEL_SEEDS = 1_000_003  # a prime: levels draw from seeds that resamplings and small --seed values do not reach
 

@@ -14,8 +14,8 @@ from ..features.products import workers
 from ..store.vectors import Float32, Float64, Int64, unit_length
 from .balance import normalised_entropy
 from .centroid_search import Centroids, Metric
+from .inputs import EmbeddedImages
 from .lloyd import neighbour_lists
-from .selection import EmbeddedImages
 
 HUB_TIMES = 4.0  # chosen: a hub has at least so many times the average children,
 HUB_NORM = 0.5  # and their mean is at most this share as long as the median node's

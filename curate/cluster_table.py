@@ -31,7 +31,7 @@ from .cluster_figures import (
     size_figures,
     suspected_junk,
 )
-from .selection import EmbeddedImages
+from .inputs import EmbeddedImages
 
 TABLE_FIELDS = (
     pa.field("level", pa.int32()),  # 0 is the finest

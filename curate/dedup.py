@@ -15,9 +15,10 @@ from ..store.manifest import Provenance, open_manifest
 from ..store.memory import memory_budget
 from .exact import Exact, exact_duplicates, exact_work
 from .group_sheet import check_sheet, draw_groups
+from .inputs import Input, check_same_model, describe, open_input
 from .keep import parse_keep
 from .near import Linkage, NearSettings, near_duplicates
-from .selection import Input, check_same_model, describe, open_input, selection_provenance
+from .selection import selection_provenance
 from .verdict import say_verdict, write_verdict
 
 

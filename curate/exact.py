@@ -17,8 +17,8 @@ from ..store.images import image_id
 from ..store.vectors import Int64
 from .against import image_ids, same_keys
 from .identical import of_shared_size, pixel_id, read_ids, same_key
+from .inputs import EmbeddedImages, Input, read_unembedded
 from .keep import Keep, preference, preferred
-from .selection import EmbeddedImages, Input, read_unembedded
 from .verdict import REASONS, RESEMBLES, SAME_BYTES, SAME_PIXELS, STAYS, Verdict
 
 ID_LENGTH = 32  # of the hex digits of BLAKE2b-128

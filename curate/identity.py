@@ -10,7 +10,7 @@ from ..features.neighbors import Identity
 from ..store import tables
 from ..store.manifest import IMAGE_FIELDS
 from ..store.vectors import Int64
-from .selection import PLACE_FIELD, EmbeddedImages
+from .inputs import PLACE_FIELD, EmbeddedImages
 
 
 def identity_of(queries: Sequence[EmbeddedImages], pool: EmbeddedImages) -> Identity:

@@ -13,7 +13,7 @@ from .. import console
 from ..errors import ToolkitError
 from ..store.manifest import Manifest
 from ..store.vectors import Int64
-from .selection import EmbeddedImages
+from .inputs import EmbeddedImages
 
 
 @dataclass(frozen=True)

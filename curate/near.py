@@ -16,8 +16,8 @@ from ..store.vectors import Int64
 from .against import Matches, are_same, image_ids, matches, with_their_groups
 from .groups import Groups, duplicate_groups
 from .identical import same_key
+from .inputs import EmbeddedImages, Input, read_embedded
 from .keep import Keep, preference, preferred
-from .selection import EmbeddedImages, Input, read_embedded
 from .threshold import threshold_from_pool
 from .verdict import DUPLICATE, GROUPED, REASONS, RESEMBLES, SAME_BYTES, STAYS, Verdict, chained
 

@@ -12,8 +12,8 @@ from .. import console
 from ..features.neighbors import Identity, SearchSettings, nearest
 from ..store.vectors import Float32, Int64, Vectors, unit_length
 from .assignment import QuerySet, Retrieved
+from .inputs import EmbeddedImages
 from .kmeans import cluster_vectors
-from .selection import EmbeddedImages
 
 CLUSTER_COLUMN = "cluster_0"  # the finest clusters of a pool that `cluster` made
 NUM_RESAMPLINGS = 10  # of the clusters that a pool without any is put into

@@ -21,20 +21,18 @@ from ..store.memory import memory_budget
 from ..store.vectors import Int64
 from .assignment import QuerySet, Retrieved, at_most, best_of_each, fill, neighbors_of, together, wanted
 from .identity import identity_of
-from .parts import distinct_names, split_number
-from .query_clusters import clusters_of, num_own_clusters, some_of_each_cluster
-from .selection import (
+from .inputs import (
     EmbeddedImages,
-    Selection,
     check_same_model,
     describe,
     open_input,
     read_embedded,
     say_choice,
-    selection_provenance,
     warn_of_plain_features,
-    write_table,
 )
+from .parts import distinct_names, split_number
+from .query_clusters import clusters_of, num_own_clusters, some_of_each_cluster
+from .selection import Selection, selection_provenance, write_table
 
 DEFAULT_K = 4
 QUERY_SOURCE = "queries"  # `source` of the queries that come along

@@ -22,7 +22,8 @@ from ..store.manifest import (
     removed_path,
 )
 from ..store.vectors import Float64, Int64
-from .selection import EmbeddedImages, selected, write_table
+from .inputs import EmbeddedImages
+from .selection import selected, write_table
 
 DUPLICATE = "near-duplicate"
 SAME_BYTES = "same bytes"

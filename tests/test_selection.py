@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2_toolkit.curate.identity import identity_of
+from dinov2_toolkit.curate.inputs import EmbeddedImages, open_input, read_embedded
 from dinov2_toolkit.curate.retrieve import RetrieveSettings, retrieve_images
-from dinov2_toolkit.curate.selection import EmbeddedImages, Selection, open_input, read_embedded, selected, write_table
+from dinov2_toolkit.curate.selection import Selection, selected, write_table
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store import image_columns, tables
 from dinov2_toolkit.store.artifact import Options

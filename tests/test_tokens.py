@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
-from dinov2_toolkit.curate.selection import Input, check_same_model
+from dinov2_toolkit.curate.inputs import Input, check_same_model
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.extract import FeatureModel, extract, feature_model, open_model, with_choice
 from dinov2_toolkit.features.tokens import TokenChoice, Tokens

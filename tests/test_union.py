@@ -9,8 +9,8 @@ import pytest
 
 from dinov2_toolkit.curate.cluster import ClusterSettings, cluster_images
 from dinov2_toolkit.curate.dedup import DedupSettings, dedup_images
+from dinov2_toolkit.curate.inputs import open_input
 from dinov2_toolkit.curate.retrieve import RetrieveSettings, retrieve_images
-from dinov2_toolkit.curate.selection import open_input
 from dinov2_toolkit.curate.union import Part, UnionSettings, parse_parts, union_manifests
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store.artifact import Options
