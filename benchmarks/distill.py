@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from dinov2_toolkit.benchmarks.measured import dinov2
 from dinov2_toolkit.models.weights import load_model, save_model
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
@@ -40,15 +40,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where runs are kept; default a temporary one")
     parser.add_argument("--output", type=Path, help="Markdown file")
     return parser.parse_args()
-
-
-def dinov2(folder: Path, threads: int, *arguments: str) -> tuple[str, float]:
-    """Run a command in the folder; return its stdout and its seconds."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DINOV2_CATALOG": str(folder / "catalog.duckdb")}
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "dinov2_toolkit", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout, time.perf_counter() - start
 
 
 def strip_heads(run: Path, folder: Path) -> None:
@@ -77,7 +68,9 @@ def train(folder: Path, threads: int, steps: int, kind: str, seed: int) -> float
         "features": ["distill", pool, "--teacher", stripped, "--objective", "features", *HALF],
     }[kind]
     shared = ["--recipe", "tiny", "--set", f"steps={steps}", "--seed", str(seed), "--resume", "-q"]
-    _, seconds = dinov2(folder, threads, "train", *arguments, "-o", f"{kind}-{seed}", *shared)
+    start = time.perf_counter()
+    dinov2(folder, "train", *arguments, "-o", f"{kind}-{seed}", *shared, threads=threads)
+    seconds = time.perf_counter() - start
     print(f"{kind} of seed {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return seconds
 
@@ -86,9 +79,8 @@ def accuracies(folder: Path, threads: int, models: list[str]) -> list[float]:
     """Return the k-NN accuracy of each model in percent."""
     sets = ["--train", str(DATA / "fashion_probe_train.parquet"), "--test", str(DATA / "fashion_probe_test.parquet")]
     named = [argument for model in models for argument in ("--model", model)]
-    printed, _ = dinov2(
-        folder, threads, "evaluate", "probe", *sets, "--method", "knn", *named, "--json", "--force", "-q"
-    )
+    probe = ["evaluate", "probe", *sets, "--method", "knn", *named, "--json", "--force", "-q"]
+    printed = dinov2(folder, *probe, threads=threads)
     rows = [row for row in json.loads(printed)["rows"] if row["metric"] == "top1" and row["parameters"]["k"] == K]
     found = {row["model"]: 100 * row["value"] for row in rows}
     return [found[model] for model in models]

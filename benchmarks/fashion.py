@@ -9,26 +9,18 @@ given again goes on where it stopped.
 """
 
 import argparse
-import gzip
-import io
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from dinov2_toolkit import console
-from dinov2_toolkit.benchmarks.measured import write_result
+from dinov2_toolkit.benchmarks.measured import dinov2, write_result
+from dinov2_toolkit.examples.build_data import Split, read_split, row_of, write_parquet
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import save_model
@@ -43,28 +35,10 @@ SPLITS = {"train": "train", "test": "t10k"}
 METHODS = ("knn", "linear", "logreg")
 SUPERVISED_LR, SUPERVISED_WEIGHT_DECAY = 1e-3, 0.05
 
-UInt8 = npt.NDArray[np.uint8]
 
-
-def read_split(folder: Path, name: str) -> tuple[UInt8, UInt8]:
-    """Return the images (N, 28, 28) and labels (N,) of a split from its gzipped IDX files."""
-    images = gzip.decompress((folder / f"{name}-images-idx3-ubyte.gz").read_bytes())
-    labels = gzip.decompress((folder / f"{name}-labels-idx1-ubyte.gz").read_bytes())
-    return np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
-
-
-def write_split(path: Path, images: UInt8, labels: UInt8) -> None:
-    """Write a split as a Parquet file of PNG files and labels."""
-    rows = []
-    for number, image in enumerate(images):
-        encoded = io.BytesIO()
-        Image.fromarray(image).save(encoded, "PNG")
-        rows.append({"bytes": encoded.getvalue(), "path": f"{number:05d}.png"})
-    pq.write_table(pa.table({"image": rows, "label": [str(label) for label in labels]}), path, row_group_size=1000)
-
-
-def supervise(config: TrainConfig, images: UInt8, labels: UInt8, seconds: float) -> tuple[VisionTransformer, int]:
+def supervise(config: TrainConfig, split: Split, seconds: float) -> tuple[VisionTransformer, int]:
     """Train the recipe's ViT on its global crops with the labels for so long; return it and the images it has seen."""
+    images, labels = split.images, split.labels
     torch.manual_seed(config.seed)
     backbone = build_backbone(config)
     head = torch.nn.Linear(backbone.embed_dim, int(labels.max()) + 1)
@@ -94,13 +68,6 @@ def supervise(config: TrainConfig, images: UInt8, labels: UInt8, seconds: float)
     return backbone.eval(), seen
 
 
-def command(folder: Path, *arguments: str) -> str:
-    """Run a command of the toolkit in the folder and return its stdout."""
-    environment = {**os.environ, "DINOV2_CATALOG": str(folder / "catalog.duckdb")}
-    words = [sys.executable, "-m", "dinov2_toolkit", *arguments]
-    return subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
 def main() -> None:
     """Train, score and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -111,20 +78,20 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     splits = {name: read_split(args.images, file) for name, file in SPLITS.items()}
-    for name, (images, labels) in splits.items():
+    for name, split in splits.items():
         if not (folder / f"{name}.parquet").exists():
-            write_split(folder / f"{name}.parquet", images, labels)
+            write_parquet([row_of(split, row) for row in range(len(split.labels))], folder / f"{name}.parquet")
 
     # Without labels, then with them for as long.
     took = folder / "seconds.json"
     if not took.exists():
         start = time.monotonic()
-        command(folder, "train", "pretrain", "train.parquet", "-o", "run", "--recipe", "tiny", "--resume")
+        dinov2(folder, "train", "pretrain", "train.parquet", "-o", "run", "--recipe", "tiny", "--resume")
         took.write_text(json.dumps(round(time.monotonic() - start)))
     seconds = json.loads(took.read_text())
     config = resolve(TrainConfig, recipe="tiny", environment={}, flags={}, assignments=[])
     if not (folder / "labels" / "model.json").exists():
-        backbone, num_seen = supervise(config, *splits["train"], seconds)
+        backbone, num_seen = supervise(config, splits["train"], seconds)
         side, ratio = config.global_crop_size_px, config.crop_ratio
         save_model(
             folder / "labels",
@@ -149,7 +116,7 @@ def main() -> None:
     methods = [word for method in METHODS for word in ("--method", method)]
     named = [word for model in models for word in ("--model", model)]
     sets = ["--train", "train.parquet", "--test", "test.parquet", "-o", "scores.parquet", "--json"]
-    scores = json.loads(command(folder, "evaluate", "probe", *sets, *methods, *named))["rows"]
+    scores = json.loads(dinov2(folder, "evaluate", "probe", *sets, *methods, *named))["rows"]
 
     def best(model: str, method: str) -> str:
         found = [

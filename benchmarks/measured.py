@@ -55,6 +55,15 @@ def in_a_process(*arguments: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+def dinov2(folder: Path, *arguments: str, threads: int | None = None) -> str:
+    """Run a command of the toolkit in a folder, with a catalog of its own, and return its stdout."""
+    environment = {**os.environ, "DINOV2_CATALOG": str(folder / "catalog.duckdb")}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    words = [sys.executable, "-m", "dinov2_toolkit", *arguments]
+    return subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def write_result(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], notes: str) -> None:
     """Print a table and write it to results/NAME.md with machine, versions, date and command."""
 
