@@ -48,8 +48,8 @@ def split(folder: Path) -> None:
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         rank[rows] = np.arange(len(rows))
-    for name, rows in (("train", rank % 4 > 0), ("test", rank % 4 == 0)):
-        pq.write_table(table.filter(rows), folder / f"{name}.parquet", row_group_size=500)
+    for name, wanted in (("train", rank % 4 > 0), ("test", rank % 4 == 0)):
+        pq.write_table(table.filter(wanted), folder / f"{name}.parquet", row_group_size=500)
 
 
 def files(folder: Path) -> dict[str, str]:

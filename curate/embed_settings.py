@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..features.extract import FeatureBatch, FeatureModel, Reading, extract, open_model, with_choice
+from ..features.decoding import Reading
+from ..features.extract import FeatureBatch, FeatureModel, extract, open_model, with_choice
 from ..features.processes import local_count
 from ..features.tokens import TokenChoice, Tokens
 from ..store.artifact import Options

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.features import decoding
 from dinov2_toolkit.features import extract as extract_module
+from dinov2_toolkit.features.decoding import load_batches
 from dinov2_toolkit.features.extract import (
     FeatureModel,
     PixelBackbone,
     extract,
     feature_model,
-    load_batches,
     open_model,
     pixels_model,
 )
@@ -110,9 +111,9 @@ def test_failures_alone_are_told_too(uris: list[str]) -> None:
 
 def test_decoding_goes_on_while_the_model_computes(uris: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     second_batch_decoded = threading.Event()
-    load, forward = extract_module.load, extract_module.forward
+    load, forward = decoding.load, extract_module.forward
 
-    def announced(uri: str, preprocess: Preprocess) -> extract_module.Loaded | int | str:
+    def announced(uri: str, preprocess: Preprocess) -> decoding.Loaded | int | str:
         loaded = load(uri, preprocess)
         if uri == uris[15]:
             second_batch_decoded.set()
@@ -124,7 +125,7 @@ def test_decoding_goes_on_while_the_model_computes(uris: list[str], monkeypatch:
         assert second_batch_decoded.wait(timeout=10)
         return forward(backbone, preprocess, pixels, device)
 
-    monkeypatch.setattr(extract_module, "load", announced)
+    monkeypatch.setattr(decoding, "load", announced)
     monkeypatch.setattr(extract_module, "forward", patient)
     batches = list(extract(pixels_model(), uris, batch_size=4, num_workers=2))
     assert [len(batch.indices) for batch in batches] == [4, 4, 4, 4, 4, 4, 3]
