@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 
 from dinov2_toolkit.benchmarks.measured import dinov2
-from dinov2_toolkit.models.weights import load_model, save_model
+from dinov2_toolkit.models.saved import save_model
+from dinov2_toolkit.models.weights import load_model
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 HALF = ["--set", "embed_dim=96"]

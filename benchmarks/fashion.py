@@ -22,8 +22,8 @@ from dinov2_toolkit import console
 from dinov2_toolkit.benchmarks.measured import dinov2, write_result
 from dinov2_toolkit.examples.build_data import Split, read_split, row_of, write_parquet
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.models.weights import save_model
 from dinov2_toolkit.store.memory import keep_freed_memory
 from dinov2_toolkit.train.build import build_backbone
 from dinov2_toolkit.train.config import TrainConfig, resolve

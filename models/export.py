@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..errors import ToolkitError
 from .architecture import backbone_settings
 from .formats import MODEL_METADATA, timm_names
+from .saved import Preprocessing, model_description
 from .vit import Features, VisionTransformer
-from .weights import Model, Preprocessing, load_backbone, model_description
+from .weights import Model, load_backbone
 
 Format = Literal["hf", "official", "timm", "onnx", "safetensors"]
 

@@ -10,8 +10,8 @@ from PIL import Image
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate.attention import AttentionSettings, draw_attention, heat, last_attention
 from dinov2_toolkit.models.block import Block
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.models.weights import save_model
 from dinov2_toolkit.store.artifact import Options
 
 

@@ -16,8 +16,9 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.export_hf import write_hugging_face
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.models.weights import load_backbone, load_heads, load_model, save_model
+from dinov2_toolkit.models.weights import load_backbone, load_heads, load_model
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.train.config import resolve

@@ -22,8 +22,8 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features import extract
 from dinov2_toolkit.features.extract import FeatureModel, pixels_model
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, crop_picture, normalise
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import Features, VisionTransformer
-from dinov2_toolkit.models.weights import save_model
 from dinov2_toolkit.store import catalog, manifest
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.images import decode, image_id

@@ -23,8 +23,8 @@ from dinov2_toolkit.curate.embedded_parts import missing_blocks, work_folder
 from dinov2_toolkit.errors import Stopped, ToolkitError
 from dinov2_toolkit.features import extract
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.models.weights import save_model
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.vectors import cache_folder
 

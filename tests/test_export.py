@@ -21,8 +21,9 @@ from dinov2_toolkit.manage.export import ExportSettings, export_model
 from dinov2_toolkit.models.block import Ffn
 from dinov2_toolkit.models.export import Format, all_tokens
 from dinov2_toolkit.models.preprocess import Preprocess, crop_picture, normalise
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.models.weights import load_backbone, load_model, save_model
+from dinov2_toolkit.models.weights import load_backbone, load_model
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, Result, write_run_provenance
 from dinov2_toolkit.store.manifest import Provenance, Source

@@ -23,8 +23,9 @@ from dinov2_toolkit.features.extract import (
     pixels_model,
 )
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, crop_picture, normalise
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import Features, VisionTransformer
-from dinov2_toolkit.models.weights import Model, save_model
+from dinov2_toolkit.models.weights import Model
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.images import image_id
 from dinov2_toolkit.store.manifest import Provenance

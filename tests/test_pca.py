@@ -18,8 +18,8 @@ from dinov2_toolkit.evaluate.pca import (
     principal_directions,
 )
 from dinov2_toolkit.evaluate.whole import open_viewer
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import build_vit
-from dinov2_toolkit.models.weights import save_model
 from dinov2_toolkit.store.artifact import Options
 
 SMALL_VIT = PcaSettings("random:vit_tiny/14", image_size=56)

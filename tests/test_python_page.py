@@ -10,8 +10,8 @@ from PIL import Image
 
 import dinov2_toolkit
 from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.models.weights import save_model
 from dinov2_toolkit.store.artifact import Options
 
 PAGE = (Path(dinov2_toolkit.__path__[0]) / "docs" / "python.md").read_text()

@@ -16,8 +16,8 @@ from dinov2_toolkit.evaluate.masks import open_masked_side, read_mask
 from dinov2_toolkit.evaluate.probe import ProbeSettings, probe
 from dinov2_toolkit.evaluate.scores import read_scores
 from dinov2_toolkit.evaluate.segment import at_points, mean_iou, overlaps, pixel_accuracy, predict
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.models.weights import save_model
 from dinov2_toolkit.store.artifact import Options
 
 COLOURS = np.array([(40, 60, 160), (200, 40, 40), (220, 200, 60)])

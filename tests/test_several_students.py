@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.head import ProjectionHead
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import Features, VisionTransformer
-from dinov2_toolkit.models.weights import load_backbone, load_heads, save_model
+from dinov2_toolkit.models.weights import load_backbone, load_heads
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.train.config import resolve

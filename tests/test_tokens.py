@@ -17,8 +17,9 @@ from dinov2_toolkit.features.extract import FeatureModel, extract, feature_model
 from dinov2_toolkit.features.tokens import TokenChoice, Tokens
 from dinov2_toolkit.features.windows import Layout, cut, stitch
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, crop_picture, normalise
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import Features, VisionTransformer
-from dinov2_toolkit.models.weights import Model, save_model
+from dinov2_toolkit.models.weights import Model
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import open_manifest
 

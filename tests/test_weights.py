@@ -15,16 +15,9 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.architecture import backbone_settings
 from dinov2_toolkit.models.block import Attention, Ffn
 from dinov2_toolkit.models.head import ProjectionHead
+from dinov2_toolkit.models.saved import Preprocessing, read_model_json, save_model
 from dinov2_toolkit.models.vit import ARCHITECTURES, VisionTransformer, build_vit
-from dinov2_toolkit.models.weights import (
-    Preprocessing,
-    load_backbone,
-    load_heads,
-    load_model,
-    model_content_id,
-    read_model_json,
-    save_model,
-)
+from dinov2_toolkit.models.weights import load_backbone, load_heads, load_model, model_content_id
 
 DEEP = Preprocessing(28, 1.0, (0.1, 0.2), (0.3, 0.4), bit_depth=16)
 PREPROCESSING = Preprocessing(image_size=28, crop_ratio=1.0, mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))

@@ -25,8 +25,8 @@ from torch import Tensor
 from ..errors import ToolkitError
 from ..models.head import ProjectionHead
 from ..models.preprocess import Preprocess
+from ..models.saved import TEACHER_FILE, save_model, save_students
 from ..models.vit import VisionTransformer
-from ..models.weights import TEACHER_FILE, save_model, save_students
 from .distill_model import DistillModel
 from .feature_distill_model import FeatureDistillModel
 from .several_students import SeveralStudents

@@ -14,7 +14,8 @@ from torch import nn
 
 from .. import console
 from ..errors import ToolkitError
-from ..models.weights import MODEL_JSON, load_heads, load_model, model_content_id
+from ..models.saved import MODEL_JSON
+from ..models.weights import load_heads, load_model, model_content_id
 from ..store.artifact import Options, Result, read_run_provenance, recorded, write_run_provenance
 from ..store.manifest import Source
 from . import draws

@@ -15,8 +15,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from .. import console
 from ..errors import ToolkitError
 from ..features.launched import adopt_slurm
+from ..models.saved import MODEL_JSON
 from ..models.vit import VisionTransformer
-from ..models.weights import MODEL_JSON
 from ..store.artifact import Options, Result, difference, read_run_provenance, write_run_provenance
 from ..store.manifest import Provenance, Source
 from ..store.memory import keep_freed_memory
