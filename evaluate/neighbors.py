@@ -73,19 +73,21 @@ def draw_neighbors(query: str, output: str, settings: NeighborSettings, options:
         manifest is not None and settings.pool is None and {"query_id", "rank", "similarity"} <= set(manifest.names())
     )
     if manifest is not None and is_retrieved:
-        other = _open("queries", _queries_of(manifest, settings))
-        inputs, seed = [manifest.source("manifest"), other.source("queries")], 0
-        read = partial(_retrieved, manifest, other, settings, options)
+        sets = [_open("queries", each) for each in _queries_of(manifest, settings)]
+        inputs, seed = [manifest.source("manifest"), *(each.source("queries") for each in sets)], 0
+        read, wanted = partial(_retrieved, manifest, sets, settings, options), f"what {query} retrieved"
     elif manifest is not None:
-        other = _open("pool", _pool(settings))
-        inputs, seed = [manifest.source("manifest"), other.source("pool")], 0
-        read = partial(_nearest, partial(_embedded, manifest, options.limit), other, settings)
+        pool = _open("pool", _pool(settings))
+        inputs, seed = [manifest.source("manifest"), pool.source("pool")], 0
+        read = partial(_nearest, partial(_embedded, manifest, options.limit), pool, settings)
+        wanted = f"the nearest of {pool.num_rows:,} in {pool.path}"
     else:
-        other = _open("pool", _pool(settings))
+        pool = _open("pool", _pool(settings))
         images = open_images([query], str(path.absolute()), limit=options.limit)
-        model = _model_of(other, settings, options.seed)
-        inputs, seed = [*images.inputs, other.source("pool"), model.source], options.seed
-        read = partial(_nearest, partial(_embed, images, model), other, settings)
+        model = _model_of(pool, settings, options.seed)
+        inputs, seed = [*images.inputs, pool.source("pool"), model.source], options.seed
+        read = partial(_nearest, partial(_embed, images, model), pool, settings)
+        wanted = f"the nearest of {pool.num_rows:,} in {pool.path}"
     provenance = Provenance(
         kind="picture",
         command="evaluate neighbors",
@@ -96,8 +98,7 @@ def draw_neighbors(query: str, output: str, settings: NeighborSettings, options:
     if is_picture_up_to_date(path, provenance, options):
         return None if options.dry_run else Result(output)
     if options.dry_run:
-        found = f"what {query} retrieved" if is_retrieved else f"the nearest of {other.num_rows:,} in {other.path}"
-        console.say(f"would draw queries and {found}, up to {settings.k} each, to {path}")
+        console.say(f"would draw queries and {wanted}, up to {settings.k} each, to {path}")
         return None
     lines = read()
     brought = "what each query brought" if is_retrieved else "the nearest in the pool by cosine"
@@ -131,21 +132,22 @@ def _pool(settings: NeighborSettings) -> Path:
     return chosen
 
 
-def _queries_of(retrieved: Manifest, settings: NeighborSettings) -> Path:
-    """Return the manifest that holds the query images of a selection."""
+def _queries_of(retrieved: Manifest, settings: NeighborSettings) -> list[Path]:
+    """Return the manifests that hold the query images of a selection."""
     if settings.queries is not None:
-        return settings.queries
+        return [settings.queries]
     inputs: Sequence[Source] = retrieved.provenance.inputs if retrieved.provenance else ()
-    recorded = next((Path(source.path) for source in inputs if source.role == "queries"), None)
-    if recorded is None or not recorded.exists():
+    recorded = [Path(source.path) for source in inputs if source.role == "queries"]
+    missing = [path for path in recorded if not path.exists()]
+    if missing or not recorded:
         raise ToolkitError(
-            f"the queries of {retrieved.path} are {'not known' if recorded is None else f'gone: no {recorded}'};"
+            f"the queries of {retrieved.path} are {f'gone: no {missing[0]}' if missing else 'not known'};"
             " name them by --queries"
         )
     return recorded
 
 
-def _retrieved(retrieved: Manifest, queries: Manifest, settings: NeighborSettings, options: Options) -> list[Line]:
+def _retrieved(retrieved: Manifest, sets: list[Manifest], settings: NeighborSettings, options: Options) -> list[Line]:
     """Return the first queries of a selection and the images that each brought, by rank."""
     found = read_images(retrieved).select(["uri", "label"])
     for name in ("query_id", "rank", "similarity"):
@@ -154,11 +156,12 @@ def _retrieved(retrieved: Manifest, queries: Manifest, settings: NeighborSetting
     wanted = found.column("query_id").unique()[: options.limit]
     if not len(wanted):
         raise ToolkitError(f"no row of {retrieved.path} was brought by a query; make it by `dinov2 curate retrieve`")
-    images = read_images(queries).select(["image_id", "uri", "label"])
+    images = pa.concat_tables(read_images(queries).select(["image_id", "uri", "label"]) for queries in sets)
     places = pc.index_in(wanted, value_set=images.column("image_id").combine_chunks())
     if places.null_count:
         raise ToolkitError(
-            f"{places.null_count} of {len(wanted)} queries of {retrieved.path} are not in {queries.path};"
+            f"{places.null_count} of {len(wanted)} queries of {retrieved.path} are not in"
+            f" {', '.join(str(queries.path) for queries in sets)};"
             " name by --queries what `retrieve` was given"
         )
     lines: list[Line] = []

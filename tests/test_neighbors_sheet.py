@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
-from dinov2_toolkit.curate.retrieve import RetrieveSettings, retrieve_images
+from dinov2_toolkit.curate.retrieve import Queries, RetrieveSettings, retrieve_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate import neighbors
 from dinov2_toolkit.evaluate.neighbors import NeighborSettings, draw_neighbors
@@ -100,6 +100,15 @@ def test_of_a_selection_the_images_are_those_that_each_query_brought(drawn: Draw
     ]
     draw_neighbors("curated.parquet", "one.png", NeighborSettings(k=1), Options(limit=1))
     assert captions(drawn) == [(["at 10"], [f"{cosine(5)}  at 15"])]
+
+
+def test_of_several_query_sets_every_query_is_found(drawn: Drawn) -> None:
+    one, other = embedded("one", [10], "queries"), embedded("other", [80], "queries")
+    pool = embedded("pool", [0, 75, 15, 90])
+    sets = (Queries(one), Queries(other))
+    retrieve_images(sets, pool, "curated.parquet", RetrieveSettings(k=1), Options())
+    draw_neighbors("curated.parquet", "sheet.png", NeighborSettings(), Options())
+    assert captions(drawn) == [(["at 10"], [f"{cosine(5)}  at 15"]), (["at 80"], [f"{cosine(5)}  at 75"])]
 
 
 def test_queries_that_are_gone_must_be_named(drawn: Drawn) -> None:
