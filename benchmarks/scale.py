@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dinov2_toolkit.benchmarks.measured import write_result
 from dinov2_toolkit.benchmarks.synthetic import write
-from dinov2_toolkit.features.products import num_workers
+from dinov2_toolkit.features.threads import num_cores
 from dinov2_toolkit.store.manifest import open_manifest
 
 QUERIES = 10_000
@@ -70,7 +70,7 @@ def main() -> None:
     total = [sum(part[key] for part in done.values()) / 60 for key in ("wall", "cpu")]
     rows.append(("all", "", f"{total[0]:.1f}", f"{total[1]:.1f}", f"{max(part['peak'] for part in done.values()):.0f}"))
     notes = (
-        f"`--memory {args.memory}`, `--num-clusters 5000,100`, {QUERIES:,} queries, k = 4, threads: {num_workers()};"
+        f"`--memory {args.memory}`, `--num-clusters 5000,100`, {QUERIES:,} queries, k = 4, threads: {num_cores()};"
         " cells and centroids are made anew. Peak memory is all that was resident at a time, pages of mapped files that"
         " can be given back included."
     )

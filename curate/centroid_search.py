@@ -5,7 +5,6 @@ Every product is made by one thread and has a shape that does not depend on how 
 B vectors, K centroids, G coarse centroids, L listed by each, D numbers a vector.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..features.products import device, product, run
+from ..features.products import device, product
+from ..features.threads import Workers, run
 from ..store.vectors import Float32, Int64, unit_length
 from .allocation import Int32
 
@@ -84,7 +84,7 @@ def _best(points: Tensor, targets: Tensor, offsets: Float32 | None) -> tuple[Int
 
 
 def search_points(
-    points: Float32, centroids: Centroids, threads: ThreadPoolExecutor, lists: Lists | None = None
+    points: Float32, centroids: Centroids, threads: Workers, lists: Lists | None = None
 ) -> tuple[Int32, Float32]:
     """Return the same of points (S, D) in memory, by several threads; (S,) each."""
     assignments, scores = np.empty(len(points), np.int32), np.empty(len(points), np.float32)
@@ -99,7 +99,7 @@ def search_points(
     return assignments, scores
 
 
-def make_lists(centroids: Centroids, num_listed: int, threads: ThreadPoolExecutor, seed: int) -> Lists:
+def make_lists(centroids: Centroids, num_listed: int, threads: Workers, seed: int) -> Lists:
     """Return lists of the `num_listed` centroids that are nearest to each of about 8 sqrt(K) coarse centroids."""
     count = min(len(centroids), COARSE_FACTOR * round(len(centroids) ** 0.5))
     chosen = np.sort(np.random.default_rng([seed, 11]).choice(len(centroids), count, replace=False))
@@ -116,7 +116,7 @@ def make_lists(centroids: Centroids, num_listed: int, threads: ThreadPoolExecuto
     return Lists(coarse, neighbours_of(coarse.vectors, centroids, num_listed, threads))
 
 
-def neighbours_of(points: Float32, centroids: Centroids, num: int, threads: ThreadPoolExecutor) -> Int64:
+def neighbours_of(points: Float32, centroids: Centroids, num: int, threads: Workers) -> Int64:
     """Return for each of the points (B, D) the `num` centroids of the highest scores, by number, (B, num)."""
     num = min(num, len(centroids))
     targets, offsets = torch.from_numpy(centroids.vectors).to(device()), centroids.offsets()
@@ -132,7 +132,7 @@ def neighbours_of(points: Float32, centroids: Centroids, num: int, threads: Thre
 
 
 def suited_lists(
-    centroids: Centroids, sample: Float32, recall: float, threads: ThreadPoolExecutor, seed: int
+    centroids: Centroids, sample: Float32, recall: float, threads: Workers, seed: int
 ) -> tuple[Lists | None, float]:
     """Return lists by which at least `recall` of a sample (B, D) find their nearest centroid, and the measured share.
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..features.products import workers
+from ..features.threads import workers
 from ..store.vectors import Float32, Float64, Int64, unit_length
 from .balance import normalised_entropy
 from .centroid_search import Centroids, Metric

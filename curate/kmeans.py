@@ -5,15 +5,14 @@ Centroids are fitted to a sample in memory; then all vectors are assigned as the
 N vectors, S of them sampled, D numbers a vector, K clusters, B vectors of a block.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.products import run, workers
 from ..features.similarity import tolerance
+from ..features.threads import Workers, run, workers
 from ..store.memory import memory_budget
 from ..store.vectors import Float32, Float64, Int64, Vectors, release
 from .allocation import Int32
@@ -128,7 +127,7 @@ def _fit_sample(
     seed: int,
     settings: KMeansSettings,
     progress: _Progress,
-    threads: ThreadPoolExecutor,
+    threads: Workers,
 ) -> Centroids:
     budget = settings.memory or memory_budget(None)
     most = budget // 3 // (4 * vectors.dim)  # a resampling copies half of them; the search needs room as well
@@ -175,7 +174,7 @@ def fit_centroids(
     seed: int,
     settings: KMeansSettings,
     progress: _Progress,
-    threads: ThreadPoolExecutor,
+    threads: Workers,
 ) -> Float32:
     """Return centroids (K, D) of points (S, D), k-means run again on what each cluster's centre says.
 
@@ -238,7 +237,7 @@ def _state(kept: dict[str, Array]) -> State:
 
 
 def _assign_all(
-    vectors: Vectors, centroids: Centroids, lists: Lists | None, progress: _Progress, threads: ThreadPoolExecutor
+    vectors: Vectors, centroids: Centroids, lists: Lists | None, progress: _Progress, threads: Workers
 ) -> tuple[Int32, Float32]:
     """Return the centroid of every vector and the distance to it, (N,) each; goes on where it was interrupted."""
     num, saved = len(vectors), progress.saved
@@ -293,7 +292,7 @@ def exact_distances(stored: Float32, centroids: Centroids, assignments: Int64) -
     return distances.astype(np.float32)
 
 
-def _polished(vectors: Vectors, centroids: Centroids, what: str, threads: ThreadPoolExecutor) -> Centroids:
+def _polished(vectors: Vectors, centroids: Centroids, what: str, threads: Workers) -> Centroids:
     """Return the means of all vectors that are nearest to each centroid, after one pass over them."""
     sums: Float64 = np.zeros(centroids.vectors.shape)
     sizes = np.zeros(len(centroids), np.int64)
@@ -322,7 +321,7 @@ def _ends(part: slice) -> tuple[int, int]:
     return part.start, part.stop
 
 
-def _filled(vectors: Vectors, made: Clustering, metric: Metric, threads: ThreadPoolExecutor) -> Clustering:
+def _filled(vectors: Vectors, made: Clustering, metric: Metric, threads: Workers) -> Clustering:
     """Return the clustering with empty clusters at the vectors that are farthest from their centroids."""
     centroids, assignments, distances = made.centroids.copy(), made.assignments, made.distances
     for _ in range(MAX_REFILLS):

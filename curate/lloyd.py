@@ -7,7 +7,6 @@ S points, K clusters, D numbers a point.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..features.products import device, product, run
+from ..features.products import device, product
 from ..features.similarity import tolerance
+from ..features.threads import Workers, run
 from ..store.vectors import Float32, Float64, Int64, unit_length
 from .allocation import Int32, allocate
 from .balance import seeded_keys
@@ -52,9 +52,7 @@ class State:
 Keep = Callable[[State], None]
 
 
-def fit(
-    points: Float32, num_clusters: int, metric: Metric, init: Init, seed: int, threads: ThreadPoolExecutor
-) -> State:
+def fit(points: Float32, num_clusters: int, metric: Metric, init: Init, seed: int, threads: Workers) -> State:
     """Return where iterations on points (S, D), at least K of them, start: centroids and who is nearest to which.
 
     For cosine the points have length 1.
@@ -75,7 +73,7 @@ def iterate(
     state: State,
     points: Float32,
     metric: Metric,
-    threads: ThreadPoolExecutor,
+    threads: Workers,
     *,
     num_iterations: int = NUM_ITERATIONS,
     keep: Keep = lambda state: None,
@@ -87,7 +85,7 @@ def iterate(
     return state
 
 
-def _iteration(state: State, points: Float32, metric: Metric, threads: ThreadPoolExecutor) -> State:
+def _iteration(state: State, points: Float32, metric: Metric, threads: Workers) -> State:
     assignments, distances = near_assignments(points, state.assignments, Centroids(state.centroids, metric), threads)
     objective = float(distances.sum(dtype=np.float64))
     fill_empty(assignments, distances, len(state.centroids), points.shape[1])
@@ -102,7 +100,7 @@ def _iteration(state: State, points: Float32, metric: Metric, threads: ThreadPoo
 
 
 def near_assignments(
-    points: Float32, assignments: Int32, centroids: Centroids, threads: ThreadPoolExecutor
+    points: Float32, assignments: Int32, centroids: Centroids, threads: Workers
 ) -> tuple[Int32, Float32]:
     """Return the nearest of the centroids near the present one for every point (S,), and its distance to it.
 
@@ -141,7 +139,7 @@ def near_assignments(
     return found, np.maximum(distances, 0)
 
 
-def neighbour_lists(centroids: Centroids, threads: ThreadPoolExecutor) -> Int64:
+def neighbour_lists(centroids: Centroids, threads: Workers) -> Int64:
     """Return the centroids near each, (K, 64) and itself among them: of very many, the near ones that a list holds."""
     if len(centroids) <= 2 * EXACT_CENTROIDS:
         return neighbours_of(centroids.vectors, centroids, NUM_NEIGHBOURS, threads)
@@ -182,9 +180,7 @@ def fill_empty(assignments: Int32, distances: Float32, num_clusters: int, dim: i
     assignments[farthest] = empty[: len(farthest)]
 
 
-def add_points(
-    sums: Float64, points: Float32, rows: Int64, clusters: Int32, threads: ThreadPoolExecutor, sign: int = 1
-) -> None:
+def add_points(sums: Float64, points: Float32, rows: Int64, clusters: Int32, threads: Workers, sign: int = 1) -> None:
     """Add points (S, D) at `rows` (M,) to the sums of their clusters (M,), or take them away, in a fixed order."""
     by = np.argsort(clusters, kind="stable")
     ranked = clusters[by]
@@ -216,7 +212,7 @@ def centroid_means(sums: Float64, sizes: Int64, before: Float32, metric: Metric)
 
 
 def starting_points(
-    points: Float32, num_clusters: int, metric: Metric, init: Init, seed: int, threads: ThreadPoolExecutor
+    points: Float32, num_clusters: int, metric: Metric, init: Init, seed: int, threads: Workers
 ) -> Float32:
     """Return K of the points (S, D), (K, D): any ("sampled"), or those that are far from each other ("k-means++").
 

@@ -14,9 +14,10 @@ import torch
 from .. import console
 from ..store.vectors import Float32, Float64, Int64, Vectors
 from .cells import Cells
-from .products import product, run, unit_rows, workers
+from .products import product, unit_rows
 from .similarity import tolerance
 from .tasks import Batch, Task
+from .threads import run, workers
 
 SAMPLE_ROWS = 2_048  # chosen: rows by which it is found how much the bounds leave
 PRODUCTS = 1 << 23  # numbers a product

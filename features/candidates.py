@@ -1,4 +1,4 @@
-"""The nearest by float32, all queries against all of a pool, by products of tiles.
+"""The nearest by float32, all queries against all of a pool: by products of tiles, on a GPU by FAISS.
 
 A product is compared with what the k-th place of each query already holds; the few numbers that pass are collected and
 thinned out now and then. So next to nothing is spent beside the products, which run at the machine's full rate.
@@ -7,16 +7,17 @@ Q queries, N pool vectors, D numbers a vector, C candidates, B queries of a tile
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
+import faiss
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import console
 from ..store.vectors import RELEASED_BYTES, Float32, Int64, Vectors, release
-from .products import device, product, run, unit_rows, workers
+from .products import device, product, unit_rows
+from .threads import Workers, run, workers
 
 BLOCK_BYTES = 1 << 28  # chosen: what the queries that go through the pool together may take
 QUERY_ROWS = 16_384  # chosen: so many at most
@@ -24,6 +25,7 @@ TILE_QUERIES = 1_024  # chosen
 TILE_POOL = 4_096  # chosen
 FIRST_POOL = 1_024  # the first tile has no k-th place to compare with
 GPU_TILE_POOL = 1 << 17
+GPU_MOST = 2_048  # FAISS finds no more of each query on a GPU
 SLACK = 4  # candidates that are collected before they are thinned out, times C
 
 
@@ -104,8 +106,8 @@ def candidates(
     Similarities fall along a row and are within `tolerance(D)` of the exact ones, as are those of what is left out.
     `num` is at most N.
     """
-    on_gpu = device().type == "cuda"
-    console.detail(f"neighbours by {'the GPU' if on_gpu else 'the CPU'}")
+    on_gpu = device().type == "cuda" and faiss.get_num_gpus() > 0 and num <= GPU_MOST
+    console.detail(f"neighbours by {'FAISS on the GPU' if on_gpu else 'products of tiles'}")
     bar = nullcontext(no_progress) if progress is None else console.progress(progress, len(queries), "queries")
     search = _by_gpu if on_gpu else _by_tiles
     with workers() as threads, bar as advance:
@@ -127,7 +129,7 @@ def _by_tiles(
     stop: int,
     pool: Vectors,
     num: int,
-    threads: ThreadPoolExecutor,
+    threads: Workers,
     advance: Callable[..., None],
 ) -> tuple[Float32, Int64]:
     blocks = [(first, min(first + TILE_QUERIES, stop)) for first in range(start, stop, TILE_QUERIES)]
@@ -165,17 +167,21 @@ def _by_gpu(
     stop: int,
     pool: Vectors,
     num: int,
-    threads: ThreadPoolExecutor,
+    threads: Workers,
     advance: Callable[..., None],
 ) -> tuple[Float32, Int64]:
+    import faiss.contrib.torch_utils  # from here on, `knn_gpu` takes tensors
+
+    resources = faiss.StandardGpuResources()
     left = unit_rows(queries.array[queries.rows[start:stop]])
     values = left.new_empty((len(left), 0))
     positions = torch.empty((len(left), 0), dtype=torch.int64, device=left.device)
     for first in range(0, len(pool), GPU_TILE_POOL):
         right = unit_rows(pool.array[pool.rows[first : first + GPU_TILE_POOL]])
-        top = (left @ right.T).topk(min(num, len(right)), dim=1)
-        values = torch.cat([values, top.values], dim=1)
-        positions = torch.cat([positions, top.indices + first], dim=1)
+        most = min(num, len(right))
+        found = faiss.knn_gpu(resources, left, right, most, metric=faiss.METRIC_INNER_PRODUCT)
+        values = torch.cat([values, found[0]], dim=1)
+        positions = torch.cat([positions, found[1] + first], dim=1)
         top = values.topk(min(num, values.shape[1]), dim=1)
         values, positions = top.values, positions.gather(1, top.indices)
     advance(stop - start)

@@ -14,8 +14,9 @@ from ..store.vectors import RELEASED_BYTES, Float32, Float64, Int64, Vectors, re
 from .candidates import no_progress
 from .cells import Cells, Int32, open_cells
 from .exact_search import Identity, Neighbors, SearchSettings, exact_neighbors, num_candidates_for, settle
-from .products import product, run, unit_rows, workers
+from .products import product, unit_rows
 from .similarity import similarities, tolerance
+from .threads import run, workers
 
 MEASURED_QUERIES = 512  # chosen: queries that are searched exactly too
 QUERY_ROWS = 65_536  # queries that go through the cells together

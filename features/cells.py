@@ -30,7 +30,8 @@ from ..store.vectors import (
     make_room,
     release,
 )
-from .products import product, run, unit_rows, workers
+from .products import product, unit_rows
+from .threads import run, workers
 
 ROWS_A_CELL = 256  # chosen: rows in a cell, on average
 SAMPLE_A_CELL = 32  # chosen: rows by which a centroid is fitted

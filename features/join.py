@@ -17,8 +17,9 @@ from .bounds import bounded_batches
 from .cells import Cells, cells_key, open_cells
 from .exact_search import DEFAULTS, EXACT_PRODUCTS, SearchSettings
 from .graph import Bools, Graph
-from .products import TILE, run, tile_above, unit_rows, workers
+from .products import TILE, tile_above, unit_rows
 from .tasks import Batch, Task
+from .threads import run, workers
 from .width import join_width
 
 MORE = 3  # chosen: so many times the usual number of nearest cells, where that is too few

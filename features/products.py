@@ -7,12 +7,7 @@ B left vectors, C right vectors, D numbers a vector, E pairs.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,42 +17,12 @@ from .similarity import similarities, tolerance
 
 TILE = (1_024, 4_096)  # chosen: rows x columns of a product, 16 MB
 
-T = TypeVar("T")
-R = TypeVar("R")
 _buffers = threading.local()
 
 
 def device() -> torch.device:
     """Return where products are computed: on the GPU when there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def num_workers() -> int:
-    """Return how many products are computed at a time: as many as FAISS would take cores."""
-    return int(faiss.omp_get_max_threads())
-
-
-@contextmanager
-def workers() -> Iterator[ThreadPoolExecutor]:
-    """Yield threads for products, each of which takes one core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(num_workers()) as threads:
-            yield threads
-    finally:
-        torch.set_num_threads(before)
-
-
-def run(threads: ThreadPoolExecutor, step: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
-    """Yield `step(part)` of every part in their order, a few ahead at a time."""
-    waiting = []
-    for part in parts:
-        waiting.append(threads.submit(step, part))
-        if len(waiting) > 2 * num_workers():
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
 
 
 def unit_rows(stored: Stored) -> Tensor:

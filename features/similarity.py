@@ -3,13 +3,10 @@
 N vectors, D numbers a vector, P pairs.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
-import faiss
 import numpy as np
 
 from ..store.vectors import Float32, Float64, Int64, Vectors, release
+from .threads import in_parallel
 
 SETTLED_PAIRS = 1 << 20  # pairs looked at together, at most
 DECODED_BYTES = 192 << 20  # what their vectors may take
@@ -67,18 +64,6 @@ def _with_squares(vectors: Vectors, positions: Int64) -> tuple[Float32, Float64]
         block = stored[start : start + PAIRS_A_STEP].astype(np.float64)
         squares[start : start + len(block)] = np.einsum("pd,pd->p", block, block)
     return stored, squares
-
-
-def in_parallel(step: Callable[[int], None], starts: range) -> None:
-    """Run `step(start)` for all starts on as many threads as FAISS has; the steps write to places of their own."""
-    num_threads = faiss.omp_get_max_threads()
-    if num_threads == 1 or len(starts) < 2 * num_threads:
-        for start in starts:
-            step(start)
-        return
-    with ThreadPoolExecutor(num_threads) as threads:
-        for _ in threads.map(step, starts):
-            pass
 
 
 def first_identical(vectors: Vectors) -> Int64:

@@ -10,7 +10,8 @@ from .. import console
 from ..store.vectors import RELEASED_BYTES, Float64, Int64, Vectors, release
 from .cells import Cells
 from .exact_search import Identity, SearchSettings, exact_neighbors
-from .products import device, run, tile_above, unit_rows, workers
+from .products import device, tile_above, unit_rows
+from .threads import run, workers
 
 SAMPLE_ROWS = 16_384  # chosen: rows whose pairs are looked for in many cells
 SAMPLE_CELLS = 8  # chosen: in how many, times P: so many that what they miss is rare

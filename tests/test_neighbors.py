@@ -1,14 +1,17 @@
 """Neighbour search against float64 brute force."""
 
+import importlib
+
 import faiss
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dinov2_toolkit.features.candidates import _by_gpu, _by_tiles, candidates, no_progress
 from dinov2_toolkit.features.exact_search import exact_neighbors
 from dinov2_toolkit.features.neighbors import Identity, Neighbors, first_identical, nearest, tolerance
-from dinov2_toolkit.features.products import workers
+from dinov2_toolkit.features.threads import workers
 from dinov2_toolkit.store.manifest import Source
 from dinov2_toolkit.store.vectors import Float64, Int64, Stored, Vectors
 
@@ -110,18 +113,14 @@ def test_zero_vectors_are_similar_to_nothing() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("block_bytes", [1 << 16, 1 << 18])
-def test_blocks_and_threads_do_not_show(threads: int, block_bytes: int) -> None:
+def test_blocks_and_threads_do_not_show(threads: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     array = drawn(1_500, 12, 10)
     array[1_000:1_200] = array[3]
     vectors = as_vectors(array)
     order, itself = shuffled(1_500), Identity(np.arange(1_500), np.arange(1_500))
     whole = nearest(vectors, vectors, 20, order=order, identity=itself)
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(threads)
-    try:
-        assert_same(exact_neighbors(vectors, vectors, 20, order=order, identity=itself, block_bytes=block_bytes), whole)
-    finally:
-        faiss.omp_set_num_threads(before)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    assert_same(exact_neighbors(vectors, vectors, 20, order=order, identity=itself, block_bytes=block_bytes), whole)
 
 
 def test_float32_is_as_near_as_the_tolerance_says() -> None:
@@ -149,7 +148,14 @@ def test_a_pool_in_rising_order_of_similarity_is_searched_as_well() -> None:
     assert found.indices.tolist() == [[8_999, 8_998, 8_997, 8_996]] * 2
 
 
-def test_the_search_for_a_gpu_proposes_the_same() -> None:
+def test_the_search_for_a_gpu_proposes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def knn(resources: object, left: Tensor, right: Tensor, num: int, *, metric: int) -> tuple[Tensor, ...]:
+        return tuple(torch.from_numpy(part) for part in faiss.knn(left.numpy(), right.numpy(), num, metric))
+
+    importlib.import_module("faiss.contrib.torch_utils")  # replaces what is replaced here
+    monkeypatch.setattr(faiss, "knn_gpu", knn)
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: None)
+    monkeypatch.setattr("dinov2_toolkit.features.candidates.GPU_TILE_POOL", 700)
     queries, pool = as_vectors(drawn(70, 24, 20)), as_vectors(drawn(3_000, 24, 21))
     with workers() as threads:
         one = _by_gpu(queries, 0, 70, pool, 12, threads, no_progress)
