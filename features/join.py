@@ -4,11 +4,12 @@ N vectors, D numbers a vector, K cells, P nearest cells of a row, E pairs.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from .. import console
@@ -25,6 +26,7 @@ from .width import join_width
 MORE = 3  # chosen: so many times the usual number of nearest cells, where that is too few
 EXACT_ROWS = 4_096  # rows a block of the exact join
 OWN_ROWS = 256  # rows a tile where a run meets itself: half of the products are the other half's
+VISIT_ROWS = 65_536  # rows whose visits are looked up at a time
 BATCHES = 100  # chosen: into so many parts the cells are divided; after each the join can be continued
 
 
@@ -56,7 +58,7 @@ def components_above(
         tell = console.say if products > EXACT_PRODUCTS / 100 else console.detail
         tell(f"comparing all {num:,} vectors with all: {products:.1e} products are a matter of minutes at most")
         graph = Graph(weights, enough)
-        _join(graph, vectors, threshold, exact_batches(num), None, None)
+        _join(graph, vectors, threshold, exact_batches(num), None, (vectors.array,), None)
         return Joined(graph.components(), graph.degree, 1.0)
 
     cells = open_cells(vectors, search.seed)
@@ -90,7 +92,8 @@ def components_above(
         (cells_key(vectors, search.seed, cells.nearest.shape[1]), threshold, enough, search.recall >= 1, width)
     )
     digest = hashlib.blake2b(settings.encode() + weights.tobytes(), digest_size=16)
-    _join(graph, by_cell, threshold, batches, keep, cache_folder() / f"{digest.hexdigest()}-join.npy")
+    mapped = (by_cell.array, cells.nearest, cells.gaps)
+    _join(graph, by_cell, threshold, batches, keep, mapped, cache_folder() / f"{digest.hexdigest()}-join.npy")
 
     smallest = np.full(num, num)
     components = graph.components()
@@ -132,16 +135,33 @@ def visit_batches(cells: Cells, width: float) -> list[Batch]:
 
 
 def _visitors(cells: Cells, width: float) -> tuple[Int64, Int64]:
-    """Return the rows that visit each cell but their own, one cell after the other, and where each begins (K + 1,)."""
-    rows, visited = [], []
-    for place in range(1, cells.nearest.shape[1]):
-        visiting = np.flatnonzero(cells.gaps[:, place] <= width)
-        rows.append(visiting.astype(np.int32 if len(cells) < 2**31 else np.int64))
-        visited.append(cells.nearest[visiting, place])
-    cell = np.concatenate(visited)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(cells.centroids)))])
-    visitors: Int64 = np.concatenate(rows)[np.argsort(cell, kind="stable")]
+    """Return the rows that visit each cell but their own, rising, one cell after the other, and where each begins.
+
+    Counted first and put in place then, or they would be in memory several times.
+    """
+    num_cells = len(cells.centroids)
+    counts = np.zeros(num_cells, np.int64)
+    for visited, _ in _visits(cells, width):
+        counts += np.bincount(visited, minlength=num_cells)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    visitors = np.empty(offsets[-1], np.int32 if len(cells) < 2**31 else np.int64)
+    free = offsets[:-1].copy()
+    for visited, rows in _visits(cells, width):
+        by_cell = np.argsort(visited, kind="stable")
+        visited, rows = visited[by_cell], rows[by_cell]
+        visitors[free[visited] + np.arange(len(visited)) - np.searchsorted(visited, visited)] = rows
+        free += np.bincount(visited, minlength=num_cells)
     return visitors, offsets
+
+
+def _visits(cells: Cells, width: float) -> Iterator[tuple[Int64, Int64]]:
+    """Yield visited cells (E,) and the rows that visit them (E,), some thousand rows at a time."""
+    for start in range(0, len(cells), VISIT_ROWS):
+        rows = slice(start, start + VISIT_ROWS)
+        row, place = np.nonzero(cells.gaps[rows, 1:] <= width)
+        yield cells.nearest[rows, 1:][row, place].astype(np.int64), row + start
+        release(cells.gaps)
+        release(cells.nearest)
 
 
 def _once(cells: Cells, width: float) -> Callable[[Int64, Int64], Bools]:
@@ -162,27 +182,29 @@ def _join(
     threshold: float,
     batches: list[Batch],
     keep: Callable[[Int64, Int64], Bools] | None,
+    mapped: Sequence[npt.NDArray[np.generic]],
     kept: Path | None,
 ) -> None:
-    """Do all tasks, and keep in the file `kept` how far they are."""
+    """Do all tasks, and keep in the file `kept` how far they are; of what is `mapped`, pages are given back."""
     done = 0 if kept is None else graph.load(kept)
     if done:
         console.say(f"going on with an earlier search: {done / len(batches):.0%} is done")
 
     def compare(task: Task) -> int:
         _compare(graph, vectors, threshold, task, keep)
-        mapped = (task.right.stop - task.right.start) * vectors.dim * vectors.array.itemsize
+        in_sequence = (task.right.stop - task.right.start) * vectors.dim * vectors.array.itemsize
         visiting = 0 if isinstance(task.left, slice) else len(task.left)
-        return int(mapped + visiting * (RELEASED_BYTES // RELEASED_ROWS))
+        return int(in_sequence + visiting * (RELEASED_BYTES // RELEASED_ROWS))
 
     passed = 0
     with workers() as threads, console.progress("comparing", len(batches) - done, "parts") as advance:
         for number in range(done, len(batches)):
-            for mapped in run(threads, compare, batches[number]()):
-                passed += mapped
+            for read in run(threads, compare, batches[number]()):
+                passed += read
                 if passed > RELEASED_BYTES:
                     passed = 0
-                    release(vectors.array)
+                    for array in mapped:
+                        release(array)
             advance()
             if kept is not None:
                 graph.save(kept, number + 1)

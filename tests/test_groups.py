@@ -168,6 +168,20 @@ def test_a_recall_of_one_compares_all_where_bounds_leave_most(by_cells: None) ->
     assert found.labels.tolist() == slow_components(cosines(vectors) > 0.5)
 
 
+def test_visitors_of_a_cell_are_those_near_enough_to_it(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = cells.open_cells(in_memory(concepts(900, 15)), 0)
+    monkeypatch.setattr(join, "VISIT_ROWS", 100)
+    visitors, offsets = join._visitors(made, 0.3)
+    for cell in range(len(made.centroids)):
+        near = [
+            row
+            for row in range(len(made))
+            if cell in made.nearest[row, 1:] and made.gaps[row, made.nearest[row].tolist().index(cell)] <= 0.3
+        ]
+        assert visitors[offsets[cell] : offsets[cell + 1]].tolist() == near
+    assert len(visitors) > 900
+
+
 def test_threads_and_memory_do_not_show(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = concepts(2_000, 10)
     found = []
