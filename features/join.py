@@ -27,6 +27,8 @@ MORE = 3  # chosen: so many times the usual number of nearest cells, where that 
 EXACT_ROWS = 4_096  # rows a block of the exact join
 OWN_ROWS = 256  # rows a tile where a run meets itself: half of the products are the other half's
 VISIT_ROWS = 65_536  # rows whose visits are looked up at a time
+VISITORS = 4_096  # chosen: of a task, so that no task takes long and no thread waits long for another's
+AHEAD = 32  # chosen: tasks that wait for each thread, for they differ in size
 BATCHES = 100  # chosen: into so many parts the cells are divided; after each the join can be continued
 
 
@@ -125,8 +127,8 @@ def visit_batches(cells: Cells, width: float) -> list[Batch]:
             for cell in range(first, last):
                 members = cells.members(cell)
                 yield Task(members, members)
-                visiting = visitors[offsets[cell] : offsets[cell + 1]]
-                if len(visiting):
+                for start in range(offsets[cell], offsets[cell + 1], VISITORS):
+                    visiting = visitors[start : min(start + VISITORS, offsets[cell + 1])]
                     yield Task(visiting.astype(np.int64), members)
 
         return tasks
@@ -199,7 +201,7 @@ def _join(
     passed = 0
     with workers() as threads, console.progress("comparing", len(batches) - done, "parts") as advance:
         for number in range(done, len(batches)):
-            for read in run(threads, compare, batches[number]()):
+            for read in run(threads, compare, batches[number](), AHEAD):
                 passed += read
                 if passed > RELEASED_BYTES:
                     passed = 0

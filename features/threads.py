@@ -40,12 +40,12 @@ def workers() -> Iterator[Workers]:
         torch.set_num_threads(before)
 
 
-def run(threads: Workers, step: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
-    """Yield `step(part)` of every part in their order, a few ahead at a time."""
+def run(threads: Workers, step: Callable[[T], R], parts: Iterable[T], ahead: int = 2) -> Iterator[R]:
+    """Yield `step(part)` of every part in their order, each thread up to `ahead` parts ahead."""
     waiting = []
     for part in parts:
         waiting.append(threads.submit(step, part))
-        if len(waiting) > 2 * threads.count:
+        if len(waiting) > ahead * threads.count:
             yield waiting.pop(0).result()
     for future in waiting:
         yield future.result()
