@@ -3,8 +3,8 @@
     python benchmarks/clipart.py --folder out/clipart
 
 A quarter of the example clip art is held back; the recipe `tiny`, with larger crops, learns from the rest. In the
-table: raw pixels, the ViT untrained, the run, scored on the folder that each picture lies in. The README's pictures are
-drawn with the run: `docs/pictures`. A folder that is given again goes on where it stopped.
+table: raw pixels, the ViT untrained, the run, scored on the folder that each picture lies in. Pictures are drawn with
+the run to `docs/pictures`. A folder that is given again goes on where it stopped.
 """
 
 import argparse
