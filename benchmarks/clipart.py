@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from dinov2_toolkit.benchmarks.measured import dinov2, write_result
+from dinov2_toolkit.benchmarks.measured import dinov2, probed, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPART = ROOT / "examples" / "data" / "clipart.parquet"
@@ -85,20 +85,11 @@ def main() -> None:
         "random:run": "the ViT, untrained",
         "run": f"`train pretrain --recipe tiny`, crops of 42 px, {seconds / 60:.0f} minutes",
     }
-    methods = [word for method in METHODS for word in ("--method", method)]
-    named = [word for model in models for word in ("--model", model)]
-    sets = ["--train", "train.parquet", "--test", "test.parquet", "-o", "scores.parquet", "--json"]
-    scores = json.loads(dinov2(folder, "evaluate", "probe", *sets, *methods, *named))["rows"]
+    scores = probed(folder, (folder / "train.parquet", folder / "test.parquet"), list(models), METHODS)
 
     def score(model: str, method: str) -> str:
-        found = [
-            row
-            for row in scores
-            if (row["model"], row["method"], row["metric"]) == (model, method, "top1")
-            and (method != "knn" or row["parameters"]["k"] == 20)
-        ]
-        best = max(found, key=lambda row: float(row["value"]))
-        return f"{100 * best['value']:.1f} ({100 * best['low']:.1f} to {100 * best['high']:.1f})"
+        row = scores[model, method]
+        return f"{100 * row['value']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
 
     rows = [(name, *(score(model, method) for method in METHODS)) for model, name in models.items()]
     notes = (

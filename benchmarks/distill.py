@@ -24,13 +24,12 @@ from pathlib import Path
 
 import torch
 
-from dinov2_toolkit.benchmarks.measured import dinov2
+from dinov2_toolkit.benchmarks.measured import K, dinov2, probed
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.weights import load_model
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 HALF = ["--set", "embed_dim=96"]
-K = 20
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,17 +75,6 @@ def train(folder: Path, threads: int, steps: int, kind: str, seed: int) -> float
     return seconds
 
 
-def accuracies(folder: Path, threads: int, models: list[str]) -> list[float]:
-    """Return the k-NN accuracy of each model in percent."""
-    sets = ["--train", str(DATA / "fashion_probe_train.parquet"), "--test", str(DATA / "fashion_probe_test.parquet")]
-    named = [argument for model in models for argument in ("--model", model)]
-    probe = ["evaluate", "probe", *sets, "--method", "knn", *named, "--json", "--force", "-q"]
-    printed = dinov2(folder, *probe, threads=threads)
-    rows = [row for row in json.loads(printed)["rows"] if row["metric"] == "top1" and row["parameters"]["k"] == K]
-    found = {row["model"]: 100 * row["value"] for row in rows}
-    return [found[model] for model in models]
-
-
 def main() -> None:
     """Train all seeds, score them, print and write the table."""
     args = parse_arguments()
@@ -107,10 +95,11 @@ def main() -> None:
             taken = pool.map(lambda run: train(folder, args.threads, args.steps, *run), runs)
             seconds |= dict(zip(runs, taken, strict=True))
         minutes = (time.perf_counter() - start) / 60
-        names = [f"{kind}-{seed}" for kind in kinds for seed in seeds]
-        found = dict(zip(names, accuracies(folder, args.threads, names), strict=True))
+        names = ["random:scratch-0", *(f"{kind}-{seed}" for kind in kinds for seed in seeds)]
+        sets = DATA / "fashion_probe_train.parquet", DATA / "fashion_probe_test.parquet"
+        found = {model: 100 * row["value"] for (model, _), row in probed(folder, sets, names, ["knn"]).items()}
         scores = {kind: [found[f"{kind}-{seed}"] for seed in seeds] for kind in kinds}
-        (untrained,) = accuracies(folder, args.threads, ["random:scratch-0"])
+        untrained = found["random:scratch-0"]
     load = os.getloadavg()[0]
     means = {kind: statistics.mean(values) for kind, values in scores.items()}
     lines = [

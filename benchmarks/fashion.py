@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from dinov2_toolkit import console
-from dinov2_toolkit.benchmarks.measured import dinov2, write_result
+from dinov2_toolkit.benchmarks.measured import dinov2, probed, write_result
 from dinov2_toolkit.examples.build_data import Split, read_split, row_of, write_parquet
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_toolkit.models.saved import save_model
@@ -113,23 +113,10 @@ def main() -> None:
         "run": f"`train pretrain --recipe tiny`, {seconds / 60:.0f} minutes",
         "labels": "the ViT trained with labels for as long",
     }
-    methods = [word for method in METHODS for word in ("--method", method)]
-    named = [word for model in models for word in ("--model", model)]
-    sets = ["--train", "train.parquet", "--test", "test.parquet", "-o", "scores.parquet", "--json"]
-    scores = json.loads(dinov2(folder, "evaluate", "probe", *sets, *methods, *named))["rows"]
-
-    def best(model: str, method: str) -> str:
-        found = [
-            100 * score["value"]
-            for score in scores
-            if (score["model"], score["method"], score["metric"]) == (model, method, "top1")
-            and (method != "knn" or score["parameters"]["k"] == 20)
-        ]
-        return f"{max(found):.1f}"
-
+    scores = probed(folder, (folder / "train.parquet", folder / "test.parquet"), list(models), METHODS)
     header = ("", "images seen", "k-NN, k = 20", "linear", "logistic regression")
     rows = [
-        (name, f"{seen.get(model, 0):,}", *(best(model, method) for method in METHODS))
+        (name, f"{seen.get(model, 0):,}", *(f"{100 * scores[model, method]['value']:.1f}" for method in METHODS))
         for model, name in models.items()
     ]
     notes = (

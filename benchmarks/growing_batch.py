@@ -15,13 +15,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dinov2_toolkit.benchmarks.measured import dinov2, write_result
+from dinov2_toolkit.benchmarks.measured import K, dinov2, probed, write_result
 from dinov2_toolkit.train.schedules import batch_sizes
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 IMAGES = 32_000
 WARMUP_STEPS = 50  # of the first batch, in every arm
-K = 20
+METHODS = ("knn", "linear")
 SEEDS = range(3)
 
 # name: batch (as in a recipe), whether the rate is held after the warm-up
@@ -72,18 +72,12 @@ def main() -> None:
     runs = [(arm, seed) for seed in SEEDS for arm in ARMS]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda run: train(folder, *run), runs))
-    sets = ["--train", str(DATA / "fashion_probe_train.parquet"), "--test", str(DATA / "fashion_probe_test.parquet")]
-    named = [word for arm, seed in runs for word in ("--model", f"{arm}-{seed}")]
-    probe = ["evaluate", "probe", *sets, *named, "--method", "knn", "--method", "linear", "--json", "--force", "-q"]
-    scores = {
-        (row["model"], row["method"]): 100 * row["value"]
-        for row in json.loads(dinov2(folder, *probe))["rows"]
-        if row["metric"] == "top1" and (row["method"] == "linear" or row["parameters"]["k"] == K)
-    }
+    sets = DATA / "fashion_probe_train.parquet", DATA / "fashion_probe_test.parquet"
+    scores = probed(folder, sets, [f"{arm}-{seed}" for arm, seed in runs], METHODS)
     rows = []
     for arm in ARMS:
         names = [f"{arm}-{seed}" for seed in SEEDS]
-        found = {method: [scores[name, method] for name in names] for method in ("knn", "linear")}
+        found = {method: [100 * scores[name, method]["value"] for name in names] for method in METHODS}
         seconds = [json.loads((folder / name / "seconds.json").read_text()) for name in names]
         rows.append(
             (

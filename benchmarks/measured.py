@@ -1,6 +1,7 @@
 """What a benchmark measures and writes down: time, memory, the machine, a table."""
 
 import datetime
+import json
 import os
 import platform
 import resource
@@ -11,8 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+K = 20  # neighbours of a k-NN score
 
 
 @dataclass
@@ -62,6 +65,21 @@ def dinov2(folder: Path, *arguments: str, threads: int | None = None) -> str:
         environment["OMP_NUM_THREADS"] = str(threads)
     words = [sys.executable, "-m", "dinov2_toolkit", *arguments]
     return subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def probed(
+    folder: Path, sets: tuple[Path, Path], models: Sequence[str], methods: Sequence[str]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Score models by `evaluate probe` on a training and a test set; return the best of each (model, method).
+
+    Scores are top-1; k-NN's is that of k = 20.
+    """
+    named = [word for model in models for word in ("--model", model)]
+    named += [word for method in methods for word in ("--method", method)]
+    named += ["--train", str(sets[0]), "--test", str(sets[1]), "-o", "scores.parquet", "--json", "--force", "-q"]
+    rows = json.loads(dinov2(folder, "evaluate", "probe", *named))["rows"]
+    wanted = [row for row in rows if row["metric"] == "top1" and row["parameters"].get("k", K) == K]
+    return {(row["model"], row["method"]): row for row in sorted(wanted, key=lambda row: float(row["value"]))}
 
 
 def write_result(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], notes: str) -> None:

@@ -6,6 +6,7 @@ thinned out now and then. So next to nothing is spent beside the products, which
 Q queries, N pool vectors, D numbers a vector, C candidates, B queries of a tile, T pool vectors of a tile.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -21,8 +22,8 @@ from .threads import Workers, run, workers
 
 BLOCK_BYTES = 1 << 28  # chosen: what the queries that go through the pool together may take
 QUERY_ROWS = 16_384  # chosen: so many at most
-TILE_QUERIES = 1_024  # chosen
-TILE_POOL = 4_096  # chosen
+TILE_QUERIES = 512  # chosen: with 2,048, a tile and what it is made of stay in a cache
+TILE_POOL = 2_048  # chosen
 FIRST_POOL = 1_024  # the first tile has no k-th place to compare with
 GPU_TILE_POOL = 1 << 17
 GPU_MOST = 2_048  # FAISS finds no more of each query on a GPU
@@ -135,6 +136,7 @@ def _by_tiles(
     blocks = [(first, min(first + TILE_QUERIES, stop)) for first in range(start, stop, TILE_QUERIES)]
     points = [unit_rows(queries.array[queries.rows[first:last]]) for first, last in blocks]
     best = [Best(last - first, num) for first, last in blocks]
+    locks = [threading.Lock() for _ in blocks]
     first_tile = min(max(FIRST_POOL, num), len(pool))
     tiles = [(0, first_tile)]
     tiles += [(first, min(first + TILE_POOL, len(pool))) for first in range(first_tile, len(pool), TILE_POOL)]
@@ -142,18 +144,26 @@ def _by_tiles(
     def decode(tile: tuple[int, int]) -> Tensor:
         return unit_rows(pool.array[pool.rows[slice(*tile)]])
 
+    def tasks() -> Iterator[tuple[int, Tensor, int]]:
+        for (first, _), right in zip(tiles, run(threads, decode, tiles), strict=True):
+            for number in range(len(blocks)):
+                yield number, right, first
+
+    def compare(task: tuple[int, Tensor, int]) -> None:
+        number, right, first = task
+        products = product(points[number], right)
+        with locks[number]:  # tiles may come in any order
+            best[number].add(products, first)
+
+    compared = run(threads, compare, tasks())
     passed, told = 0, 0
-    for tile, right in zip(tiles, run(threads, decode, tiles), strict=True):
-
-        def compare(number: int, right: Tensor = right, first: int = tile[0]) -> None:
-            best[number].add(product(points[number], right), first)
-
-        for _ in run(threads, compare, range(len(blocks))):
-            pass
-        done = (stop - start) * tile[1] // len(pool)
+    for first, last in tiles:
+        for _ in blocks:
+            next(compared)
+        done = (stop - start) * last // len(pool)
         advance(done - told)
         told = done
-        passed += len(right) * pool.dim * pool.array.itemsize
+        passed += (last - first) * pool.dim * pool.array.itemsize
         if passed > RELEASED_BYTES:
             passed = 0
             release(pool.array)

@@ -13,6 +13,7 @@ from .. import console
 from ..store.vectors import Float32, Float64, Int64, Vectors
 from .candidates import BLOCK_BYTES, candidates
 from .similarity import first_identical, similarities, tolerance
+from .threads import Workers, run
 
 MARGIN = 16  # candidates beyond k, so that float32 rounding at the k-th place costs no second search
 MOST_EXCLUDED = 1_000  # candidates more, at most, for pool rows that are the query's own image
@@ -72,13 +73,20 @@ def exact_neighbors(
     k = min(k, len(pool))
     num_candidates = num_candidates_for(k, len(pool), identity)
     neighbors = Neighbors(np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf))
-    unsettled = [np.empty(0, np.int64)]
-    for start, found, approximate in candidates(queries, pool, num_candidates, progress, block_bytes):
+
+    def settle_block(block: tuple[int, Int64, Float32]) -> list[Int64]:
+        start, found, approximate = block
+        left = []
         for part in range(0, len(found), SETTLED_QUERIES):
-            rows = np.arange(start + part, min(start + part + SETTLED_QUERIES, start + len(found)))
-            block = found[part : part + len(rows)], approximate[part : part + len(rows)]
-            unsettled.append(settle(neighbors, rows, *block, queries, pool, order, identity, above))
-    left = np.concatenate(unsettled)
+            some = slice(part, part + SETTLED_QUERIES)
+            rows = np.arange(start, start + len(found))[some]
+            left.append(settle(neighbors, rows, found[some], approximate[some], queries, pool, order, identity, above))
+        return left
+
+    with Workers(1) as beside:  # while the next block is searched
+        blocks = candidates(queries, pool, num_candidates, progress, block_bytes)
+        unsettled = [rows for block in run(beside, settle_block, blocks, ahead=1) for rows in block]
+    left = np.concatenate([np.empty(0, np.int64), *unsettled])
     if len(left):
         console.detail(f"{len(left):,} of {len(queries):,} queries have ties beyond place {k}: searching them again")
         _scan(queries, left, pool, neighbors, order, identity, above, block_bytes)

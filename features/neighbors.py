@@ -18,6 +18,8 @@ from .similarity import first_identical as first_identical
 from .similarity import similarities as similarities
 from .similarity import tolerance as tolerance
 
+SORTED_FOR = 13_000  # measured: comparing so many queries with a whole pool takes as long as sorting it into cells
+
 
 def nearest(
     queries: Vectors,
@@ -32,8 +34,9 @@ def nearest(
 ) -> Neighbors:
     """Return the k nearest pool vectors of every query; k is cut to N.
 
-    Exactly, where comparing all with all is a matter of minutes or `search.recall` is 1. Else each query visits as many
-    cells of the pool as hold the share `search.recall` of the true neighbours of a sample.
+    Exactly, where comparing all with all is a matter of minutes or quicker than sorting the pool into cells, or where
+    `search.recall` is 1. That an earlier search has left its cells does not count, or it would show in the result. Else
+    each query visits as many cells of the pool as hold the share `search.recall` of the true neighbours of a sample.
 
     Args:
         order: (N,) rank of every pool vector by (image_id, uri, row), by which ties are broken.
@@ -42,9 +45,11 @@ def nearest(
         progress: what the progress line says, None for no line.
     """
     products = len(queries) * len(pool) * pool.dim
-    if products <= EXACT_PRODUCTS or search.recall >= 1:
+    few = len(queries) < SORTED_FOR
+    if products <= EXACT_PRODUCTS or search.recall >= 1 or few:
         if products > EXACT_PRODUCTS:
-            console.say(f"comparing {len(queries):,} with {len(pool):,} vectors: {products:.1e} products")
+            why = "--recall 1" if search.recall >= 1 else "so few are not worth sorting the pool into cells"
+            console.say(f"comparing {len(queries):,} with all of {len(pool):,} vectors, {products:.1e} products: {why}")
         return exact_neighbors(
             queries,
             pool,

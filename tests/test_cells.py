@@ -141,6 +141,11 @@ def test_threads_and_blocks_of_queries_do_not_show(monkeypatch: pytest.MonkeyPat
     assert_same(found[0], found[2])
 
 
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what was said, lines joined that the width of the terminal broke."""
+    return " ".join(capsys.readouterr().err.split())
+
+
 def test_the_size_decides_how_it_is_searched(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,7 +153,10 @@ def test_the_size_decides_how_it_is_searched(
     order = np.arange(2_000)
     exact = nearest(queries, pool, 4, order=order)
     monkeypatch.setattr(neighbors, "EXACT_PRODUCTS", 1_000)
+    assert_same(nearest(queries, pool, 4, order=order, search=SearchSettings(recall=0.7)), exact)
+    assert "comparing 100 with all of 2,000 vectors, 4.8e+06 products: so few" in said(capsys)
+    monkeypatch.setattr(neighbors, "SORTED_FOR", 100)
     assert nearest(queries, pool, 4, order=order, search=SearchSettings(recall=0.7)).recall < 1
-    assert "by cells" in capsys.readouterr().err
+    assert "by cells" in said(capsys)
     assert_same(nearest(queries, pool, 4, order=order, search=SearchSettings(recall=1)), exact)
-    assert "comparing 100 with 2,000 vectors" in capsys.readouterr().err
+    assert "products: --recall 1" in said(capsys)

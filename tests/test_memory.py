@@ -40,9 +40,9 @@ import numpy, resource
 from dinov2_toolkit.store.memory import keep_freed_memory
 keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-numpy.ones(1 << 23)  # 64 MiB, 16,384 pages
+numpy.ones(1 << 22)  # 32 MiB, 8,192 pages
 before = faults()
-numpy.ones(1 << 23)
+numpy.ones(1 << 22)
 print(faults() - before)
 """
     done = subprocess.run([sys.executable, "-c", faults_of_the_second], capture_output=True, text=True, check=True)
