@@ -215,7 +215,7 @@ def cluster(
         int, typer.Option(help="Times that k-means is run again on the same number of images of every cluster.")
     ] = 10,
     sample: Annotated[
-        int | None, typer.Option(help="Keep a balanced subset of exactly N images.", show_default="all")
+        int | None, typer.Option(help="Keep a balanced subset of exactly N images. [default: all]", show_default=False)
     ] = None,
     pick: Annotated[
         Literal["random", "closest"], typer.Option(help="Which images of a cluster --sample takes.")
@@ -281,15 +281,19 @@ def retrieve(
         list[str] | None,
         typer.Option(
             metavar="Q.parquet[=N]",
-            help="Embedded seed images, perhaps with a --k or --per-cluster of their own; repeatable.",
-            show_default="the newest queries in the catalog",
+            help="Embedded seed images, perhaps with a --k or --per-cluster of their own; repeatable. [default: the"
+            " newest queries in the catalog]",
+            show_default=False,
         ),
     ] = None,
     pool: Annotated[
-        Path | None, typer.Option(help="Embeddings to choose from.", show_default="the newest pool in the catalog")
+        Path | None,
+        typer.Option(help="Embeddings to choose from. [default: the newest pool in the catalog]", show_default=False),
     ] = None,
     output: Annotated[str, options.output_option("curated.parquet")] = "curated.parquet",
-    k: Annotated[int | None, typer.Option("--k", help="Nearest pool images of every query.", show_default="4")] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", help="Nearest pool images of every query. [default: 4]", show_default=False)
+    ] = None,
     fill: Annotated[
         bool,
         typer.Option(
@@ -308,18 +312,25 @@ def retrieve(
     num_clusters: Annotated[
         int | None,
         typer.Option(
-            help="For --per-cluster: make so many clusters.", show_default="the pool's own, else the root of its size"
+            help="For --per-cluster: make so many clusters. [default: the pool's own, else the root of its size]",
+            show_default=False,
         ),
     ] = None,
     max_images: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Images a query set brings at most; the paper: 1000000.", show_default="no limit"
+            metavar="N",
+            help="Images a query set brings at most; the paper: 1000000. [default: no limit]",
+            show_default=False,
         ),
     ] = None,
     min_similarity: Annotated[
         float | None,
-        typer.Option(metavar="S", help="Only images at least so similar to a query, by cosine.", show_default="any"),
+        typer.Option(
+            metavar="S",
+            help="Only images at least so similar to a query, by cosine. [default: any]",
+            show_default=False,
+        ),
     ] = None,
     include_queries: Annotated[bool, typer.Option("--include-queries", help="The queries come along as rows.")] = False,
     where: options.Where = None,

@@ -15,6 +15,8 @@ from dinov2_toolkit.cli import app
 
 ROOT = Path(dinov2_toolkit.__path__[0])
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
+SHELL = re.compile(r"```(?:bash|sh)\n(.*?)```", re.DOTALL)
 ROOT_COMMAND = typer.main.get_group(app)
 
 
@@ -29,8 +31,8 @@ def commands(command: Any = ROOT_COMMAND, name: tuple[str, ...] = ()) -> dict[tu
 
 
 def written_commands() -> list[list[str]]:
-    """Return the arguments of every `dinov2 ...` line in the README's shell blocks, continued lines joined."""
-    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    """Return the arguments of every `dinov2 ...` line in the shell blocks of all pages, continued lines joined."""
+    blocks = "\n".join(block for page in PAGES for block in SHELL.findall(page)).replace("\\\n", " ")
     lines = [line.split(" | ")[-1].strip() for line in blocks.splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("dinov2 ")]
 
@@ -48,12 +50,12 @@ def test_every_command_is_in_the_readme(name: tuple[str, ...]) -> None:
     assert re.search(rf"\b{name[-1]}\b", README)
 
 
-def test_the_readme_shows_commands() -> None:
-    assert len(written_commands()) >= 8
+def test_the_pages_show_commands() -> None:
+    assert len(written_commands()) >= 30
 
 
 @pytest.mark.parametrize("arguments", written_commands(), ids=" ".join)
-def test_every_command_of_the_readme_is_understood(arguments: list[str]) -> None:
+def test_every_command_of_the_pages_is_understood(arguments: list[str]) -> None:
     command: Any = ROOT_COMMAND
     words = list(arguments)
     while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
