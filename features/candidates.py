@@ -27,7 +27,7 @@ TILE_POOL = 2_048  # chosen
 FIRST_POOL = 1_024  # the first tile has no k-th place to compare with
 GPU_TILE_POOL = 1 << 17
 GPU_MOST = 2_048  # FAISS finds no more of each query on a GPU
-SLACK = 4  # candidates that are collected before they are thinned out, times C
+SLACK = 2  # candidates that are collected before they are thinned out, times C
 
 
 class Best:
@@ -79,12 +79,10 @@ class Best:
         self.counts[:] = self.num
         self.least = values.min(axis=1, keepdims=True)
 
-    def sorted(self) -> tuple[Float32, Int64]:
-        """Return the best similarities (B, C), falling, and their positions."""
+    def found(self) -> tuple[Float32, Int64]:
+        """Return the best similarities (B, C), in no order, and their positions."""
         self._thin_out()
-        values, positions = self.values[:, : self.num], self.positions[:, : self.num]
-        by = np.argsort(-values, axis=1, kind="stable")
-        return np.take_along_axis(values, by, axis=1), np.take_along_axis(positions, by, axis=1)
+        return self.values[:, : self.num], self.positions[:, : self.num]
 
 
 def _largest(values: Float32, num: int) -> Int64:
@@ -104,8 +102,8 @@ def candidates(
 ) -> Iterator[tuple[int, Int64, Float32]]:
     """Yield (start, positions, similarities) for blocks of queries: the `num` nearest by float32, (B, num) each.
 
-    Similarities fall along a row and are within `tolerance(D)` of the exact ones, as are those of what is left out.
-    `num` is at most N.
+    Similarities are in no order, and within `tolerance(D)` of the exact ones, as are those of what is left out. `num`
+    is at most N.
     """
     on_gpu = device().type == "cuda" and faiss.get_num_gpus() > 0 and num <= GPU_MOST
     console.detail(f"neighbours by {'FAISS on the GPU' if on_gpu else 'products of tiles'}")
@@ -167,7 +165,7 @@ def _by_tiles(
         if passed > RELEASED_BYTES:
             passed = 0
             release(pool.array)
-    parts = [part.sorted() for part in best]
+    parts = [part.found() for part in best]
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 

@@ -106,13 +106,14 @@ def settle(
 ) -> Int64:
     """Write the k best of the candidates (B, C) of the queries at `rows` (B,) to `neighbors`, by exact similarity.
 
-    Similarities fall along a row, -inf where there is no candidate. Returns the rows that could have a neighbour more
+    Similarities are -inf where there is no candidate. Returns the rows that could have a neighbour more
     beyond the last candidate.
     """
     k = neighbors.indices.shape[1]
     error = tolerance(pool.dim)
     # What the search left out is at most this similar.
-    others = approximate[:, -1] + error if found.shape[1] < len(pool) else np.full(len(found), -np.inf, np.float32)
+    is_part = found.shape[1] < len(pool)
+    others = approximate.min(axis=1) + error if is_part else np.full(len(found), -np.inf, np.float32)
     is_candidate = found >= 0
     if identity is not None:
         is_candidate &= identity.queries[rows][:, None] != identity.pool[found]
