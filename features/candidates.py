@@ -1,7 +1,8 @@
 """The nearest by float32, all queries against all of a pool: by products of tiles, on a GPU by FAISS.
 
 A product is compared with what the k-th place of each query already holds; the few numbers that pass are collected and
-thinned out now and then. So next to nothing is spent beside the products, which run at the machine's full rate.
+thinned out now and then. So next to nothing is spent beside the products, which run at the machine's full rate. Vectors
+that are searched among themselves are multiplied once for both sides: half the products.
 
 Q queries, N pool vectors, D numbers a vector, C candidates, B queries of a tile, T pool vectors of a tile.
 """
@@ -20,11 +21,8 @@ from ..store.vectors import RELEASED_BYTES, Float32, Int64, Vectors, release
 from .products import device, product, unit_rows
 from .threads import Workers, run, workers
 
-BLOCK_BYTES = 1 << 28  # chosen: what the queries that go through the pool together may take
-QUERY_ROWS = 16_384  # chosen: so many at most
-TILE_QUERIES = 512  # chosen: with 2,048, a tile and what it is made of stay in a cache
-TILE_POOL = 2_048  # chosen
-FIRST_POOL = 1_024  # the first tile has no k-th place to compare with
+BLOCK_BYTES = 1 << 29  # chosen: what the queries that go through the pool together may take; 190,000 of 384, k = 64
+TILE = 1_024  # chosen: queries and pool vectors of a tile; it stays in a cache with what it is made of
 GPU_TILE_POOL = 1 << 17
 GPU_MOST = 2_048  # FAISS finds no more of each query on a GPU
 SLACK = 2  # candidates that are collected before they are thinned out, times C
@@ -38,27 +36,54 @@ class Best:
         self.values = np.full((num_queries, SLACK * num), -np.inf, np.float32)
         self.positions = np.full((num_queries, SLACK * num), -1)
         self.counts = np.zeros(num_queries, np.int64)
-        self.least = np.full((num_queries, 1), -np.inf, np.float32)  # what a candidate must exceed
+        self.least = np.full(num_queries, -np.inf, np.float32)  # what a candidate must exceed
+        self.lock = threading.Lock()
 
     def add(self, products: Float32, start: int) -> None:
         """Take up products (B, T) with the pool vectors from `start` on."""
-        if self.least[0, 0] == -np.inf:  # not yet `num` of them
-            self._add_best(products, start)
-            return
-        query, column = np.divmod(np.flatnonzero(products > self.least), products.shape[1])
+        with self.lock:  # tiles may come in any order
+            if not self._has_all():
+                self._add_best(products, start)
+                return
+            query, column = np.divmod(np.flatnonzero(products > self.least[:, None]), products.shape[1])
+            if not self._add_some(query, column, products[query, column], start):
+                self._add_best(products, start)
+
+    def add_across(self, products: Float32, start: int) -> None:
+        """Take up products (T, B) with the pool vectors from `start` on: what `add` makes of their transpose."""
+        with self.lock:
+            if not self._has_all():
+                self._add_best(products.T, start)
+                return
+            column, query = np.divmod(np.flatnonzero(products > self.least), products.shape[1])
+            by_query = np.argsort(query, kind="stable")
+            query, column = query[by_query], column[by_query]
+            if not self._add_some(query, column, products[column, query], start):
+                self._add_best(products.T, start)
+
+    def found(self) -> tuple[Float32, Int64]:
+        """Return the best similarities (B, C), in no order, and their positions."""
+        self._thin_out()
+        return self.values[:, : self.num], self.positions[:, : self.num]
+
+    def _has_all(self) -> bool:
+        return bool(self.least[0] > -np.inf)  # all queries have seen equally many vectors
+
+    def _add_some(self, query: Int64, column: Int64, products: Float32, start: int) -> bool:
+        """Take up products (E,) of the queries (E,), rising; False where a query has no place for all of its own."""
         if not len(query):
-            return
+            return True
         first = np.searchsorted(query, np.arange(len(self.counts) + 1))
         more = np.diff(first)
         if (self.counts + more).max() > self.values.shape[1]:
             self._thin_out()
             if (self.counts + more).max() > self.values.shape[1]:
-                self._add_best(products, start)
-                return
+                return False
         place = self.counts[query] + np.arange(len(query)) - first[query]
-        self.values[query, place] = products[query, column]
+        self.values[query, place] = products
         self.positions[query, place] = column + start
         self.counts += more
+        return True
 
     def _add_best(self, products: Float32, start: int) -> None:
         top = _largest(products, min(self.num, products.shape[1]))
@@ -77,12 +102,7 @@ class Best:
         self.values[:, : self.num], self.values[:, self.num :] = values, -np.inf
         self.positions[:, : self.num] = positions
         self.counts[:] = self.num
-        self.least = values.min(axis=1, keepdims=True)
-
-    def found(self) -> tuple[Float32, Int64]:
-        """Return the best similarities (B, C), in no order, and their positions."""
-        self._thin_out()
-        return self.values[:, : self.num], self.positions[:, : self.num]
+        self.least = values.min(axis=1)
 
 
 def _largest(values: Float32, num: int) -> Int64:
@@ -110,12 +130,13 @@ def candidates(
     bar = nullcontext(no_progress) if progress is None else console.progress(progress, len(queries), "queries")
     search = _by_gpu if on_gpu else _by_tiles
     with workers() as threads, bar as advance:
-        rows = min(QUERY_ROWS, max(1, block_bytes // (4 * pool.dim + 12 * (SLACK + 1) * num)))
+        rows = max(1, block_bytes // (4 * pool.dim + 12 * SLACK * num))
         num_blocks = -(-len(queries) // rows)
         bounds = np.linspace(0, len(queries), num_blocks + 1).astype(np.int64).tolist()
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-            found, positions = search(queries, start, stop, pool, num, threads, advance)
-            yield start, positions, found
+            for found, positions in search(queries, start, stop, pool, num, threads, advance):
+                yield start, positions, found
+                start += len(found)
 
 
 def no_progress(count: int = 1) -> None:
@@ -130,43 +151,48 @@ def _by_tiles(
     num: int,
     threads: Workers,
     advance: Callable[..., None],
-) -> tuple[Float32, Int64]:
-    blocks = [(first, min(first + TILE_QUERIES, stop)) for first in range(start, stop, TILE_QUERIES)]
+) -> Iterator[tuple[Float32, Int64]]:
+    blocks = _tiles(start, stop)
     points = [unit_rows(queries.array[queries.rows[first:last]]) for first, last in blocks]
     best = [Best(last - first, num) for first, last in blocks]
-    locks = [threading.Lock() for _ in blocks]
-    first_tile = min(max(FIRST_POOL, num), len(pool))
-    tiles = [(0, first_tile)]
-    tiles += [(first, min(first + TILE_POOL, len(pool))) for first in range(first_tile, len(pool), TILE_POOL)]
+    among = queries.are(pool)
+    others = _tiles(0, start) + _tiles(stop, len(pool)) if among else _tiles(0, len(pool))
 
     def decode(tile: tuple[int, int]) -> Tensor:
         return unit_rows(pool.array[pool.rows[slice(*tile)]])
 
-    def tasks() -> Iterator[tuple[int, Tensor, int]]:
-        for (first, _), right in zip(tiles, run(threads, decode, tiles), strict=True):
+    def tasks() -> Iterator[tuple[int, Tensor, int, int]]:
+        if among:
+            for other, (first, _) in enumerate(blocks):
+                for number in range(other + 1):
+                    yield number, points[other], first, other
+        read = 0
+        for (first, last), right in zip(others, run(threads, decode, others), strict=True):
             for number in range(len(blocks)):
-                yield number, right, first
+                yield number, right, first, number
+            read += (last - first) * pool.dim * pool.array.itemsize
+            if read > RELEASED_BYTES:
+                read = 0
+                release(pool.array)
 
-    def compare(task: tuple[int, Tensor, int]) -> None:
-        number, right, first = task
+    def compare(task: tuple[int, Tensor, int, int]) -> int:
+        number, right, first, other = task
         products = product(points[number], right)
-        with locks[number]:  # tiles may come in any order
-            best[number].add(products, first)
+        best[number].add(products, first)
+        if other != number:
+            best[other].add_across(products, blocks[number][0])
+        return products.size * (1 if other == number else 2)
 
-    compared = run(threads, compare, tasks())
-    passed, told = 0, 0
-    for first, last in tiles:
-        for _ in blocks:
-            next(compared)
-        done = (stop - start) * last // len(pool)
-        advance(done - told)
-        told = done
-        passed += (last - first) * pool.dim * pool.array.itemsize
-        if passed > RELEASED_BYTES:
-            passed = 0
-            release(pool.array)
-    parts = [part.found() for part in best]
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+    compared, told = 0, 0
+    for num_products in run(threads, compare, tasks()):
+        compared += num_products
+        advance(compared // len(pool) - told)
+        told = compared // len(pool)
+    return run(threads, Best.found, best)
+
+
+def _tiles(start: int, stop: int) -> list[tuple[int, int]]:
+    return [(first, min(first + TILE, stop)) for first in range(start, stop, TILE)]
 
 
 def _by_gpu(
@@ -177,7 +203,7 @@ def _by_gpu(
     num: int,
     threads: Workers,
     advance: Callable[..., None],
-) -> tuple[Float32, Int64]:
+) -> Iterator[tuple[Float32, Int64]]:
     import faiss.contrib.torch_utils  # from here on, `knn_gpu` takes tensors
 
     resources = faiss.StandardGpuResources()
@@ -193,4 +219,4 @@ def _by_gpu(
         top = values.topk(min(num, values.shape[1]), dim=1)
         values, positions = top.values, positions.gather(1, top.indices)
     advance(stop - start)
-    return values.cpu().numpy(), positions.cpu().numpy()
+    yield values.cpu().numpy(), positions.cpu().numpy()

@@ -13,7 +13,7 @@ from .. import console
 from ..store.vectors import Float32, Float64, Int64, Vectors
 from .candidates import BLOCK_BYTES, candidates
 from .similarity import first_identical, similarities, tolerance
-from .threads import Workers, run
+from .threads import run, workers
 
 MARGIN = 16  # candidates beyond k, so that float32 rounding at the k-th place costs no second search
 MOST_EXCLUDED = 1_000  # candidates more, at most, for pool rows that are the query's own image
@@ -83,9 +83,9 @@ def exact_neighbors(
             left.append(settle(neighbors, rows, found[some], approximate[some], queries, pool, order, identity, above))
         return left
 
-    with Workers(1) as beside:  # while the next block is searched
+    with workers() as threads:
         blocks = candidates(queries, pool, num_candidates, progress, block_bytes)
-        unsettled = [rows for block in run(beside, settle_block, blocks, ahead=1) for rows in block]
+        unsettled = [rows for block in run(threads, settle_block, blocks, ahead=1) for rows in block]
     left = np.concatenate([np.empty(0, np.int64), *unsettled])
     if len(left):
         console.detail(f"{len(left):,} of {len(queries):,} queries have ties beyond place {k}: searching them again")

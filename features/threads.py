@@ -16,7 +16,7 @@ class Workers(ThreadPoolExecutor):
     """`count` threads for products, each of which takes one core."""
 
     def __init__(self, count: int) -> None:
-        super().__init__(count)
+        super().__init__(count, initializer=torch.set_num_threads, initargs=(1,))
         self.count = count
 
 

@@ -72,6 +72,12 @@ class Vectors:
         """Return the vectors at `indices` (M,), in that order; nothing is read yet."""
         return replace(self, rows=self.rows[indices])
 
+    def are(self, other: "Vectors") -> bool:
+        """Tell whether these are the other's vectors, row by row."""
+        one, two = self.array, other.array
+        same_file = isinstance(one, np.memmap) and isinstance(two, np.memmap) and one.filename == two.filename
+        return (one is two or (same_file and one.shape == two.shape)) and np.array_equal(self.rows, other.rows)
+
     def _selector(self, start: int, stop: int) -> slice | Int64:
         rows = self.rows[start:stop]
         contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(np.diff(rows) == 1))

@@ -111,6 +111,21 @@ def test_zero_vectors_are_similar_to_nothing() -> None:
     assert (found.similarities[0] == 0).all() and found.indices[0].tolist() == list(range(40))
 
 
+@pytest.mark.parametrize("tile", [1_024, 100, 30])
+@pytest.mark.parametrize("block_bytes", [1 << 16, 1 << 18, 1 << 22])
+def test_vectors_among_themselves_are_multiplied_once(
+    tile: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = drawn(900, 12, 22)
+    array[500:530] = array[3]
+    vectors, copies, order = as_vectors(array), as_vectors(array.copy()), shuffled(900)
+    assert vectors.are(vectors) and not vectors.are(copies)
+    monkeypatch.setattr("dinov2_toolkit.features.candidates.TILE", tile)
+    found = exact_neighbors(vectors, vectors, 20, order=order, block_bytes=block_bytes)
+    assert_same(found, exact_neighbors(vectors, copies, 20, order=order, block_bytes=block_bytes))
+    assert_same(found, brute_force(vectors, vectors, 20, order))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("block_bytes", [1 << 16, 1 << 18])
 def test_blocks_and_threads_do_not_show(threads: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +173,8 @@ def test_the_search_for_a_gpu_proposes_the_same(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("dinov2_toolkit.features.candidates.GPU_TILE_POOL", 700)
     queries, pool = as_vectors(drawn(70, 24, 20)), as_vectors(drawn(3_000, 24, 21))
     with workers() as threads:
-        one = _by_gpu(queries, 0, 70, pool, 12, threads, no_progress)
-        other = _by_tiles(queries, 0, 70, pool, 12, threads, no_progress)
+        one = next(_by_gpu(queries, 0, 70, pool, 12, threads, no_progress))
+        other = next(_by_tiles(queries, 0, 70, pool, 12, threads, no_progress))
     first, second = np.argsort(one[1], axis=1), np.argsort(other[1], axis=1)  # candidates come in no order
     np.testing.assert_array_equal(np.take_along_axis(one[1], first, 1), np.take_along_axis(other[1], second, 1))
     one_sorted, other_sorted = np.take_along_axis(one[0], first, 1), np.take_along_axis(other[0], second, 1)

@@ -55,6 +55,16 @@ def test_a_selection_reads_its_rows_from_the_base(tmp_path: Path) -> None:
     assert vectors.raw(1, 2)[:, 0].tolist() == [1]
 
 
+def test_what_is_opened_twice_is_the_same(tmp_path: Path) -> None:
+    base = foreign(tmp_path / "base.parquet", [[float(row), 1] for row in range(6)])
+    twice = open_vectors(open_manifest(base)), open_vectors(open_manifest(base))
+    assert twice[0].are(twice[1])
+    assert twice[0].take(np.array([2, 1])).are(twice[1].take(np.array([2, 1])))
+    assert not twice[0].take(np.array([2, 1])).are(twice[1].take(np.array([1, 2])))
+    other = foreign(tmp_path / "other.parquet", [[float(row), 2] for row in range(6)])
+    assert not twice[0].are(open_vectors(open_manifest(other)))
+
+
 def test_a_folder_moved_as_a_whole_still_works(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     base = foreign(tmp_path / "old" / "base.parquet", [[1, 2], [3, 4]])
