@@ -74,6 +74,6 @@ def main() -> None:
         console.say(str(problem))
         sys.exit(EXIT_STOPPED)
     except (KeyboardInterrupt, typer.Abort):
-        console.error("interrupted; nothing was saved")
+        console.error("interrupted; nothing more was saved")
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)

@@ -10,7 +10,10 @@ from dinov2_toolkit.models.block import Block, Recompute
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.train.config import COST_KEYS, TrainConfig
+from dinov2_toolkit.train.distill_model import DistillModel
+from dinov2_toolkit.train.frozen_teacher import FrozenTeacher
 from dinov2_toolkit.train.prepare import check_compiler, compile_blocks, prepare
+from dinov2_toolkit.train.several_students import SeveralStudents
 from dinov2_toolkit.train.ssl_model import SSLModel
 
 
@@ -60,6 +63,38 @@ def test_every_block_but_the_last_is_compiled_where_the_settings_say_so() -> Non
             assert isinstance(backbone, VisionTransformer)
             compiled = [block._compiled_call_impl is not None for block in backbone.blocks]
             assert compiled == [wanted, wanted, False]
+
+
+def small_students() -> SeveralStudents:
+    teacher = FrozenTeacher(dict(small_model().teacher.items()))
+    backbones = {name: small_model().student["backbone"] for name in ("one", "two")}
+    return SeveralStudents(
+        {name: DistillModel(part, teacher) for name, part in backbones.items() if isinstance(part, VisionTransformer)}
+    )
+
+
+def test_a_frozen_teacher_and_several_students_are_compiled_too() -> None:
+    model = small_students()
+    compile_blocks(model)
+    for part in (model.frozen.parts["backbone"], model.student["one_backbone"], model.student["two_backbone"]):
+        assert isinstance(part, VisionTransformer)
+        assert [block._compiled_call_impl is not None for block in part.blocks] == [True, True, False]
+
+
+@pytest.mark.slow
+def test_compiled_students_have_the_losses_of_others() -> None:
+    model = small_students().train()
+    crops, masks = (torch.randn(10, 3, 8, 8), torch.randn(15, 3, 4, 4)), torch.zeros(10, 4, dtype=torch.bool)
+
+    def losses() -> dict[str, Tensor]:
+        return model(model.taught(*crops, masks, teacher_temp=0.1))
+
+    for block in (part for part in model.modules() if isinstance(part, Block)):
+        block.drop_path = 0.0
+    expected = losses()
+    compile_blocks(model)
+    for name, value in losses().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
 
 
 def test_compiling_is_no_part_of_what_a_run_is() -> None:

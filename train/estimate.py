@@ -227,7 +227,7 @@ def say_cost(config: TrainConfig, model: TrainedModel, num_processes: int, base_
     console.say(
         f"{flop / 1e9:,.2f} GFLOP an image; about {memory / 2**20:,.0f} MiB of memory a process at the peak; "
         f"about {_duration(images * flop / (workers * speed))}, if data are there in time, at the "
-        f"{speed / 1e9:,.0f} GFLOP/s that a trial of a few steps reached here"
+        f"{speed / 1e9:,.{0 if speed > 1e10 else 1}f} GFLOP/s that a trial of a few steps reached here"
     )
 
 

@@ -47,12 +47,12 @@ def prepare(
 
 
 def compile_blocks(model: TrainedModel) -> None:
-    """Have every block but the last of student and teacher compiled, by itself and in place, when it first runs.
+    """Have every block but the last of all backbones compiled, by itself and in place, when it first runs.
 
     All blocks of a backbone share what is compiled, for each kind of batch. The last block's shapes depend on how many
-    patches are masked.
+    patches are masked. A distillation's frozen teacher is one of the backbones.
     """
-    for part in [*model.student.values(), *model.teacher.values()]:
+    for part in model.modules():
         if isinstance(part, VisionTransformer):
             for block in part.blocks[:-1]:
                 block.compile(dynamic=False, fullgraph=True, recompile_limit=COMPILED_SHAPES)
