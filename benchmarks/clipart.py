@@ -27,17 +27,15 @@ SETTINGS = {
     "local_crop_size_px": 21,
     "checkpoint_every": 500,
 }
-SIDE_PX = 168  # of the pictures that are drawn: 24 patches of 7 px
+SIDE_PX = 98  # of the pictures that are drawn: 14 patches of 7 px
+ANIMALS = ("baboon", "camel", "elephant", "fox", "giraffe", "hamster", "kangaroo", "orangutan")
+HATS = ("blue_fedora", "green_fedora_01", "red_fedora", "hat_-_clothing_nicu_bucu_03", "tophat_benji_park_01")
 DRAWN = {  # of each kind of object several drawings
-    "pca-cones.png": [f"food/desserts/{name}" for name in ("cone1_bw_ganson", "cone2_bw_ganson", "cone_alt1_bw")]
-    + [f"food/desserts/{name}" for name in ("glace_01_jean-victor_bal_01", "glace_03_jean-victor_bal_01")]
-    + ["food/desserts/glace_italienne_jean-vic_01"],
-    "pca-animals.png": [f"animals/mammals/{name}" for name in ("contour_elephant", "elephant_symbol_ganson")]
-    + [f"animals/mammals/{name}" for name in ("contour_camel", "contour_giraffe", "bull_utrescu_", "porcinet_01")],
-    "pca-hummers.png": [f"transportation/{name}" for name in ("hummer_01", "hummer_02", "vehicles/hummers/hummer_02")]
-    + [f"transportation/vehicles/hummers/{name}" for name in ("hummer_03", "hummer_05")],
+    "pca-animals.png": [f"animals/mammals/contour_{name}" for name in ANIMALS],
+    "pca-hats.png": [f"people/clothing/hats/{name}" for name in (*HATS, "purple_hat_nicu_buculei_01")],
 }
-MATCHED = ("food/desserts/cone1_bw_ganson", "food/desserts/cone2_bw_ganson")
+MATCHED, MATCH_SIDE_PX = ("food/desserts/cone1_bw_ganson", "food/desserts/cone2_bw_ganson"), 70
+ATTENDED = "people/clothing/hats/red_fedora"
 
 
 def split(folder: Path) -> None:
@@ -54,15 +52,36 @@ def split(folder: Path) -> None:
 
 def files(folder: Path) -> dict[str, str]:
     """Write the pictures that are drawn as files, and return the path of each."""
-    names = {name for group in (*DRAWN.values(), MATCHED) for name in group}
+    names = {name for group in (*DRAWN.values(), (*MATCHED, ATTENDED)) for name in group}
     written = {}
     for image in pq.read_table(CLIPART, columns=["image"])["image"].to_pylist():
         name = image["path"].removesuffix(".png")
         if name in names:
-            path = folder / f"{Path(name).name}.png" if "hummers/" not in name else folder / f"{Path(name).name}-b.png"
+            path = folder / Path(image["path"]).name
             path.write_bytes(image["bytes"])
             written[name] = str(path)
     return written
+
+
+def draw(folder: Path) -> None:
+    """Draw with the folder's run: parts of several drawings alike, patches that match, attention, nearest pictures."""
+    PICTURES.mkdir(exist_ok=True)
+    (folder / "files").mkdir(exist_ok=True)
+    paths = files(folder / "files")
+
+    def evaluate(kind: str, *words: str, output: str, side_px: int = SIDE_PX) -> None:
+        seen = ["--model", "run", "--image-size", str(side_px), "--force", "-q"]
+        dinov2(folder, "evaluate", kind, *words, "-o", str(PICTURES / output), *seen)
+
+    for name, drawn in DRAWN.items():
+        evaluate("pca", *(paths[one] for one in drawn), output=name)
+    evaluate("match", *(paths[one] for one in MATCHED), output="match.png", side_px=MATCH_SIDE_PX)
+    evaluate("attention", paths[ATTENDED], output="attention.png")
+    for name in ("train", "test"):
+        dinov2(folder, "curate", "embed", f"{name}.parquet", "-o", f"{name}-embedded.parquet", "--model", "run")
+    looked = ["--pool", "train-embedded.parquet", "--limit", "8", "--force", "-q"]
+    sheet = str(PICTURES / "neighbors.png")
+    dinov2(folder, "evaluate", "neighbors", "test-embedded.parquet", "-o", sheet, *looked)
 
 
 def main() -> None:
@@ -70,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="where everything is kept")
     folder: Path = parser.parse_args().folder.resolve()
-    (folder / "files").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     split(folder)
     took = folder / "seconds.json"
     if not took.exists():
@@ -97,14 +116,7 @@ def main() -> None:
         " a fifth of all each; class tokens."
     )
     write_result("clipart", "Clip art by its folders", ("", "k-NN, k = 20", "linear"), rows, notes)
-
-    PICTURES.mkdir(exist_ok=True)
-    paths = files(folder / "files")
-    seen = ["--model", "run", "--image-size", str(SIDE_PX), "--force"]
-    for name, drawn in DRAWN.items():
-        dinov2(folder, "evaluate", "pca", *(paths[one] for one in drawn), "-o", str(PICTURES / name), *seen)
-    dinov2(folder, "evaluate", "match", *(paths[one] for one in MATCHED), "-o", str(PICTURES / "match.png"), *seen)
-    dinov2(folder, "evaluate", "attention", paths[MATCHED[0]], "-o", str(PICTURES / "attention.png"), *seen)
+    draw(folder)
 
 
 if __name__ == "__main__":
