@@ -87,7 +87,8 @@ def test_compiled_students_have_the_losses_of_others() -> None:
     crops, masks = (torch.randn(10, 3, 8, 8), torch.randn(15, 3, 4, 4)), torch.zeros(10, 4, dtype=torch.bool)
 
     def losses() -> dict[str, Tensor]:
-        return model(model.taught(*crops, masks, teacher_temp=0.1))
+        named: dict[str, Tensor] = model(model.taught(*crops, masks, teacher_temp=0.1))
+        return named
 
     for block in (part for part in model.modules() if isinstance(part, Block)):
         block.drop_path = 0.0
