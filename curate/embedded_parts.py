@@ -8,7 +8,6 @@ part-FROM-TO.arrow      what became of todo[FROM:TO], renamed into place when wh
 partial.parquet         what was done when the sources changed meanwhile, to be taken over
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..errors import ToolkitError
+from ..store.lock import held, is_held
 from ..store.manifest import Provenance, Source, provenance_from, provenance_values
 from ..store.vectors import cache_folder
 
@@ -70,11 +69,7 @@ def locked(folder: Path, output: Path) -> Iterator[None]:
     Raises ToolkitError when another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ToolkitError(f"another `embed` is writing {output}; wait for it, or end it") from None
+    with held(folder / "lock", f"embedding to {output}"):
         for half in folder.glob(".*.tmp"):
             half.unlink()
         yield
@@ -82,14 +77,7 @@ def locked(folder: Path, output: Path) -> Iterator[None]:
 
 def is_locked(folder: Path) -> bool:
     """Tell whether a process is at work in a folder."""
-    if not (folder / "lock").exists():
-        return False
-    with (folder / "lock").open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return is_held(folder / "lock")
 
 
 def discard(folder: Path) -> None:

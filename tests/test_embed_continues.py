@@ -225,7 +225,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_is_kept(
 def test_two_commands_do_not_write_one_output(photos: Path, settings: EmbedSettings) -> None:
     with (
         embedded_parts.locked(work_folder(Path("pool.parquet")), Path("pool.parquet")),
-        pytest.raises(ToolkitError, match="another `embed` is writing pool.parquet"),
+        pytest.raises(ToolkitError, match="another process is embedding to pool.parquet"),
     ):
         embedded(["photos"], settings)
 

@@ -19,6 +19,7 @@ from dinov2_toolkit.errors import Stopped, ToolkitError
 from dinov2_toolkit.models.weights import load_backbone
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, Result
+from dinov2_toolkit.store.lock import held, is_held
 from dinov2_toolkit.train import pretrain as module
 from dinov2_toolkit.train.build import build_model
 from dinov2_toolkit.train.checkpoint import checkpoints
@@ -26,6 +27,7 @@ from dinov2_toolkit.train.config import TrainConfig, resolve
 from dinov2_toolkit.train.launch import read_status
 from dinov2_toolkit.train.metrics import append_metrics, read_metrics
 from dinov2_toolkit.train.pretrain import pretrain
+from dinov2_toolkit.train.run import LOCK
 from dinov2_toolkit.train.schedules import scaled_lr
 from dinov2_toolkit.train.views import make_masks
 
@@ -160,6 +162,20 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted_bit_for_bit_with_a
         assert not (manifest.parent / name / "model.json").exists()
         run(manifest, name, f"num_workers={3 - workers}", resume=True)
         assert_same_run(manifest.parent / "whole", manifest.parent / name)
+
+
+def test_two_processes_do_not_train_into_one_folder(manifest: Path) -> None:
+    run(manifest, "a")
+    (manifest.parent / "a" / "model.json").unlink()  # unfinished
+    told = "another process is training into .*a; wait for it, or end it"
+    with held(manifest.parent / "a" / LOCK, "nothing"):
+        before = (manifest.parent / "a" / "metrics.jsonl").read_bytes()
+        with pytest.raises(ToolkitError, match=told):
+            run(manifest, "a", resume=True)
+        assert (manifest.parent / "a" / "metrics.jsonl").read_bytes() == before
+        assert is_held(manifest.parent / "a" / LOCK)
+    assert not is_held(manifest.parent / "a" / LOCK)
+    run(manifest, "a", resume=True)
 
 
 def test_killed_after_a_checkpoint_and_resumed_equals_uninterrupted(manifest: Path) -> None:

@@ -58,7 +58,7 @@ from .run import (
     describe,
     finished_result,
     is_done,
-    prepare_folder,
+    own_folder,
     run_provenance,
     start_processes,
 )
@@ -170,16 +170,16 @@ def run_training(
     model = build()
     if is_main:
         describe(config, images, model, accelerator.num_processes)
-        prepare_folder(run_folder, config, provenance, options)
-    accelerator.wait_for_everyone()
 
     recording: AbstractContextManager[list[Provenance]] = recorded(run_folder) if is_main else nullcontext([])
-    with status_kept(run_folder), recording as finished, tracked(accelerator, run_folder, config):
-        figures = train(model, images, config, run_folder, provenance, accelerator, labelled)
-        if is_main:
-            provenance = replace(provenance, figures=dict(figures), content_id=model_content_id(run_folder))
-            write_run_provenance(run_folder, provenance)
-            finished.append(provenance)
+    with own_folder(run_folder, config, provenance, options) if is_main else nullcontext():
+        accelerator.wait_for_everyone()
+        with status_kept(run_folder), recording as finished, tracked(accelerator, run_folder, config):
+            figures = train(model, images, config, run_folder, provenance, accelerator, labelled)
+            if is_main:
+                provenance = replace(provenance, figures=dict(figures), content_id=model_content_id(run_folder))
+                write_run_provenance(run_folder, provenance)
+                finished.append(provenance)
     accelerator.end_training()
     return finished_result(output)
 

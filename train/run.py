@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..features.launched import adopt_slurm
 from ..models.saved import MODEL_JSON
 from ..models.vit import VisionTransformer
 from ..store.artifact import Options, Result, difference, read_run_provenance, write_run_provenance
+from ..store.lock import held
 from ..store.manifest import Provenance, Source
 from ..store.memory import keep_freed_memory
 from .checkpoint import TrainedModel, checkpoints
@@ -29,7 +31,7 @@ from .schedules import batch_sizes, scaled_lr
 from .sharded import sharding
 from .trackers import check_trackers
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 LONGEST_WAIT = timedelta(hours=2)  # chosen: of the processes for the main one, which saves and looks at labelled images
 
 
@@ -70,7 +72,7 @@ def is_done(run_folder: Path, provenance: Provenance, options: Options, resume: 
     Raises:
         ToolkitError: if something else stands there, or the run is unfinished and `resume` is not given.
     """
-    if not run_folder.exists() or (run_folder.is_dir() and not any(run_folder.iterdir())):
+    if not run_folder.exists() or (run_folder.is_dir() and all(entry.name == LOCK for entry in run_folder.iterdir())):
         return False
     there = read_run_provenance(run_folder) if run_folder.is_dir() else None
     if there is None:
@@ -95,13 +97,22 @@ def is_done(run_folder: Path, provenance: Provenance, options: Options, resume: 
     return False
 
 
-def prepare_folder(run_folder: Path, config: TrainConfig, provenance: Provenance, options: Options) -> None:
-    """Make the run folder, empty under --force, with `config.toml` and `provenance.json`."""
-    if options.force and run_folder.exists():
-        shutil.rmtree(run_folder)
+@contextmanager
+def own_folder(run_folder: Path, config: TrainConfig, provenance: Provenance, options: Options) -> Iterator[None]:
+    """Hold the run folder, emptied under --force, with `config.toml` and `provenance.json`.
+
+    Raises ToolkitError when another process trains into it.
+    """
     run_folder.mkdir(parents=True, exist_ok=True)
-    write_run_provenance(run_folder, provenance)
-    write_config(config, run_folder / CONFIG_FILE, "Every setting of this run; --recipe with this file repeats it.")
+    with held(run_folder / LOCK, f"training into {run_folder}"):
+        for entry in run_folder.iterdir() if options.force else ():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+        write_run_provenance(run_folder, provenance)
+        write_config(config, run_folder / CONFIG_FILE, "Every setting of this run; --recipe with this file repeats it.")
+        yield
 
 
 def check_batch(config: TrainConfig, num_processes: int) -> None:
