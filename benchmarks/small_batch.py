@@ -40,9 +40,10 @@ def main() -> None:
     sets = DATA / "fashion_probe_train.parquet", DATA / "fashion_probe_test.parquet"
     scores = probed(folder, sets, ["run", "random:run"], ["knn"])
     knn = {model: 100 * scores[model, "knn"]["value"] for model in ("run", "random:run")}
-    least = {name: min(row[name] for step, row in metrics.items() if step >= SHOWN[1]) for name in FIGURES}
+    later = [row for step, row in metrics.items() if step >= SHOWN[1]]
+    least = {name: min(row[name] for row in later) for name in FIGURES}
     notes = (
-        f"From step {SHOWN[1]} on, in {len(metrics)} records: to uniform at least {least['teacher_kl_to_uniform']:.2f},"
+        f"From step {SHOWN[1]} on, in {len(later)} records: to uniform at least {least['teacher_kl_to_uniform']:.2f},"
         f" prototypes in use {least['prototype_perplexity']:.1f}, RankMe {least['rank_me']:.1f}, spread"
         f" {least['feature_std']:.2f}. k-NN (k = 20, class tokens): {knn['run']:.1f} %, untrained"
         f" {knn['random:run']:.1f} %."

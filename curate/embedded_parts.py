@@ -81,11 +81,12 @@ def is_locked(folder: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Remove the work, and the folders above it that are left empty."""
+    """Remove the work, and `.dinov2/cache` above it where it is left empty; a folder that the user chose stays."""
     shutil.rmtree(folder)
     with suppress(OSError):  # not empty
         folder.parent.rmdir()
-        folder.parent.parent.rmdir()
+        if folder.parent.parent.name == ".dinov2":
+            folder.parent.parent.rmdir()
 
 
 def read_work(folder: Path) -> Work | None:

@@ -16,6 +16,7 @@ class Workers(ThreadPoolExecutor):
     """`count` threads for products, each of which takes one core."""
 
     def __init__(self, count: int) -> None:
+        # How many threads a product takes is a setting of the thread that asks for it.
         super().__init__(count, initializer=torch.set_num_threads, initargs=(1,))
         self.count = count
 

@@ -274,6 +274,8 @@ def _decode(manifest: Manifest, target: Path, dim: int, dtype: np.dtype[np.float
             release(array)
             advance(len(block))
     array.flush()
+    del batch, column, values, block
+    pa.default_memory_pool().release_unused()  # what was read, of which Arrow keeps as much as 200 MB
 
 
 def make_room(num_bytes: int) -> None:

@@ -137,6 +137,21 @@ def test_a_stopped_run_continues_and_ends_as_if_nothing_had_been(
     assert not work_folder(Path("pool.parquet")).exists()
 
 
+def test_a_failure_leaves_no_folder_of_its_own_and_every_folder_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    monkeypatch.setenv("DINOV2_CATALOG", str(own / "catalog.duckdb"))
+    with pytest.raises(ToolkitError, match="no file or folder missing"):
+        embed_images(["missing"], "pool.parquet", EmbedSettings(), Options())
+    assert list(own.iterdir()) == []
+    monkeypatch.delenv("DINOV2_CATALOG")
+    with pytest.raises(ToolkitError, match="no file or folder missing"):
+        embed_images(["missing"], "pool.parquet", EmbedSettings(), Options())
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
 def test_what_was_embedded_otherwise_is_discarded_with_a_word(
     photos: Path,
     settings: EmbedSettings,

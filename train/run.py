@@ -106,7 +106,7 @@ def own_folder(run_folder: Path, config: TrainConfig, provenance: Provenance, op
     run_folder.mkdir(parents=True, exist_ok=True)
     with held(run_folder / LOCK, f"training into {run_folder}"):
         for entry in run_folder.iterdir() if options.force else ():
-            if entry.is_dir():
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             elif entry.name != LOCK:
                 entry.unlink()
