@@ -1,7 +1,7 @@
 """A descriptor made for near-duplicates; its weights ship with the package.
 
 whole picture -> flat margins cut away -> 64 x 64 pixels of mean 0 and deviation 1 -> how strong edges of eight
-directions and three sizes are at 4 x 4 places, and the colours at 8 x 8 -> a linear map -> 128 numbers of length 1
+directions and three sizes are at 6 x 6 places, and the colours at 8 x 8 -> a linear map -> 128 numbers of length 1
 
 The linear map weighs down what changes between copies of one picture (other encodings, sizes, light, crops, borders,
 small overlays) against what tells pictures apart: linear discriminant analysis with a picture and its copies as a
@@ -29,7 +29,7 @@ THRESHOLD = 0.935  # cosine above which two pictures are copies; loses at most 2
 TRIMMED_SIDE_PX = 64
 
 DIRECTIONS, SIZES = 8, 3  # of edges; a size is twice the one before
-EDGE_PLACES, COLOUR_PLACES = 4, 8  # a side
+EDGE_PLACES, COLOUR_PLACES = 6, 8  # a side
 FREQUENCY = 0.25  # waves a pixel
 ENVELOPE_PX = 1.6  # standard deviation of the Gaussian around the waves
 FILTER_SIDE_PX = 11
@@ -37,15 +37,16 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 NUM_MEASURED = 6 + SIZES * DIRECTIONS * EDGE_PLACES**2 + 3 * COLOUR_PLACES**2
 
 LEAST_CONTRAST = 0.05  # chosen: what is paler counts as plain; of plain pictures the colour shows, not the noise
-MARGIN_STD = 0.15  # chosen: a line is flat when its deviation is below this share of the picture's
+MARGIN_STD = 0.25  # chosen: a line is flat when its deviation is below this share of the picture's
 MARGIN_LEAST_STD = 0.01  # chosen: or below the noise of a JPEG
+LINES = 5  # chosen: a line's deviation is averaged over so many, against noise
 FRAME_RATIO = 2  # chosen: the sides of a frame are at most this unequal
-MARGIN_BLUR = 2  # lines of 64 in which a tiny picture, enlarged, blurs from a frame into what it holds
+FRAME_BLUR_PX = 2  # chosen: in which a frame blurs into what it holds
 LEAST_SHARE = 8  # what is left of a side must be an eighth of it, or the side stays whole
 
 
 class CopyDescriptor(nn.Module):
-    """The descriptor as a backbone: its class token is the descriptor, its patch tokens the edges at 4 x 4 places."""
+    """The descriptor as a backbone: its class token is the descriptor, its patch tokens the edges at 6 x 6 places."""
 
     embed_dim = 128
     waves: Tensor
@@ -61,7 +62,7 @@ class CopyDescriptor(nn.Module):
             measured = self.measure(without_margins(images.float()))
             descriptor = F.normalize(self.head(measured), dim=1)
         edges = measured[:, 6 : NUM_MEASURED - 3 * COLOUR_PLACES**2]
-        patch_tokens = edges.view(len(images), -1, EDGE_PLACES**2).transpose(1, 2)  # (B, E) -> (B, 16, 24)
+        patch_tokens = edges.view(len(images), -1, EDGE_PLACES**2).transpose(1, 2)  # (B, E) -> (B, 36, 24)
         return Features(descriptor, patch_tokens[:, :0], patch_tokens)
 
     def measure(self, trimmed: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class CopyDescriptor(nn.Module):
         return torch.cat([plain, *edges, colours.flatten(1)], dim=1)
 
     def edges(self, grey: Tensor, size: int) -> Tensor:
-        """Return how strong edges of each direction are at 4 x 4 places of (B, 1, s, s): (B, 8 x 16)."""
+        """Return how strong edges of each direction are at 6 x 6 places of (B, 1, s, s): (B, 8 x 36)."""
         padded = F.pad(grey, (FILTER_SIDE_PX // 2,) * 4, mode="replicate")
         even, odd = F.conv2d(padded, self.waves, stride=2 if size == 0 else 1).chunk(2, dim=1)
         strength = (even.square() + odd.square() + 1e-4).pow(0.25)  # a root, so that no edge outshouts the rest
@@ -100,64 +101,82 @@ def without_margins(images: Tensor) -> Tensor:
 
     A border, or a crop of it, then changes next to nothing. Sampling is linear between pixels.
     """
-    side = images.shape[-1]
-    halved = F.avg_pool2d(images, 2)
-    left, right, top, bottom = (2.0 * bound for bound in content_bounds(halved).T)  # (B,) each
+    left, right, top, bottom = content_bounds(images).T  # (B,) each
     steps = (torch.arange(TRIMMED_SIDE_PX, device=images.device) + 0.5) / TRIMMED_SIDE_PX
     across = left[:, None] + (right - left)[:, None] * steps  # (B, 64) pixels
     down = top[:, None] + (bottom - top)[:, None] * steps
     size = (len(images), TRIMMED_SIDE_PX, TRIMMED_SIDE_PX)
-    grid = torch.stack([across[:, None, :].expand(size), down[:, :, None].expand(size)], dim=-1) * 2 / side - 1
-    return F.grid_sample(images, grid, align_corners=False, padding_mode="border")
+    grid = torch.stack([across[:, None, :].expand(size), down[:, :, None].expand(size)], dim=-1)
+    return F.grid_sample(images, grid * 2 / images.shape[-1] - 1, align_corners=False, padding_mode="border")
 
 
 def content_bounds(images: Tensor) -> Tensor:
-    """Return left, right, top and bottom (B, 4) int64 of what is not flat margin in pictures (B, 3, S, S) in [0, 1].
+    """Return left, right, top and bottom (B, 4) in pixels of what is no flat margin in pictures (B, 3, S, S) in [0, 1].
 
     A column or row is flat when its colours hardly deviate, so an even gradient goes too; what would lose nearly the
-    whole of a side keeps it. First only a frame is taken, which may hide margins of another colour. These are then
-    judged together, for within the margins of one direction plain content would be flat in the other.
+    whole of a side keeps it. A bound lies between two lines, where the deviation crosses the limit: by whole lines, the
+    noise of a JPEG would move it further than it moves the content. First only a frame is taken, which may hide margins
+    of another colour. These are then judged together, for within the margins of one direction plain content would be
+    flat in the other.
     """
-    squares, side = images.square(), images.shape[-1]
-    whole = torch.tensor([0, side, 0, side], device=images.device).expand(len(images), 4)
-    widths = (_inside(images, squares, whole, blur=0) - whole).abs()
+    side = images.shape[-1]
+    columns, rows = F.avg_pool2d(images, (2, 1)), F.avg_pool2d(images, (1, 2)).mT  # (B, 3, S / 2, S) lines side by side
+    moments = [(lines, lines.square()) for lines in (columns, rows)]
+    whole = images.new_tensor([0, side, 0, side]).expand(len(images), 4)
+    widths = (_inside(moments, whole, blur_px=0) - whole).abs()
     frame = torch.minimum(widths, FRAME_RATIO * widths.amin(dim=1, keepdim=True))
-    return _inside(images, squares, (whole - frame).abs(), blur=MARGIN_BLUR)
+    return _inside(moments, (whole - frame).abs(), blur_px=FRAME_BLUR_PX)
 
 
-def _inside(images: Tensor, squares: Tensor, bounds: Tensor, blur: int) -> Tensor:
-    """Return the bounds (B, 4) of what is left within `bounds` when flat lines go."""
-    left, right, top, bottom = bounds.T
-    places = torch.arange(images.shape[-1], device=images.device)
-    rows, columns = _within(places, top, bottom, blur), _within(places, left, right, blur)
-    deviation = _deviation(images, squares, "bcyx,by,bx->bc", rows, columns)  # (B, 3)
-    limit = (MARGIN_STD * deviation.square().mean(dim=1, keepdim=True).sqrt()).clamp(min=MARGIN_LEAST_STD)
-    flat_columns = _deviation(images, squares, "bcyx,by->bcx", rows).amax(dim=1) <= limit
-    flat_rows = _deviation(images, squares, "bcyx,bx->bcy", columns).amax(dim=1) <= limit
-    across = _content(flat_columns, places, left, right)
-    return torch.stack([*across, *_content(flat_rows, places, top, bottom)], dim=1)
+def _inside(moments: list[tuple[Tensor, Tensor]], bounds: Tensor, blur_px: float) -> Tensor:
+    """Return the bounds (B, 4) of what is left within `bounds` when flat lines go.
+
+    Args:
+        moments: columns and their squares, (B, 3, S / 2, S) each, then rows and theirs.
+        bounds: (B, 4).
+        blur_px: how far a frame blurs into what it holds.
+    """
+    side = moments[0][0].shape[-1]
+    across, down = bounds[:, :2].T, bounds[:, 2:].T  # first and last, (B,) each
+    means, deviations = [], []
+    for (lines, squares), ends in zip(moments, (down, across), strict=True):
+        weights = _within(side, 2, *ends, blur_px)
+        mean, mean_square = (torch.einsum("bcil,bi->bcl", each, weights) for each in (lines, squares))
+        means.append((mean, mean_square))
+        deviations.append((mean_square - mean.square()).clamp(min=0).sqrt().amax(dim=1))  # (B, S)
+    mean, mean_square = (torch.einsum("bcl,bl->bc", each, _within(side, 1, *across, blur_px)) for each in means[0])
+    variance = (mean_square - mean.square()).clamp(min=0).mean(dim=1, keepdim=True)  # (B, 1), of all that is inside
+    limit = (MARGIN_STD * variance.sqrt()).clamp(min=MARGIN_LEAST_STD)
+    found = [_content(each / limit, *ends) for each, ends in zip(deviations, (across, down), strict=True)]
+    return torch.stack([*found[0], *found[1]], dim=1)
 
 
-def _within(places: Tensor, first: Tensor, last: Tensor, blur: int) -> Tensor:
-    """Return weights (B, S) that sum to 1 over the places of the stretch, but for what a frame blurs into."""
-    blurred = blur * (last - first > 4 * blur)
-    inside = (places >= (first + blurred)[:, None]) & (places < (last - blurred)[:, None])
-    return inside / inside.sum(dim=1, keepdim=True)
+def _within(side: int, step: int, first: Tensor, last: Tensor, blur_px: float) -> Tensor:
+    """Return weights (B, S / step) that sum to 1 over the places of a stretch, but for what a frame blurs into."""
+    blurred = blur_px * (last - first > 4 * blur_px)
+    places = (torch.arange(side // step, device=first.device) + 0.5) * step
+    inside = (places >= (first + blurred)[:, None]) & (places <= (last - blurred)[:, None])
+    return inside / inside.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _deviation(images: Tensor, squares: Tensor, equation: str, *weights: Tensor) -> Tensor:
-    """Return the standard deviation of each colour over what the weights cover."""
-    mean, mean_square = torch.einsum(equation, images, *weights), torch.einsum(equation, squares, *weights)
-    return (mean_square - mean.square()).clamp(min=0).sqrt()
-
-
-def _content(flat: Tensor, places: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where content begins and ends within first..last (B,), given which lines (B, S) are flat."""
-    empty = flat | (places < first[:, None]) | (places >= last[:, None])
-    begin = empty.long().cumprod(dim=1).sum(dim=1)
-    end = flat.shape[1] - empty.flip(1).long().cumprod(dim=1).sum(dim=1)
-    is_enough = end - begin >= flat.shape[1] // LEAST_SHARE
+def _content(strength: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where content begins and ends within first..last (B,): where the strength of lines (B, S) crosses 1."""
+    side = strength.shape[1]
+    padded = F.pad(strength[:, None], (LINES // 2,) * 2, mode="replicate")
+    even = F.avg_pool1d(padded, LINES, stride=1)[:, 0]
+    begin, end = _crossing(even, first), side - _crossing(even.flip(1), side - last)
+    is_enough = end - begin >= side / LEAST_SHARE
     return torch.where(is_enough, begin, first), torch.where(is_enough, end, last)
+
+
+def _crossing(strength: Tensor, first: Tensor) -> Tensor:
+    """Return where the strength of lines (B, S) first rises above 1, linear between them and not before first (B,)."""
+    strength = F.pad(strength, (1, 0))  # nothing before the first line; the middle of line i is now at i - 0.5
+    is_content = (strength > 1) & (torch.arange(strength.shape[1], device=first.device) > first[:, None])
+    line = is_content.long().argmax(dim=1, keepdim=True).clamp(min=1)
+    before, after = strength.gather(1, line - 1), strength.gather(1, line)
+    share = ((1 - before) / (after - before).clamp(min=1e-6)).clamp(0, 1)
+    return torch.where(is_content.any(dim=1), torch.maximum((line - 1.5 + share)[:, 0], first), first)
 
 
 def load_copy_descriptor() -> CopyDescriptor:
