@@ -36,7 +36,8 @@ NUM_FASHION, NUM_DRAWN = 6_000, 1_000  # pictures; of the clip art all that is n
 COPIES = 4  # of each picture
 SHRINKAGE = 0.1  # added to the correlations within copies: they come from few pictures
 WHITENING = 1.0  # chosen: power of the variance that each number is divided by; 0.5 gives all the same weight
-NEAR = 0.02  # chosen: copies count by 1 / (1 - cosine), those nearer than this alike
+NEARNESS = 0.75  # chosen: copies count by (1 - cosine) to minus this power
+NEAR = 0.02  # chosen: those nearer than this count alike
 CLIPART_SIDE_PX, DRAWN_SIDE_PX = 128, 160
 HELD_OUT_SHARE = 0.4  # of the clip art folders
 BATCH = 64
@@ -45,10 +46,10 @@ Rng = np.random.Generator
 
 # How a copy comes to be, and how often; applied in this order.
 KINDS = {
-    "crop": 3.0,
-    "rotate": 0.7,
-    "border": 2.5,
-    "resize": 4.0,
+    "crop": 6.0,
+    "rotate": 0.5,
+    "border": 2.0,
+    "resize": 6.0,
     "shift": 0.3,
     "brightness": 4.0,
     "contrast": 2.0,
@@ -58,8 +59,8 @@ KINDS = {
     "grey": 0.8,
     "blur": 2.0,
     "noise": 0.3,
-    "text": 0.3,
-    "jpeg": 5.0,
+    "text": 0.1,
+    "jpeg": 9.0,
     "webp": 1.0,
     "gif": 1.0,
 }
@@ -325,7 +326,7 @@ def nearness(pictures: Tensor, copies: Tensor, weight: Tensor, bias: Tensor) -> 
     """Return how much copies count, (M, N) of mean 1, by how near a map leaves them to their pictures."""
     mapped = F.normalize(F.linear(pictures, weight, bias), dim=-1)
     cosines = (F.normalize(F.linear(copies, weight, bias), dim=-1) * mapped).sum(dim=-1)
-    near = 1 / (1 - cosines).clamp(min=NEAR)
+    near = (1 - cosines).clamp(min=NEAR) ** -NEARNESS
     return near / near.mean()
 
 

@@ -1,7 +1,7 @@
 """A descriptor made for near-duplicates; its weights ship with the package.
 
 whole picture -> flat margins cut away -> 64 x 64 pixels of mean 0 and deviation 1 -> how strong edges of eight
-directions and three sizes are at 6 x 6 places, and the colours at 8 x 8 -> a linear map -> 128 numbers of length 1
+directions and three sizes are at 6 x 6 places, and the colours at 8 x 8 -> a linear map -> 192 numbers of length 1
 
 The linear map weighs down what changes between copies of one picture (other encodings, sizes, light, crops, borders,
 small overlays) against what tells pictures apart: linear discriminant analysis with a picture and its copies as a
@@ -25,7 +25,7 @@ from .vit import Features
 
 WEIGHTS_FILE = Path(__file__).with_name("copy_weights.safetensors")
 PREPROCESS = Preprocess(image_size=128, crop_ratio=None, mean=(0.0,) * 3, std=(1.0,) * 3, in_chans=3)
-THRESHOLD = 0.935  # cosine above which two pictures are copies; loses at most 2 % (benchmarks/results/copies.md)
+THRESHOLD = 0.94  # cosine above which two pictures are copies; loses at most 2 % (benchmarks/results/copies.md)
 TRIMMED_SIDE_PX = 64
 
 DIRECTIONS, SIZES = 8, 3  # of edges; a size is twice the one before
@@ -48,7 +48,7 @@ LEAST_SHARE = 8  # what is left of a side must be an eighth of it, or the side s
 class CopyDescriptor(nn.Module):
     """The descriptor as a backbone: its class token is the descriptor, its patch tokens the edges at 6 x 6 places."""
 
-    embed_dim = 128
+    embed_dim = 192
     waves: Tensor
 
     def __init__(self) -> None:
@@ -137,18 +137,17 @@ def _inside(moments: list[tuple[Tensor, Tensor]], bounds: Tensor, blur_px: float
         blur_px: how far a frame blurs into what it holds.
     """
     side = moments[0][0].shape[-1]
-    across, down = bounds[:, :2].T, bounds[:, 2:].T  # first and last, (B,) each
-    means, deviations = [], []
-    for (lines, squares), ends in zip(moments, (down, across), strict=True):
-        weights = _within(side, 2, *ends, blur_px)
-        mean, mean_square = (torch.einsum("bcil,bi->bcl", each, weights) for each in (lines, squares))
-        means.append((mean, mean_square))
-        deviations.append((mean_square - mean.square()).clamp(min=0).sqrt().amax(dim=1))  # (B, S)
-    mean, mean_square = (torch.einsum("bcl,bl->bc", each, _within(side, 1, *across, blur_px)) for each in means[0])
-    variance = (mean_square - mean.square()).clamp(min=0).mean(dim=1, keepdim=True)  # (B, 1), of all that is inside
-    limit = (MARGIN_STD * variance.sqrt()).clamp(min=MARGIN_LEAST_STD)
-    found = [_content(each / limit, *ends) for each, ends in zip(deviations, (across, down), strict=True)]
-    return torch.stack([*found[0], *found[1]], dim=1)
+    left, right, top, bottom = bounds.T  # (B,) each
+    profiles = []
+    for lines, first, last in zip(moments, (top, left), (bottom, right), strict=True):
+        weights = _within(side, 2, first, last, blur_px)[:, None, None]  # (B, 1, 1, S / 2)
+        profiles.append([(weights @ each)[:, :, 0] for each in lines])  # mean and mean square of each line, (B, 3, S)
+    across, down = ((mean_square - mean.square()).clamp(min=0).sqrt().amax(dim=1) for mean, mean_square in profiles)
+    weights = _within(side, 1, left, right, blur_px)[:, :, None]
+    mean, mean_square = (each @ weights for each in profiles[0])  # (B, 3, 1), of all that is inside
+    deviation = (mean_square - mean.square()).clamp(min=0).mean(dim=1).sqrt()  # (B, 1)
+    limit = (MARGIN_STD * deviation).clamp(min=MARGIN_LEAST_STD)
+    return torch.stack([*_content(across / limit, left, right), *_content(down / limit, top, bottom)], dim=1)
 
 
 def _within(side: int, step: int, first: Tensor, last: Tensor, blur_px: float) -> Tensor:
