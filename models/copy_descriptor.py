@@ -1,7 +1,7 @@
 """A descriptor made for near-duplicates; its weights ship with the package.
 
 whole picture -> flat margins cut away -> 64 x 64 pixels of mean 0 and deviation 1 -> how strong edges of eight
-directions and three sizes are at 6 x 6 places, and the colours at 8 x 8 -> a linear map -> 192 numbers of length 1
+directions and three sizes are at 6 x 6 places, and the colours at 8 x 8 -> a linear map -> 128 numbers of length 1
 
 The linear map weighs down what changes between copies of one picture (other encodings, sizes, light, crops, borders,
 small overlays) against what tells pictures apart: linear discriminant analysis with a picture and its copies as a
@@ -25,7 +25,7 @@ from .vit import Features
 
 WEIGHTS_FILE = Path(__file__).with_name("copy_weights.safetensors")
 PREPROCESS = Preprocess(image_size=128, crop_ratio=None, mean=(0.0,) * 3, std=(1.0,) * 3, in_chans=3)
-THRESHOLD = 0.94  # cosine above which two pictures are copies; loses at most 2 % (benchmarks/results/copies.md)
+THRESHOLD = 0.95  # cosine above which two pictures are copies; loses at most 2 % (benchmarks/results/copies.md)
 TRIMMED_SIDE_PX = 64
 
 DIRECTIONS, SIZES = 8, 3  # of edges; a size is twice the one before
@@ -48,7 +48,7 @@ LEAST_SHARE = 8  # what is left of a side must be an eighth of it, or the side s
 class CopyDescriptor(nn.Module):
     """The descriptor as a backbone: its class token is the descriptor, its patch tokens the edges at 6 x 6 places."""
 
-    embed_dim = 192
+    embed_dim = 128
     waves: Tensor
 
     def __init__(self) -> None:
