@@ -11,9 +11,9 @@ clock or flag in other colours). Sets: Fashion-MNIST's test images, clip art fro
 that training never saw, and, where folders are named, photographs in tiles and other drawings, unlike the training
 data. The last column is the recall at the threshold that `dedup` takes for the descriptor.
 
-What stays low: halving 28 px leaves 14, less than many pairs of distinct shirts differ by; brightness x 1.3 turns the pale
-parts of clip art white, its margins with them; grey clip art is like the same drawing in any colour, and the most alike
-distinct ones differ in colour alone; of a crop by 90 % of each side a fifth of the picture is gone.
+What stays low: halving 28 px leaves 14, less than many pairs of distinct shirts differ by; brightness x 1.3 turns the
+pale parts of clip art white, its margins with them; grey clip art is like the same drawing in any colour, and the most
+alike distinct ones differ in colour alone; of a crop by 90 % of each side a fifth of the picture is gone.
 """
 
 import argparse
