@@ -84,7 +84,7 @@ def test_a_frame_hides_no_margins() -> None:
     assert (content_bounds(in_a_black_frame()) - torch.tensor([[20, 44, 6, 58]])).abs().max() < 2
 
 
-def reference_crossing(strength: list[float], first: float, last: float) -> float:
+def reference_crossing(strength: list[float], first: float) -> float:
     """Return where the strength of lines, averaged over five, rises above 1 for the first time from `first` on."""
     held = [strength[0]] * 2 + strength + [strength[-1]] * 2
     even = [sum(held[line : line + 5]) / 5 for line in range(len(strength))]
@@ -114,8 +114,8 @@ def reference_bounds(image: np.ndarray) -> list[float]:
         found = []
         for lines, along, (first, last) in ((columns, down, across), (rows, across, down)):
             strength = (lines[:, places(2, along, blur_px)].std(axis=1).max(axis=0) / limit).tolist()
-            begin = reference_crossing(strength, first, last)
-            end = side - reference_crossing(strength[::-1], side - last, side - first)
+            begin = reference_crossing(strength, first)
+            end = side - reference_crossing(strength[::-1], side - last)
             found += [begin, end] if end - begin >= side / 8 else [first, last]
         return found
 
