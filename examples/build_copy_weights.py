@@ -7,8 +7,8 @@ Of some thousand pictures (Fashion-MNIST's training images, clip art, drawn ones
 copies of a picture lie around it, and where pictures lie, are two covariances; the map is the linear discriminant
 analysis of the two. It is made twice: the second time copies count by how near the first map leaves them, for it is
 those that a threshold can keep. Clip art of the folders that `is_held_out` names is not used, so that
-`benchmarks/copies.py` measures on what the map has not seen; the constants below were chosen there. A few minutes on two
-cores; the same seed and versions give the same map but for rounding.
+`benchmarks/copies.py` measures on what the map has not seen; the constants below were chosen there. A few minutes on
+two cores; the same seed and versions give the same map but for rounding.
 """
 
 import argparse
