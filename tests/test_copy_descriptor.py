@@ -229,4 +229,4 @@ def test_the_model_copy_needs_nothing_from_outside() -> None:
     model = open_model("copy")
     assert (model.source.path, model.source.content_id, model.dim) == ("copy", copy_content_id(), 128)
     assert isinstance(model.backbone, CopyDescriptor) and not model.backbone.training
-    assert WEIGHTS_FILE.stat().st_size < 300_000
+    assert WEIGHTS_FILE.stat().st_size < 1_400_000
