@@ -10,7 +10,7 @@ them, for it is those that a threshold can keep. Two minutes.
 
 Then the network that is added to it, on more of all and on pictures composed of clip art. A batch holds two copies each
 of pictures that the map finds alike; copies are to come above, the nearest others below one limit, which is learnt too:
-a threshold is what deduplication has. Most of an hour on two cores, and 8 GB of memory.
+a threshold is what deduplication has. Forty minutes on two cores, and 8 GB of memory.
 
 Clip art of the folders that `is_held_out` names is not used, so that `benchmarks/copies.py` measures on what neither
 has seen. The same seed and versions give the same weights but for rounding.
