@@ -63,7 +63,8 @@ NUM_COMPOSED, NUM_MORE_DRAWN = 14_000, 4_000
 CLIPART_COPIES, OTHER_COPIES = 16, 6
 SHARES = {"clip art": 0.3, "composed": 0.35, "drawn": 0.1, "fashion": 0.25}  # of the batches
 STEPS, WARMUP_STEPS = 3_500, 200
-SEEDS, GROUP = 32, 8  # a batch: 32 pictures, with each seven of the 32 that the map finds nearest
+NEAREST = 32  # others that the map finds most alike a picture
+SEEDS, GROUP = 32, 8  # a batch: 32 pictures, with each seven of the nearest
 PICTURES_AS_THEY_ARE = 0.4  # the share of pairs of the picture itself and a copy; the others are of two copies
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
 SOFTNESS = 0.05  # of the limit, in cosine
@@ -145,7 +146,7 @@ class PictureSet(NamedTuple):
 
     pixels: Tensor  # (1 + C, N, 3, 64, 64) uint8
     mapped: Tensor  # (1 + C, N, D)
-    alike: Tensor  # (N, 1 + 32): the picture and those that the map finds nearest
+    alike: Tensor  # (N, 1 + NEAREST): the picture and those that the map finds nearest
 
 
 def trimmed(job: tuple[Pictures, int | None]) -> np.ndarray:
@@ -168,12 +169,10 @@ def picture_set(descriptor: CopyDescriptor, pictures: Pictures, num_copies: int)
     ]
     with multiprocessing.get_context("fork").Pool() as pool:
         flat = torch.from_numpy(np.concatenate(pool.map(trimmed, jobs, chunksize=8)))
-    with torch.inference_mode():
-        vectors = torch.cat(
-            [descriptor.mapped(descriptor.measure(*evened(part / 255))) for part in flat.split(8 * BATCH)]
-        ).clone()
+    with torch.no_grad():
+        vectors = torch.cat([descriptor.mapped(descriptor.measure(*evened(part / 255))) for part in flat.split(512)])
         originals = vectors[: len(pictures)]
-        alike = torch.cat([(part @ originals.T).topk(33, dim=1).indices for part in originals.split(1_000)])
+        alike = torch.cat([(part @ originals.T).topk(1 + NEAREST, dim=1).indices for part in originals.split(1_000)])
     shape = 1 + num_copies, len(pictures)
     return PictureSet(flat.view(*shape, *flat.shape[1:]), vectors.view(*shape, -1), alike)
 
@@ -187,7 +186,7 @@ def pairs(pictures: PictureSet, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
     """
     num_copies, num_pictures = pictures.pixels.shape[0] - 1, pictures.pixels.shape[1]
     seeds = rng.choice(num_pictures, SEEDS, replace=False)
-    beside = np.stack([rng.choice(np.arange(1, 33), GROUP - 1, replace=False) for _ in seeds])
+    beside = np.stack([rng.choice(np.arange(1, 1 + NEAREST), GROUP - 1, replace=False) for _ in seeds])
     rows = torch.cat([pictures.alike[seeds, :1], pictures.alike[seeds].gather(1, torch.from_numpy(beside))], dim=1)
     rows = rows.unique()
     first = rng.integers(1, 1 + num_copies, len(rows)) * (rng.random(len(rows)) >= PICTURES_AS_THEY_ARE)
