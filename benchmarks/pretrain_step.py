@@ -24,6 +24,7 @@ from dinov2_toolkit.models.block import Recompute
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.memory import keep_freed_memory
+from dinov2_toolkit.train.accumulate import backward
 from dinov2_toolkit.train.masking import block_masks
 from dinov2_toolkit.train.optimizer import build_optimizer, clip_gradients, set_rates
 from dinov2_toolkit.train.parts import parts
@@ -97,15 +98,13 @@ def main() -> None:
     lr = 4e-3 * (args.batch / 1024) ** 0.5
     set_rates(optimizer, lr=lr, last_layer_lr=lr, weight_decay=0.04)
     losses, seconds = [], []
-    for _ in range(args.warmup + args.steps):
+    for number in range(args.warmup + args.steps):
         batch = make_batch(args, generator)
         start = time.perf_counter()
         step = model.taught(*batch, teacher_temp=0.04)
         loss = 0.0
         for part in parts(step, by_view=args.split_views, num_images=args.micro_batch):
-            outputs = model(part)
-            outputs["total"].backward()
-            loss += float(outputs["total"].detach())
+            loss += float(backward(model, part, Tensor.backward, seed=number)["total"])
         clip_gradients(model.student, 3.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ Ffn = Literal["mlp", "swiglu"]
 Groups = list[tuple[int, int]]  # (B, n) of each group in a pack, in order
 Reads = list[Tensor]  # (B, n) bool of each group: the tokens that somebody reads
 Recompute = Literal["nothing", "cheap", "blocks"]  # what going backward computes again in place of keeping it
-
+Kept = tuple[Tensor, Tensor, Groups, list[Tensor]]  # what `random_sequences` returns
 
 SHORT = 64  # tokens; measured on a CPU, there and back: up to here plain products are 1.1 to 2 times as fast
 
@@ -174,23 +174,38 @@ class Block(nn.Module):
         output: Tensor = checkpoint(function, tokens, use_reentrant=False, preserve_rng_state=False)
         return output
 
-    def forward(self, tokens: Tensor, groups: Groups, reads: Reads | None = None) -> Tensor:
-        """Return the tokens (T, D) after this block; with `reads`, the R that are read alone (R, D), for less."""
-        if self.recompute == "blocks" and torch.is_grad_enabled():
-            output: Tensor = checkpoint(self._forward, tokens, groups, reads, use_reentrant=False)
-            return output
-        return self._forward(tokens, groups, reads)
+    def forward(
+        self,
+        tokens: Tensor,
+        groups: Groups,
+        reads: Reads | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the tokens (T, D) after this block; with `reads`, the R that are read alone (R, D), for less.
 
-    def _forward(self, tokens: Tensor, groups: Groups, reads: Reads | None) -> Tensor:
+        Stochastic depth draws from `generator`, or from torch's own.
+        """
+        kept = None
         if self.training and self.drop_path > 0.0:
-            return self._forward_of_random_sequences(tokens, groups, reads)
+            kept = [random_sequences(groups, self.drop_path, tokens, generator) for _ in range(2)]
+        if self.recompute == "blocks" and torch.is_grad_enabled():
+            output: Tensor = checkpoint(
+                self._forward, tokens, groups, reads, kept, use_reentrant=False, preserve_rng_state=False
+            )
+            return output
+        return self._forward(tokens, groups, reads, kept)
+
+    def _forward(self, tokens: Tensor, groups: Groups, reads: Reads | None, kept: list[Kept] | None) -> Tensor:
+        if kept is not None:
+            return self._forward_of_some(tokens, groups, reads, kept)
         update = self.attend(tokens, groups, reads)
         tokens = (tokens if reads is None else tokens[_flat(reads)]) + update
         return tokens + self.feed_forward(tokens)
 
-    def _forward_of_random_sequences(self, tokens: Tensor, groups: Groups, reads: Reads | None) -> Tensor:
-        rows, scales, kept_groups, kept = random_sequences(groups, self.drop_path, tokens)
-        kept_reads = None if reads is None else _kept(reads, kept)
+    def _forward_of_some(self, tokens: Tensor, groups: Groups, reads: Reads | None, kept: list[Kept]) -> Tensor:
+        """Return the tokens after this block, each branch updating the sequences that it keeps."""
+        rows, scales, kept_groups, numbers = kept[0]
+        kept_reads = None if reads is None else _kept(reads, numbers)
         update = self.attend(tokens.index_select(0, rows), kept_groups, kept_reads)
         if reads is not None and kept_reads is not None:
             place = _flat(reads).cumsum(0) - 1  # (T,) a read token's number among the R
@@ -198,9 +213,9 @@ class Block(nn.Module):
             rows, scales = place[rows[_flat(kept_reads)]], scales[_flat(kept_reads)]
         tokens = tokens.index_add(0, rows, (update * scales).to(tokens.dtype))
 
-        rows, scales, _, kept = random_sequences(groups, self.drop_path, tokens)
+        rows, scales, _, numbers = kept[1]
         if reads is not None:
-            of_kept = _flat(_kept(reads, kept))
+            of_kept = _flat(_kept(reads, numbers))
             rows, scales = place[rows[of_kept]], scales[of_kept]
         update = self.feed_forward(tokens.index_select(0, rows))
         return tokens.index_add(0, rows, (update * scales).to(tokens.dtype))
@@ -210,7 +225,7 @@ def _kept(reads: Reads, kept: list[Tensor]) -> Reads:
     return [read[sequences] for read, sequences in zip(reads, kept, strict=True)]
 
 
-def random_sequences(groups: Groups, drop_path: float, tokens: Tensor) -> tuple[Tensor, Tensor, Groups, list[Tensor]]:
+def random_sequences(groups: Groups, drop_path: float, tokens: Tensor, generator: torch.Generator | None) -> Kept:
     """Return the rows (kept,) of randomly kept sequences of a pack, each row's scale (kept, 1), and what was kept.
 
     The last two are the groups of what is kept, and the numbers of the kept sequences in each group.
@@ -218,7 +233,7 @@ def random_sequences(groups: Groups, drop_path: float, tokens: Tensor) -> tuple[
     rows, scales, kept_groups, numbers, start = [], [], [], [], 0
     for sequences, length in groups:
         num_kept = max(int(sequences * (1 - drop_path)), 1)
-        kept = torch.randperm(sequences, device=tokens.device)[:num_kept]
+        kept = torch.randperm(sequences, generator=generator, device=tokens.device)[:num_kept]
         # (kept, 1) + (n,) -> the kept sequences' rows in the pack
         rows.append((start + kept[:, None] * length + torch.arange(length, device=tokens.device)).flatten())
         scales.append(tokens.new_full((num_kept * length, 1), sequences / num_kept))

@@ -217,7 +217,11 @@ class VisionTransformer(nn.Module):
         return self.forward_features(images, masks)  # type: ignore[arg-type]  # the overloads pair the two arguments
 
     def class_and_chosen_patch_tokens(
-        self, images: Sequence[Tensor], masks: Sequence[Tensor | None], chosen: Sequence[Tensor | None]
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        chosen: Sequence[Tensor | None],
+        generator: torch.Generator | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Return the class tokens (B, D) and the chosen patch tokens (M, D) of each image batch.
 
@@ -226,6 +230,7 @@ class VisionTransformer(nn.Module):
         Args:
             images, masks: as in `forward_features`, as lists.
             chosen: (B, N) bool for each batch, True M times, or None for no patch; M runs image by image.
+            generator: what stochastic depth draws from; None: torch's own.
         """
         tokens, groups = self.embed_packed(images, masks)
         reads = []
@@ -237,8 +242,8 @@ class VisionTransformer(nn.Module):
             reads.append(read)
         *first_blocks, last_block = self.blocks
         for block in first_blocks:
-            tokens = block(tokens, groups)
-        normed: Tensor = self.norm(last_block(tokens, groups, reads))
+            tokens = block(tokens, groups, None, generator)
+        normed: Tensor = self.norm(last_block(tokens, groups, reads, generator))
         parts = []
         for read, part in zip(reads, torch.split(normed, [int(read.sum()) for read in reads]), strict=True):
             is_class = read.nonzero()[:, 1] == 0  # (tokens read,)

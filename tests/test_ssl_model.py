@@ -9,12 +9,13 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.block import Recompute
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.train.accumulate import backward
 from dinov2_toolkit.train.distill_model import DistillModel
 from dinov2_toolkit.train.frozen_teacher import FrozenTeacher
 from dinov2_toolkit.train.health import teacher_figures
 from dinov2_toolkit.train.losses import koleo_loss, sinkhorn_knopp
 from dinov2_toolkit.train.metrics import added
-from dinov2_toolkit.train.parts import parts
+from dinov2_toolkit.train.parts import halves, parts
 from dinov2_toolkit.train.ssl_model import Centering, SSLModel
 
 NUM_IMAGES, NUM_LOCALS, NUM_PROTOTYPES = 4, 8, 10
@@ -248,6 +249,59 @@ def test_views_one_after_the_other_add_up_to_the_packed_pass(kind: str, num_loca
     assert split_gradients.keys() == whole_gradients.keys()
     for name, gradient in whole_gradients.items():
         torch.testing.assert_close(split_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def in_halves(
+    model: SSLModel | DistillModel, num_locals: int, seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    losses = backward(model, model.taught(*crops_and_masks(num_locals), teacher_temp=0.05), Tensor.backward, seed)
+    gradients = {name: weight.grad for name, weight in model.student.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return losses, gradients
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("num_locals", [0, 1, 3, NUM_LOCALS])
+@pytest.mark.parametrize("kind", ["shared head", "separate heads", "distilled"])
+def test_halves_at_once_add_up_to_the_packed_pass(kind: str, num_locals: int, num_threads: int) -> None:
+    model = tiny_distill_model() if kind == "distilled" else tiny_model(separate=kind == "separate heads")
+    whole, whole_gradients, _ = losses_and_gradients(model, num_locals, by_view=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    losses, gradients = in_halves(model, num_locals)
+    assert torch.get_num_threads() == num_threads
+    torch.set_num_threads(before)
+    assert losses.keys() == whole.keys() and gradients.keys() == whole_gradients.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(losses[name], value)
+    for name, gradient in whole_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_what_stochastic_depth_draws_in_halves_is_a_matter_of_the_seed_alone() -> None:
+    model = tiny_model(drop_path=0.5)
+    (first, gradients), (again, same), (other, _) = (in_halves(model, NUM_LOCALS, seed) for seed in (3, 3, 4))
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert all(torch.equal(same[name], value) for name, value in gradients.items())
+    assert not torch.allclose(first["student_cls_tokens"], other["student_cls_tokens"])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one_by_one, _ = in_halves(model, NUM_LOCALS, seed=3)
+    torch.set_num_threads(before)
+    for name, value in first.items():
+        torch.testing.assert_close(one_by_one[name], value)
+
+
+def test_halves_have_a_view_each_and_share_the_local_crops() -> None:
+    model = tiny_model()
+    step = model.taught(*crops_and_masks(3), teacher_temp=0.05)
+    first, second = halves(step, 0)
+    assert step.local_crops is not None and first.local_crops is not None and second.local_crops is not None
+    assert torch.equal(torch.cat([first.global_crops, second.global_crops]), step.global_crops)
+    assert torch.equal(torch.cat([first.local_crops, second.local_crops]), step.local_crops)
+    assert torch.equal(torch.cat([first.patch_targets, second.patch_targets]), step.patch_targets)
+    assert len(first.local_crops) == 2 * NUM_IMAGES
+    assert all(half.local_crops is None for half in halves(model.taught(*crops_and_masks(0), teacher_temp=0.05), 0))
 
 
 @pytest.mark.parametrize("by_view", [False, True])

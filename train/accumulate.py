@@ -1,6 +1,6 @@
 """The student's side of a step: gradients of all its parts, in smaller ones where a GPU's memory does not suffice."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -10,8 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from .. import console
 from ..errors import ToolkitError
+from .at_once import at_once, is_by_half
+from .draws import derived_seed
 from .metrics import added
-from .parts import Part, parts
+from .parts import Part, halves, parts
 
 
 def learn(
@@ -45,7 +47,7 @@ def learn(
     while True:
         torch.manual_seed(seed)
         try:
-            return _all_parts(wrapped, step, accelerator, split_views, micro_batch_size), micro_batch_size
+            return _all_parts(wrapped, step, accelerator, seed, split_views, micro_batch_size), micro_batch_size
         except torch.OutOfMemoryError:
             pass  # go on below, where nothing holds on to what the failed attempt has made
         smaller = halved(micro_batch_size or step.num_images, step.num_images, smallest)
@@ -79,21 +81,35 @@ def halved(micro_batch_size: int, num_images: int, smallest: int) -> int | None:
 
 
 def _all_parts(
-    wrapped: nn.Module, step: Part, accelerator: Accelerator, split_views: bool, micro_batch_size: int
+    wrapped: nn.Module, step: Part, accelerator: Accelerator, seed: int, split_views: bool, micro_batch_size: int
 ) -> dict[str, Tensor]:
     *first_parts, last_part = parts(step, by_view=split_views, num_images=micro_batch_size)
     # Shards are summed part by part: whole gradients, kept for one sum, would take the memory that sharding saves.
     in_shards = isinstance(next(wrapped.parameters()), DTensor)
     collected = []
-    for part in first_parts:
+    for number, part in enumerate(first_parts):
         with nullcontext() if in_shards else accelerator.no_sync(wrapped):
-            collected.append(_backward(wrapped, part, accelerator))
-    collected.append(_backward(wrapped, last_part, accelerator))
+            collected.append(backward(wrapped, part, accelerator.backward, derived_seed(seed, "part", number)))
+    collected.append(backward(wrapped, last_part, accelerator.backward, derived_seed(seed, "part", len(first_parts))))
     return added(collected)
 
 
-def _backward(wrapped: nn.Module, part: Part, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Add the gradients of a part of a step to the student's; return the losses, detached."""
-    outputs: Mapping[str, Tensor] = wrapped(part)
-    accelerator.backward(outputs["total"])
-    return {name: value.detach() for name, value in outputs.items()}
+def backward(wrapped: nn.Module, part: Part, from_loss: Callable[[Tensor], object], seed: int) -> dict[str, Tensor]:
+    """Add the gradients of a part of a step to the student's; return the losses, detached.
+
+    On a CPU the two views go through at once. Of the two gradients of a weight that is the sum, whichever is first.
+
+    Args:
+        wrapped: the model as Accelerate prepared it.
+        from_loss: goes backward from a loss.
+        seed: of what stochastic depth draws where views are apart; together they draw from torch's own numbers.
+    """
+
+    def learn_from(part: Part) -> dict[str, Tensor]:
+        outputs: Mapping[str, Tensor] = wrapped(part)
+        from_loss(outputs["total"])
+        return {name: value.detach() for name, value in outputs.items()}
+
+    if len(part.cls_targets) == 2 and is_by_half(part.global_crops):
+        return added(at_once(learn_from, *halves(part, seed)))
+    return learn_from(part)

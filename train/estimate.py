@@ -9,12 +9,13 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import console
 from ..features.extract import best_device
 from ..models.head import ProjectionHead
 from ..models.vit import VisionTransformer
+from .accumulate import backward
 from .build import build_model
 from .checkpoint import TrainedModel
 from .config import TrainConfig
@@ -205,7 +206,7 @@ def measured_flops(config: TrainConfig, device: torch.device) -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             step = model.taught(crops[0], crops[1] if len(crops[1]) else None, masks, teacher_temp=1.0)
             for part in parts(step, by_view=config.split_views):
-                model(part)["total"].backward()
+                backward(model, part, Tensor.backward, seed=0)
         optimizer.step()
         optimizer.zero_grad()
         model.update_teacher(1.0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ..models.vit import Features, VisionTransformer
+from .at_once import by_half
 
 
 class FrozenTeacher(nn.Module):
@@ -71,4 +72,9 @@ class FrozenTeacher(nn.Module):
         height, width = (side // patch_size * self.backbone.patch_size for side in crops.shape[2:])
         if (height, width) != tuple(crops.shape[2:]):
             crops = F.interpolate(crops, size=(height, width), mode="bicubic", antialias=True)
-        return self.backbone.forward_features(crops * self.scale + self.shift)
+
+        def features(crops: Tensor) -> tuple[Tensor, ...]:
+            made = self.backbone.forward_features(crops)
+            return made.cls_token, made.register_tokens, made.patch_tokens
+
+        return Features(*by_half(features, crops * self.scale + self.shift))

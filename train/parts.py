@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .draws import derived_seed
+
 
 @dataclass(frozen=True)
 class Part:
@@ -29,6 +31,7 @@ class Part:
     num_pairs: int  # of a student's and a teacher's view in the whole step: 2 L + 2
     share: float = 1.0  # of the step's images: b / B
     are_probs: bool = True  # the targets, over prototypes; false: features, K numbers each
+    generator: torch.Generator | None = None  # of stochastic depth; None: torch's own
 
     @property
     def num_images(self) -> int:
@@ -62,6 +65,25 @@ def parts(step: Part, *, by_view: bool, num_images: int = 0) -> Iterator[Part]:
         of_images = _images(step, start, min(start + size, step.num_images)) if size < step.num_images else step
         for global_views, with_local in views:
             yield _views(of_images, global_views, with_local) if by_view else of_images
+
+
+def halves(step: Part, seed: int) -> tuple[Part, Part]:
+    """Cut a step, or some images of it, into the first view with half of the local crops, and the second view.
+
+    Their losses add up to the step's, KoLeo's too, and each draws random numbers of its own.
+    """
+    num_local = 0 if step.local_crops is None else len(step.local_crops) // step.num_images
+    middle = (num_local + 1) // 2 * step.num_images
+    local_crops = (None, None) if step.local_crops is None else (step.local_crops[:middle], step.local_crops[middle:])
+    first, second = (
+        replace(
+            _views(step, [view], with_local=False),
+            local_crops=crops if crops is not None and len(crops) else None,
+            generator=torch.Generator().manual_seed(derived_seed(seed, "half", view)),
+        )
+        for view, crops in enumerate(local_crops)
+    )
+    return first, second
 
 
 def _images(part: Part, start: int, stop: int) -> Part:

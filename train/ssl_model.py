@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..models.head import ProjectionHead
 from ..models.vit import VisionTransformer
+from .at_once import by_half
 from .losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, updated_center
 from .parts import Part, taught
 
@@ -82,8 +83,12 @@ class SSLModel(nn.Module):
         """
         teacher = self.teacher["backbone"]
         assert isinstance(teacher, VisionTransformer)
-        [(cls_tokens, patch_tokens)] = teacher.class_and_chosen_patch_tokens([global_crops], [None], [masks])
-        cls_logits, patch_logits = head_logits(self.teacher, cls_tokens, patch_tokens)
+
+        def answers(crops: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+            [(cls_tokens, patch_tokens)] = teacher.class_and_chosen_patch_tokens([crops], [None], [masks])
+            return head_logits(self.teacher, cls_tokens, patch_tokens)
+
+        cls_logits, patch_logits = by_half(answers, global_crops, masks)
         if self.centering == "sinkhorn_knopp":
             cls_probs, patch_probs = (sinkhorn_knopp(logits, teacher_temp) for logits in (cls_logits, patch_logits))
         else:
@@ -102,7 +107,7 @@ class SSLModel(nn.Module):
         packed: list[tuple[Tensor, Tensor | None]] = [(part.global_crops, part.masks)] if len(part.global_crops) else []
         packed += [] if part.local_crops is None else [(part.local_crops, None)]
         masks = [mask for _, mask in packed]
-        tokens = student.class_and_chosen_patch_tokens([crops for crops, _ in packed], masks, masks)
+        tokens = student.class_and_chosen_patch_tokens([crops for crops, _ in packed], masks, masks, part.generator)
         cls_tokens = torch.cat([cls_tokens for cls_tokens, _ in tokens])
         cls_logits, patch_logits = head_logits(self.student, cls_tokens, tokens[0][1])
         return part_losses(
