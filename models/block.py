@@ -6,12 +6,15 @@ Source: Oquab et al. 2023 (DINOv2), section 5; github.com/facebookresearch/dinov
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .linear import Linear, linear
 
 Ffn = Literal["mlp", "swiglu"]
 Groups = list[tuple[int, int]]  # (B, n) of each group in a pack, in order
@@ -47,33 +50,35 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((embed_dim,), init))
 
     def forward(self, last: nn.Linear, tokens: Tensor) -> Tensor:
-        return F.linear(tokens, self.gamma[:, None] * last.weight, self.gamma * last.bias)
+        return linear(tokens, self.gamma[:, None] * last.weight, self.gamma * last.bias)
 
 
 class Attention(nn.Module):
-    """Self-attention within each sequence of a pack, from queries, keys and values of all: (T, 3 D) -> (T, D)."""
+    """Self-attention within each sequence of a pack, from queries, keys and values of all: (T, 3 D) -> (T, D).
+
+    The projection after it is the caller's.
+    """
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.qkv = Linear(embed_dim, 3 * embed_dim)
+        self.proj = Linear(embed_dim, embed_dim)
 
-    def forward(self, packed: Tensor, groups: Groups, scale: LayerScale) -> Tensor:
+    def forward(self, packed: Tensor, groups: Groups) -> Tensor:
         attended = []
         for part, (sequences, length) in zip(_split(packed, groups), groups, strict=True):
             # (B n, 3 D) -> 3 x (B, heads, n, D / heads)
             query, key, value = part.view(sequences, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
             attended.append(attention(query, key, value).transpose(1, 2).reshape(sequences * length, -1))
-        projected: Tensor = scale(self.proj, attended[0] if len(attended) == 1 else torch.cat(attended))
-        return projected
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
 
-    def at(self, tokens: Tensor, groups: Groups, scale: LayerScale, reads: Reads) -> Tensor:
+    def at(self, tokens: Tensor, groups: Groups, reads: Reads) -> Tensor:
         """Return the R tokens that are read alone, (T, D) -> (R, D): no other has a query, or an update."""
         query_weight, key_value_weight = self.qkv.weight.tensor_split([tokens.shape[1]])
         query_bias, key_value_bias = self.qkv.bias.tensor_split([tokens.shape[1]])
-        keys_values = F.linear(tokens, key_value_weight, key_value_bias)
-        queries = F.linear(tokens[_flat(reads)], query_weight, query_bias)
+        keys_values = linear(tokens, key_value_weight, key_value_bias)
+        queries = linear(tokens[_flat(reads)], query_weight, query_bias)
         counts = [read.sum(1) for read in reads]  # a number a sequence
         attended = []
         for part, queries_part, count, (sequences, length) in zip(
@@ -92,8 +97,7 @@ class Attention(nn.Module):
             # (B, most, D) -> (B, heads, most, D / heads)
             query = query.view(*is_query.shape, self.num_heads, -1).transpose(1, 2)
             attended.append(attention(query, key, value).transpose(1, 2).flatten(2)[is_query])
-        projected: Tensor = scale(self.proj, torch.cat(attended))
-        return projected
+        return torch.cat(attended)
 
 
 class Mlp(nn.Module):
@@ -101,14 +105,18 @@ class Mlp(nn.Module):
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
-        self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
+        self.fc1 = Linear(embed_dim, 4 * embed_dim)
+        self.fc2 = Linear(4 * embed_dim, embed_dim)
 
     def widen(self, tokens: Tensor) -> Tensor:
         return self.fc1(tokens)  # type: ignore[no-any-return]
 
-    def narrow(self, hidden: Tensor, scale: LayerScale) -> Tensor:
-        return scale(self.fc2, F.gelu(hidden))  # type: ignore[no-any-return]
+    def activate(self, hidden: Tensor) -> Tensor:
+        return F.gelu(hidden)
+
+    @property
+    def last(self) -> nn.Linear:
+        return self.fc2
 
 
 class SwiGlu(nn.Module):
@@ -117,15 +125,19 @@ class SwiGlu(nn.Module):
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
         hidden_dim = (4 * embed_dim * 2 // 3 + 7) // 8 * 8
-        self.w12 = nn.Linear(embed_dim, 2 * hidden_dim)
-        self.w3 = nn.Linear(hidden_dim, embed_dim)
+        self.w12 = Linear(embed_dim, 2 * hidden_dim)
+        self.w3 = Linear(hidden_dim, embed_dim)
 
     def widen(self, tokens: Tensor) -> Tensor:
         return self.w12(tokens)  # type: ignore[no-any-return]
 
-    def narrow(self, hidden: Tensor, scale: LayerScale) -> Tensor:
+    def activate(self, hidden: Tensor) -> Tensor:
         gate, value = hidden.chunk(2, dim=-1)
-        return scale(self.w3, F.silu(gate) * value)  # type: ignore[no-any-return]
+        return F.silu(gate) * value
+
+    @property
+    def last(self) -> nn.Linear:
+        return self.w3
 
 
 class Block(nn.Module):
@@ -151,28 +163,56 @@ class Block(nn.Module):
     def attend(self, tokens: Tensor, groups: Groups, reads: Reads | None) -> Tensor:
         """Return the update (T, D) of attention, or where `reads` says so (R, D)."""
         if reads is not None:
-            return self.attn.at(self.norm1(tokens), groups, self.ls1, reads)
-        packed = self._cheaply(lambda tokens: self.attn.qkv(self.norm1(tokens)), tokens)
-        if all(is_short(packed, length) for _, length in groups):  # plain products would keep four times as much
-            return self._cheaply(lambda packed: self.attn(packed, groups, self.ls1), packed)
-        update: Tensor = self.attn(packed, groups, self.ls1)
+            attended = self.attn.at(self.norm1(tokens), groups, reads)
+        else:
+            packed = self._after(self.norm1, tokens, self.attn.qkv)
+            if self._keeps_little() and all(is_short(packed, length) for _, length in groups):
+                attended = _again(lambda packed: self.attn(packed, groups), packed)  # would keep four times as much
+            else:
+                attended = self.attn(packed, groups)
+        update: Tensor = self.ls1(self.attn.proj, attended)
         return update
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         """Return the update (T, D) of the feed-forward."""
-        hidden = self._cheaply(lambda tokens: self.mlp.widen(self.norm2(tokens)), tokens)
-        return self._cheaply(lambda hidden: self.mlp.narrow(hidden, self.ls2), hidden)
+        hidden = self._after(self.norm2, tokens, self.mlp.widen)
+        activate = self.mlp.activate
+        if isinstance(self.mlp, SwiGlu) and self._keeps_little() and not torch.compiler.is_compiling():
+            activate = partial(_again, activate)  # a product keeps both of its factors
+        return self._after(activate, hidden, lambda activated: self.ls2(self.mlp.last, activated))
 
-    def _cheaply(self, function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    def _keeps_little(self) -> bool:
+        return self.recompute == "cheap" and torch.is_grad_enabled()
+
+    def _after(self, cheap: Callable[[Tensor], Tensor], tokens: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply a cheap operation and the linear layer after it, keeping no more than their input if told so.
 
-        Going backward, the cheap part runs again; checkpointing stops before the linear layer, whose input is the
-        last that is missing.
+        Going backward the cheap operation runs again, where the layer asks for its input; the layer does not.
         """
-        if self.recompute != "cheap" or not torch.is_grad_enabled():
-            return function(tokens)
-        output: Tensor = checkpoint(function, tokens, use_reentrant=False, preserve_rng_state=False)
-        return output
+        if not self._keeps_little():
+            return layer(cheap(tokens))
+        if torch.compiler.is_compiling():  # which does not know hooks, and leaves the layer out by itself
+            return _again(lambda tokens: layer(cheap(tokens)), tokens)
+        kind = tokens.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+
+        def prepare() -> Tensor:
+            return cheap(tokens).to(dtype)  # what the layer keeps, not what autocast would make a copy of
+
+        prepared = prepare()
+        place = prepared.data_ptr()
+
+        def keep(tensor: Tensor) -> Tensor | None:
+            return None if tensor.data_ptr() == place else tensor
+
+        def give(kept: Tensor | None) -> Tensor:
+            if kept is not None:
+                return kept
+            with torch.no_grad():
+                return prepare()
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, give):
+            return layer(prepared)
 
     def forward(
         self,
@@ -219,6 +259,12 @@ class Block(nn.Module):
             rows, scales = place[rows[of_kept]], scales[of_kept]
         update = self.feed_forward(tokens.index_select(0, rows))
         return tokens.index_add(0, rows, (update * scales).to(tokens.dtype))
+
+
+def _again(function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """Return `function(tokens)`, of which nothing is kept: going backward it runs again."""
+    output: Tensor = checkpoint(function, tokens, use_reentrant=False, preserve_rng_state=False)
+    return output
 
 
 def _kept(reads: Reads, kept: list[Tensor]) -> Reads:
