@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     for flag, default in NUMBERS.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--drop-path", type=float, default=0.3, help="default 0.3")
-    parser.add_argument("--split-views", action="store_true", help="local, first and second global crops in turn")
+    parser.add_argument("--split-views", action="store_true", help="local crops in two goes, then each global one")
     parser.add_argument("--recompute", choices=get_args(Recompute), default="nothing", help="going backward")
     parser.add_argument("--separate-head", action="store_true", help="a head of its own for patches")
     parser.add_argument("--centering", choices=["centering", "sinkhorn_knopp"], default="centering")

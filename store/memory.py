@@ -10,7 +10,7 @@ from ..errors import ToolkitError
 SHARE = 3  # a step takes a third of the machine unless told otherwise
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SMALLEST = 256 << 20  # below this, no block would be large enough to work on
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
 KEPT_BYTES = 64 << 20  # chosen: what is larger leaves holes that nothing else fits in, and is given back
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -35,11 +35,16 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next allocation; without glibc, do nothing.
 
     By itself it gives every large tensor back and asks for it anew, and the kernel clears each page again: measured,
-    some percent of a training step on a CPU. The peak grows by some percent as well.
+    some percent of a training step on a CPU. The peak grows by some percent as well. All threads take from one arena,
+    or what one has freed would not serve another.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in ((M_MMAP_THRESHOLD, KEPT_BYTES), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        for parameter, value in (
+            (M_MMAP_THRESHOLD, KEPT_BYTES),
+            (M_TRIM_THRESHOLD, 2**31 - 1),
+            (M_ARENA_MAX, 1),
+        ):
             mallopt(parameter, value)
 
 

@@ -20,6 +20,7 @@ from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.train.config import resolve
 from dinov2_toolkit.train.distill import DistillConfig, distill
+from dinov2_toolkit.train.accumulate import backward
 from dinov2_toolkit.train.feature_distill_model import FeatureDistillModel, standardised
 from dinov2_toolkit.train.frozen_teacher import FrozenTeacher
 from dinov2_toolkit.train.metrics import added
@@ -104,6 +105,8 @@ def test_the_parts_of_a_step_add_up_to_it(by_view: bool, num_images: int) -> Non
     pieces = added([model(part) for part in parts(step, by_view=by_view, num_images=num_images)])
     for name in ("cls_global", "cls_local", "patch", "total"):
         torch.testing.assert_close(pieces[name], whole[name])
+    at_once = backward(model, step, Tensor.backward, seed=0)
+    torch.testing.assert_close(at_once["total"], whole["total"].detach())
 
 
 def test_a_channel_that_never_changes_becomes_zero() -> None:

@@ -112,7 +112,7 @@ class TrainConfig:
 
     # How a step is cut: it costs time or memory, and changes no more than which random numbers stochastic depth draws;
     # KoLeo compares the images of a micro-batch.
-    split_views: bool = False  # local crops, first and second global ones in turn: a third of the memory
+    split_views: bool = False  # half of the local crops, the others, each global one in turn: a third of the memory
     micro_batch_size: int = 0  # images of a process at a time; 0 = all
     recompute: Literal["nothing", "cheap", "blocks"] = "nothing"  # going backward: norms and activations are cheap
 

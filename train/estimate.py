@@ -145,9 +145,9 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     head = next((module for module in model.student.values() if isinstance(module, ProjectionHead)), None)
     num_prototypes = 0 if head is None else head.num_prototypes
     targets = 4 * size * num_prototypes * (2 * crops[0].number + crops[0].read)
-    kinds = [[crops[0]], [crops[1]]] if config.split_views else [list(crops)]
+    kinds = [list(crops)]
     if config.split_views:
-        kinds[0] = [replace(crops[0], number=1)]
+        kinds = [[replace(crops[0], number=1)], [replace(crops[1], number=(crops[1].number + 1) // 2)]]
     is_masked = isinstance(model, SSLModel)
     kept = max(
         part_size * sum(_kept_bytes(config, _backbone(student), kind, is_masked) for student in _students(model))

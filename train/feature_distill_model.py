@@ -114,7 +114,8 @@ class FeatureDistillModel(nn.Module):
         if len(views) > num_views:
             local_views = views[num_views:]
             targets = (part.all_cls_targets / 2).expand_as(local_views)
-            losses["cls_local"] = part.share * F.smooth_l1_loss(local_views, targets)
+            share = part.share * len(local_views) / part.num_local_views
+            losses["cls_local"] = share * F.smooth_l1_loss(local_views, targets)
         if num_views:
             share = part.share * num_views / 2
             losses["cls_global"] = share * F.smooth_l1_loss(views[:num_views], part.cls_targets)

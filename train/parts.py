@@ -23,7 +23,7 @@ class Part:
     """Crops that the student sees in one pass, and the teacher's answers to them."""
 
     global_crops: Tensor  # (V b, C, H, W), V from 0 to 2
-    local_crops: Tensor | None  # (L b, C, h, w)
+    local_crops: Tensor | None  # (L b, C, h, w), or some of the L views
     masks: Tensor  # (V b, N) bool, True where the iBOT loss reads
     cls_targets: Tensor  # (V, b, K), the teacher's of the other global crop than each; features: of the same one
     all_cls_targets: Tensor  # (b, K), the sum of the teacher's two: what local crops are compared with
@@ -38,6 +38,11 @@ class Part:
         """Return b."""
         return len(self.all_cls_targets)
 
+    @property
+    def num_local_views(self) -> int:
+        """Return L of the whole step."""
+        return self.num_pairs // 2 - 1
+
 
 def taught(
     global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, cls_probs: Tensor, patch_probs: Tensor
@@ -49,7 +54,7 @@ def taught(
 
 
 def parts(step: Part, *, by_view: bool, num_images: int = 0) -> Iterator[Part]:
-    """Cut a whole step: into the local crops, the first and the second global ones, and into so many images at a time.
+    """Cut a whole step: into half of the local crops, the others, the first and the second global ones; by images.
 
     The last part always holds global crops, so that all of a model's weights have a gradient from it.
 
@@ -57,14 +62,14 @@ def parts(step: Part, *, by_view: bool, num_images: int = 0) -> Iterator[Part]:
         by_view: whether each kind of view is a part of its own.
         num_images: images a part, 0 for all.
     """
-    views = [([], True), ([0], False), ([1], False)] if by_view else [([0, 1], True)]
-    if by_view and step.local_crops is None:
-        views = views[1:]
     size = num_images or step.num_images
     for start in range(0, step.num_images, size):
         of_images = _images(step, start, min(start + size, step.num_images)) if size < step.num_images else step
-        for global_views, with_local in views:
-            yield _views(of_images, global_views, with_local) if by_view else of_images
+        if by_view:
+            yield from (_views(of_images, [], crops) for crops in _local_halves(of_images) if crops is not None)
+            yield from (_views(of_images, [view], None) for view in (0, 1))
+        else:
+            yield of_images
 
 
 def halves(step: Part, seed: int) -> tuple[Part, Part]:
@@ -72,18 +77,22 @@ def halves(step: Part, seed: int) -> tuple[Part, Part]:
 
     Their losses add up to the step's, KoLeo's too, and each draws random numbers of its own.
     """
-    num_local = 0 if step.local_crops is None else len(step.local_crops) // step.num_images
-    middle = (num_local + 1) // 2 * step.num_images
-    local_crops = (None, None) if step.local_crops is None else (step.local_crops[:middle], step.local_crops[middle:])
     first, second = (
         replace(
-            _views(step, [view], with_local=False),
-            local_crops=crops if crops is not None and len(crops) else None,
+            _views(step, [view], local_crops),
             generator=torch.Generator().manual_seed(derived_seed(seed, "half", view)),
         )
-        for view, crops in enumerate(local_crops)
+        for view, local_crops in enumerate(_local_halves(step))
     )
     return first, second
+
+
+def _local_halves(part: Part) -> tuple[Tensor | None, Tensor | None]:
+    if part.local_crops is None:
+        return None, None
+    num_local = len(part.local_crops) // part.num_images
+    middle = (num_local + 1) // 2 * part.num_images
+    return part.local_crops[:middle], part.local_crops[middle:] if num_local > 1 else None
 
 
 def _images(part: Part, start: int, stop: int) -> Part:
@@ -106,14 +115,14 @@ def _images(part: Part, start: int, stop: int) -> Part:
     )
 
 
-def _views(part: Part, views: list[int], with_local: bool) -> Part:
+def _views(part: Part, views: list[int], local_crops: Tensor | None) -> Part:
     crops = torch.zeros(len(part.cls_targets), dtype=torch.bool, device=part.masks.device)
     crops[views] = True
     crops = crops.repeat_interleave(part.num_images)  # (2 b,)
     return replace(
         part,
         global_crops=part.global_crops[crops],
-        local_crops=part.local_crops if with_local else None,
+        local_crops=local_crops,
         masks=part.masks[crops],
         cls_targets=part.cls_targets[views],
         patch_targets=part.patch_targets[_of_each_patch(part.masks, crops)],
