@@ -18,9 +18,9 @@ from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone, load_heads
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options
+from dinov2_toolkit.train.accumulate import backward
 from dinov2_toolkit.train.config import resolve
 from dinov2_toolkit.train.distill import DistillConfig, distill
-from dinov2_toolkit.train.accumulate import backward
 from dinov2_toolkit.train.feature_distill_model import FeatureDistillModel, standardised
 from dinov2_toolkit.train.frozen_teacher import FrozenTeacher
 from dinov2_toolkit.train.metrics import added
