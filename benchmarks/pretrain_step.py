@@ -18,16 +18,16 @@ from typing import get_args
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dinov2_toolkit.models.block import Recompute
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.memory import keep_freed_memory
-from dinov2_toolkit.train.accumulate import backward
+from dinov2_toolkit.train.accumulate import learn
 from dinov2_toolkit.train.masking import block_masks
 from dinov2_toolkit.train.optimizer import build_optimizer, clip_gradients, set_rates
-from dinov2_toolkit.train.parts import parts
 from dinov2_toolkit.train.ssl_model import Centering, SSLModel
 
 NUMBERS = {
@@ -93,7 +93,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     generator = np.random.default_rng(args.seed)
-    model = build(args)
+    model, accelerator = build(args), Accelerator(cpu=True)
     optimizer = build_optimizer(model.student)
     lr = 4e-3 * (args.batch / 1024) ** 0.5
     set_rates(optimizer, lr=lr, last_layer_lr=lr, weight_decay=0.04)
@@ -102,15 +102,21 @@ def main() -> None:
         batch = make_batch(args, generator)
         start = time.perf_counter()
         step = model.taught(*batch, teacher_temp=0.04)
-        loss = 0.0
-        for part in parts(step, by_view=args.split_views, num_images=args.micro_batch):
-            loss += float(backward(model, part, Tensor.backward, seed=number)["total"])
+        outputs, _ = learn(
+            model,
+            step,
+            accelerator,
+            seed=number,
+            split_views=args.split_views,
+            micro_batch_size=args.micro_batch,
+            smallest=2,
+        )
         clip_gradients(model.student, 3.0)
         optimizer.step()
         optimizer.zero_grad()
         model.update_teacher(0.992)
         seconds.append(time.perf_counter() - start)
-        losses.append(loss)
+        losses.append(float(outputs["total"]))
         print(f"loss {losses[-1]:.4f}, {seconds[-1]:.3f} s", file=sys.stderr)
     step_s = statistics.median(seconds[args.warmup :])
     figures = {

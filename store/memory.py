@@ -48,6 +48,13 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def give_back_freed_memory() -> None:
+    """Let glibc return to the machine what is freed, holes between what is in use too; without glibc, do nothing."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def machine_memory() -> int:
     """Return the memory of the machine in bytes, or of the container where that has less."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -47,3 +47,24 @@ print(faults() - before)
 """
     done = subprocess.run([sys.executable, "-c", faults_of_the_second], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks to glibc")
+def test_what_was_kept_is_given_back_when_asked_for() -> None:
+    resident_mib_before_and_after = """
+import numpy, pathlib
+from dinov2_toolkit.store.memory import give_back_freed_memory, keep_freed_memory
+resident = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) >> 8
+keep_freed_memory()
+arrays = [numpy.ones(1 << 20) for _ in range(32)]  # 256 MiB
+last = arrays.pop()  # holds the end of the heap
+del arrays
+print(resident())
+give_back_freed_memory()
+print(resident())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", resident_mib_before_and_after], capture_output=True, text=True, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    assert before - after > 200

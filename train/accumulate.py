@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import console
 from ..errors import ToolkitError
+from ..store.memory import give_back_freed_memory
 from .at_once import at_once, is_by_half
 from .draws import derived_seed
 from .metrics import added
@@ -83,14 +84,17 @@ def halved(micro_batch_size: int, num_images: int, smallest: int) -> int | None:
 def _all_parts(
     wrapped: nn.Module, step: Part, accelerator: Accelerator, seed: int, split_views: bool, micro_batch_size: int
 ) -> dict[str, Tensor]:
-    *first_parts, last_part = parts(step, by_view=split_views, num_images=micro_batch_size)
+    all_parts = list(parts(step, by_view=split_views, num_images=micro_batch_size))
     # Shards are summed part by part: whole gradients, kept for one sum, would take the memory that sharding saves.
     in_shards = isinstance(next(wrapped.parameters()), DTensor)
-    collected = []
-    for number, part in enumerate(first_parts):
-        with nullcontext() if in_shards else accelerator.no_sync(wrapped):
+    collected: list[dict[str, Tensor]] = []
+    for number, part in enumerate(all_parts):
+        is_other_kind = number == 0 or len(part.global_crops) != len(all_parts[number - 1].global_crops)
+        if split_views and is_other_kind and part.masks.device.type == "cpu":
+            give_back_freed_memory()  # tensors of another size would not fit where those of the last part were
+        adds_only = part is not all_parts[-1] and not in_shards
+        with accelerator.no_sync(wrapped) if adds_only else nullcontext():
             collected.append(backward(wrapped, part, accelerator.backward, derived_seed(seed, "part", number)))
-    collected.append(backward(wrapped, last_part, accelerator.backward, derived_seed(seed, "part", len(first_parts))))
     return added(collected)
 
 

@@ -30,7 +30,7 @@ def at_once(function: Callable[[T], R], first: T, second: T) -> tuple[R, R]:
     is_autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def run(argument: T) -> R:
-        torch.set_num_threads(num_threads // 2)
+        torch.set_num_threads((num_threads + 1) // 2)
         with (
             torch.inference_mode(is_inference),
             torch.set_grad_enabled(has_gradients),
