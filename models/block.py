@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .linear import Linear, linear
+from .linear import linear
 
 Ffn = Literal["mlp", "swiglu"]
 Groups = list[tuple[int, int]]  # (B, n) of each group in a pack, in order
 Reads = list[Tensor]  # (B, n) bool of each group: the tokens that somebody reads
 Recompute = Literal["nothing", "cheap", "blocks"]  # what going backward computes again in place of keeping it
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, weight, bias -> rows weight^T + bias
 Kept = tuple[Tensor, Tensor, Groups, list[Tensor]]  # what `random_sequences` returns
 
 SHORT = 64  # tokens; measured on a CPU, there and back: up to here plain products are 1.1 to 2 times as fast
@@ -49,8 +50,8 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((embed_dim,), init))
 
-    def forward(self, last: nn.Linear, tokens: Tensor) -> Tensor:
-        return linear(tokens, self.gamma[:, None] * last.weight, self.gamma * last.bias)
+    def forward(self, last: nn.Linear, tokens: Tensor, product: Product) -> Tensor:
+        return product(tokens, self.gamma[:, None] * last.weight, self.gamma * last.bias)
 
 
 class Attention(nn.Module):
@@ -62,8 +63,8 @@ class Attention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(embed_dim, 3 * embed_dim)
-        self.proj = Linear(embed_dim, embed_dim)
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, packed: Tensor, groups: Groups) -> Tensor:
         attended = []
@@ -78,7 +79,7 @@ class Attention(nn.Module):
         query_weight, key_value_weight = self.qkv.weight.tensor_split([tokens.shape[1]])
         query_bias, key_value_bias = self.qkv.bias.tensor_split([tokens.shape[1]])
         keys_values = linear(tokens, key_value_weight, key_value_bias)
-        queries = linear(tokens[_flat(reads)], query_weight, query_bias)
+        queries = F.linear(tokens[_flat(reads)], query_weight, query_bias)
         counts = [read.sum(1) for read in reads]  # a number a sequence
         attended = []
         for part, queries_part, count, (sequences, length) in zip(
@@ -105,18 +106,15 @@ class Mlp(nn.Module):
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
-        self.fc1 = Linear(embed_dim, 4 * embed_dim)
-        self.fc2 = Linear(4 * embed_dim, embed_dim)
-
-    def widen(self, tokens: Tensor) -> Tensor:
-        return self.fc1(tokens)  # type: ignore[no-any-return]
+        self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
+        self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
 
     def activate(self, hidden: Tensor) -> Tensor:
         return F.gelu(hidden)
 
     @property
-    def last(self) -> nn.Linear:
-        return self.fc2
+    def layers(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.fc1, self.fc2
 
 
 class SwiGlu(nn.Module):
@@ -125,19 +123,16 @@ class SwiGlu(nn.Module):
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
         hidden_dim = (4 * embed_dim * 2 // 3 + 7) // 8 * 8
-        self.w12 = Linear(embed_dim, 2 * hidden_dim)
-        self.w3 = Linear(hidden_dim, embed_dim)
-
-    def widen(self, tokens: Tensor) -> Tensor:
-        return self.w12(tokens)  # type: ignore[no-any-return]
+        self.w12 = nn.Linear(embed_dim, 2 * hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, embed_dim)
 
     def activate(self, hidden: Tensor) -> Tensor:
         gate, value = hidden.chunk(2, dim=-1)
         return F.silu(gate) * value
 
     @property
-    def last(self) -> nn.Linear:
-        return self.w3
+    def layers(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.w12, self.w3
 
 
 class Block(nn.Module):
@@ -165,21 +160,23 @@ class Block(nn.Module):
         if reads is not None:
             attended = self.attn.at(self.norm1(tokens), groups, reads)
         else:
-            packed = self._after(self.norm1, tokens, self.attn.qkv)
+            qkv = self.attn.qkv
+            packed = self._after(self.norm1, tokens, lambda normed: linear(normed, qkv.weight, qkv.bias))
             if self._keeps_little() and all(is_short(packed, length) for _, length in groups):
                 attended = _again(lambda packed: self.attn(packed, groups), packed)  # would keep four times as much
             else:
                 attended = self.attn(packed, groups)
-        update: Tensor = self.ls1(self.attn.proj, attended)
+        update: Tensor = self.ls1(self.attn.proj, attended, _product(reads))
         return update
 
-    def feed_forward(self, tokens: Tensor) -> Tensor:
-        """Return the update (T, D) of the feed-forward."""
-        hidden = self._after(self.norm2, tokens, self.mlp.widen)
+    def feed_forward(self, tokens: Tensor, reads: Reads | None) -> Tensor:
+        """Return the update of the feed-forward, of the tokens that it is given."""
+        product, (first, last) = _product(reads), self.mlp.layers
+        hidden = self._after(self.norm2, tokens, lambda normed: product(normed, first.weight, first.bias))
         activate = self.mlp.activate
         if isinstance(self.mlp, SwiGlu) and self._keeps_little() and not torch.compiler.is_compiling():
             activate = partial(_again, activate)  # a product keeps both of its factors
-        return self._after(activate, hidden, lambda activated: self.ls2(self.mlp.last, activated))
+        return self._after(activate, hidden, lambda activated: self.ls2(last, activated, product))
 
     def _keeps_little(self) -> bool:
         return self.recompute == "cheap" and torch.is_grad_enabled()
@@ -240,7 +237,7 @@ class Block(nn.Module):
             return self._forward_of_some(tokens, groups, reads, kept)
         update = self.attend(tokens, groups, reads)
         tokens = (tokens if reads is None else tokens[_flat(reads)]) + update
-        return tokens + self.feed_forward(tokens)
+        return tokens + self.feed_forward(tokens, reads)
 
     def _forward_of_some(self, tokens: Tensor, groups: Groups, reads: Reads | None, kept: list[Kept]) -> Tensor:
         """Return the tokens after this block, each branch updating the sequences that it keeps."""
@@ -257,7 +254,7 @@ class Block(nn.Module):
         if reads is not None:
             of_kept = _flat(_kept(reads, numbers))
             rows, scales = place[rows[of_kept]], scales[of_kept]
-        update = self.feed_forward(tokens.index_select(0, rows))
+        update = self.feed_forward(tokens.index_select(0, rows), reads)
         return tokens.index_add(0, rows, (update * scales).to(tokens.dtype))
 
 
@@ -265,6 +262,11 @@ def _again(function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     """Return `function(tokens)`, of which nothing is kept: going backward it runs again."""
     output: Tensor = checkpoint(function, tokens, use_reentrant=False, preserve_rng_state=False)
     return output
+
+
+def _product(reads: Reads | None) -> Product:
+    """Return what applies linear layers: torch's own to the tokens that are read, whose number is another each step."""
+    return linear if reads is None else F.linear
 
 
 def _kept(reads: Reads, kept: list[Tensor]) -> Reads:

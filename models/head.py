@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import Linear, linear
-
 
 class WeightNormLinear(nn.Module):
     """A linear layer without bias whose rows are `weight_g` times the direction of `weight_v`: (R, d) -> (R, K).
@@ -25,7 +23,7 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
-        return linear(rows, weight)
+        return F.linear(rows, weight)
 
 
 class ProjectionHead(nn.Module):
@@ -45,11 +43,11 @@ class ProjectionHead(nn.Module):
         self.in_dim, self.num_prototypes = in_dim, num_prototypes
         self.hidden_dim, self.bottleneck_dim = hidden_dim, bottleneck_dim
         self.mlp = nn.Sequential(
-            Linear(in_dim, hidden_dim),
+            nn.Linear(in_dim, hidden_dim),
             nn.GELU(),
-            Linear(hidden_dim, hidden_dim),
+            nn.Linear(hidden_dim, hidden_dim),
             nn.GELU(),
-            Linear(hidden_dim, bottleneck_dim),
+            nn.Linear(hidden_dim, bottleneck_dim),
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):

@@ -37,6 +37,10 @@ def test_both_run_at_once_on_half_of_the_cores_in_the_callers_modes() -> None:
         torch.set_num_threads(before)
 
 
+def test_a_single_row_is_no_two_halves() -> None:
+    assert by_half(lambda rows: (rows + 1, rows + 2), torch.zeros(1)) == (torch.ones(1), torch.full((1,), 2.0))
+
+
 def test_what_goes_wrong_in_a_half_is_raised(num_threads: int) -> None:
     def fail(number: int) -> int:
         if number == 2:

@@ -3,8 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_toolkit.models import block
 from dinov2_toolkit.models import linear as linear_module
-from dinov2_toolkit.models.linear import HAS_ONEDNN, Linear, linear
+from dinov2_toolkit.models.linear import HAS_ONEDNN, linear
+from dinov2_toolkit.models.vit import VisionTransformer
 
 SHAPES = [(1,), (7,), (300,), (2, 5)]
 
@@ -55,11 +57,31 @@ def test_other_kinds_of_numbers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> N
     assert not is_ours(linear(*single))
 
 
-def test_a_layer_is_one_of_torchs_with_the_same_weights() -> None:
-    torch.manual_seed(0)
-    layer, torchs = Linear(12, 20), torch.nn.Linear(12, 20)
-    torchs.load_state_dict(layer.state_dict())
-    rows = torch.randn(9, 12)
-    torch.testing.assert_close(layer(rows), torchs(rows))
-    exported = torch.export.export(layer, (rows,))
+def test_exported_it_is_torchs() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(12, 20)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return linear(rows, self.inner.weight, self.inner.bias)
+
+    exported = torch.export.export(Layer(), (torch.randn(9, 12),))
     assert [node.name for node in exported.graph.nodes if node.op == "call_function"] == ["linear"]
+
+
+def test_tokens_that_a_loss_reads_take_torchs_layers_for_their_number_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = VisionTransformer(patch_size=4, embed_dim=12, depth=3, num_heads=2, img_size=16)
+    rows_seen = set()
+
+    def watched(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows_seen.add(len(rows))
+        return linear(rows, weight, bias)
+
+    monkeypatch.setattr(block, "linear", watched)
+    images = torch.randn(5, 3, 16, 16)
+    for num_chosen in (1, 4, 9):
+        chosen = torch.zeros(5, 16, dtype=torch.bool)
+        chosen[0, :num_chosen] = True
+        backbone.class_and_chosen_patch_tokens([images], [None], [chosen])
+    assert rows_seen == {5 * 17}

@@ -30,7 +30,7 @@ def at_once(function: Callable[[T], R], first: T, second: T) -> tuple[R, R]:
     is_autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def run(argument: T) -> R:
-        torch.set_num_threads((num_threads + 1) // 2)
+        torch.set_num_threads((num_threads + 1) // 2)  # of this thread's products
         with (
             torch.inference_mode(is_inference),
             torch.set_grad_enabled(has_gradients),
@@ -48,7 +48,7 @@ def at_once(function: Callable[[T], R], first: T, second: T) -> tuple[R, R]:
 
 def by_half(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Return what a function makes of tensors, row by row; where a step goes by halves, of their halves at once."""
-    if not is_by_half(tensors[0]):
+    if not is_by_half(tensors[0]) or len(tensors[0]) < 2:
         return function(*tensors)
     halves = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
     both = at_once(lambda arguments: function(*arguments), *halves)

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.linear import Linear
 from ..models.vit import Features, VisionTransformer
 from .frozen_teacher import FrozenTeacher
 from .losses import all_reduce_sum, koleo_loss
@@ -52,7 +51,7 @@ class FeatureDistillModel(nn.Module):
         backbone.mask_token.requires_grad_(False)  # nothing is masked, and processes wait for every gradient
         widths = backbone.embed_dim, frozen.backbone.embed_dim
         self.student = nn.ModuleDict(
-            {"backbone": backbone, "cls_projector": Linear(*widths), "patch_projector": Linear(*widths)}
+            {"backbone": backbone, "cls_projector": nn.Linear(*widths), "patch_projector": nn.Linear(*widths)}
         )
         self.teacher = nn.ModuleDict({"backbone": copy.deepcopy(backbone)}).requires_grad_(False).eval()
         self.frozen = frozen
