@@ -170,7 +170,7 @@ class Block(nn.Module):
         return update
 
     def feed_forward(self, tokens: Tensor, reads: Reads | None) -> Tensor:
-        """Return the update of the feed-forward, of the tokens that it is given."""
+        """Return the update (T, D) of the feed-forward; `reads` says that the tokens are those that are read (R, D)."""
         product, (first, last) = _product(reads), self.mlp.layers
         hidden = self._after(self.norm2, tokens, lambda normed: product(normed, first.weight, first.bias))
         activate = self.mlp.activate

@@ -47,7 +47,10 @@ def at_once(function: Callable[[T], R], first: T, second: T) -> tuple[R, R]:
 
 
 def by_half(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return what a function makes of tensors, row by row; where a step goes by halves, of their halves at once."""
+    """Return what a function makes of tensors (B, ...), row by row.
+
+    Where a step goes by halves it is given their halves at once, and what it makes of them is joined along B.
+    """
     if not is_by_half(tensors[0]) or len(tensors[0]) < 2:
         return function(*tensors)
     halves = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
