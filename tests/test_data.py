@@ -6,7 +6,16 @@ import pytest
 from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.train.data import Batch, ImageSet, PixelCache, drawn_rows, image_set, read_batches, read_pixels
+from dinov2_toolkit.train.data import (
+    Batch,
+    ImageSet,
+    PixelCache,
+    decoded_bytes,
+    drawn_rows,
+    image_set,
+    read_batches,
+    read_pixels,
+)
 
 SIZES = [(12, 9), (7, 14), (10, 10), (5, 6), (16, 8)]  # width, height
 
@@ -130,6 +139,19 @@ def test_large_images_are_shrunk_when_read(tmp_path: Path) -> None:
         assert pixels.shape == (60, 80, 3)
         np.testing.assert_allclose(pixels[30, :, 0].astype(float), gradient[5::10], atol=4)
         assert read_pixels(str(tmp_path / name), short_side_px=600).shape == (600, 800, 3)
+
+
+def test_what_decoded_images_take_is_foretold_from_their_sizes(tmp_path: Path) -> None:
+    sizes = [(800, 600), (30, 20), (60, 60), (100, 1000), (50, 300)]  # larger, smaller, equal, long ones
+    taken = []
+    for size in sizes:
+        Image.new("RGB", size).save(tmp_path / "a.png")
+        taken.append(read_pixels(str(tmp_path / "a.png"), short_side_px=60).nbytes)
+    widths, heights = zip(*sizes, strict=True)
+    known = pa.table({"width": pa.array(widths, pa.int32()), "height": pa.array(heights, pa.int32())})
+    assert decoded_bytes(known, 60) == np.mean(taken)
+    unknown = pa.table({"width": pa.nulls(3, pa.int32()), "height": pa.nulls(3, pa.int32())})
+    assert decoded_bytes(unknown, 60, in_chans=1, bit_depth=16) == 60 * 60 * 2
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

@@ -108,3 +108,21 @@ def test_a_dry_run_says_flop_memory_and_time(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().err
     assert re.search(r"[\d.]+ GFLOP an image; about [\d,]+ MiB of memory a process at the peak; about \d+", said)
     assert not (tmp_path / "a").exists()
+
+
+def test_decoded_images_that_are_kept_count_as_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = 10_000
+    sides = pa.array([1000] * rows, pa.int32())
+    pq.write_table(pa.table({"uri": ["a.png"] * rows, "width": sides, "height": sides}), tmp_path / "images.parquet")
+
+    def foretold_mib(cache_mib: int) -> int:
+        changed = settings("steps=3", f"cache_mib={cache_mib}")
+        pretrain(tmp_path / "images.parquet", str(tmp_path / "a"), changed, Options(dry_run=True))
+        found = re.search(r"about ([\d,]+) MiB", capsys.readouterr().err)
+        assert found is not None
+        return int(found[1].replace(",", ""))
+
+    foretold_mib(0)  # torch loads what stays
+    none = foretold_mib(0)
+    assert foretold_mib(100) - none == pytest.approx(100, abs=30)
+    assert foretold_mib(1024) - none == pytest.approx(rows * 128 * 128 * 3 / 2**20, abs=30)  # 469: all of them

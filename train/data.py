@@ -217,6 +217,15 @@ def read_pixels(uri: str, short_side_px: int, in_chans: int = 3, bit_depth: int 
     return np.ascontiguousarray(values_of(image))
 
 
+def decoded_bytes(images: pa.Table, short_side_px: int, in_chans: int = 3, bit_depth: int = 8) -> float:
+    """Return what an image takes once read as above, on average: by `width` and `height`, or as a square without."""
+    sides = [images.column(name).fill_null(short_side_px).to_numpy() for name in ("width", "height")]
+    short = np.minimum(*sides).clip(min=1).astype(np.float64)
+    long = np.minimum(np.maximum(*sides), MAX_ASPECT * short)
+    scale = np.minimum(short_side_px / short, 1)
+    return float((short * long * scale**2).mean()) * in_chans * bit_depth / 8
+
+
 def _batch(samples: NDArray[np.int64], pixels: list[Values], num_replaced: int) -> Batch:
     sizes = np.array([image.shape[:2] for image in pixels], dtype=np.int64)
     canvas = np.zeros((len(pixels), *sizes.max(axis=0), pixels[0].shape[2]), dtype=pixels[0].dtype)

@@ -115,7 +115,8 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
 
     The formula, with numbers of 4 bytes (2 for what matrix products read and give under bf16):
 
-    - `base_bytes` of the process itself before it trains; 130 MiB that torch takes in its first step
+    - `base_bytes` of the process itself before it trains, with the images it keeps decoded; 130 MiB that torch takes
+      in its first step
     - 4 (1 + 2) bytes a trained weight (itself and Adam's moments) and 4 each of any other; the gradients' 4 when the
       step has several parts or little is kept, for otherwise they come as what was kept goes
     - the crops of the step
@@ -214,13 +215,15 @@ def measured_flops(config: TrainConfig, device: torch.device) -> float:
     return num_images * flop_per_image(shallow, model) / fastest
 
 
-def say_cost(config: TrainConfig, model: TrainedModel, num_processes: int, base_mib: float) -> None:
+def say_cost(config: TrainConfig, model: TrainedModel, num_processes: int, base_bytes: float) -> None:
     """Say what a step computes, how much memory a process will take, and how long the run, by a trial on this machine.
 
-    `model` may be on the meta device; `base_mib` is what this process held before it.
+    Args:
+        model: may be on the meta device.
+        base_bytes: what a process holds beside it, not on a GPU: libraries, the manifest, decoded images.
     """
     device = best_device()
-    memory = memory_bytes(config, model, num_processes, 0.0 if device.type == "cuda" else base_mib * 2**20)
+    memory = memory_bytes(config, model, num_processes, 0.0 if device.type == "cuda" else base_bytes)
     flop = flop_per_image(config, model)
     speed = measured_flops(config, device)
     images = batch_sizes(config.batch_size).images_until(config.steps)

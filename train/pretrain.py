@@ -26,12 +26,13 @@ from ..store import catalog
 from ..store.artifact import Options, Result, recorded, write_run_provenance
 from ..store.image_columns import read_images
 from ..store.manifest import Provenance, Source, open_manifest
+from ..store.memory import give_back_freed_memory
 from . import draws
 from .accumulate import learn
 from .build import build_model
 from .checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint, save_teacher
 from .config import TrainConfig
-from .data import ImageSet, image_set, read_batches
+from .data import ImageSet, decoded_bytes, image_set, read_batches
 from .estimate import say_cost
 from .health import PATIENCE_STEPS, collapse, health_figures, teacher_figures
 from .launch import launch, speaks_for_all, status_kept
@@ -65,7 +66,10 @@ from .run import (
 from .schedules import batch_sizes, last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
 from .sharded import sharding, whole_optimizer_state
 from .trackers import tracked
-from .views import make_crops, make_masks, preprocess_of, view_settings
+from .views import decoded_side_px, make_crops, make_masks, preprocess_of, view_settings
+
+SAMPLED_IMAGES = 10_000  # chosen: whose sizes a dry run looks at
+GIVE_BACK_EVERY = 25  # steps, chosen: two threads leave holes in the heap, which grow for some hundred steps
 
 
 def pretrain(
@@ -154,7 +158,10 @@ def run_training(
             with torch.device("meta"):
                 model = build()
             describe(config, images, model, num_processes)
-            say_cost(config, model, num_processes, base_mib)
+            some = read_images(manifest, SAMPLED_IMAGES)
+            decoded = decoded_bytes(some, decoded_side_px(config), config.in_chans, config.bit_depth)
+            cache_bytes = min(config.cache_mib << 20, len(images) * decoded)
+            say_cost(config, model, num_processes, base_mib * 2**20 + cache_bytes)
             console.say(f"would write {output}")
             return None
         launch(num_processes, run_folder)
@@ -225,7 +232,7 @@ def train(
         images,
         seed=config.seed,
         batches=map(sizes.images_of, range(first_step, config.steps)),
-        short_side_px=2 * max(config.global_crop_size_px, config.local_crop_size_px),
+        short_side_px=decoded_side_px(config),
         process=process,
         num_processes=num_processes,
         num_workers=config.num_workers,
@@ -312,6 +319,9 @@ def train(
             window_images += sizes.at(step)
             is_last = step + 1 == config.steps
             is_watched = labelled is not None and ((step + 1) % config.eval_every == 0 or is_last)
+
+            if device.type == "cpu" and (step + 1) % GIVE_BACK_EVERY == 0:
+                give_back_freed_memory()
 
             # Log.
             if (step + 1) % config.log_every == 0 or is_last or is_watched:

@@ -19,7 +19,7 @@ from ..store.manifest import Provenance
 from .config import TrainConfig
 from .data import Batch, ImageSet, read_batches
 from .schedules import batch_sizes
-from .views import make_crops, make_masks, preprocess_of, view_settings
+from .views import decoded_side_px, make_crops, make_masks, preprocess_of, view_settings
 
 NUM_IMAGES, TILE_PX = 12, 112
 MASK_COLOUR = (0.53, 0.33, 0.75)  # of the patches that the student does not see: violet, which is rare in images
@@ -46,7 +46,7 @@ def draw_preview(output: str, images: ImageSet, config: TrainConfig, provenance:
         images,
         seed=config.seed,
         batches=map(sizes.images_of, steps),
-        short_side_px=2 * max(config.global_crop_size_px, config.local_crop_size_px),
+        short_side_px=decoded_side_px(config),
         in_chans=config.in_chans,
         bit_depth=config.bit_depth,
     )

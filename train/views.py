@@ -17,6 +17,11 @@ from .data import Batch
 from .masking import block_masks
 
 
+def decoded_side_px(config: TrainConfig) -> int:
+    """Return the short side that larger images are shrunk to when read: twice that of the largest crop."""
+    return 2 * max(config.global_crop_size_px, config.local_crop_size_px)
+
+
 def preprocess_of(config: TrainConfig) -> Preprocess:
     """Return how pixels are read and normalised, and how the finished model wants its images."""
     is_rgb = config.in_chans == 3
