@@ -19,9 +19,10 @@ training images and held-out clip art by which nothing was learnt or chosen. Of 
 lines. They were found by eye among the 150 most alike pairs, after a first measurement in which such copies were nearly
 all of the 2 % that may be lost; pairs that differ in anything drawn (a plus for a minus, a club for a spade) stay.
 
-What stays low: halving 28 px leaves 14, less than many pairs of distinct shirts differ by; brightness x 1.3 turns the
-pale parts of clip art white, its margins with them; grey clip art is like the same drawing in any colour, and the most
-alike distinct ones differ in colour alone; of a crop by 90 % of each side a fifth of the picture is gone.
+What stays low: halving 28 px takes away the edges by which the descriptor tells shirts apart (49 blurred grey values a
+picture find 0.99 of these copies at the same loss, and none of the crops); brightness x 1.3 turns the pale parts of
+clip art white, its margins with them; grey clip art is like the same drawing in any colour, and the most alike distinct
+ones differ in colour alone; of a crop by 90 % of each side a fifth of the picture is gone.
 """
 
 import argparse
