@@ -2,8 +2,8 @@
 
     python benchmarks/memory_estimate.py
 
-Settings that differ in width, resolution, heads, stochastic depth, recomputation and the cutting of a step; a hundred
-steps of each, for two threads leave holes in the heap that grow from step to step.
+Settings that differ in width, resolution, heads, stochastic depth, recomputation and the cutting of a step; fifty
+steps of each, for tensors whose sizes change leave holes in the heap, which grow from step to step.
 """
 
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-STEPS = 100
+STEPS = 50
 LARGER = ["patch_size=8", "global_crop_size_px=64", "local_crop_size_px=32", "num_prototypes=4096"]
 SETTINGS = {
     "tiny recipe, batch 64": [],

@@ -3,11 +3,13 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.store.memory import machine_memory, memory_budget
+from dinov2_toolkit.store import memory
+from dinov2_toolkit.store.memory import TidyHeap, machine_memory, memory_budget
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,18 @@ print(resident())
     )
     before, after = map(int, done.stdout.split())
     assert before - after > 200
+
+
+def test_a_heap_that_has_grown_by_a_tenth_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[None] = []
+    monkeypatch.setattr(memory, "STATM", tmp_path / "statm")
+    monkeypatch.setattr(memory, "give_back_freed_memory", lambda: times.append(None))
+    heap = TidyHeap()
+    heap.after_step()  # nothing tells how much it is
+    given_back = []
+    for step, pages in enumerate([100, 90, 109, 111, 150, 164, 166, 80, 87, 89]):
+        (tmp_path / "statm").write_text(f"9999 {pages} 5 1 0 3 0\n")
+        before = len(times)
+        heap.after_step()
+        given_back += [step] * (len(times) - before)
+    assert given_back == [3, 6, 9]

@@ -26,7 +26,7 @@ from ..store import catalog
 from ..store.artifact import Options, Result, recorded, write_run_provenance
 from ..store.image_columns import read_images
 from ..store.manifest import Provenance, Source, open_manifest
-from ..store.memory import give_back_freed_memory
+from ..store.memory import TidyHeap
 from . import draws
 from .accumulate import learn
 from .build import build_model
@@ -69,7 +69,6 @@ from .trackers import tracked
 from .views import decoded_side_px, make_crops, make_masks, preprocess_of, view_settings
 
 SAMPLED_IMAGES = 10_000  # chosen: whose sizes a dry run looks at
-GIVE_BACK_EVERY = 25  # steps, chosen: two threads leave holes in the heap, which grow for some hundred steps
 
 
 def pretrain(
@@ -242,6 +241,7 @@ def train(
     )
     peak_lr = scaled_lr(config.base_lr, sizes.at(0))
     ill_since: int | None = None
+    heap = TidyHeap()
     figures = (read_metrics(run_folder) or [{}])[-1]
     window_start, window_wait_s, window_images = time.monotonic(), 0.0, 0
 
@@ -320,8 +320,8 @@ def train(
             is_last = step + 1 == config.steps
             is_watched = labelled is not None and ((step + 1) % config.eval_every == 0 or is_last)
 
-            if device.type == "cpu" and (step + 1) % GIVE_BACK_EVERY == 0:
-                give_back_freed_memory()
+            if device.type == "cpu":
+                heap.after_step()
 
             # Log.
             if (step + 1) % config.log_every == 0 or is_last or is_watched:
