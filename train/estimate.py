@@ -15,6 +15,7 @@ from .. import console
 from ..features.extract import best_device
 from ..models.head import ProjectionHead
 from ..models.vit import VisionTransformer
+from ..store.memory import GROWTH
 from .accumulate import backward
 from .build import build_model
 from .checkpoint import TrainedModel
@@ -28,7 +29,7 @@ from .views import make_masks
 
 BACKWARD = 2  # times a forward pass, for the gradients of inputs and of weights
 FIRST_STEP_BYTES = 130 << 20  # measured on a CPU: what torch loads, and does not give back, in its first step
-ALLOCATOR = 1.1  # measured on a CPU: resident memory over what tensors take
+ALLOCATOR = 1.2  # measured on a CPU: resident memory over what tensors take
 TRIAL_DEPTH, TRIAL_IMAGES, TRIAL_STEPS = 2, 8, 3  # chosen; the first step warms up
 
 
@@ -128,7 +129,8 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
       the tokens read, and keys and values of all
     - logits of the student, K numbers a row, and twice as much for their gradients
     - a block once more while it goes backward, and again where it is made again
-    - a tenth more of all that was kept, which the allocator loses
+    - a fifth more of all that was kept, which the allocator loses; on a CPU a tenth more of everything, by which the
+      process may grow from step to step (`TidyHeap`)
     """
     crops = crops_of(config, is_masked=isinstance(model, SSLModel))
     size = max(batch_sizes(config.batch_size).sizes) // num_processes
@@ -155,8 +157,8 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
         + part_size * 3 * 4 * num_prototypes * sum(each.read for each in kind)
         for kind in kinds
     )
-    first_step = FIRST_STEP_BYTES if base_bytes else 0
-    return base_bytes + first_step + weights + ALLOCATOR * (inputs + targets + kept)
+    of_step = weights + ALLOCATOR * (inputs + targets + kept)
+    return GROWTH * (base_bytes + FIRST_STEP_BYTES + of_step) if base_bytes else of_step
 
 
 def _kept_bytes(config: TrainConfig, backbone: VisionTransformer, crops: list[Crops], is_masked: bool) -> float:
