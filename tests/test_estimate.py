@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,12 +113,11 @@ def test_a_dry_run_says_flop_memory_and_time(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_decoded_images_that_are_kept_count_as_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = 10_000
-    sides = pa.array([1000] * rows, pa.int32())
-    pq.write_table(pa.table({"uri": ["a.png"] * rows, "width": sides, "height": sides}), tmp_path / "images.parquet")
+    Image.new("RGB", (1000, 1000)).save(tmp_path / "a.png")
+    pq.write_table(pa.table({"uri": ["a.png"] * 10_000}), tmp_path / "images.parquet")
 
-    def foretold_mib(cache_mib: int) -> int:
-        changed = settings("steps=3", f"cache_mib={cache_mib}")
+    def foretold_mib(cache_mib: int, steps: int = 1000) -> int:
+        changed = settings(f"steps={steps}", "batch_size=64", f"cache_mib={cache_mib}")
         pretrain(tmp_path / "images.parquet", str(tmp_path / "a"), changed, Options(dry_run=True))
         found = re.search(r"about ([\d,]+) MiB", capsys.readouterr().err)
         assert found is not None
@@ -126,4 +126,6 @@ def test_decoded_images_that_are_kept_count_as_memory(tmp_path: Path, capsys: py
     foretold_mib(0)  # torch loads what stays
     none = foretold_mib(0)
     assert foretold_mib(100) - none == pytest.approx(GROWTH * 100, abs=30)
-    assert foretold_mib(1024) - none == pytest.approx(GROWTH * rows * 128 * 128 * 3 / 2**20, abs=30)  # all
+    decoded_mib = 128 * 128 * 3 / 2**20
+    assert foretold_mib(1024) - none == pytest.approx(GROWTH * 10_000 * decoded_mib, abs=30)  # all are seen
+    assert foretold_mib(1024, steps=100) - none == pytest.approx(GROWTH * 6_400 * decoded_mib, abs=30)

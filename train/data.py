@@ -9,6 +9,7 @@ import mmap
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from . import draws
 LOOK_AHEAD_BATCHES = 2  # being decoded while one is trained on; chosen
 SLAB_BYTES = 8 << 20  # chosen: decoded images that are kept share pieces of memory so large
 MAX_ASPECT = 4  # chosen: every image of a batch takes as much memory as the longest
+SAMPLED_IMAGES = 32  # chosen: are read to foretell what decoded images take
 MAX_UNREADABLE = 1000  # images in a row that cannot be read before the run gives up; chosen
 
 
@@ -217,13 +219,13 @@ def read_pixels(uri: str, short_side_px: int, in_chans: int = 3, bit_depth: int 
     return np.ascontiguousarray(values_of(image))
 
 
-def decoded_bytes(images: pa.Table, short_side_px: int, in_chans: int = 3, bit_depth: int = 8) -> float:
-    """Return what an image takes once read as above, on average: by `width` and `height`, or as a square without."""
-    sides = [images.column(name).fill_null(short_side_px).to_numpy() for name in ("width", "height")]
-    short = np.minimum(*sides).clip(min=1).astype(np.float64)
-    long = np.minimum(np.maximum(*sides), MAX_ASPECT * short)
-    scale = np.minimum(short_side_px / short, 1)
-    return float((short * long * scale**2).mean()) * in_chans * bit_depth / 8
+def decoded_bytes(images: ImageSet, short_side_px: int, in_chans: int = 3, bit_depth: int = 8) -> float:
+    """Return what an image takes once read as above: the mean of some that are read for it; 0 if none can be."""
+    taken = []
+    for row in np.linspace(0, len(images) - 1, min(SAMPLED_IMAGES, len(images))).astype(int).tolist():
+        with suppress(UnreadableImage):
+            taken.append(read_pixels(images.uris[row].as_py(), short_side_px, in_chans, bit_depth).nbytes)
+    return sum(taken) / max(len(taken), 1)
 
 
 def _batch(samples: NDArray[np.int64], pixels: list[Values], num_replaced: int) -> Batch:

@@ -68,8 +68,6 @@ from .sharded import sharding, whole_optimizer_state
 from .trackers import tracked
 from .views import decoded_side_px, make_crops, make_masks, preprocess_of, view_settings
 
-SAMPLED_IMAGES = 10_000  # chosen: whose sizes a dry run looks at
-
 
 def pretrain(
     manifest_path: Path | None,
@@ -157,9 +155,9 @@ def run_training(
             with torch.device("meta"):
                 model = build()
             describe(config, images, model, num_processes)
-            some = read_images(manifest, SAMPLED_IMAGES)
-            decoded = decoded_bytes(some, decoded_side_px(config), config.in_chans, config.bit_depth)
-            cache_bytes = min(config.cache_mib << 20, len(images) * decoded)
+            decoded = decoded_bytes(images, decoded_side_px(config), config.in_chans, config.bit_depth)
+            num_seen = min(len(images), batch_sizes(config.batch_size).images_until(config.steps))
+            cache_bytes = min(config.cache_mib << 20, num_seen * decoded)
             say_cost(config, model, num_processes, base_mib * 2**20 + cache_bytes)
             console.say(f"would write {output}")
             return None
