@@ -14,7 +14,9 @@ from ..features.neighbors import SearchSettings, nearest, similarities
 from ..store.vectors import Float64, Int64, Vectors
 from .identical import first_in
 from .inputs import EmbeddedImages
+from .look import SecondLook
 
+LOOKED_AT = 8  # chosen: the nearest of an image in another set at which a second look is taken
 SAME_IMAGE = 0.999  # chosen: the same bytes embedded twice, in other batches or on another device, stay above it
 
 Bools = npt.NDArray[np.bool_]
@@ -58,9 +60,17 @@ def same_keys(
 
 
 def matches(
-    images: EmbeddedImages, indices: Int64, others: list[EmbeddedImages], threshold: float, search: SearchSettings
+    images: EmbeddedImages,
+    indices: Int64,
+    others: list[EmbeddedImages],
+    threshold: float,
+    search: SearchSettings,
+    look: SecondLook | None = None,
 ) -> Matches:
-    """Find for the images at `indices` (N,), rising, one of the same bytes, else the nearest above `threshold`."""
+    """Find for the images at `indices` (N,), rising, one of the same bytes, else the nearest above `threshold`.
+
+    With a second look, the nearest that is a copy by its pixels, of some.
+    """
     ids = [image_ids(other) for other in others]
     same = same_keys(lambda: image_ids(images, indices), len(indices), ids, search.memory)
     part, index, similarity, recall = same.part.copy(), same.index.copy(), same.similarity.copy(), 1.0
@@ -75,16 +85,25 @@ def matches(
         near = nearest(
             vectors,
             other.vectors,
-            1,
+            1 if look is None else LOOKED_AT,
             order=other.order,
             above=threshold,
             search=search,
             progress=f"comparing with {other.source.manifest.path.name}",
         )
         recall = min(recall, near.recall)
-        better = np.flatnonzero(~identical & (near.similarities[:, 0] > similarity))
-        part[better], index[better] = number, near.indices[better, 0]
-        similarity[better] = near.similarities[better, 0]
+        best = np.zeros(len(vectors), np.int64)  # of the nearest
+        nearness = near.similarities
+        if look is not None:
+            query, column = np.nonzero((near.indices >= 0) & ~identical[:, None])
+            is_copy = look.copies(images, indices[query], other, near.indices[query, column], nearness[query, column])
+            nearness = np.full(nearness.shape, -np.inf)
+            nearness[query[is_copy], column[is_copy]] = near.similarities[query[is_copy], column[is_copy]]
+            best = nearness.argmax(axis=1)
+        rows = np.arange(len(vectors))
+        better = np.flatnonzero(~identical & (nearness[rows, best] > similarity))
+        part[better], index[better] = number, near.indices[better, best[better]]
+        similarity[better] = nearness[better, best[better]]
     return Matches(part, index, similarity, identical, part >= 0, recall)
 
 

@@ -123,6 +123,15 @@ def dedup(
             show_default=False,
         ),
     ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Look at the pixels of pairs above the threshold, and let only copies count."
+            " [default: with features of `copy` and no --threshold]",
+            show_default=False,
+        ),
+    ] = None,
     k: Annotated[int, typer.Option("--k", help="Neighbours looked at first; images that have more are seen to.")] = 64,
     linkage: Annotated[
         Literal["components", "star"],
@@ -200,6 +209,7 @@ def dedup(
         where=where,
         memory=memory,
         recall=recall,
+        verify=verify,
     )
     options.emit(dedup_images(manifest, output, settings, common), json)
 

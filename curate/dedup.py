@@ -39,6 +39,7 @@ class DedupSettings:
     where: str | None = None  # SQL condition that rows of the manifest must fulfil
     memory: str | None = None  # such as 3GB; None: a third of the machine
     recall: float = 0.99
+    verify: bool | None = None  # whether pixels decide; None: with the descriptor `copy` and no threshold
 
 
 def dedup_images(manifest: Path | None, output: str, settings: DedupSettings, options: Options) -> Result | None:
@@ -76,7 +77,13 @@ def dedup_images(manifest: Path | None, output: str, settings: DedupSettings, op
             else:
                 search = SearchSettings(memory, settings.recall, options.seed)
                 near = NearSettings(
-                    settings.threshold, settings.against_threshold, settings.k, settings.linkage, keep, search
+                    settings.threshold,
+                    settings.against_threshold,
+                    settings.k,
+                    settings.linkage,
+                    keep,
+                    search,
+                    settings.verify,
                 )
                 verdict = near_duplicates(pool, known, evaluation, near, options.limit)
             say_verdict(verdict)
@@ -93,6 +100,8 @@ def _check(settings: DedupSettings) -> None:
             raise ToolkitError(f"{name} {value} is no cosine similarity; give a number from -1 to 1")
         if value is not None and settings.exact is not None:
             raise ToolkitError(f"{name} {value} with --exact {settings.exact}, which compares no vectors; drop one")
+    if settings.verify and settings.exact is not None:
+        raise ToolkitError(f"--verify with --exact {settings.exact}, which takes equal {settings.exact} only; drop one")
     if settings.k < 1:
         raise ToolkitError(f"--k {settings.k} leaves no neighbours to look at; give 1 or more")
     if not 0 < settings.recall <= 1:
@@ -114,6 +123,7 @@ def _provenance(path: Path, settings: DedupSettings, options: Options, inputs: l
         "linkage": settings.linkage,
         "exact": settings.exact,
         "recall": settings.recall,
+        "verify": settings.verify,
     }
     provenance = selection_provenance("curate dedup", parameters, path, options, *inputs)
     return provenance if provenance.base is not None else replace(provenance, kind="images")

@@ -3,19 +3,27 @@
 N images, M distinct vectors, B vectors of a block, E pairs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from ..features.exact_search import DEFAULTS, SearchSettings
+from ..features.exact_search import DEFAULTS, Identity, SearchSettings
+from ..features.graph import Graph
 from ..features.join import components_above
+from ..features.neighbors import nearest
 from ..features.products import tile_above, unit_rows
 from ..features.similarity import similarities
 from ..store.vectors import Float64, Int64, Vectors
 
+ArePairs = Callable[
+    [Int64, Int64, Float64], npt.NDArray[np.bool_]
+]  # rows, rows and their cosines (E,) -> copies or not
+
 BLOCK_ROWS = 2_048  # rows of a star compared at a time
+LOOKED_AT_TOGETHER = 1 << 20  # rows whose neighbours are sought at a time: 1 GB of 64 each
 KEPT_TILE = 8_192  # those that stay, compared with them at a time
 
 
@@ -39,6 +47,7 @@ def duplicate_groups(
     linkage: Literal["components", "star"] = "components",
     priority: Int64,
     search: SearchSettings = DEFAULTS,
+    are_copies: ArePairs | None = None,
 ) -> Groups:
     """Group images with a similarity above `threshold`, and choose the one of each group that stays.
 
@@ -52,6 +61,8 @@ def duplicate_groups(
         priority: (N,) a permutation, lower is preferred.
         k: an image with k or more others above the threshold counts as saturated; its neighbours are counted no
             further, and it changes nothing else.
+        are_copies: where given, only pairs above the threshold for which it says so belong together, of every image
+            and the k nearest to it; what stays for saturated ones is compared again.
     """
     rows = np.arange(len(first))
     first = _of_their_own(vectors, first, threshold)
@@ -64,18 +75,99 @@ def duplicate_groups(
     np.minimum.at(best, number, priority)
 
     searched = vectors.take(distinct)
-    joined = components_above(searched, threshold, weights=num_copies, enough=k, search=search)
-    if linkage == "star":
-        stays = star(searched, joined.labels, best, threshold)  # (M,)
-        kept = by_priority[best[stays]][number]
+    if are_copies is None:
+        joined = components_above(searched, threshold, weights=num_copies, enough=k, search=search)
+        labels, degree, recall = joined.labels, joined.degree, joined.recall
+        stays = star(searched, labels, best, threshold) if linkage == "star" else None
     else:
+
+        def look(left: Int64, right: Int64, cosines: Float64) -> npt.NDArray[np.bool_]:
+            return are_copies(distinct[left], distinct[right], cosines)
+
+        pairs = copies_above(searched, best, threshold, k, search, look)
+        labels, degree, recall = pairs.labels, pairs.degree, pairs.recall
+        stays = _star_of_pairs(pairs.left, pairs.right, best) if linkage == "star" else None
+    if stays is None:
         of_component = np.full(len(distinct), len(first))
-        np.minimum.at(of_component, joined.labels, best)
-        kept = by_priority[of_component[joined.labels]][number]
+        np.minimum.at(of_component, labels, best)
+        kept = by_priority[of_component[labels]][number]
+    else:
+        kept = by_priority[best[stays]][number]
     smallest = np.full(len(first), len(first))  # at the place of the one that stays
     np.minimum.at(smallest, kept, rows)
-    num_saturated = int(num_copies[joined.degree >= k].sum())
-    return Groups(smallest[kept], kept, _weakest(vectors, kept), num_saturated, joined.recall)
+    num_saturated = int(num_copies[degree >= k].sum())
+    return Groups(smallest[kept], kept, _weakest(vectors, kept), num_saturated, recall)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of vectors that are copies."""
+
+    left: Int64  # (E,) rows
+    right: Int64  # (E,)
+    labels: Int64  # (M,) the smallest row of every vector's component
+    degree: Int64  # (M,) how many others above the threshold were found, k at most
+    recall: float
+
+
+def copies_above(
+    vectors: Vectors, priority: Int64, threshold: float, k: int, search: SearchSettings, are_copies: ArePairs
+) -> Pairs:
+    """Return which pairs of vectors above the threshold are copies, of every vector (M,) and the k nearest to it.
+
+    Where all k are above the threshold there may be more: what is preferred of such groups is compared with what is
+    preferred of the others, until no more hang together.
+    """
+    num = len(vectors)
+    graph = Graph(np.ones(num, np.int64), num)
+    degree, recall = np.zeros(num, np.int64), 1.0
+    queries = pool = np.arange(num)
+    seen = np.empty(0, np.int64)  # pairs, as one number each
+    found: list[tuple[Int64, Int64]] = []
+    while True:
+        for start in range(0, len(queries), LOOKED_AT_TOGETHER):
+            some = queries[start : start + LOOKED_AT_TOGETHER]
+            near = nearest(
+                vectors.take(some),
+                vectors.take(pool),
+                k,
+                order=priority[pool],
+                identity=Identity(some, pool),
+                above=threshold,
+                search=search,
+            )
+            recall = min(recall, near.recall)
+            query, column = np.nonzero(near.indices >= 0)
+            degree[some] = np.maximum(degree[some], np.bincount(query, minlength=len(some)))
+            one, other = some[query], pool[near.indices[query, column]]
+            keys, place = np.unique(np.minimum(one, other) * num + np.maximum(one, other), return_index=True)
+            new = np.isin(keys, seen, invert=True)
+            left, right = np.divmod(keys[new], num)
+            is_copy = are_copies(left, right, near.similarities[query, column][place[new]])
+            seen = np.concatenate([seen, keys[new]])
+            found.append((left[is_copy], right[is_copy]))
+            graph.add(*found[-1])
+        labels = graph.components().copy()
+        preferred = np.full(num, np.iinfo(np.int64).max)
+        np.minimum.at(preferred, labels, priority)
+        heads = np.flatnonzero(preferred[labels] == priority)
+        full = heads[np.isin(labels[heads], labels[degree >= k])]
+        if len(heads) == len(pool) or not len(full):
+            break
+        queries, pool = full, heads
+    left, right = (np.concatenate(side) for side in zip(*found, strict=True))
+    return Pairs(left, right, labels, degree, recall)
+
+
+def _star_of_pairs(left: Int64, right: Int64, priority: Int64) -> Int64:
+    """Return for every vector the one that stays for it (M,), of pairs that are copies; as `star` does."""
+    by_priority = np.argsort(priority)
+    rank = np.empty(len(priority), np.int64)
+    rank[by_priority] = np.arange(len(priority))
+    one, other = np.minimum(rank[left], rank[right]), np.maximum(rank[left], rank[right])
+    stays = np.empty(len(priority), np.int64)
+    stays[by_priority] = by_priority[first_independent(len(priority), one, other)]
+    return stays
 
 
 def _of_their_own(vectors: Vectors, first: Int64, threshold: float) -> Int64:

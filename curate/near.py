@@ -1,6 +1,7 @@
 """Near-duplicates by their vectors.
 
-the same bytes -> k nearest neighbours by cosine -> pairs above the threshold -> groups -> one image kept of each
+the same bytes -> k nearest neighbours by cosine -> pairs above the threshold -> copies among them, by their pixels
+  -> groups -> one image kept of each
 
 N images, U of them with bytes of their own.
 """
@@ -11,14 +12,17 @@ from typing import Literal
 import numpy as np
 
 from .. import console
+from ..errors import ToolkitError
 from ..features.neighbors import SearchSettings, first_identical, similarities
-from ..store.vectors import Int64
-from .against import Matches, are_same, image_ids, matches, with_their_groups
+from ..store.image_columns import has_images
+from ..store.vectors import Float64, Int64
+from .against import Bools, Matches, are_same, image_ids, matches, with_their_groups
 from .groups import Groups, duplicate_groups
 from .identical import same_key
 from .inputs import EmbeddedImages, Input, read_embedded
 from .keep import Keep, preference, preferred
-from .threshold import threshold_from_pool
+from .look import SecondLook
+from .threshold import FIXED_THRESHOLD, candidate_threshold, own_threshold, threshold_from_pool
 from .verdict import DUPLICATE, GROUPED, REASONS, RESEMBLES, SAME_BYTES, STAYS, Verdict, chained
 
 Linkage = Literal["components", "star"]
@@ -34,6 +38,7 @@ class NearSettings:
     linkage: Linkage
     keep: Keep
     search: SearchSettings
+    verify: bool | None = None  # whether pixels decide; None: with the descriptor `copy` and no threshold
 
 
 def near_duplicates(
@@ -57,13 +62,17 @@ def near_duplicates(
     stands_for = preferred(first, rank)  # (N,)
     distinct = np.flatnonzero(stands_for == np.arange(len(images)))  # (U,)
 
-    threshold, origin = _threshold(settings.threshold, images, distinct, known)
-    like_known = matches(images, distinct, known_sets, threshold, search)
-    groups = _groups(images, distinct, like_known, rank, threshold, settings)
+    look = _look(settings, [pool, *known, *evaluation], images)
+    threshold, origin = _threshold(settings.threshold, images, distinct, known, look)
+    if look is not None:
+        look.learn_limit(images, _unlike(images, distinct), threshold)
+    like_known = matches(images, distinct, known_sets, threshold, search, look)
+    groups = _groups(images, distinct, like_known, rank, threshold, settings, look)
     if settings.linkage == "components":  # a whole component goes with the known image that one of it is like
         like_known = with_their_groups(like_known, groups.labels, images, distinct, known_sets)
     against_threshold = threshold if settings.against_threshold is None else settings.against_threshold
-    like_evaluation = matches(images, distinct, evaluation_sets, against_threshold, search)
+    against_look = look if settings.against_threshold is None else None
+    like_evaluation = matches(images, distinct, evaluation_sets, against_threshold, search, against_look)
     like_evaluation = with_their_groups(like_evaluation, groups.labels, images, distinct, evaluation_sets)
 
     verdict = _verdict(images, distinct, groups, like_known, like_evaluation, known_sets, evaluation_sets)
@@ -75,26 +84,51 @@ def near_duplicates(
         "threshold_origin": origin,
         "recall": min(groups.recall, like_known.recall, like_evaluation.recall),
         **({"against_threshold": against_threshold} if evaluation else {}),
+        **({} if look is None else {"looked_at": look.num_pairs, "limit": look.limit, "unread": look.num_unread}),
     }
     _say_search(figures, settings)
     return replace(verdict, figures=figures)
 
 
-def _threshold(given: float | None, images: EmbeddedImages, distinct: Int64, known: list[Input]) -> tuple[float, str]:
+def _look(settings: NearSettings, inputs: list[Input], images: EmbeddedImages) -> SecondLook | None:
+    """Return what looks at pairs; None where the threshold alone decides."""
+    own = own_threshold(images.vectors.base)
+    if settings.verify is False or (settings.verify is None and (own is None or settings.threshold is not None)):
+        return None
+    nameless = [part.manifest.path for part in inputs if not has_images(part.manifest)]
+    if not nameless:
+        return SecondLook(settings.search.memory, FIXED_THRESHOLD if own is None else own)
+    if settings.verify:
+        raise ToolkitError(f"--verify looks at images, and {nameless[0]} names none; leave it out")
+    return None
+
+
+def _threshold(
+    given: float | None, images: EmbeddedImages, distinct: Int64, known: list[Input], look: SecondLook | None
+) -> tuple[float, str]:
     """Return the threshold and where it comes from: the user, the known images, or the pool."""
     if given is not None:
         return given, "given"
+    if look is not None:
+        threshold, origin = candidate_threshold(images.vectors.take(_unlike(images, distinct)))
+        console.say(f"threshold {threshold:.7g}, {origin}: their pixels decide (--no-verify: the threshold alone)")
+        return threshold, origin
     made = [part.manifest.provenance for part in known]
     figures = {None if provenance is None else provenance.figures.get("threshold") for provenance in made}
     figure = figures.pop() if len(figures) == 1 else None
     if isinstance(figure, float):
         threshold, origin = figure, f"as for {known[0].manifest.path}"
     else:
-        vectors = images.vectors.take(distinct)
-        first = first_identical(vectors)
-        threshold, origin = threshold_from_pool(vectors.take(np.flatnonzero(first == np.arange(len(first)))))
+        threshold, origin = threshold_from_pool(images.vectors.take(_unlike(images, distinct)))
     console.say(f"threshold {threshold:.7g}, set {origin}")
     return threshold, origin
+
+
+def _unlike(images: EmbeddedImages, distinct: Int64) -> Int64:
+    """Return those of the images at `distinct` (U,) that have vectors of their own."""
+    first = first_identical(images.vectors.take(distinct))
+    unlike: Int64 = distinct[first == np.arange(len(first))]
+    return unlike
 
 
 def _groups(
@@ -104,6 +138,7 @@ def _groups(
     rank: Int64,
     threshold: float,
     settings: NearSettings,
+    look: SecondLook | None,
 ) -> Groups:
     """Group the distinct images, (U,) each; a star holds none that is like a known image: such a one is alone."""
     alone = np.arange(len(distinct))
@@ -113,6 +148,11 @@ def _groups(
     vectors = images.vectors.take(distinct[free])
     priority = np.empty(len(free), np.int64)
     priority[np.argsort(rank[distinct[free]])] = np.arange(len(free))
+
+    def are_copies(left: Int64, right: Int64, cosines: Float64) -> Bools:
+        assert look is not None
+        return look.copies(images, distinct[free[left]], images, distinct[free[right]], cosines)
+
     found = duplicate_groups(
         vectors,
         first_identical(vectors),
@@ -121,6 +161,7 @@ def _groups(
         linkage=settings.linkage,
         priority=priority,
         search=settings.search,
+        are_copies=None if look is None else are_copies,
     )
     labels, kept, weakest = alone.copy(), alone.copy(), np.ones(len(distinct))
     labels[free], kept[free], weakest[free] = free[found.labels], free[found.kept], found.weakest
@@ -180,6 +221,9 @@ def _say_search(figures: dict[str, object], settings: NearSettings) -> None:
             f"{figures['saturated']:,} images have all their {settings.k} neighbours above the threshold;"
             " these were searched again without a limit"
         )
+    if "looked_at" in figures:
+        unread = f", {figures['unread']:,} of which could not be read" if figures["unread"] else ""
+        console.say(f"looked at {figures['looked_at']:,} pairs of images{unread}")
     if figures["recall"] != 1:
         console.say(f"measured recall of the search: {figures['recall']:.4f}; --recall 1 compares all with all")
     if figures["chained_groups"]:

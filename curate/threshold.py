@@ -16,6 +16,8 @@ CHANCE = 0.05  # chosen: share of the images above the threshold that may be the
 LOSS = 0.02  # chosen: share of the distinct images that the descriptor's own threshold may cost
 SAMPLE_ROWS = (2_000, 20_000)  # chosen: images whose neighbours are looked at; fewer of a larger pool
 SAMPLE_PRODUCTS = 6e9  # chosen: sampled images times images at most, a minute or so, until the fewest are reached
+LOOKED_AT = 4  # chosen: others of an image, on average, that are alike enough for a second look
+LEAST_ALIKE = 0.3  # chosen: cosine below which nothing is a copy; measured, of copies one in a hundred lies lower
 FAR_NEIGHBOR = 32  # chosen: far enough to be no duplicate, near enough to be the same neighbourhood
 MIN_FAR_NEIGHBOR = 8  # of fewer images nothing is learnt
 FIXED_THRESHOLD = 0.999  # chosen: what remains then
@@ -33,25 +35,45 @@ def threshold_from_pool(distinct: Vectors) -> tuple[float, str]:
         if own is not None:
             return own, "by the descriptor `copy`"
         return FIXED_THRESHOLD, f"so because {len(distinct)} distinct images are too few to learn it from"
-    sample = np.linspace(0, len(distinct) - 1, sample_rows(len(distinct))).astype(np.int64)  # (S,) rising, no two same
-    positions = np.arange(len(distinct))
-    identity = Identity(sample, positions)
-    found = nearest(
-        distinct.take(sample), distinct, far, order=positions, identity=identity, progress="learning the threshold"
-    )
+    similarities = _sampled_similarities(distinct, far)
     if own is not None:
-        crowded = crowded_threshold(found.similarities, LOSS)
+        crowded = crowded_threshold(similarities, LOSS)
         if crowded <= own:
             return own, "by the descriptor `copy`"
         return crowded, (
             f"from the pool: at the descriptor's own {own}, more than {LOSS:.0%} of the images have such a neighbour"
             " by chance"
         )
-    threshold, dimension = chance_threshold(found.similarities)
+    threshold, dimension = chance_threshold(similarities)
     return threshold, (
         f"from the pool: of the images with a neighbour above it, at most {CHANCE:.0%} have one by chance"
         f" (by the density of their neighbourhoods, local dimension {dimension:.1f})"
     )
+
+
+def candidate_threshold(distinct: Vectors) -> tuple[float, str]:
+    """Return a threshold above which a pool's distinct vectors (N, D) deserve a second look, and its origin in words.
+
+    The lowest above which an image has no more than some others on average.
+    """
+    origin = f"for a second look at the {LOOKED_AT} images most like each one, on average"
+    far = min(FAR_NEIGHBOR, len(distinct) - 1)
+    if far <= LOOKED_AT:
+        return LEAST_ALIKE, origin
+    ranked = np.sort(_sampled_similarities(distinct, far).reshape(-1, far), axis=None)[::-1]
+    last = float(ranked[LOOKED_AT * (len(ranked) // far)])
+    return max(LEAST_ALIKE, float(np.ceil(last * 1_000) / 1_000)), origin
+
+
+def _sampled_similarities(distinct: Vectors, k: int) -> Float64:
+    """Return cosines of sampled images to the k nearest others (S, k), falling."""
+    sample = np.linspace(0, len(distinct) - 1, sample_rows(len(distinct))).astype(np.int64)  # (S,) rising, no two same
+    positions = np.arange(len(distinct))
+    identity = Identity(sample, positions)
+    found = nearest(
+        distinct.take(sample), distinct, k, order=positions, identity=identity, progress="learning the threshold"
+    )
+    return found.similarities
 
 
 def sample_rows(num_images: int) -> int:

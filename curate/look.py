@@ -1,0 +1,207 @@
+"""A second look: whether images that a descriptor calls alike are copies, by their pixels.
+
+pairs of images -> both decoded -> laid over one another -> what of their contrast is left -> a copy, or a look-alike
+
+N images, E pairs, P pictures that are held at a time.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .. import console
+from ..features import likeness
+from ..features.decoding import load_batches
+from ..features.likeness import AROUND_PX, CONTENT_PX, Plates, plates, unexplained
+from ..features.neighbors import Identity, nearest
+from ..features.products import device
+from ..features.threads import num_cores, run, workers
+from ..models.copy_descriptor import PREPROCESS
+from ..store.memory import memory_budget
+from ..store.vectors import Float32, Float64, Int64, cache_folder, make_room
+from .inputs import EmbeddedImages
+
+LIMIT = 0.012  # chosen: of `difference`; loses at most 2 % of each of four sets of distinct pictures
+LOSS = 0.02  # chosen: share of the images that may be lost by chance; of a crowded pool more would be
+SAMPLE_ROWS, NEIGHBORS = 2_000, 32  # images by whose neighbours it is judged how crowded a pool is
+LEAST_LIMIT = LIMIT / 64  # of copies that were written anew most lie lower
+FINENESS = 2**0.125  # steps in which the limit falls
+BATCH = {"cpu": 64, "cuda": 2_048}  # pairs that are laid over one another at a time
+READ_BATCH = 64
+PLATE_BYTES = 3 * (CONTENT_PX + 2 * AROUND_PX) ** 2 + 16
+MOST_PLATES = 1 << 17  # chosen: 6 GB; more are of no use but for pools that are larger than that
+UNREAD = -1.0  # in place of what is left
+
+Bools = npt.NDArray[np.bool_]
+
+
+def difference(left: Float32, cosines: Float64) -> Float64:
+    """Return how different two images are (E,): by what is left of their contrast, times by their descriptors.
+
+    Of two witnesses one may doubt where the other is sure: at the limit, seven parts in a hundred may be left at a
+    cosine of 0.95, one part in a hundred at 0.5.
+    """
+    result: Float64 = (left.astype(np.float64) + 0.01) * (1.03 - cosines) ** 0.75
+    return result
+
+
+def crowded_limit(differences: Float64, most: float) -> float:
+    """Return the largest limit, up to `LIMIT`, below which at most so many of the differences are expected by chance.
+
+    Chance pairs grow by a power of their difference, copies lie far below. So the power is taken from how many lie
+    within a factor of 2 ** 0.5 above a limit, and within another; it is at least 1.
+    """
+    limit = LIMIT
+    ranked = np.sort(differences)
+    while limit > LEAST_LIMIT:
+        below = np.searchsorted(ranked, limit * np.array([1, 2**0.5, 2]))
+        near, far = np.diff(below)
+        if near <= most * (max(far / max(near, 1), 2**0.5) - 1):
+            break
+        limit /= FINENESS
+    return float(f"{limit:.3g}")
+
+
+@dataclass
+class SecondLook:
+    """Looks at pairs, and counts what it saw."""
+
+    memory: int | None  # bytes; None: a third of the machine
+    otherwise: float  # cosine above which images are taken for copies where one of them cannot be read
+    limit: float = LIMIT  # of the difference of copies
+    num_pairs: int = 0
+    num_unread: int = 0
+
+    def learn_limit(self, images: EmbeddedImages, distinct: Int64, threshold: float) -> None:
+        """Lower the limit where the images at `distinct` (U,) lie so close that too many would be lost by chance."""
+        vectors, positions = images.vectors.take(distinct), np.arange(len(distinct))
+        sample = np.unique(np.linspace(0, len(distinct) - 1, min(len(distinct), SAMPLE_ROWS)).astype(np.int64))
+        near = nearest(
+            vectors.take(sample),
+            vectors,
+            NEIGHBORS,
+            order=positions,
+            identity=Identity(sample, positions),
+            above=threshold,
+            progress="learning the limit",
+        )
+        query, column = np.nonzero(near.indices >= 0)
+        pairs = distinct[sample[query]], distinct[near.indices[query, column]]
+        left = self._seen(images, pairs[0], images, pairs[1])
+        read = left != UNREAD
+        differences = difference(left[read], near.similarities[query, column][read])
+        self.limit = crowded_limit(differences, 2 * LOSS * len(sample))  # a pair is seen from both of its ends
+        if self.limit < LIMIT:
+            console.say(
+                f"these images lie so close that copies are told apart at {self.limit:.2g}, not {LIMIT}, or more than"
+                f" {LOSS:.0%} of them would go by chance"
+            )
+
+    def copies(self, one: EmbeddedImages, ones: Int64, other: EmbeddedImages, others: Int64, cosines: Float64) -> Bools:
+        """Tell which pairs (E,) of images at `ones` of one set and `others` of another are copies.
+
+        What was seen is kept in the cache, pair by pair: a step that is stopped or run again goes on with it.
+        """
+        seen = self._seen(one, ones, other, others)
+        is_unread = seen == UNREAD
+        self.num_pairs += len(seen)
+        self.num_unread += int(is_unread.sum())
+        is_copy: Bools = np.where(is_unread, cosines > self.otherwise, difference(seen, cosines) <= self.limit)
+        return is_copy
+
+    def _seen(self, one: EmbeddedImages, ones: Int64, other: EmbeddedImages, others: Int64) -> Float32:
+        """Return what is left of the contrast of pairs (E,), or `UNREAD`."""
+        if not len(ones):
+            return np.empty(0, np.float32)
+        left = _kept(one, ones, other, others)
+        unseen = np.flatnonzero(np.isnan(left))
+        if 0 < len(unseen) < len(left):
+            console.say(f"{len(left) - len(unseen):,} of {len(left):,} pairs were looked at before")
+        if len(unseen):
+            self._look(left, unseen, one, ones, other, others)
+        return np.array(left)
+
+    def _look(
+        self,
+        left: Float32,
+        unseen: Int64,
+        one: EmbeddedImages,
+        ones: Int64,
+        other: EmbeddedImages,
+        others: Int64,
+    ) -> None:
+        """Write what is left of the pairs at `unseen` to the file `left` (E,)."""
+        budget = memory_budget(None) if self.memory is None else self.memory
+        most = min(MOST_PLATES, max(2 * READ_BATCH, budget // 4 // PLATE_BYTES))
+        num_pictures = len(np.unique(ones[unseen])) + len(np.unique(others[unseen]))
+        step = len(unseen) if num_pictures <= most else most // 2
+        batch = BATCH[device().type]
+        with workers() as threads, console.progress("looking at pairs", len(unseen), "pairs") as advance:
+            for start in range(0, len(unseen), step):
+                pairs = unseen[start : start + step]
+                compare = partial(_compare, _read(one, ones[pairs]), _read(other, others[pairs]), batch)
+                done = 0
+                for seen in run(threads, compare, range(0, len(pairs), batch)):
+                    left[pairs[done : done + len(seen)]] = seen
+                    done += len(seen)
+                    advance(len(seen))
+
+
+def _compare(one: tuple[Plates, Tensor], other: tuple[Plates, Tensor], batch: int, start: int) -> Float32:
+    """Return what is left of some pairs (B,): those from `start` on, of pictures and the place of each pair's."""
+    places = [place[start : start + batch] for _, place in (one, other)]
+    with torch.inference_mode():
+        left = unexplained(one[0].at(places[0].clamp(min=0)), other[0].at(places[1].clamp(min=0)))
+        left = left.masked_fill((places[0] < 0) | (places[1] < 0), UNREAD)
+    result: Float32 = left.cpu().numpy()
+    return result
+
+
+def _read(images: EmbeddedImages, positions: Int64) -> tuple[Plates, Tensor]:
+    """Return the pictures at `positions` (E,), each once, and where each of these is among them; -1: not readable."""
+    distinct, number = np.unique(positions, return_inverse=True)
+    uris = images.uris(distinct).to_pylist()
+    named = np.flatnonzero([uri is not None for uri in uris])
+    place = np.full(len(distinct), -1)
+    parts: list[Plates] = []
+    names = (uris[index] for index in named.tolist())
+    for batch in load_batches(names, PREPROCESS, batch_size=READ_BATCH, num_workers=num_cores()):
+        if batch.indices:
+            place[named[batch.indices]] = np.arange(len(batch.indices)) + sum(len(part.bounds) for part in parts)
+            with torch.inference_mode():
+                parts.append(plates(batch.pixels.to(device())))
+    if not parts:
+        parts.append(plates(torch.zeros(1, 3, PREPROCESS.image_size, PREPROCESS.image_size, dtype=torch.uint8)))
+    shown = Plates(torch.cat([part.pixels for part in parts]), torch.cat([part.bounds for part in parts]))
+    return shown, torch.from_numpy(place[number]).to(shown.bounds.device)
+
+
+def _kept(one: EmbeddedImages, ones: Int64, other: EmbeddedImages, others: Int64) -> Float32:
+    """Return what was seen of pairs (E,) before, NaN where nothing was, as a file in the cache to write to."""
+    digest = hashlib.blake2b(
+        Path(likeness.__file__).read_bytes(), digest_size=16
+    )  # seen by other code: to be seen anew
+    for images, positions in ((one, ones), (other, others)):
+        digest.update(images.source.manifest.content_id.encode())
+        digest.update(images.positions[positions].tobytes())
+    path = cache_folder() / f"{digest.hexdigest()}-look.npy"
+    if not path.exists():
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        make_room(4 * len(ones))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, np.full(len(ones), np.nan, np.float32))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    os.utime(path)
+    kept: Float32 = np.load(path, mmap_mode="r+")
+    return kept
