@@ -22,6 +22,7 @@ from ..models.copy_descriptor import GREY, content_bounds
 CONTENT_PX = 32  # a side, of the content without flat margins; 64 finds no more, in twice the time
 AROUND_PX = 16  # on each side of it: half of the content again
 CONTENT = slice(AROUND_PX, AROUND_PX + CONTENT_PX)
+EDGE_PX = 1  # of the content's pixels: so much of a picture's own edge is left out, for it blurs into borders
 COARSE, FINE = (2, 6), (1, 4)  # chosen: pixels averaged over a side, and steps
 FARTHEST = 0.35  # chosen: how far a step may lead from its start, in halves of the content's sides
 STEP = 0.15  # chosen: how far one step may lead
@@ -55,10 +56,11 @@ class Plates(NamedTuple):
         return self.pixels.float() / 255
 
     def edges(self) -> Tensor:
-        """Return left, right, top and bottom of the pictures (B, 4) where their contents go from -1 to 1."""
+        """Return left, right, top and bottom of what is compared of pictures (B, 4), their contents from -1 to 1."""
         first, last = self.bounds[:, ::2], self.bounds[:, 1::2]  # (B, 2), across and down
         half, middle = (last - first) / 2, (first + last) / 2
-        return torch.stack([-middle / half, (1 - middle) / half], dim=2).flatten(1)
+        edge = 2 * EDGE_PX / CONTENT_PX
+        return torch.stack([-middle / half + edge, (1 - middle) / half - edge], dim=2).flatten(1)
 
 
 def plates(pictures: Tensor) -> Plates:

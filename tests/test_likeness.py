@@ -1,0 +1,123 @@
+"""What one picture leaves unexplained of another: little of copies, much of look-alikes."""
+
+from collections.abc import Callable
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinov2_toolkit.features.likeness import CONTENT, CONTENT_PX, UNLIKE, Plates, plates, unexplained
+from dinov2_toolkit.models.copy_descriptor import PREPROCESS, content_bounds
+from dinov2_toolkit.models.preprocess import crop_picture
+
+SIDE = 160
+
+
+def scene(number: int) -> Image.Image:
+    """Return a picture of forty shapes, another for every number."""
+    rng = np.random.default_rng(number)
+    picture = Image.new("RGB", (SIDE, SIDE), tuple(rng.integers(60, 200, 3).tolist()))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(40):
+        left, top = rng.integers(-20, SIDE, 2).tolist()
+        width, height = rng.integers(8, 50, 2).tolist()
+        draw_shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
+        draw_shape((left, top, left + width, top + height), fill=tuple(rng.integers(30, 220, 3).tolist()))
+    return picture
+
+
+def shown(*pictures: Image.Image) -> Plates:
+    return plates(torch.stack([crop_picture(picture, PREPROCESS) for picture in pictures]))
+
+
+def left_of(one: Image.Image, other: Image.Image) -> float:
+    return unexplained(shown(one), shown(other)).item()
+
+
+def reencoded(picture: Image.Image) -> Image.Image:
+    buffer = BytesIO()
+    picture.save(buffer, "JPEG", quality=30)
+    return Image.open(buffer).convert("RGB")
+
+
+COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "JPEG, quality 30": reencoded,
+    "half as large": lambda picture: picture.resize((SIDE // 2, SIDE // 2), Image.Resampling.BICUBIC),
+    "brighter, some of it white": lambda picture: ImageEnhance.Brightness(picture).enhance(1.3),
+    "less contrast": lambda picture: ImageEnhance.Contrast(picture).enhance(0.7),
+    "gamma": lambda picture: picture.point([round(255 * (value / 255) ** 0.7) for value in range(256)] * 3),
+    "grey": lambda picture: picture.convert("L").convert("RGB"),
+    "cropped": lambda picture: picture.crop((0, 12, SIDE - 14, SIDE)),
+    "with a border": lambda picture: ImageOps.expand(picture, 16, "white"),
+    "turned": lambda picture: picture.rotate(3, Image.Resampling.BICUBIC).crop((8, 8, SIDE - 8, SIDE - 8)),
+}
+
+
+def test_nothing_is_left_of_the_same_pixels() -> None:
+    one = shown(*(scene(number) for number in range(6)))
+    assert one.pixels.shape == (6, 3, 2 * CONTENT_PX, 2 * CONTENT_PX) and one.pixels.dtype == torch.uint8
+    assert unexplained(one, one).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_little_is_left_of_copies_and_much_of_other_pictures(kind: str) -> None:
+    pictures = [scene(number) for number in range(6)]
+    originals, copies = shown(*pictures), shown(*map(COPIES[kind], pictures))
+    for one, other in ((originals, copies), (copies, originals)):
+        left = unexplained(one, other)
+        assert left.max() < 0.06, left
+        others = unexplained(one, other.at(torch.arange(6).roll(1)))
+        assert others.min() > 0.2, others
+
+
+def test_what_is_drawn_otherwise_is_left() -> None:
+    picture = scene(0)
+    changed = picture.copy()
+    ImageDraw.Draw(changed).rectangle((60, 60, 95, 95), fill=(0, 255, 0))
+    recoloured = Image.merge("RGB", [picture.split()[channel] for channel in (1, 2, 0)])
+    copies = [left_of(picture, COPIES[kind](picture)) for kind in COPIES]
+    for other in (changed, recoloured, ImageOps.invert(picture), ImageOps.mirror(picture)):
+        assert left_of(picture, other) > 2 * max(copies)
+
+
+def test_left_over_is_the_share_of_contrast_at_the_same_place() -> None:
+    """Noise on a picture that neither light nor a map explains, against the definition."""
+    generator = torch.Generator().manual_seed(0)
+
+    def smooth(seed_pixels: Tensor) -> Tensor:
+        return F.interpolate(seed_pixels, size=128, mode="bicubic").clamp(0, 1)
+
+    base = smooth(0.2 + 0.6 * torch.rand(1, 3, 9, 9, generator=generator))
+    added = (base + 0.12 * (smooth(torch.rand(1, 3, 9, 9, generator=generator)) - 0.5)).clamp(0, 1)
+    one, other = (plates((255 * each).round().byte()) for each in (base, added))
+    x, y = (each.images()[:, :, CONTENT, CONTENT].double() for each in (one, other))
+    gain = ((x * y).mean() - x.mean() * y.mean()) / x.var(correction=0)
+    rest = (y - y.mean() - gain * (x - x.mean())).square().sum()
+    contrast = (y - y.mean((2, 3), keepdim=True)).square().sum()
+    left = unexplained(one, other).item()
+    assert 0.5 * (rest / contrast).item() < left < 1.2 * (rest / contrast).item()
+
+
+def test_pictures_that_hardly_meet_are_unlike() -> None:
+    """A detail that fills the whole of one picture and a hundredth of another is no copy of it."""
+    picture = scene(3)
+    detail = picture.crop((40, 40, 72, 72)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    assert left_of(picture, detail) == UNLIKE or left_of(picture, detail) > 0.2
+
+
+def test_plates_hold_the_content_in_their_middle() -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
+    picture = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    framed = ImageOps.expand(picture, 40, "white")
+    pixels = crop_picture(framed, PREPROCESS)[None]
+    plate = plates(pixels)
+    assert torch.allclose(plate.bounds, content_bounds(pixels.float() / 255) / 128)
+    margin = plate.images()[0, :, 2, 2]  # beyond the content is the frame
+    assert torch.allclose(margin, torch.ones(3), atol=0.01)
+    alone = plates(crop_picture(picture, PREPROCESS)[None])
+    contents = [each.images()[:, :, CONTENT, CONTENT].flatten() for each in (plate, alone)]
+    assert torch.corrcoef(torch.stack(contents))[0, 1] > 0.95

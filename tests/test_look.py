@@ -1,0 +1,209 @@
+"""The second look of dedup: pixels decide on pairs that descriptors call alike."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageDraw, ImageEnhance
+
+from dinov2_toolkit.curate.dedup import DedupSettings, dedup_images
+from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
+from dinov2_toolkit.curate.groups import copies_above, duplicate_groups
+from dinov2_toolkit.curate.look import LIMIT, crowded_limit, difference
+from dinov2_toolkit.curate.threshold import LEAST_ALIKE, candidate_threshold
+from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.features.exact_search import DEFAULTS
+from dinov2_toolkit.store.artifact import Options
+from dinov2_toolkit.store.manifest import Source, open_manifest, removed_path
+from dinov2_toolkit.store.vectors import Float64, Int64, Vectors
+from dinov2_toolkit.tests.embedded import write_embeddings
+from dinov2_toolkit.tests.test_likeness import scene
+
+Bools = np.ndarray[tuple[int], np.dtype[np.bool_]]
+
+
+def in_memory(vectors: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> Vectors:
+    return Vectors(vectors, np.arange(len(vectors)), Source("base", "memory", "0"))
+
+
+def card(number: int, sign: str) -> Image.Image:
+    """Return a playing card: those of one number differ by small signs alone."""
+    picture = Image.new("RGB", (120, 160), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.rounded_rectangle((4, 4, 115, 155), 12, outline="black", width=3)
+    rng = np.random.default_rng(number)
+    for x, y in rng.integers((20, 20), (80, 120), (5, 2)).tolist():
+        if sign == "disc":
+            draw.ellipse((x, y, x + 18, y + 18), fill="black")
+        else:
+            draw.rectangle((x, y, x + 16, y + 16), outline="black", width=4)
+    return picture
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of scenes, some with a copy, and of cards that are no copies of each other."""
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(12):
+        scene(number).save(images / f"scene-{number:02}.png")
+    for number in range(4):
+        for sign in ("disc", "box"):
+            card(number, sign).save(images / f"card-{number}-{sign}.png")
+    scene(0).crop((0, 10, 148, 160)).save(images / "copy-00.png")
+    ImageEnhance.Brightness(scene(1).resize((140, 140))).enhance(1.3).save(images / "copy-01.jpg", quality=40)
+    scene(2).convert("L").resize((80, 80)).save(images / "copy-02.png")
+    return images
+
+
+def embedded(folder: Path, name: str = "pool.parquet") -> Path:
+    embed_images([str(folder)], name, EmbedSettings(model="copy"), Options())
+    return folder.parent / name
+
+
+def deduplicated(pool: Path, **settings: object) -> tuple[dict[str, str], dict[str, object]]:
+    """Return what goes by the name of what it goes for, and the figures."""
+    output = pool.with_name("unique.parquet")
+    dedup_images(pool, str(output), DedupSettings(**settings), Options(force=True))  # type: ignore[arg-type]
+    removed = pq.read_table(removed_path(output)).to_pylist()
+    provenance = open_manifest(output).provenance
+    assert provenance is not None
+    return {Path(row["uri"]).stem: Path(row["duplicate_of"]).stem for row in removed}, provenance.figures
+
+
+PLANTED = {"copy-00": "scene-00", "copy-01": "scene-01", "copy-02": "scene-02"}
+
+
+def test_copies_go_and_look_alikes_stay(folder: Path) -> None:
+    pool = embedded(folder)
+    removed, figures = deduplicated(pool)
+    assert removed == PLANTED
+    assert figures["looked_at"] and figures["unread"] == 0 and figures["limit"] == LIMIT
+    assert isinstance(figures["threshold"], float) and figures["threshold"] < 0.9
+    by_cosine, figures = deduplicated(pool, verify=False)
+    assert "looked_at" not in figures and figures["threshold"] == 0.95
+    assert set(by_cosine) != set(PLANTED)
+    given, figures = deduplicated(pool, threshold=0.9)
+    assert "looked_at" not in figures and figures["threshold_origin"] == "given"
+    looked, figures = deduplicated(pool, threshold=0.5, verify=True)
+    assert looked == PLANTED and figures["threshold"] == 0.5
+
+
+@pytest.mark.parametrize("linkage", ["components", "star"])
+def test_any_linkage_and_number_of_neighbours(folder: Path, linkage: str) -> None:
+    assert deduplicated(embedded(folder), linkage=linkage, k=3)[0] == PLANTED
+
+
+def test_what_was_seen_is_kept_and_what_cannot_be_read_goes_by_its_descriptor(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = embedded(folder)
+    for name in ("copy-00.png", "card-0-disc.png"):
+        (folder / name).rename(folder.parent / name)
+    removed, figures = deduplicated(pool)
+    assert isinstance(figures["unread"], int) and figures["unread"] > 0
+    assert {name: PLANTED[name] for name in ("copy-01", "copy-02")}.items() <= removed.items()
+    assert "could not be read" in capsys.readouterr().err
+    for image in folder.iterdir():
+        image.unlink()
+    again, seen = deduplicated(pool)  # from the cache
+    assert again == removed and seen["unread"] == figures["unread"]
+
+
+def test_known_and_evaluation_images_are_looked_at(folder: Path) -> None:
+    pool = embedded(folder)
+    others = folder.parent / "others"
+    others.mkdir()
+    ImageEnhance.Contrast(scene(5)).enhance(0.7).crop((8, 0, 160, 152)).save(others / "seen-05.png")
+    card(2, "disc").rotate(180).save(others / "card.png")
+    known = embedded(others, "known.parquet")
+    removed, figures = deduplicated(pool, known=(known,))
+    assert removed == {**PLANTED, "scene-05": "seen-05"} and figures["known"] == 1
+    removed, figures = deduplicated(pool, against=(known,))
+    assert removed == {**PLANTED, "scene-05": "seen-05"} and figures["against"] == 1
+    removed, figures = deduplicated(pool, against=(known,), against_threshold=1.0)
+    assert removed == PLANTED
+
+
+def test_verify_needs_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    vectors = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
+    pool = write_embeddings(tmp_path / "pool.parquet", vectors)
+    with pytest.raises(ToolkitError, match="--verify with --exact bytes"):
+        dedup_images(pool, "unique.parquet", DedupSettings(exact="bytes", verify=True), Options())
+    table = pq.read_table(pool).select(["embedding"]).replace_schema_metadata(None)
+    pq.write_table(table, tmp_path / "nameless.parquet")
+    with pytest.raises(ToolkitError, match="--verify looks at images, and .*nameless.parquet names none"):
+        dedup_images(tmp_path / "nameless.parquet", "unique.parquet", DedupSettings(verify=True), Options())
+
+
+def test_difference_multiplies_what_is_left_by_how_far_descriptors_lie() -> None:
+    left, cosines = np.array([0.0, 0.09, 0.09], np.float32), np.array([1.0, 1.0, 0.03])
+    assert difference(left, cosines) == pytest.approx([0.01 * 0.03**0.75, 0.1 * 0.03**0.75, 0.1], rel=1e-6)
+
+
+def test_a_crowded_pool_lowers_the_limit_to_what_chance_allows() -> None:
+    """Chance pairs that grow by a known power: the limit is where as many as allowed lie below, to a step."""
+    copies = np.linspace(1e-4, 3e-4, 500)
+    for power, num in ((4.0, 20_000), (2.0, 5_000)):
+        chance = 0.1 * ((np.arange(num) + 0.5) / num) ** (1 / power)  # num * (x / 0.1) ** power lie below x
+        limit = crowded_limit(np.concatenate([copies, chance]), most=0.002 * num)
+        expected = min(LIMIT, 0.1 * 0.002 ** (1 / power))
+        assert expected / 1.2 < limit <= expected * 1.05
+    assert crowded_limit(copies, most=10) == LIMIT
+    assert crowded_limit(np.empty(0), most=0.0) == LIMIT
+
+
+def test_candidates_are_some_others_of_each_image_on_average() -> None:
+    vectors = np.random.default_rng(0).normal(size=(400, 16)).astype(np.float32)
+    threshold, origin = candidate_threshold(in_memory(vectors))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = unit @ unit.T - 2 * np.eye(400)
+    assert threshold > LEAST_ALIKE and "4 images" in origin
+    assert 3.5 < (cosines > threshold).sum() / 400 <= 4
+    assert candidate_threshold(in_memory(np.eye(5, dtype=np.float32)))[0] == LEAST_ALIKE
+
+
+def test_a_crowd_larger_than_k_hangs_together_and_no_pair_is_looked_at_twice() -> None:
+    """Three crowds of forty copies, of which each sees two: what is preferred of the parts is compared again."""
+    rng = np.random.default_rng(1)
+    crowd = np.repeat(np.arange(3), 40)
+    centres = rng.normal(size=(3, 12))
+    vectors = in_memory((centres[crowd] + 0.05 * rng.normal(size=(120, 12))).astype(np.float32))
+    looked: list[tuple[int, int]] = []
+
+    def are_copies(left: Int64, right: Int64, cosines: Float64) -> Bools:
+        assert (left < right).all() and (cosines > -1).all()
+        looked.extend(zip(left.tolist(), right.tolist(), strict=True))
+        same: Bools = crowd[left] == crowd[right]
+        return same
+
+    priority = rng.permutation(120)
+    pairs = copies_above(vectors, priority, -1.0, 2, DEFAULTS, are_copies)
+    assert pairs.labels.tolist() == (crowd * 40).tolist()
+    assert len(set(looked)) == len(looked)
+
+
+def test_stars_of_pairs_keep_what_no_preferred_one_that_stays_is_a_copy_of() -> None:
+    rng = np.random.default_rng(2)
+    vectors = in_memory(rng.normal(size=(60, 6)).astype(np.float32))
+    copies = np.triu(rng.random((60, 60)) < 0.08, 1)
+    priority = rng.permutation(60)
+    groups = duplicate_groups(
+        vectors,
+        np.arange(60),
+        -1.0,
+        59,
+        linkage="star",
+        priority=priority,
+        are_copies=lambda left, right, _: copies[left, right],
+    )
+    stays: list[int] = []
+    expected = np.empty(60, np.int64)
+    for row in np.argsort(priority).tolist():
+        heads = [head for head in stays if copies[min(head, row), max(head, row)]]
+        expected[row] = heads[0] if heads else row
+        stays += [] if heads else [row]
+    assert groups.kept.tolist() == expected.tolist()
