@@ -19,6 +19,7 @@ from .inputs import Input, check_same_model, describe, open_input
 from .keep import parse_keep
 from .near import Linkage, NearSettings, near_duplicates
 from .selection import selection_provenance
+from .threshold import LOOKED_AT
 from .verdict import say_verdict, write_verdict
 
 
@@ -135,4 +136,8 @@ def _describe(path: Path, inputs: list[Input], settings: DedupSettings, options:
         console.say(f"would {exact_work(settings.exact, inputs, options.limit)}, and write {path}")
         return
     what = "compare all with all" + (f" and {sum(num_rows[1:]):,} other images" if len(inputs) > 1 else "")
+    model = inputs[0].model()
+    by_copy = model is not None and model.path == "copy" and settings.threshold is None
+    if settings.verify or (settings.verify is None and by_copy):
+        what += f", look at the pixels of some {LOOKED_AT * num_rows[0] // 2:,} pairs (not in the time below)"
     describe(path, inputs, num_rows[0] * sum(num_rows), what, options)
