@@ -217,9 +217,11 @@ def _with_copies(verdict: Verdict, stands_for: Int64, distinct: Int64) -> Verdic
 
 def _say_search(figures: dict[str, object], settings: NearSettings) -> None:
     if figures["saturated"]:
+        again = (
+            "what stays of their groups was searched again" if "looked_at" in figures else "all above it were counted"
+        )
         console.say(
-            f"{figures['saturated']:,} images have all their {settings.k} neighbours above the threshold;"
-            " these were searched again without a limit"
+            f"{figures['saturated']:,} images have all their {settings.k} neighbours above the threshold; {again}"
         )
     if "looked_at" in figures:
         unread = f", {figures['unread']:,} of which could not be read" if figures["unread"] else ""
