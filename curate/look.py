@@ -36,7 +36,7 @@ FINENESS = 2**0.125  # steps in which the limit falls
 BATCH = {"cpu": 64, "cuda": 2_048}  # pairs that are laid over one another at a time
 READ_BATCH = 64
 PLATE_BYTES = 3 * (CONTENT_PX + 2 * AROUND_PX) ** 2 + 16
-MOST_PLATES = 1 << 17  # chosen: 6 GB; more are of no use but for pools that are larger than that
+MOST_PLATES = 1 << 17  # chosen: 1.6 GB
 UNREAD = -1.0  # in place of what is left
 
 Bools = npt.NDArray[np.bool_]
@@ -121,7 +121,7 @@ class SecondLook:
         if not len(ones):
             return np.empty(0, np.float32)
         left = _kept(one, ones, other, others)
-        unseen = np.flatnonzero(np.isnan(left))
+        unseen = np.flatnonzero(~(left >= 0))  # not looked at, or not readable then
         if 0 < len(unseen) < len(left):
             console.say(f"{len(left) - len(unseen):,} of {len(left):,} pairs were looked at before")
         if len(unseen):
@@ -146,7 +146,12 @@ class SecondLook:
         with workers() as threads, console.progress("looking at pairs", len(unseen), "pairs") as advance:
             for start in range(0, len(unseen), step):
                 pairs = unseen[start : start + step]
-                compare = partial(_compare, _read(one, ones[pairs]), _read(other, others[pairs]), batch)
+                if one is other:
+                    pictures, place = _read(one, np.concatenate([ones[pairs], others[pairs]]))
+                    sides = (pictures, place[: len(pairs)]), (pictures, place[len(pairs) :])
+                else:
+                    sides = _read(one, ones[pairs]), _read(other, others[pairs])
+                compare = partial(_compare, *sides, batch)
                 done = 0
                 for seen in run(threads, compare, range(0, len(pairs), batch)):
                     left[pairs[done : done + len(seen)]] = seen
@@ -177,17 +182,17 @@ def _read(images: EmbeddedImages, positions: Int64) -> tuple[Plates, Tensor]:
             place[named[batch.indices]] = np.arange(len(batch.indices)) + sum(len(part.bounds) for part in parts)
             with torch.inference_mode():
                 parts.append(plates(batch.pixels.to(device())))
-    if not parts:
-        parts.append(plates(torch.zeros(1, 3, PREPROCESS.image_size, PREPROCESS.image_size, dtype=torch.uint8)))
+    if not parts:  # a picture that no pair points to
+        empty = torch.zeros(1, 3, PREPROCESS.image_size, PREPROCESS.image_size, dtype=torch.uint8)
+        parts.append(plates(empty.to(device())))
     shown = Plates(torch.cat([part.pixels for part in parts]), torch.cat([part.bounds for part in parts]))
     return shown, torch.from_numpy(place[number]).to(shown.bounds.device)
 
 
 def _kept(one: EmbeddedImages, ones: Int64, other: EmbeddedImages, others: Int64) -> Float32:
     """Return what was seen of pairs (E,) before, NaN where nothing was, as a file in the cache to write to."""
-    digest = hashlib.blake2b(
-        Path(likeness.__file__).read_bytes(), digest_size=16
-    )  # seen by other code: to be seen anew
+    code = Path(likeness.__file__).read_bytes()  # what other code saw is seen anew
+    digest = hashlib.blake2b(code, digest_size=16)
     for images, positions in ((one, ones), (other, others)):
         digest.update(images.source.manifest.content_id.encode())
         digest.update(images.positions[positions].tobytes())

@@ -121,3 +121,13 @@ def test_plates_hold_the_content_in_their_middle() -> None:
     assert torch.allclose(around[:, 2, 2], torch.ones(3), atol=0.01)  # of a content half as large again, the frame
     assert around[:, CONTENT, CONTENT].std() > 0.1
     assert unexplained(plate, shown(picture)).item() < 0.01
+
+
+@pytest.mark.gpu
+def test_a_gpu_sees_what_a_cpu_sees() -> None:
+    pictures = [scene(number) for number in range(6)]
+    copies = [COPIES["cropped"](picture) for picture in pictures]
+    pixels = [torch.stack([crop_picture(each, PREPROCESS) for each in side]) for side in (pictures, copies)]
+    on_cpu = unexplained(*(plates(side) for side in pixels))
+    on_gpu = unexplained(*(plates(side.cuda()) for side in pixels))
+    assert torch.allclose(on_gpu.cpu(), on_cpu, atol=2e-3)
