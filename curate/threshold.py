@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..features.neighbors import Identity, nearest
+from ..models.copy_descriptor import THRESHOLD, copy_content_id
 from ..store.manifest import Source, open_manifest
 from ..store.vectors import Float64, Vectors
 
@@ -89,8 +90,6 @@ def own_threshold(base: Source) -> float | None:
     model = None if provenance is None else provenance.model()
     if model is None or model.path != "copy":
         return None
-    from ..models.copy_descriptor import THRESHOLD, copy_content_id  # imports torch, which no other pool needs
-
     return THRESHOLD if model.content_id == copy_content_id() else None
 
 

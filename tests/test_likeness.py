@@ -13,21 +13,14 @@ from torch.nn import functional as F
 from dinov2_toolkit.features.likeness import CONTENT, CONTENT_PX, UNLIKE, Plates, plates, unexplained
 from dinov2_toolkit.models.copy_descriptor import PREPROCESS, content_bounds
 from dinov2_toolkit.models.preprocess import crop_picture
+from dinov2_toolkit.tests import test_copy_descriptor
 
 SIDE = 160
 
 
 def scene(number: int) -> Image.Image:
-    """Return a picture of forty shapes, another for every number."""
-    rng = np.random.default_rng(number)
-    picture = Image.new("RGB", (SIDE, SIDE), tuple(rng.integers(60, 200, 3).tolist()))
-    draw = ImageDraw.Draw(picture)
-    for _ in range(40):
-        left, top = rng.integers(-20, SIDE, 2).tolist()
-        width, height = rng.integers(8, 50, 2).tolist()
-        draw_shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
-        draw_shape((left, top, left + width, top + height), fill=tuple(rng.integers(30, 220, 3).tolist()))
-    return picture
+    """Return a picture of thirty shapes, another for every number, none of it black or white."""
+    return test_copy_descriptor.scene(number, SIDE).point(lambda level: 40 + 0.7 * level)
 
 
 def shown(*pictures: Image.Image) -> Plates:

@@ -24,7 +24,7 @@ def pool(path: Path, vectors: Float64, model: str) -> Vectors:
 
 @pytest.fixture(autouse=True)
 def _weights_of_the_test_manifests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_toolkit.models.copy_descriptor.copy_content_id", lambda: "copy of 32")
+    monkeypatch.setattr("dinov2_toolkit.curate.threshold.copy_content_id", lambda: "copy of 32")
 
 
 def test_the_descriptor_for_copies_brings_its_own_threshold(tmp_path: Path) -> None:
