@@ -124,7 +124,7 @@ def test_what_a_threshold_removes_is_foretold(tmp_path: Path) -> None:
 def test_of_the_descriptor_for_copies_no_threshold_below_its_own_is_suggested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinov2_toolkit.models.copy_descriptor.copy_content_id", lambda: "copy of 32")
+    monkeypatch.setattr("dinov2_toolkit.curate.threshold.copy_content_id", lambda: "copy of 32")
     vectors = np.random.default_rng(3).normal(size=(300, 32))  # far from one another: chance alone would allow less
     suggested: dict[str, float] = {}
     for model in ("a model", "copy"):
