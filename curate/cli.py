@@ -143,7 +143,9 @@ def dedup(
     ] = None,
     against_threshold: Annotated[
         float | None,
-        typer.Option(help="Similarity above which --against removes. [default: --threshold]", show_default=False),
+        typer.Option(
+            help="Similarity above which --against removes. [default: as within the pool]", show_default=False
+        ),
     ] = None,
     known: Annotated[
         list[Path] | None,

@@ -20,7 +20,7 @@ from .inputs import Input, check_same_model, describe, open_input
 from .keep import parse_keep
 from .near import Linkage, NearSettings, near_duplicates
 from .selection import selection_provenance
-from .threshold import LOOKED_AT
+from .threshold import CANDIDATES
 from .verdict import say_verdict, write_verdict
 
 LOOK_S = 2e-3  # measured: of one core, a pair
@@ -142,7 +142,7 @@ def _describe(path: Path, inputs: list[Input], settings: DedupSettings, options:
     model = inputs[0].model()
     by_copy = model is not None and model.path == "copy" and settings.threshold is None
     if settings.verify or (settings.verify is None and by_copy):
-        num_pairs = LOOKED_AT * num_rows[0] // 2
+        num_pairs = CANDIDATES * num_rows[0] // 2
         minutes = num_pairs * LOOK_S / (os.cpu_count() or 1) / 60
         what += (
             f", look at the pixels of some {num_pairs:,} pairs ({minutes:,.0f} minutes more, and reading the images)"

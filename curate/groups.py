@@ -18,9 +18,7 @@ from ..features.products import tile_above, unit_rows
 from ..features.similarity import similarities
 from ..store.vectors import Float64, Int64, Vectors
 
-ArePairs = Callable[
-    [Int64, Int64, Float64], npt.NDArray[np.bool_]
-]  # rows, rows and their cosines (E,) -> copies or not
+AreCopies = Callable[[Int64, Int64, Float64], npt.NDArray[np.bool_]]  # of rows, rows and their cosines (E,)
 
 BLOCK_ROWS = 2_048  # rows of a star compared at a time
 LOOKED_AT_TOGETHER = 1 << 20  # rows whose neighbours are sought at a time: 1 GB of 64 each
@@ -47,7 +45,7 @@ def duplicate_groups(
     linkage: Literal["components", "star"] = "components",
     priority: Int64,
     search: SearchSettings = DEFAULTS,
-    are_copies: ArePairs | None = None,
+    are_copies: AreCopies | None = None,
 ) -> Groups:
     """Group images with a similarity above `threshold`, and choose the one of each group that stays.
 
@@ -111,7 +109,7 @@ class Pairs:
 
 
 def copies_above(
-    vectors: Vectors, priority: Int64, threshold: float, k: int, search: SearchSettings, are_copies: ArePairs
+    vectors: Vectors, priority: Int64, threshold: float, k: int, search: SearchSettings, are_copies: AreCopies
 ) -> Pairs:
     """Return which pairs of vectors above the threshold are copies, of every vector (M,) and the k nearest to it.
 
