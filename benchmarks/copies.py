@@ -9,8 +9,8 @@ distinct pictures alone loses at most 2 % of them. Then a copy of some of them i
 with all: recall is the share of copies above the threshold to their original, precision the share of these pairs
 among all pairs of a copy and a picture above the threshold (distinct clip art has true look-alikes: the same card,
 clock or flag in other colours). `copy` is the descriptor alone; with pixels it proposes the pairs that `dedup` looks
-at (four for each picture), and what is limited is the difference of their pixels, times that of their descriptors. The
-last two columns are the recall by what `dedup` takes by itself: the descriptor's threshold with --no-verify, and the
+at (each picture and the eight most like it), and what is limited is the difference of their pixels, times that of their
+descriptors. The last two columns are the recall by what `dedup` takes by itself: the descriptor's threshold with --no-verify, and the
 limit that it sets with --verify, the default. Sets: Fashion-MNIST's test images, clip art from folders
 that training never saw, and, where folders are named, photographs in tiles and other drawings, unlike the training
 data.
@@ -48,8 +48,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
-from dinov2_toolkit.curate.look import crowded_limit, difference
-from dinov2_toolkit.curate.threshold import candidate_threshold
+from dinov2_toolkit.curate.look import LEAST_ALIKE, LOOKED_AT, crowded_limit, difference
 from dinov2_toolkit.features.likeness import Plates, plates, unexplained
 from dinov2_toolkit.features.neighbors import Identity, nearest
 from dinov2_toolkit.models.copy_descriptor import (
@@ -80,6 +79,7 @@ BATCH = 64
 TILE_PX = (256, 192)
 
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 Rng = np.random.Generator
 Alter = Callable[[Image.Image, Rng], Image.Image]
 
@@ -319,7 +319,7 @@ def joined(num: int, edges: list[tuple[float, int, int]]) -> list[float]:
     return lost
 
 
-def measure(vectors: Floats, copies: Floats, originals: npt.NDArray[np.int64], threshold: float) -> tuple[float, float]:
+def measure(vectors: Floats, copies: Floats, originals: Ints, threshold: float) -> tuple[float, float]:
     """Return recall and precision of copies (Q, D) of the originals (Q,)."""
     similarities = copies @ vectors.T
     found = (similarities[np.arange(len(copies)), originals] > threshold).sum()
@@ -329,46 +329,53 @@ def measure(vectors: Floats, copies: Floats, originals: npt.NDArray[np.int64], t
 def plates_of(pictures: list[Image.Image]) -> Plates:
     parts = []
     for start in range(0, len(pictures), BATCH):
-        pixels = torch.stack([crop_picture(picture, PREPROCESS) for picture in pictures[start : start + BATCH]])
+        some = pictures[start : start + BATCH]
+        pixels = torch.stack([crop_picture(picture, PREPROCESS) for picture in some])
         with torch.inference_mode():
-            parts.append(plates(pixels))
-    return Plates(torch.cat([part.pixels for part in parts]), torch.cat([part.bounds for part in parts]))
+            parts.append(plates(pixels, torch.tensor([picture.size for picture in some])))
+    return Plates.joined(parts)
 
 
-class Looked:
-    """Pairs of pictures above a threshold of their descriptors (E,), and how different they are."""
+class Pool:
+    """Distinct pictures by their descriptors (N, D) and pixels, and how different those are that are most alike."""
 
-    def __init__(
-        self, vectors: Floats, shown: Plates, pool: Floats, pool_shown: Plates, above: float, among_themselves: bool
-    ) -> None:
-        rows, columns = np.arange(len(vectors)), np.arange(len(pool))
-        identity = Identity(rows, columns if among_themselves else np.full(len(pool), -1))
+    def __init__(self, vectors: Floats, shown: Plates) -> None:
+        self.vectors, self.shown = vectors, shown
+        rows = np.arange(len(vectors))
+        searched = Vectors(vectors.astype(np.float16), rows, Source("base", "memory", "0"))
         near = nearest(
-            as_pool(vectors), as_pool(pool), 64, order=columns, identity=identity, above=above, progress=None
+            searched, searched, LOOKED_AT, order=rows, identity=Identity(rows, rows), above=LEAST_ALIKE, progress=None
         )
         query, place = np.nonzero(near.indices >= 0)
-        self.left, self.right = query, near.indices[query, place]
-        if among_themselves:
-            one = self.left < self.right
-            query, place, self.left, self.right = query[one], place[one], self.left[one], self.right[one]
+        one, other = query, near.indices[query, place]
+        pairs = np.unique(np.minimum(one, other) * len(rows) + np.maximum(one, other))
+        self.left, self.right = np.divmod(pairs, len(rows))
+        self.differences = self.difference(vectors, shown, self.left, self.right)
+        self.last = np.where(near.indices[:, -1] >= 0, near.similarities[:, -1], LEAST_ALIKE)  # (N,) of the nearest
+
+    def difference(self, vectors: Floats, shown: Plates, left: Ints, right: Ints) -> npt.NDArray[np.float64]:
+        """Return how different the pictures at `left` (E,) of others are from those at `right` (E,) of the pool."""
         seen = []
-        for start in range(0, len(query), BATCH):
+        for start in range(0, len(left), BATCH):
             some = slice(start, start + BATCH)
             with torch.inference_mode():
-                pair = shown.at(torch.from_numpy(self.left[some])), pool_shown.at(torch.from_numpy(self.right[some]))
+                pair = shown.at(torch.from_numpy(left[some])), self.shown.at(torch.from_numpy(right[some]))
                 seen.append(unexplained(*pair).numpy())
-        left = np.concatenate([np.empty(0, np.float32), *seen])
-        self.differences = difference(left, near.similarities[query, place])
+        cosines = np.einsum("ij,ij->i", vectors[left], self.vectors[right], dtype=np.float64)
+        return difference(np.concatenate([np.empty(0, np.float32), *seen]), cosines)
 
-    def found(self, originals: npt.NDArray[np.int64], limit: float) -> tuple[float, float]:
-        """Return recall and precision of copies of the originals (Q,)."""
-        within = self.differences <= limit
-        found = (originals[self.left] == self.right) & within
-        return found.sum() / len(originals), found.sum() / max(within.sum(), 1)
+    def found(self, copies: Floats, shown: Plates, originals: Ints, limits: list[float]) -> list[tuple[float, float]]:
+        """Return recall and precision of copies (Q, D) of the originals (Q,) within each limit.
 
-
-def as_pool(vectors: Floats) -> Vectors:
-    return Vectors(vectors.astype(np.float16), np.arange(len(vectors)), Source("base", "memory", "0"))
+        A copy is looked at with what is nearest to it, and with what it is nearest to.
+        """
+        cosines = copies @ self.vectors.T
+        nearest_to = np.sort(cosines, axis=1)[:, -LOOKED_AT:][:, :1]
+        left, right = np.nonzero(((cosines >= nearest_to) | (cosines > self.last)) & (cosines > LEAST_ALIKE))
+        differences = self.difference(copies, shown, left, right)
+        is_found = originals[left] == right
+        within = [differences <= limit for limit in limits]
+        return [((is_found & each).sum() / len(originals), is_found[each].mean()) for each in within]
 
 
 def table(name: str, pictures: list[Image.Image], model: CopyDescriptor, num_copies: int) -> str:
@@ -385,20 +392,19 @@ def table(name: str, pictures: list[Image.Image], model: CopyDescriptor, num_cop
         hash_rule = f"hash none that does (equal hashes alone, taken here, lose {num_equal / len(pictures):.1%})"
     own = sum(similarity > THRESHOLD for similarity in falling[0])
     more = "at least " if own == len(falling[0]) else ""
-    shown, above = plates_of(pictures), candidate_threshold(as_pool(pools[0]))[0]
-    pairs = Looked(pools[0], shown, pools[0], shown, above, True)
-    edges = zip(-pairs.differences, pairs.left.tolist(), pairs.right.tolist(), strict=True)
+    looked = Pool(pools[0], plates_of(pictures))
+    edges = zip(-looked.differences, looked.left.tolist(), looked.right.tolist(), strict=True)
     rising = [-lost for lost in joined(len(pictures), sorted(edges, reverse=True))]
     limit = rising[int(LOSS * len(pictures))] * (1 - 1e-9) if len(rising) > LOSS * len(pictures) else np.inf
-    own_limit = crowded_limit(pairs.differences, LOSS * len(pictures))
+    own_limit = crowded_limit(looked.differences, LOSS * len(pictures))
     own_lost = sum(lost <= own_limit for lost in rising)
     lines = [
         f"## {name}: {len(pictures):,} distinct pictures, {len(originals):,} copies of each kind",
         "",
         f"Thresholds that lose 2 %: `copy` above {thresholds[0]:.4f}; {hash_rule}. The"
         f" descriptor's own threshold, {THRESHOLD}, loses {more}{own / len(pictures):.1%}. With pixels:"
-        f" {len(pairs.left):,} pairs above {above:.3f} looked at, differences up to {limit:.4f}; {own_limit}, which"
-        f" `dedup` sets, loses {own_lost / len(pictures):.1%}.",
+        f" {len(looked.left):,} pairs looked at, differences up to {limit:.4f}; {own_limit}, which `dedup` sets, loses"
+        f" {own_lost / len(pictures):.1%}.",
         "",
         "| copy | with pixels: recall | precision | `copy` recall | precision | hash recall | precision"
         f" | `copy` above {THRESHOLD} | with pixels, as by default |",
@@ -412,9 +418,8 @@ def table(name: str, pictures: list[Image.Image], model: CopyDescriptor, num_cop
             for pool, altered, threshold in zip(pools, found, thresholds, strict=True)
             for number in measure(pool, altered, originals, threshold)
         ]
-        looked = Looked(found[0], plates_of(copies), pools[0], shown, above, False)
-        numbers = [*looked.found(originals, limit), *numbers]
-        numbers += [measure(pools[0], found[0], originals, THRESHOLD)[0], looked.found(originals, own_limit)[0]]
+        by_pixels, by_default = looked.found(found[0], plates_of(copies), originals, [limit, own_limit])
+        numbers = [*by_pixels, *numbers, measure(pools[0], found[0], originals, THRESHOLD)[0], by_default[0]]
         lines.append(f"| {kind} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
         print(lines[-1], flush=True)
     same = (descriptors(model, [pictures[place].copy() for place in originals.tolist()]) == pools[0][originals]).all(1)

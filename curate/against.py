@@ -16,7 +16,6 @@ from .identical import first_in
 from .inputs import EmbeddedImages
 from .look import SecondLook
 
-LOOKED_AT = 8  # chosen: the nearest of an image in another set at which a second look is taken
 SAME_IMAGE = 0.999  # chosen: the same bytes embedded twice, in other batches or on another device, stay above it
 
 Bools = npt.NDArray[np.bool_]
@@ -85,7 +84,7 @@ def matches(
         near = nearest(
             vectors,
             other.vectors,
-            1 if look is None else LOOKED_AT,
+            1 if look is None else look.most,
             order=other.order,
             above=threshold,
             search=search,

@@ -18,10 +18,11 @@ from ..features.products import tile_above, unit_rows
 from ..features.similarity import similarities
 from ..store.vectors import Float64, Int64, Vectors
 
+Linkage = Literal["components", "star"]
 AreCopies = Callable[[Int64, Int64, Float64], npt.NDArray[np.bool_]]  # of rows, rows and their cosines (E,)
 
 BLOCK_ROWS = 2_048  # rows of a star compared at a time
-LOOKED_AT_TOGETHER = 1 << 20  # rows whose neighbours are sought at a time: 1 GB of 64 each
+LOOKED_AT_TOGETHER = 1 << 20  # rows whose neighbours are sought at a time: 64 million pairs at most
 KEPT_TILE = 8_192  # those that stay, compared with them at a time
 
 
@@ -42,7 +43,7 @@ def duplicate_groups(
     threshold: float,
     k: int,
     *,
-    linkage: Literal["components", "star"] = "components",
+    linkage: Linkage = "components",
     priority: Int64,
     search: SearchSettings = DEFAULTS,
     are_copies: AreCopies | None = None,
@@ -60,7 +61,8 @@ def duplicate_groups(
         k: an image with k or more others above the threshold counts as saturated; its neighbours are counted no
             further, and it changes nothing else.
         are_copies: where given, only pairs above the threshold for which it says so belong together, of every image
-            and the k nearest to it; what stays for saturated ones is compared again.
+            and the k nearest to it; an image is saturated where all of these are copies, and what stays for such is
+            compared again.
     """
     rows = np.arange(len(first))
     first = _of_their_own(vectors, first, threshold)
@@ -73,24 +75,18 @@ def duplicate_groups(
     np.minimum.at(best, number, priority)
 
     searched = vectors.take(distinct)
-    if are_copies is None:
-        joined = components_above(searched, threshold, weights=num_copies, enough=k, search=search)
-        labels, degree, recall = joined.labels, joined.degree, joined.recall
-        stays = star(searched, labels, best, threshold) if linkage == "star" else None
-    else:
+    if are_copies is not None:
 
         def look(left: Int64, right: Int64, cosines: Float64) -> npt.NDArray[np.bool_]:
             return are_copies(distinct[left], distinct[right], cosines)
 
-        pairs = copies_above(searched, best, threshold, k, search, look)
-        labels, degree, recall = pairs.labels, pairs.degree, pairs.recall
-        stays = _star_of_pairs(pairs.left, pairs.right, best) if linkage == "star" else None
-    if stays is None:
-        of_component = np.full(len(distinct), len(first))
-        np.minimum.at(of_component, labels, best)
-        kept = by_priority[of_component[labels]][number]
+        looked = copies_above(searched, best, threshold, k, linkage, search, look)
+        stays, degree, recall = looked.stays, looked.degree, looked.recall
     else:
-        kept = by_priority[best[stays]][number]
+        joined = components_above(searched, threshold, weights=num_copies, enough=k, search=search)
+        labels, degree, recall = joined.labels, joined.degree, joined.recall
+        stays = star(searched, labels, best, threshold) if linkage == "star" else _preferred(labels, best)
+    kept = by_priority[best[stays]][number]
     smallest = np.full(len(first), len(first))  # at the place of the one that stays
     np.minimum.at(smallest, kept, rows)
     num_saturated = int(num_copies[degree >= k].sum())
@@ -98,31 +94,36 @@ def duplicate_groups(
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Pairs of vectors that are copies."""
+class Looked:
+    """What stays of vectors of which some pairs are copies."""
 
-    left: Int64  # (E,) rows
-    right: Int64  # (E,)
-    labels: Int64  # (M,) the smallest row of every vector's component
-    degree: Int64  # (M,) how many others above the threshold were found, k at most
+    stays: Int64  # (M,) the one that stays for every vector, itself where it stays
+    degree: Int64  # (M,) how many of the nearest are copies, k at most
     recall: float
 
 
 def copies_above(
-    vectors: Vectors, priority: Int64, threshold: float, k: int, search: SearchSettings, are_copies: AreCopies
-) -> Pairs:
-    """Return which pairs of vectors above the threshold are copies, of every vector (M,) and the k nearest to it.
+    vectors: Vectors,
+    priority: Int64,
+    threshold: float,
+    k: int,
+    linkage: Linkage,
+    search: SearchSettings,
+    are_copies: AreCopies,
+) -> Looked:
+    """Return what stays when of every vector (M,) and the k nearest to it above the threshold the copies go.
 
-    Where all k are above the threshold there may be more: what is preferred of such groups is compared with what is
-    preferred of the others, until no more hang together.
+    Where all k are copies there may be more: what stays of such groups is compared with what stays of the others, until
+    no more copies are found.
     """
     num = len(vectors)
     graph = Graph(np.ones(num, np.int64), num)
     degree, recall = np.zeros(num, np.int64), 1.0
     queries = pool = np.arange(num)
     seen = np.empty(0, np.int64)  # pairs, as one number each
-    found: list[tuple[Int64, Int64]] = []
+    copies = np.empty(0, np.int64)  # those that are
     while True:
+        num_before = len(copies)
         for start in range(0, len(queries), LOOKED_AT_TOGETHER):
             some = queries[start : start + LOOKED_AT_TOGETHER]
             near = nearest(
@@ -136,25 +137,33 @@ def copies_above(
             )
             recall = min(recall, near.recall)
             query, column = np.nonzero(near.indices >= 0)
-            degree[some] = np.maximum(degree[some], np.bincount(query, minlength=len(some)))
             one, other = some[query], pool[near.indices[query, column]]
-            keys, place = np.unique(np.minimum(one, other) * num + np.maximum(one, other), return_index=True)
-            new = np.isin(keys, seen, invert=True)
-            left, right = np.divmod(keys[new], num)
-            is_copy = are_copies(left, right, near.similarities[query, column][place[new]])
-            seen = np.concatenate([seen, keys[new]])
-            found.append((left[is_copy], right[is_copy]))
-            graph.add(*found[-1])
-        labels = graph.components().copy()
-        preferred = np.full(num, np.iinfo(np.int64).max)
-        np.minimum.at(preferred, labels, priority)
-        heads = np.flatnonzero(preferred[labels] == priority)
+            pairs = np.minimum(one, other) * num + np.maximum(one, other)
+            keys, place = np.unique(pairs, return_index=True)
+            is_new = np.isin(keys, seen, invert=True)
+            new, place = keys[is_new], place[is_new]
+            is_copy = are_copies(*np.divmod(new, num), near.similarities[query, column][place])
+            graph.add(*np.divmod(new[is_copy], num))
+            seen, copies = np.concatenate([seen, new]), np.concatenate([copies, new[is_copy]])
+            num_copies = np.bincount(query[np.isin(pairs, copies)], minlength=len(some))
+            degree[some] = np.maximum(degree[some], num_copies)
+        labels = graph.components()
+        stays = _preferred(labels, priority)
+        if linkage == "star":
+            stays = _star_of_pairs(*np.divmod(copies, num), priority)
+        heads = np.flatnonzero(stays == np.arange(num))
         full = heads[np.isin(labels[heads], labels[degree >= k])]
-        if len(heads) == len(pool) or not len(full):
-            break
+        if len(copies) == num_before or not len(full):
+            return Looked(stays, degree, recall)
         queries, pool = full, heads
-    left, right = (np.concatenate(side) for side in zip(*found, strict=True))
-    return Pairs(left, right, labels, degree, recall)
+
+
+def _preferred(labels: Int64, priority: Int64) -> Int64:
+    """Return for every vector the preferred one of its component (M,), of labels that name one of the component's."""
+    by_priority = np.argsort(priority)
+    preferred = np.empty(len(labels), np.int64)
+    preferred[labels[by_priority[::-1]]] = by_priority[::-1]  # the preferred one is written last
+    return preferred[labels]
 
 
 def _star_of_pairs(left: Int64, right: Int64, priority: Int64) -> Int64:

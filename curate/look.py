@@ -1,6 +1,7 @@
 """A second look: whether images that a descriptor calls alike are copies, by their pixels.
 
-pairs of images -> both decoded -> laid over one another -> what of their contrast is left -> a copy, or a look-alike
+each image and those most like it -> both decoded -> laid over one another -> what of their contrast is left
+  -> a copy, or a look-alike
 
 N images, E pairs, P pictures that are held at a time.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import console
 from ..features import likeness
 from ..features.decoding import load_batches
-from ..features.likeness import AROUND_PX, CONTENT_PX, Plates, plates, unexplained
+from ..features.likeness import AROUND_PX, CONTENT_PX, FRAME_PX, Plates, plates, unexplained
 from ..features.neighbors import Identity, nearest
 from ..features.products import device
 from ..features.threads import num_cores, run, workers
@@ -28,15 +29,17 @@ from ..store.memory import memory_budget
 from ..store.vectors import Float32, Float64, Int64, cache_folder, make_room
 from .inputs import EmbeddedImages
 
-LIMIT = 0.012  # chosen: of `difference`; loses at most 2 % of each of four sets of distinct pictures
+LOOKED_AT = 8  # chosen: of an image the nearest others; 16 find a hundredth more of the hardest copies
+LEAST_ALIKE = 0.3  # chosen: cosine below which nothing is a copy; measured, of copies one in a hundred lies lower
+LIMIT = 0.018  # chosen: of `difference`; loses at most 2 % of each of three sets of distinct pictures
 LOSS = 0.02  # chosen: share of the images that may be lost by chance; of a crowded pool more would be
-SAMPLE_ROWS, NEIGHBORS = 2_000, 32  # images by whose neighbours it is judged how crowded a pool is
+SAMPLE_ROWS = 2_000  # images by whose neighbours it is judged how crowded a pool is
 LEAST_LIMIT = LIMIT / 64  # of copies that were written anew most lie lower
 FINENESS = 2**0.125  # steps in which the limit falls
 BATCH = {"cpu": 64, "cuda": 2_048}  # pairs that are laid over one another at a time
 READ_BATCH = 64
-PLATE_BYTES = 3 * (CONTENT_PX + 2 * AROUND_PX) ** 2 + 16
-MOST_PLATES = 1 << 17  # chosen: 1.6 GB
+PLATE_BYTES = 3 * (CONTENT_PX + 2 * AROUND_PX) ** 2 + 3 * FRAME_PX**2 + 32
+MOST_PLATES = 1 << 16  # chosen: 1.6 GB
 UNREAD = -1.0  # in place of what is left
 
 Bools = npt.NDArray[np.bool_]
@@ -45,10 +48,10 @@ Bools = npt.NDArray[np.bool_]
 def difference(left: Float32, cosines: Float64) -> Float64:
     """Return how different two images are (E,): by what is left of their contrast, times by their descriptors.
 
-    Of two witnesses one may doubt where the other is sure: at the limit, seven parts in a hundred may be left at a
-    cosine of 0.95, one part in a hundred at 0.5.
+    Of two witnesses one may doubt where the other is sure: at the limit, six parts in a hundred may be left at a cosine
+    of 0.95, one part and a half at 0.3.
     """
-    result: Float64 = (left.astype(np.float64) + 0.01) * (1.03 - cosines) ** 0.75
+    result: Float64 = (left.astype(np.float64) + 0.005) * np.sqrt(1.03 - cosines)
     return result
 
 
@@ -75,6 +78,7 @@ class SecondLook:
 
     memory: int | None  # bytes; None: a third of the machine
     otherwise: float  # cosine above which images are taken for copies where one of them cannot be read
+    most: int = LOOKED_AT  # nearest others of an image at which it looks
     limit: float = LIMIT  # of the difference of copies
     num_pairs: int = 0
     num_unread: int = 0
@@ -86,7 +90,7 @@ class SecondLook:
         near = nearest(
             vectors.take(sample),
             vectors,
-            NEIGHBORS,
+            self.most,
             order=positions,
             identity=Identity(sample, positions),
             above=threshold,
@@ -180,12 +184,13 @@ def _read(images: EmbeddedImages, positions: Int64) -> tuple[Plates, Tensor]:
     for batch in load_batches(names, PREPROCESS, batch_size=READ_BATCH, num_workers=num_cores()):
         if batch.indices:
             place[named[batch.indices]] = np.arange(len(batch.indices)) + sum(len(part.bounds) for part in parts)
+            sizes = torch.tensor([(facts.width, facts.height) for facts in batch.facts])
             with torch.inference_mode():
-                parts.append(plates(batch.pixels.to(device())))
+                parts.append(plates(batch.pixels.to(device()), sizes.to(device())))
     if not parts:  # a picture that no pair points to
         empty = torch.zeros(1, 3, PREPROCESS.image_size, PREPROCESS.image_size, dtype=torch.uint8)
-        parts.append(plates(empty.to(device())))
-    shown = Plates(torch.cat([part.pixels for part in parts]), torch.cat([part.bounds for part in parts]))
+        parts.append(plates(empty.to(device()), torch.ones(1, 2, dtype=torch.int64, device=device())))
+    shown = Plates.joined(parts)
     return shown, torch.from_numpy(place[number]).to(shown.bounds.device)
 
 

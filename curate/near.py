@@ -7,7 +7,6 @@ N images, U of them with bytes of their own.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
@@ -17,15 +16,13 @@ from ..features.neighbors import SearchSettings, first_identical, similarities
 from ..store.image_columns import has_images
 from ..store.vectors import Float64, Int64
 from .against import Bools, Matches, are_same, image_ids, matches, with_their_groups
-from .groups import Groups, duplicate_groups
+from .groups import Groups, Linkage, duplicate_groups
 from .identical import same_key
 from .inputs import EmbeddedImages, Input, read_embedded
 from .keep import Keep, preference, preferred
-from .look import SecondLook
-from .threshold import FIXED_THRESHOLD, candidate_threshold, own_threshold, threshold_from_pool
+from .look import LEAST_ALIKE, LOOKED_AT, SecondLook
+from .threshold import FIXED_THRESHOLD, own_threshold, threshold_from_pool
 from .verdict import DUPLICATE, GROUPED, REASONS, RESEMBLES, SAME_BYTES, STAYS, Verdict, chained
-
-Linkage = Literal["components", "star"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,8 @@ def _look(settings: NearSettings, inputs: list[Input], images: EmbeddedImages) -
         return None
     nameless = [part.manifest.path for part in inputs if not has_images(part.manifest)]
     if not nameless:
-        return SecondLook(settings.search.memory, FIXED_THRESHOLD if own is None else own)
+        otherwise = FIXED_THRESHOLD if own is None else own
+        return SecondLook(settings.search.memory, otherwise, min(settings.k, LOOKED_AT))
     if settings.verify:
         raise ToolkitError(f"--verify looks at images, and {nameless[0]} names none; leave it out")
     return None
@@ -110,11 +108,12 @@ def _threshold(
     if given is not None:
         return given, "given"
     if look is not None:
-        threshold, origin = candidate_threshold(images.vectors.take(_unlike(images, distinct)))
-        console.say(f"threshold {threshold:.7g}, {origin}: their pixels decide (--no-verify: the threshold alone)")
-        return threshold, origin
-    made = [part.manifest.provenance for part in known]
-    figures = {None if provenance is None else provenance.figures.get("threshold") for provenance in made}
+        console.say(
+            f"looking at every image and the {look.most} most like it: their pixels decide (--no-verify: a threshold)"
+        )
+        return LEAST_ALIKE, "for a second look"
+    made = [{} if part.manifest.provenance is None else part.manifest.provenance.figures for part in known]
+    figures = {None if "limit" in each else each.get("threshold") for each in made}  # where pixels did not decide
     figure = figures.pop() if len(figures) == 1 else None
     if isinstance(figure, float):
         threshold, origin = figure, f"as for {known[0].manifest.path}"
@@ -157,7 +156,7 @@ def _groups(
         vectors,
         first_identical(vectors),
         threshold,
-        settings.k,
+        settings.k if look is None else look.most,
         linkage=settings.linkage,
         priority=priority,
         search=settings.search,
@@ -217,12 +216,11 @@ def _with_copies(verdict: Verdict, stands_for: Int64, distinct: Int64) -> Verdic
 
 def _say_search(figures: dict[str, object], settings: NearSettings) -> None:
     if figures["saturated"]:
-        again = (
-            "what stays of their groups was searched again" if "looked_at" in figures else "all above it were counted"
-        )
-        console.say(
-            f"{figures['saturated']:,} images have all their {settings.k} neighbours above the threshold; {again}"
-        )
+        if "looked_at" in figures:
+            say = "are copies of all that were looked at; what stays of their groups was searched again"
+        else:
+            say = f"have all their {settings.k} neighbours above the threshold; all above it were counted"
+        console.say(f"{figures['saturated']:,} images {say}")
     if "looked_at" in figures:
         unread = f", {figures['unread']:,} of which could not be read" if figures["unread"] else ""
         console.say(f"looked at {figures['looked_at']:,} pairs of images{unread}")

@@ -17,8 +17,6 @@ CHANCE = 0.05  # chosen: share of the images above the threshold that may be the
 LOSS = 0.02  # chosen: share of the distinct images that the descriptor's own threshold may cost
 SAMPLE_ROWS = (2_000, 20_000)  # chosen: images whose neighbours are looked at; fewer of a larger pool
 SAMPLE_PRODUCTS = 6e9  # chosen: sampled images times images at most, a minute or so, until the fewest are reached
-CANDIDATES = 4  # chosen: others of an image, on average, that are alike enough for a second look
-LEAST_ALIKE = 0.3  # chosen: cosine below which nothing is a copy; measured, of copies one in a hundred lies lower
 FAR_NEIGHBOR = 32  # chosen: far enough to be no duplicate, near enough to be the same neighbourhood
 MIN_FAR_NEIGHBOR = 8  # of fewer images nothing is learnt
 FIXED_THRESHOLD = 0.999  # chosen: what remains then
@@ -50,20 +48,6 @@ def threshold_from_pool(distinct: Vectors) -> tuple[float, str]:
         f"from the pool: of the images with a neighbour above it, at most {CHANCE:.0%} have one by chance"
         f" (by the density of their neighbourhoods, local dimension {dimension:.1f})"
     )
-
-
-def candidate_threshold(distinct: Vectors) -> tuple[float, str]:
-    """Return a threshold above which a pool's distinct vectors (N, D) deserve a second look, and its origin in words.
-
-    The lowest above which an image has no more than some others on average.
-    """
-    origin = f"for a second look at the {CANDIDATES} images most like each one, on average"
-    far = min(FAR_NEIGHBOR, len(distinct) - 1)
-    if far <= CANDIDATES:
-        return LEAST_ALIKE, origin
-    ranked = np.sort(_sampled_similarities(distinct, far).reshape(-1, far), axis=None)[::-1]
-    last = float(ranked[CANDIDATES * (len(ranked) // far)])
-    return max(LEAST_ALIKE, float(np.ceil(last * 1_000) / 1_000)), origin
 
 
 def _sampled_similarities(distinct: Vectors, k: int) -> Float64:

@@ -1,16 +1,20 @@
 """How much of two pictures one does not explain of the other, when it is laid over it: next to nothing for copies.
 
-pictures -> their content and what is around it -> laid over one another -> one blurred and relit like the other
-  -> the share of contrast that is left
+whole pictures -> one made as small as the other, relit and clipped like it
+their contents -> laid over one another -> one blurred and relit like the other
+  -> the smaller share of contrast that is left
 
 A descriptor says of two pictures that they are much alike; this tells copies among them from look-alikes, for it sees
-what is drawn otherwise, and leaves out of account what was cut off. Pictures are laid over one another by affine maps
-of the plane, found coarse to fine by Gauss-Newton steps on grey levels (Lucas and Kanade 1981).
+what is drawn otherwise, and leaves out of account what was cut off. Whole pictures show what encoding, size and light
+have done. Contents are laid over one another by affine maps of the plane, found coarse to fine by Gauss-Newton steps on
+grey levels (Lucas and Kanade 1981), and show what was cut, framed or turned as well.
 
 Shapes: B pairs of pictures, S pixels a side, p pixels a side of a level, P = p * p of them.
 """
 
 import math
+from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,6 +23,8 @@ from torch.nn import functional as F
 
 from ..models.copy_descriptor import GREY, content_bounds
 
+FRAME_PX = 64  # a side, of whole pictures
+CELL_PX = 4  # of a frame, over which what is left is averaged, for noise would show
 CONTENT_PX = 32  # a side, of the content without flat margins; 64 finds no more, in twice the time
 AROUND_PX = 16  # on each side of it: half of the content again
 CONTENT = slice(AROUND_PX, AROUND_PX + CONTENT_PX)
@@ -44,12 +50,19 @@ UNLIKE = 10.0  # the share of contrast that is left where less of them meet
 class Plates(NamedTuple):
     """Pictures ready to be laid over one another."""
 
+    frames: Tensor  # (B, 3, 64, 64) uint8: the whole picture
+    sizes: Tensor  # (B, 2) int64: how many pixels it once had across and down, if less than 64
     pixels: Tensor  # (B, 3, 64, 64) uint8: the content on the inner 32 x 32; beyond the picture its edge goes on
     bounds: Tensor  # (B, 4) left, right, top and bottom of the content, as shares of the picture
 
+    @classmethod
+    def joined(cls, parts: Sequence["Plates"]) -> "Plates":
+        """Return all of some parts."""
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
     def at(self, which: Tensor) -> "Plates":
         """Return some of them, by their places or by a mask."""
-        return Plates(self.pixels[which], self.bounds[which])
+        return Plates(*(tensor[which] for tensor in self))
 
     def images(self) -> Tensor:
         """Return the pixels in [0, 1]."""
@@ -63,8 +76,13 @@ class Plates(NamedTuple):
         return torch.stack([-middle / half + edge, (1 - middle) / half - edge], dim=2).flatten(1)
 
 
-def plates(pictures: Tensor) -> Plates:
-    """Return pictures (B, 3, S, S) uint8, S even, ready to be laid over one another."""
+def plates(pictures: Tensor, sizes: Tensor) -> Plates:
+    """Return pictures ready to be laid over one another.
+
+    Args:
+        pictures: (B, 3, 128, 128) uint8, squeezed into the square.
+        sizes: (B, 2) pixels across and down, before that.
+    """
     images = pictures.float() / 255
     bounds = content_bounds(images)
     left, right, top, bottom = bounds.T  # (B,) each
@@ -75,19 +93,97 @@ def plates(pictures: Tensor) -> Plates:
     shape = (len(images), size, size)
     grid = torch.stack([across[:, None, :].expand(shape), down[:, :, None].expand(shape)], dim=-1)
     pixels = F.grid_sample(images, grid * 2 / images.shape[-1] - 1, align_corners=False, padding_mode="border")
-    return Plates((F.avg_pool2d(pixels, 2) * 255).round().byte(), bounds / images.shape[-1])
+    return Plates(
+        pictures[:, :, :: images.shape[2] // FRAME_PX, :: images.shape[3] // FRAME_PX].contiguous(),
+        sizes.clamp(max=FRAME_PX),
+        (F.avg_pool2d(pixels, 2) * 255).round().byte(),
+        bounds / images.shape[-1],
+    )
 
 
 def unexplained(one: Plates, other: Plates) -> Tensor:
     """Return the share of contrast (B,) that neither picture of a pair explains of the other: 0 of the same pixels.
 
-    The smallest that was found: laid over one another by their frames, as encoding and light leave them, or by their
-    contents, as borders do, each as it is and after alignment.
+    The smaller of what is left of the whole pictures and of their contents.
     """
+    return torch.minimum(_left_of_frames(one, other), _left_of_contents(one, other))
+
+
+def _choose(which: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    return torch.where(which.view(-1, *[1] * (one.dim() - 1)), one, other)
+
+
+# Whole pictures
+
+
+def _left_of_frames(one: Plates, other: Plates) -> Tensor:
+    """Return the share of contrast (B,) that is left when one picture is made as small as the other, and relit."""
+    size = torch.minimum(one.sizes, other.sizes)
+    x, y = (each.frames.float() / 255 for each in (one, other))
+    is_small = (size < FRAME_PX).any(dim=1)
+    if is_small.any():
+        across, down = _shrinking(x.device)[size[is_small]][:, :, None].unbind(1)  # (b, 1, 64, 64) each
+        x[is_small], y[is_small] = (down @ each[is_small] @ across.mT for each in (x, y))
+    everywhere = x.new_ones(len(x), 1, FRAME_PX**2)
+    x, y, in_grey = _alike_in_colour(x.flatten(2), y.flatten(2), everywhere)
+    return torch.minimum(
+        _left_when_relit(x, y, other.bounds, in_grey),
+        _left_when_relit(y, x, one.bounds, in_grey),
+    )
+
+
+def _left_when_relit(u: Tensor, v: Tensor, bounds: Tensor, in_grey: Tensor) -> Tensor:
+    """Return the share of contrast (B,) that is left of v (B, 3, 64 * 64) when u is relit and clipped like it.
+
+    Args:
+        bounds: (B, 4) of the content of v.
+        in_grey: (B,) where both are taken as they are.
+    """
+    open_ = ((v > BLACK) & (v < WHITE)).float()  # what was clipped tells nothing of the light
+    n = open_.sum((1, 2)).clamp(min=1)
+    open_u, open_v = u * open_, v * open_
+    mean_u, mean_v = open_u.sum((1, 2)) / n, open_v.sum((1, 2)) / n
+    covariance = (u * open_v).sum((1, 2)) / n - mean_u * mean_v
+    variance = (u * open_u).sum((1, 2)) / n - mean_u.square()
+    gain, offset = _light(covariance, variance, mean_u, mean_v, in_grey)
+    relit = (gain[:, None, None] * u + offset[:, None, None]).clamp_(0, 1)
+    cells, relit_cells = _cells(v), _cells(relit)
+    rest = (relit_cells - cells).square().sum((1, 2))
+    contrast = (cells - cells.mean(dim=2, keepdim=True)).square().sum((1, 2))
+    left, right, top, bottom = bounds.T
+    content = (right - left) * (bottom - top) * cells.shape[2]  # how many cells
+    return rest / (contrast + 3 * NOISE**2 * content)
+
+
+def _cells(frames: Tensor) -> Tensor:
+    """Return the means of frames (B, 3, 64 * 64) over cells of 4 x 4 pixels, (B, 3, 16 * 16)."""
+    side = FRAME_PX // CELL_PX
+    lines = frames.view(-1, 3, side, CELL_PX, FRAME_PX).sum(dim=3)  # one after the other: twice as fast as pooling
+    cells: Tensor = lines.view(-1, 3, side**2, CELL_PX).sum(dim=3) / CELL_PX**2
+    return cells
+
+
+@cache
+def _shrinking(device: torch.device) -> Tensor:
+    """Return what makes a line of 64 pixels one of n and of 64 again, bicubic, for n from 0 to 64: (65, 64, 64)."""
+    whole = torch.eye(FRAME_PX)
+    maps = [torch.zeros_like(whole)]
+    for n in range(1, FRAME_PX):
+        shrunk = F.interpolate(whole[None, None], (n, FRAME_PX), mode="bicubic", antialias=True)
+        grown = F.interpolate(torch.eye(n)[None, None], (FRAME_PX, n), mode="bicubic")
+        maps.append((grown @ shrunk)[0, 0])
+    return torch.stack([*maps, whole]).to(device)
+
+
+# Contents
+
+
+def _left_of_contents(one: Plates, other: Plates) -> Tensor:
+    """Return the share of contrast (B,) that is left where contents meet, laid over one another by their pixels."""
     area = [(right - left) * (bottom - top) for left, right, top, bottom in (one.bounds.T, other.bounds.T)]
     larger = area[0] >= area[1]  # the picture with more content is the ground on which they are compared
     ground, laid = (
-        Plates(_choose(larger, first.pixels, second.pixels), _choose(larger, first.bounds, second.bounds))
+        Plates(*(_choose(larger, *tensors) for tensors in zip(first, second, strict=True)))
         for first, second in ((one, other), (other, one))
     )
     by_frame = _frame_to_frame(ground.bounds, laid.bounds)
@@ -100,14 +196,10 @@ def unexplained(one: Plates, other: Plates) -> Tensor:
     left = torch.full_like(first_error, UNLIKE)
     alike = torch.minimum(first_error, second_error) <= COARSE_MOST
     if alike.any():
-        ground, laid, by_frame = ground.at(alike), laid.at(alike), by_frame[alike]
+        ground, laid = ground.at(alike), laid.at(alike)
         finer, _ = _align(ground, laid, aligned[alike], *FINE)
-        left[alike] = torch.minimum(_left_over(ground, laid, by_frame), _left_over(ground, laid, finer))
+        left[alike] = _left_over(ground, laid, finer)
     return left
-
-
-def _choose(which: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    return torch.where(which.view(-1, *[1] * (one.dim() - 1)), one, other)
 
 
 # Affine maps (B, 2, 3) from places on the ground's content, which goes from -1 to 1, to those of the picture laid on it
@@ -157,7 +249,9 @@ def _align(ground: Plates, laid: Plates, start: Tensor, pooled: int, steps: int)
         pooled: pixels averaged over, a side.
     """
     side, around = CONTENT_PX // pooled, AROUND_PX // pooled
-    grey = [F.avg_pool2d(_grey(each.images()), pooled) for each in (ground, laid)]
+    grey = [_grey(each.images()) for each in (ground, laid)]
+    if pooled > 1:
+        grey = [F.avg_pool2d(each, pooled) for each in grey]
     x = grey[0][:, 0, around : around + side, around : around + side].flatten(1)  # (B, P)
     sloped = torch.cat([grey[1], torch.zeros_like(grey[1]), torch.zeros_like(grey[1])], dim=1)
     sloped[:, 1, :, 1:-1] = (grey[1][:, 0, :, 2:] - grey[1][:, 0, :, :-2]) * (side / 4)  # by half a side of the content
@@ -205,7 +299,7 @@ def _left_over(ground: Plates, laid: Plates, map_: Tensor) -> Tensor:
     x, y = contents[0].flatten(2), _sample(laid.images(), at)  # (B, 3, P)
     meets = (_within(at, laid.edges()) * _within(places[None, :, :2], ground.edges()))[:, None]  # (B, 1, P)
     count = meets.sum((1, 2)).clamp(min=1)  # (B,)
-    x, y, in_grey = _alike_in_colour(x, y, meets, count)
+    x, y, in_grey = _alike_in_colour(x, y, meets)
 
     forms = [torch.stack([_blurred(each, blur) for blur in BLURS_PX], dim=1) for each in (x, y)]  # (B, F, 3, P)
     sums = _Sums.of(forms, meets)
@@ -218,9 +312,7 @@ def _left_over(ground: Plates, laid: Plates, map_: Tensor) -> Tensor:
         contrast = torch.maximum(contrast, (count * whole / 2)[:, None]) + 3 * NOISE**2 * count[:, None]
         gain, offset = sums.light(explains, explained, 3 * count, in_grey)  # (B, F, F)
         rest = sums.rest(explains, explained, gain, offset, 3 * count)
-        shares = rest[:, i, j] / contrast[:, j]  # (B, pairs of forms)
-        clipped = _clipped_rest((x, y)[explains], (x, y)[explained], forms[explained][:, 0], meets, in_grey)
-        left += [shares.amin(dim=1), clipped / contrast[:, 0]]
+        left.append((rest[:, i, j] / contrast[:, j]).amin(dim=1))  # of (B, pairs of forms)
     determinant = map_[:, 0, 0] * map_[:, 1, 1] - map_[:, 0, 1] * map_[:, 1, 0]
     shared = torch.stack([count / len(places), count / len(places) * determinant.abs()])
     meet = (shared.amax(0) >= MUST_MEET[0]) & (shared.amin(0) >= MUST_MEET[1])
@@ -234,8 +326,13 @@ def _grey(images: Tensor) -> Tensor:
     return grey
 
 
-def _alike_in_colour(x: Tensor, y: Tensor, meets: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both pictures (B, 3, P) in grey where only one is coloured, and where that is (B,)."""
+def _alike_in_colour(x: Tensor, y: Tensor, meets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both pictures (B, 3, P) in grey where only one is coloured, and where that is (B,).
+
+    Args:
+        meets: (B, 1, P) where they are looked at, 0 or 1.
+    """
+    count = meets.sum((1, 2)).clamp(min=1)
     greys = [_grey(each).expand_as(each) for each in (x, y)]
     colours = [
         (((each - grey) * meets).square().sum((1, 2)) / (3 * count)).sqrt()
@@ -284,21 +381,6 @@ class _Sums(NamedTuple):
         uu, vv = self.squares[explains][:, :, None], self.squares[explained][:, None]
         rest = gain.square() * uu + offset.square() * count[:, None, None] + vv + 2 * gain * offset * u
         return rest - 2 * gain * self.across(explains) - 2 * offset * v
-
-
-def _clipped_rest(u: Tensor, v: Tensor, blurred_v: Tensor, meets: Tensor, in_grey: Tensor) -> Tensor:
-    """Return the sum of squares (B,) that is left of v (B, 3, P) when u is relit, and clipped to black and white.
-
-    Both are blurred after that, for what was clipped was sharp then.
-    """
-    open_ = ((v > BLACK) & (v < WHITE)) * meets
-    n = open_.sum((1, 2)).clamp(min=1)
-    mean_u, mean_v = (u * open_).sum((1, 2)) / n, (v * open_).sum((1, 2)) / n
-    covariance = (u * v * open_).sum((1, 2)) / n - mean_u * mean_v
-    variance = (u.square() * open_).sum((1, 2)) / n - mean_u.square()
-    gain, offset = _light(covariance, variance, mean_u, mean_v, in_grey)
-    relit = (gain[:, None, None] * u + offset[:, None, None]).clamp(0, 1)
-    return ((_blurred(relit, BLURS_PX[0]) - blurred_v) * meets).square().sum((1, 2))
 
 
 def _light(covariance: Tensor, variance: Tensor, u: Tensor, v: Tensor, as_it_is: Tensor) -> tuple[Tensor, Tensor]:

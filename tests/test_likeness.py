@@ -24,7 +24,8 @@ def scene(number: int) -> Image.Image:
 
 
 def shown(*pictures: Image.Image) -> Plates:
-    return plates(torch.stack([crop_picture(picture, PREPROCESS) for picture in pictures]))
+    pixels = torch.stack([crop_picture(picture, PREPROCESS) for picture in pictures])
+    return plates(pixels, torch.tensor([picture.size for picture in pictures]))
 
 
 def left_of(one: Image.Image, other: Image.Image) -> float:
@@ -86,7 +87,8 @@ def test_left_over_is_the_share_of_contrast_at_the_same_place() -> None:
 
     base = smooth(0.2 + 0.6 * torch.rand(1, 3, 9, 9, generator=generator))
     added = (base + 0.12 * (smooth(torch.rand(1, 3, 9, 9, generator=generator)) - 0.5)).clamp(0, 1)
-    one, other = (plates((255 * each).round().byte()) for each in (base, added))
+    sizes = torch.tensor([[128, 128]])
+    one, other = (plates((255 * each).round().byte(), sizes) for each in (base, added))
     x, y = (each.images()[:, :, CONTENT, CONTENT].double() for each in (one, other))
     gain = ((x * y).mean() - x.mean() * y.mean()) / x.var(correction=0)
     rest = (y - y.mean() - gain * (x - x.mean())).square().sum()
@@ -107,7 +109,7 @@ def test_plates_hold_the_content_in_their_middle() -> None:
     picture = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     framed = ImageOps.expand(picture, 40, "white")
     pixels = crop_picture(framed, PREPROCESS)[None]
-    plate = plates(pixels)
+    plate = shown(framed)
     assert torch.allclose(plate.bounds, content_bounds(pixels.float() / 255) / 128)
     assert torch.allclose(plate.bounds, torch.tensor([1 / 6, 5 / 6, 1 / 6, 5 / 6]), atol=2 / 128)
     around = plate.images()[0]
@@ -121,6 +123,7 @@ def test_a_gpu_sees_what_a_cpu_sees() -> None:
     pictures = [scene(number) for number in range(6)]
     copies = [COPIES["cropped"](picture) for picture in pictures]
     pixels = [torch.stack([crop_picture(each, PREPROCESS) for each in side]) for side in (pictures, copies)]
-    on_cpu = unexplained(*(plates(side) for side in pixels))
-    on_gpu = unexplained(*(plates(side.cuda()) for side in pixels))
+    sizes = torch.tensor([[SIDE, 48]] * 6)
+    on_cpu = unexplained(*(plates(side, sizes) for side in pixels))
+    on_gpu = unexplained(*(plates(side.cuda(), sizes.cuda()) for side in pixels))
     assert torch.allclose(on_gpu.cpu(), on_cpu, atol=2e-3)

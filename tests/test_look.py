@@ -9,9 +9,8 @@ from PIL import Image, ImageDraw, ImageEnhance
 
 from dinov2_toolkit.curate.dedup import DedupSettings, dedup_images
 from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
-from dinov2_toolkit.curate.groups import copies_above, duplicate_groups
-from dinov2_toolkit.curate.look import LIMIT, crowded_limit, difference
-from dinov2_toolkit.curate.threshold import LEAST_ALIKE, candidate_threshold
+from dinov2_toolkit.curate.groups import Linkage, copies_above, duplicate_groups
+from dinov2_toolkit.curate.look import LEAST_ALIKE, LIMIT, crowded_limit, difference
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.exact_search import DEFAULTS
 from dinov2_toolkit.store.artifact import Options
@@ -81,7 +80,7 @@ def test_copies_go_and_look_alikes_stay(folder: Path) -> None:
     removed, figures = deduplicated(pool)
     assert removed == PLANTED
     assert figures["looked_at"] and figures["unread"] == 0 and figures["limit"] == LIMIT
-    assert isinstance(figures["threshold"], float) and figures["threshold"] < 0.9
+    assert figures["threshold"] == LEAST_ALIKE
     by_cosine, figures = deduplicated(pool, verify=False)
     assert "looked_at" not in figures and figures["threshold"] == 0.95
     assert set(by_cosine) != set(PLANTED)
@@ -121,6 +120,10 @@ def test_known_and_evaluation_images_are_looked_at(folder: Path) -> None:
     known = embedded(others, "known.parquet")
     removed, figures = deduplicated(pool, known=(known,))
     assert removed == {**PLANTED, "scene-05": "seen-05"} and figures["known"] == 1
+    clean = folder.parent / "clean.parquet"  # its threshold says what was looked at, not what is a copy
+    dedup_images(known, str(clean), DedupSettings(), Options())
+    _, figures = deduplicated(pool, known=(clean,), verify=False)
+    assert figures["threshold"] == 0.95
     removed, figures = deduplicated(pool, against=(known,))
     assert removed == {**PLANTED, "scene-05": "seen-05"} and figures["against"] == 1
     removed, figures = deduplicated(pool, against=(known,), against_threshold=1.0)
@@ -141,7 +144,7 @@ def test_verify_needs_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_difference_multiplies_what_is_left_by_how_far_descriptors_lie() -> None:
     left, cosines = np.array([0.0, 0.09, 0.09], np.float32), np.array([1.0, 1.0, 0.03])
-    assert difference(left, cosines) == pytest.approx([0.01 * 0.03**0.75, 0.1 * 0.03**0.75, 0.1], rel=1e-6)
+    assert difference(left, cosines) == pytest.approx([0.005 * 0.03**0.5, 0.095 * 0.03**0.5, 0.095], rel=1e-6)
 
 
 def test_a_crowded_pool_lowers_the_limit_to_what_chance_allows() -> None:
@@ -156,18 +159,9 @@ def test_a_crowded_pool_lowers_the_limit_to_what_chance_allows() -> None:
     assert crowded_limit(np.empty(0), most=0.0) == LIMIT
 
 
-def test_candidates_are_some_others_of_each_image_on_average() -> None:
-    vectors = np.random.default_rng(0).normal(size=(400, 16)).astype(np.float32)
-    threshold, origin = candidate_threshold(in_memory(vectors))
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    cosines = unit @ unit.T - 2 * np.eye(400)
-    assert threshold > LEAST_ALIKE and "4 images" in origin
-    assert 3.5 < (cosines > threshold).sum() / 400 <= 4
-    assert candidate_threshold(in_memory(np.eye(5, dtype=np.float32)))[0] == LEAST_ALIKE
-
-
-def test_a_crowd_larger_than_k_hangs_together_and_no_pair_is_looked_at_twice() -> None:
-    """Three crowds of forty copies, of which each sees two: what is preferred of the parts is compared again."""
+@pytest.mark.parametrize("linkage", ["components", "star"])
+def test_of_a_crowd_larger_than_k_one_stays_and_no_pair_is_looked_at_twice(linkage: Linkage) -> None:
+    """Three crowds of forty copies, of which each sees two: what stays of the parts is compared again."""
     rng = np.random.default_rng(1)
     crowd = np.repeat(np.arange(3), 40)
     centres = rng.normal(size=(3, 12))
@@ -181,8 +175,10 @@ def test_a_crowd_larger_than_k_hangs_together_and_no_pair_is_looked_at_twice() -
         return same
 
     priority = rng.permutation(120)
-    pairs = copies_above(vectors, priority, -1.0, 2, DEFAULTS, are_copies)
-    assert pairs.labels.tolist() == (crowd * 40).tolist()
+    found = copies_above(vectors, priority, -1.0, 2, linkage, DEFAULTS, are_copies)
+    first = [40 * number + int(priority[crowd == number].argmin()) for number in range(3)]
+    assert found.stays.tolist() == np.array(first)[crowd].tolist()
+    assert (found.degree == 2).all()
     assert len(set(looked)) == len(looked)
 
 
