@@ -118,18 +118,24 @@ def _choose(which: Tensor, one: Tensor, other: Tensor) -> Tensor:
 
 def _left_of_frames(one: Plates, other: Plates) -> Tensor:
     """Return the share of contrast (B,) that is left when one picture is made as small as the other, and relit."""
-    size = torch.minimum(one.sizes, other.sizes)
-    x, y = (each.frames.float() / 255 for each in (one, other))
-    is_small = (size < FRAME_PX).any(dim=1)
-    if is_small.any():
-        across, down = _shrinking(x.device)[size[is_small]][:, :, None].unbind(1)  # (b, 1, 64, 64) each
-        x[is_small], y[is_small] = (down @ each[is_small] @ across.mT for each in (x, y))
+    x, y = _as_small(one, other), _as_small(other, one)
     everywhere = x.new_ones(len(x), 1, FRAME_PX**2)
     x, y, in_grey = _alike_in_colour(x.flatten(2), y.flatten(2), everywhere)
     return torch.minimum(
         _left_when_relit(x, y, other.bounds, in_grey),
         _left_when_relit(y, x, one.bounds, in_grey),
     )
+
+
+def _as_small(pictures: Plates, others: Plates) -> Tensor:
+    """Return pictures (B, 3, 64, 64) in [0, 1], across and down made as small as others where these are smaller."""
+    frames = pictures.frames.float() / 255
+    size = torch.where(others.sizes < pictures.sizes, others.sizes, FRAME_PX)  # (B, 2)
+    larger = (size < FRAME_PX).any(dim=1)
+    if larger.any():
+        across, down = _shrinking(frames.device)[size[larger]][:, :, None].unbind(1)  # (b, 1, 64, 64) each
+        frames[larger] = down @ frames[larger] @ across.mT
+    return frames
 
 
 def _left_when_relit(u: Tensor, v: Tensor, bounds: Tensor, in_grey: Tensor) -> Tensor:
@@ -151,8 +157,9 @@ def _left_when_relit(u: Tensor, v: Tensor, bounds: Tensor, in_grey: Tensor) -> T
     rest = (relit_cells - cells).square().sum((1, 2))
     contrast = (cells - cells.mean(dim=2, keepdim=True)).square().sum((1, 2))
     left, right, top, bottom = bounds.T
-    content = (right - left) * (bottom - top) * cells.shape[2]  # how many cells
-    return rest / (contrast + 3 * NOISE**2 * content)
+    num_cells = (right - left) * (bottom - top) * cells.shape[2]  # of the content
+    share: Tensor = rest / (contrast + 3 * NOISE**2 * num_cells)
+    return share
 
 
 def _cells(frames: Tensor) -> Tensor:
@@ -169,8 +176,10 @@ def _shrinking(device: torch.device) -> Tensor:
     whole = torch.eye(FRAME_PX)
     maps = [torch.zeros_like(whole)]
     for n in range(1, FRAME_PX):
-        shrunk = F.interpolate(whole[None, None], (n, FRAME_PX), mode="bicubic", antialias=True)
-        grown = F.interpolate(torch.eye(n)[None, None], (FRAME_PX, n), mode="bicubic")
+        shrunk, grown = (
+            F.interpolate(torch.eye(size)[None, None], to, mode="bicubic", antialias=True)  # as Pillow weighs pixels
+            for size, to in ((FRAME_PX, (n, FRAME_PX)), (n, (FRAME_PX, n)))
+        )
         maps.append((grown @ shrunk)[0, 0])
     return torch.stack([*maps, whole]).to(device)
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinov2_toolkit.features.likeness import CONTENT, CONTENT_PX, UNLIKE, Plates, plates, unexplained
+from dinov2_toolkit.features.likeness import CONTENT, CONTENT_PX, UNLIKE, Plates, _shrinking, plates, unexplained
 from dinov2_toolkit.models.copy_descriptor import PREPROCESS, content_bounds
 from dinov2_toolkit.models.preprocess import crop_picture
 from dinov2_toolkit.tests import test_copy_descriptor
@@ -127,3 +127,49 @@ def test_a_gpu_sees_what_a_cpu_sees() -> None:
     on_cpu = unexplained(*(plates(side, sizes) for side in pixels))
     on_gpu = unexplained(*(plates(side.cuda(), sizes.cuda()) for side in pixels))
     assert torch.allclose(on_gpu.cpu(), on_cpu, atol=2e-3)
+
+
+def small(number: int) -> Image.Image:
+    """Return a picture of 28 pixels a side, hardly one of which is like the next."""
+    coarse = Image.fromarray(np.random.default_rng(number).integers(40, 216, (12, 12, 3), np.uint8))
+    return coarse.resize((28, 28), Image.Resampling.BICUBIC)
+
+
+def test_a_picture_is_made_as_small_as_the_other() -> None:
+    """Much is lost of 28 pixels a side when 14 are left; what is left is explained in full."""
+    pictures = [small(number) for number in range(6)]
+    one, other = shown(*pictures), shown(*(picture.resize((14, 14), Image.Resampling.BICUBIC) for picture in pictures))
+    of_unknown_size = other._replace(sizes=torch.full((6, 2), 64))
+    assert unexplained(one, other).max() < 0.001 and unexplained(other, one).max() < 0.001
+    assert unexplained(one, of_unknown_size).min() > 0.01
+    assert unexplained(one, other.at(torch.arange(6).roll(1))).min() > 0.5
+
+
+def test_shrinking_is_what_pillow_does() -> None:
+    picture = small(0).resize((64, 64), Image.Resampling.BICUBIC)
+    pixels = torch.tensor(np.asarray(picture, np.float32)).permute(2, 0, 1)
+    maps = _shrinking(torch.device("cpu"))
+    for across, down in ((20, 33), (64, 14)):
+        smaller = picture.resize((across, down), Image.Resampling.BICUBIC)
+        again = np.asarray(smaller.resize((64, 64), Image.Resampling.BICUBIC), np.float32)
+        shrunk = (maps[down] @ pixels @ maps[across].T).clamp(0, 255).permute(1, 2, 0).numpy()
+        assert np.abs(shrunk - again).max() < 2
+    assert torch.equal(maps[64], torch.eye(64))
+
+
+def drawing(disc: tuple[int, int, int]) -> Image.Image:
+    """Return a pale drawing with a thin line across it."""
+    picture = Image.new("RGB", (128, 128), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((8, 8, 120, 120), fill=(205, 225, 240))
+    draw.ellipse((24, 24, 72, 72), fill=disc)
+    draw.rectangle((64, 72, 96, 112), fill=(60, 40, 30))
+    draw.line((48, 16, 112, 64), fill=(90, 40, 130))
+    return picture
+
+
+def test_what_turns_white_is_no_difference() -> None:
+    pale, brown = drawing((240, 215, 200)), drawing((150, 130, 100))
+    brighter = ImageEnhance.Brightness(pale).enhance(1.3)
+    assert left_of(pale, brighter) < 0.001 and left_of(brighter, pale) < 0.001
+    assert left_of(brown, brighter) > 0.2
