@@ -20,7 +20,7 @@ from .groups import Linkage
 from .inputs import Input, check_same_model, describe, open_input
 from .keep import parse_keep
 from .look import LOOKED_AT
-from .near import NearSettings, near_duplicates
+from .near import NearSettings, are_looked_at, near_duplicates
 from .selection import selection_provenance
 from .verdict import say_verdict, write_verdict
 
@@ -141,9 +141,7 @@ def _describe(path: Path, inputs: list[Input], settings: DedupSettings, options:
         console.say(f"would {exact_work(settings.exact, inputs, options.limit)}, and write {path}")
         return
     what = "compare all with all" + (f" and {sum(num_rows[1:]):,} other images" if len(inputs) > 1 else "")
-    model = inputs[0].model()
-    by_copy = model is not None and model.path == "copy" and settings.threshold is None
-    if settings.verify or (settings.verify is None and by_copy):
+    if are_looked_at(settings.verify, settings.threshold, inputs):
         num_pairs = int(MUTUAL * min(settings.k, LOOKED_AT) * num_rows[0])
         minutes = num_pairs * LOOK_S / (os.cpu_count() or 1) / 60
         what += (

@@ -21,7 +21,7 @@ from .identical import same_key
 from .inputs import EmbeddedImages, Input, read_embedded
 from .keep import Keep, preference, preferred
 from .look import LEAST_ALIKE, LOOKED_AT, SecondLook
-from .threshold import FIXED_THRESHOLD, own_threshold, threshold_from_pool
+from .threshold import FIXED_THRESHOLD, threshold_from_pool, threshold_of
 from .verdict import DUPLICATE, GROUPED, REASONS, RESEMBLES, SAME_BYTES, STAYS, Verdict, chained
 
 
@@ -59,7 +59,10 @@ def near_duplicates(
     stands_for = preferred(first, rank)  # (N,)
     distinct = np.flatnonzero(stands_for == np.arange(len(images)))  # (U,)
 
-    look = _look(settings, [pool, *known, *evaluation], images)
+    look = None
+    if are_looked_at(settings.verify, settings.threshold, [pool, *known, *evaluation]):
+        otherwise = threshold_of(pool.model()) or FIXED_THRESHOLD
+        look = SecondLook(search.memory, otherwise, min(settings.k, LOOKED_AT))
     threshold, origin = _threshold(settings.threshold, images, distinct, known, look)
     if look is not None:
         look.learn_limit(images, _unlike(images, distinct), threshold)
@@ -87,18 +90,18 @@ def near_duplicates(
     return replace(verdict, figures=figures)
 
 
-def _look(settings: NearSettings, inputs: list[Input], images: EmbeddedImages) -> SecondLook | None:
-    """Return what looks at pairs; None where the threshold alone decides."""
-    own = own_threshold(images.vectors.base)
-    if settings.verify is False or (settings.verify is None and (own is None or settings.threshold is not None)):
-        return None
+def are_looked_at(verify: bool | None, threshold: float | None, inputs: list[Input]) -> bool:
+    """Tell whether pixels decide what is a copy, of the images of a pool and other inputs.
+
+    Raises ToolkitError when they shall and images have no names.
+    """
+    if verify is False:
+        return False
+    is_usual = threshold is None and threshold_of(inputs[0].model()) is not None
     nameless = [part.manifest.path for part in inputs if not has_images(part.manifest)]
-    if not nameless:
-        otherwise = FIXED_THRESHOLD if own is None else own
-        return SecondLook(settings.search.memory, otherwise, min(settings.k, LOOKED_AT))
-    if settings.verify:
+    if verify and nameless:
         raise ToolkitError(f"--verify looks at images, and {nameless[0]} names none; leave it out")
-    return None
+    return verify is True or (is_usual and not nameless)
 
 
 def _threshold(

@@ -71,10 +71,13 @@ def own_threshold(base: Source) -> float | None:
     """Return the threshold that belongs to the descriptor of an embedding manifest; None: it has none."""
     path = Path(base.path)
     provenance = open_manifest(path).provenance if path.exists() else None
-    model = None if provenance is None else provenance.model()
-    if model is None or model.path != "copy":
-        return None
-    return THRESHOLD if model.content_id == copy_content_id() else None
+    return None if provenance is None else threshold_of(provenance.model())
+
+
+def threshold_of(model: Source | None) -> float | None:
+    """Return the threshold that belongs to a descriptor; None: it has none."""
+    is_copy = model is not None and model.path == "copy" and model.content_id == copy_content_id()
+    return THRESHOLD if is_copy else None
 
 
 @dataclass(frozen=True)
