@@ -375,7 +375,8 @@ class Pool:
         differences = self.difference(copies, shown, left, right)
         is_found = originals[left] == right
         within = [differences <= limit for limit in limits]
-        return [((is_found & each).sum() / len(originals), is_found[each].mean()) for each in within]
+        numbers = [((is_found & each).sum(), each.sum()) for each in within]
+        return [(found / len(originals), found / max(taken, 1)) for found, taken in numbers]
 
 
 def table(name: str, pictures: list[Image.Image], model: CopyDescriptor, num_copies: int) -> str:
