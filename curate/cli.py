@@ -127,12 +127,17 @@ def dedup(
         bool | None,
         typer.Option(
             "--verify/--no-verify",
-            help="Look at the pixels of pairs above the threshold, and let only copies count."
+            help="Look at the pixels of every image and of those most like it, and let only copies count."
             " [default: with features of `copy` and no --threshold]",
             show_default=False,
         ),
     ] = None,
-    k: Annotated[int, typer.Option("--k", help="Neighbours looked at first; images that have more are seen to.")] = 64,
+    k: Annotated[
+        int,
+        typer.Option(
+            "--k", help="Neighbours looked at first, by their pixels 8 at most; images that have more are seen to."
+        ),
+    ] = 64,
     linkage: Annotated[
         Literal["components", "star"],
         typer.Option(help="Groups: chains of pairs above the threshold, or what is above it to the one that stays."),

@@ -3,13 +3,13 @@
 each image and those most like it -> both decoded -> laid over one another -> what of their contrast is left
   -> a copy, or a look-alike
 
-N images, E pairs, P pictures that are held at a time.
+N images, E pairs, B of them compared at a time.
 """
 
 import hashlib
 import os
-from dataclasses import dataclass
-from functools import partial
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,13 @@ from torch import Tensor
 
 from .. import console
 from ..features import likeness
-from ..features.decoding import load_batches
+from ..features.decoding import ImageBatch, load_batches
 from ..features.likeness import AROUND_PX, CONTENT_PX, FRAME_PX, Plates, plates, unexplained
 from ..features.neighbors import Identity, nearest
 from ..features.products import device
 from ..features.threads import num_cores, run, workers
 from ..models.copy_descriptor import PREPROCESS
-from ..store.memory import memory_budget
-from ..store.vectors import Float32, Float64, Int64, cache_folder, make_room
+from ..store.vectors import RELEASED_BYTES, Float32, Float64, Int64, cache_folder, make_room, release
 from .inputs import EmbeddedImages
 
 LOOKED_AT = 8  # chosen: of an image the nearest others; 16 find a hundredth more of the hardest copies
@@ -38,9 +37,18 @@ LEAST_LIMIT = LIMIT / 64  # of copies that were written anew most lie lower
 FINENESS = 2**0.125  # steps in which the limit falls
 BATCH = {"cpu": 64, "cuda": 2_048}  # pairs that are laid over one another at a time
 READ_BATCH = 64
-PLATE_BYTES = 3 * (CONTENT_PX + 2 * AROUND_PX) ** 2 + 3 * FRAME_PX**2 + 32
-MOST_PLATES = 1 << 16  # chosen: 1.6 GB
 UNREAD = -1.0  # in place of what is left
+PLATE_PX = CONTENT_PX + 2 * AROUND_PX
+RECORD = np.dtype(  # of Plates
+    [
+        ("frames", np.uint8, (3, FRAME_PX, FRAME_PX)),
+        ("sizes", np.int64, 2),
+        ("pixels", np.uint8, (3, PLATE_PX, PLATE_PX)),
+        ("bounds", np.float32, 4),
+    ]
+)
+MAPPED_BYTES = RECORD.itemsize + (64 << 10)  # the system maps 64 KB around what is read
+UNKNOWN, UNREADABLE = -2, -1  # in place of a place
 
 Bools = npt.NDArray[np.bool_]
 
@@ -76,12 +84,23 @@ def crowded_limit(differences: Float64, most: float) -> float:
 class SecondLook:
     """Looks at pairs, and counts what it saw."""
 
-    memory: int | None  # bytes; None: a third of the machine
     otherwise: float  # cosine above which images are taken for copies where one of them cannot be read
     most: int = LOOKED_AT  # nearest others of an image at which it looks
     limit: float = LIMIT  # of the difference of copies
     num_pairs: int = 0
     num_unread: int = 0
+    shelves: dict[int, "_Shelf"] = field(default_factory=dict)  # by id of the images
+    sampled: tuple[EmbeddedImages, Int64, Float32] | None = None  # pairs by which the limit was learnt, rising
+
+    def __enter__(self) -> "SecondLook":
+        """Return itself, whose pictures go when it is left."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give back the place that pictures take."""
+        for shelf in self.shelves.values():
+            shelf.file.close()
+        self.shelves.clear()
 
     def learn_limit(self, images: EmbeddedImages, distinct: Int64, threshold: float) -> None:
         """Lower the limit where the images at `distinct` (U,) lie so close that too many would be lost by chance."""
@@ -97,8 +116,12 @@ class SecondLook:
             progress="learning the limit",
         )
         query, column = np.nonzero(near.indices >= 0)
-        pairs = distinct[sample[query]], distinct[near.indices[query, column]]
+        one, other = distinct[sample[query]], distinct[near.indices[query, column]]
+        keys, place = np.unique(np.minimum(one, other) * len(images) + np.maximum(one, other), return_inverse=True)
+        pairs = np.divmod(keys, len(images))
         left = self._seen(images, pairs[0], images, pairs[1])
+        self.sampled = (images, keys, left) if len(keys) else None
+        left = left[place]
         read = left != UNREAD
         differences = difference(left[read], near.similarities[query, column][read])
         self.limit = crowded_limit(differences, 2 * LOSS * len(sample))  # a pair is seen from both of its ends
@@ -125,6 +148,12 @@ class SecondLook:
         if not len(ones):
             return np.empty(0, np.float32)
         left = _kept(one, ones, other, others)
+        if self.sampled is not None and self.sampled[0] is one is other:
+            _, rising, sampled = self.sampled
+            keys = ones * len(one) + others
+            place = np.minimum(np.searchsorted(rising, keys), len(rising) - 1)
+            same = rising[place] == keys
+            left[same] = sampled[place[same]]
         unseen = np.flatnonzero(~(left >= 0))  # not looked at, or not readable then
         if 0 < len(unseen) < len(left):
             console.say(f"{len(left) - len(unseen):,} of {len(left):,} pairs were looked at before")
@@ -142,56 +171,95 @@ class SecondLook:
         others: Int64,
     ) -> None:
         """Write what is left of the pairs at `unseen` to the file `left` (E,)."""
-        budget = memory_budget(None) if self.memory is None else self.memory
-        most = min(MOST_PLATES, max(2 * READ_BATCH, budget // 4 // PLATE_BYTES))
-        num_pictures = len(np.unique(ones[unseen])) + len(np.unique(others[unseen]))
-        step = len(unseen) if num_pictures <= most else most // 2
+        shelves = self._shelf(one), self._shelf(other)
+        if one is other:
+            shelves[0].read(np.concatenate([ones[unseen], others[unseen]]))
+        else:
+            shelves[0].read(ones[unseen])
+            shelves[1].read(others[unseen])
         batch = BATCH[device().type]
+
+        def compare(start: int) -> Float32:
+            some = unseen[start : start + batch]
+            return _compare(shelves[0].at(ones[some]), shelves[1].at(others[some]))
+
+        done, passed = 0, 0
         with workers() as threads, console.progress("looking at pairs", len(unseen), "pairs") as advance:
-            for start in range(0, len(unseen), step):
-                pairs = unseen[start : start + step]
-                if one is other:
-                    pictures, place = _read(one, np.concatenate([ones[pairs], others[pairs]]))
-                    sides = (pictures, place[: len(pairs)]), (pictures, place[len(pairs) :])
-                else:
-                    sides = _read(one, ones[pairs]), _read(other, others[pairs])
-                compare = partial(_compare, *sides, batch)
-                done = 0
-                for seen in run(threads, compare, range(0, len(pairs), batch)):
-                    left[pairs[done : done + len(seen)]] = seen
-                    done += len(seen)
-                    advance(len(seen))
+            for seen in run(threads, compare, range(0, len(unseen), batch)):
+                left[unseen[done : done + len(seen)]] = seen
+                done += len(seen)
+                advance(len(seen))
+                passed += 2 * len(seen) * MAPPED_BYTES
+                if passed > RELEASED_BYTES:
+                    passed = 0
+                    for shelf in shelves:
+                        release(shelf.records)
+
+    def _shelf(self, images: EmbeddedImages) -> "_Shelf":
+        if id(images) not in self.shelves:
+            self.shelves[id(images)] = _Shelf(images)
+        return self.shelves[id(images)]
 
 
-def _compare(one: tuple[Plates, Tensor], other: tuple[Plates, Tensor], batch: int, start: int) -> Float32:
-    """Return what is left of some pairs (B,): those from `start` on, of pictures and the place of each pair's."""
-    places = [place[start : start + batch] for _, place in (one, other)]
+class _Shelf:
+    """The pictures of some images that were read, each once, in a nameless file: a pool's do not fit in memory."""
+
+    def __init__(self, images: EmbeddedImages) -> None:
+        self.images = images  # kept, so that its id stays its own
+        self.place = np.full(len(images), UNKNOWN)  # (N,) in the file
+        self.records = np.empty(0, RECORD)
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        self.file = tempfile.TemporaryFile(dir=cache_folder())
+
+    def read(self, positions: Int64) -> None:
+        """Read the pictures of the images at `positions`, but for those that are there."""
+        missing = np.unique(positions[self.place[positions] == UNKNOWN])
+        if not len(missing):
+            return
+        self.place[missing] = UNREADABLE
+        uris = self.images.uris(missing).to_pylist()
+        named = missing[[uri is not None for uri in uris]]
+        count = len(self.records)
+        batches = load_batches(
+            (uri for uri in uris if uri is not None), PREPROCESS, batch_size=READ_BATCH, num_workers=num_cores()
+        )
+        with console.progress("reading images to look at", len(missing), "images") as advance:
+            for batch in batches:
+                if batch.indices:
+                    self.place[named[batch.indices]] = count + np.arange(len(batch.indices))
+                    count += len(batch.indices)
+                    self.file.write(_records(batch).tobytes())
+                advance(len(batch.indices) + len(batch.failures))
+        self.file.flush()
+        if count:
+            self.records = np.memmap(self.file, RECORD, "r+", shape=(count,))
+
+    def at(self, positions: Int64) -> tuple[Plates, Tensor]:
+        """Return the pictures of the images at `positions` (B,), which were read, and which of them are readable."""
+        place = self.place[positions]
+        is_there = place >= 0
+        taken = np.zeros(len(place), RECORD)
+        taken[is_there] = self.records[place[is_there]]
+        shown = Plates(*(torch.from_numpy(taken[name]).to(device()) for name in Plates._fields))
+        return shown, torch.from_numpy(is_there).to(device())
+
+
+def _records(batch: ImageBatch) -> npt.NDArray[np.void]:
+    sizes = torch.tensor([(facts.width, facts.height) for facts in batch.facts])
     with torch.inference_mode():
-        left = unexplained(one[0].at(places[0].clamp(min=0)), other[0].at(places[1].clamp(min=0)))
-        left = left.masked_fill((places[0] < 0) | (places[1] < 0), UNREAD)
+        shown = plates(batch.pixels.to(device()), sizes.to(device()))
+    records = np.empty(len(batch.indices), RECORD)
+    for name, tensor in shown._asdict().items():
+        records[name] = tensor.cpu().numpy()
+    return records
+
+
+def _compare(one: tuple[Plates, Tensor], other: tuple[Plates, Tensor]) -> Float32:
+    """Return what is left of some pairs (B,) of pictures, each with whether it could be read."""
+    with torch.inference_mode():
+        left = unexplained(one[0], other[0]).masked_fill(~(one[1] & other[1]), UNREAD)
     result: Float32 = left.cpu().numpy()
     return result
-
-
-def _read(images: EmbeddedImages, positions: Int64) -> tuple[Plates, Tensor]:
-    """Return the pictures at `positions` (E,), each once, and where each of these is among them; -1: not readable."""
-    distinct, number = np.unique(positions, return_inverse=True)
-    uris = images.uris(distinct).to_pylist()
-    named = np.flatnonzero([uri is not None for uri in uris])
-    place = np.full(len(distinct), -1)
-    parts: list[Plates] = []
-    names = (uris[index] for index in named.tolist())
-    for batch in load_batches(names, PREPROCESS, batch_size=READ_BATCH, num_workers=num_cores()):
-        if batch.indices:
-            place[named[batch.indices]] = np.arange(len(batch.indices)) + sum(len(part.bounds) for part in parts)
-            sizes = torch.tensor([(facts.width, facts.height) for facts in batch.facts])
-            with torch.inference_mode():
-                parts.append(plates(batch.pixels.to(device()), sizes.to(device())))
-    if not parts:  # a picture that no pair points to
-        empty = torch.zeros(1, 3, PREPROCESS.image_size, PREPROCESS.image_size, dtype=torch.uint8)
-        parts.append(plates(empty.to(device()), torch.ones(1, 2, dtype=torch.int64, device=device())))
-    shown = Plates.joined(parts)
-    return shown, torch.from_numpy(place[number]).to(shown.bounds.device)
 
 
 def _kept(one: EmbeddedImages, ones: Int64, other: EmbeddedImages, others: Int64) -> Float32:

@@ -6,6 +6,7 @@ the same bytes -> k nearest neighbours by cosine -> pairs above the threshold ->
 N images, U of them with bytes of their own.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,21 +60,23 @@ def near_duplicates(
     stands_for = preferred(first, rank)  # (N,)
     distinct = np.flatnonzero(stands_for == np.arange(len(images)))  # (U,)
 
-    look = None
-    if are_looked_at(settings.verify, settings.threshold, [pool, *known, *evaluation]):
-        otherwise = threshold_of(pool.model()) or FIXED_THRESHOLD
-        look = SecondLook(search.memory, otherwise, min(settings.k, LOOKED_AT))
-    threshold, origin = _threshold(settings.threshold, images, distinct, known, look)
-    if look is not None:
-        look.learn_limit(images, _unlike(images, distinct), threshold)
-    like_known = matches(images, distinct, known_sets, threshold, search, look)
-    groups = _groups(images, distinct, like_known, rank, threshold, settings, look)
-    if settings.linkage == "components":  # a whole component goes with the known image that one of it is like
-        like_known = with_their_groups(like_known, groups.labels, images, distinct, known_sets)
-    against_threshold = threshold if settings.against_threshold is None else settings.against_threshold
-    against_look = look if settings.against_threshold is None else None
-    like_evaluation = matches(images, distinct, evaluation_sets, against_threshold, search, against_look)
-    like_evaluation = with_their_groups(like_evaluation, groups.labels, images, distinct, evaluation_sets)
+    inputs = [pool, *known, *evaluation]
+    with ExitStack() as stack:
+        look = None
+        if are_looked_at(settings.verify, settings.threshold, inputs):
+            otherwise = threshold_of(pool.model()) or FIXED_THRESHOLD
+            look = stack.enter_context(SecondLook(otherwise, min(settings.k, LOOKED_AT)))
+        threshold, origin = _threshold(settings.threshold, images, distinct, known, look)
+        if look is not None:
+            look.learn_limit(images, _unlike(images, distinct), threshold)
+        like_known = matches(images, distinct, known_sets, threshold, search, look)
+        groups = _groups(images, distinct, like_known, rank, threshold, settings, look)
+        if settings.linkage == "components":  # a whole component goes with the known image that one of it is like
+            like_known = with_their_groups(like_known, groups.labels, images, distinct, known_sets)
+        against_threshold = threshold if settings.against_threshold is None else settings.against_threshold
+        against_look = look if settings.against_threshold is None else None
+        like_evaluation = matches(images, distinct, evaluation_sets, against_threshold, search, against_look)
+        like_evaluation = with_their_groups(like_evaluation, groups.labels, images, distinct, evaluation_sets)
 
     verdict = _verdict(images, distinct, groups, like_known, like_evaluation, known_sets, evaluation_sets)
     verdict = _with_copies(verdict, stands_for, distinct)

@@ -1,17 +1,21 @@
 """The second look of dedup: pixels decide on pairs that descriptors call alike."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
+from dinov2_toolkit.curate import look
 from dinov2_toolkit.curate.dedup import DedupSettings, dedup_images
 from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
 from dinov2_toolkit.curate.groups import Linkage, copies_above, duplicate_groups
 from dinov2_toolkit.curate.look import LEAST_ALIKE, LIMIT, crowded_limit, difference
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.features.decoding import ImageBatch, load_batches
 from dinov2_toolkit.features.exact_search import DEFAULTS
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import Source, open_manifest, removed_path
@@ -109,6 +113,21 @@ def test_what_was_seen_is_kept_and_what_cannot_be_read_goes_by_its_descriptor(
         image.unlink()
     again, seen = deduplicated(pool)  # from the cache
     assert again == removed and seen["unread"] == figures["unread"]
+
+
+def test_each_picture_is_read_once_and_none_is_left_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = embedded(folder)
+    read: list[str | None] = []
+
+    def reading(uris: Iterable[str | None], *args: Any, **kwargs: Any) -> Iterator[ImageBatch]:
+        names = list(uris)
+        read.extend(names)
+        return load_batches(names, *args, **kwargs)
+
+    monkeypatch.setattr(look, "load_batches", reading)
+    assert deduplicated(pool)[0] == PLANTED
+    assert len(read) == len(set(read)) <= len(list(folder.iterdir()))
+    assert all(path.suffix == ".npy" for path in (folder.parent / ".dinov2" / "cache").iterdir())
 
 
 def test_known_and_evaluation_images_are_looked_at(folder: Path) -> None:
