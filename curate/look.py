@@ -6,9 +6,11 @@ each image and those most like it -> both decoded -> laid over one another -> wh
 N images, E pairs, B of them compared at a time.
 """
 
+import errno
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import console
+from ..errors import ToolkitError
 from ..features import likeness
 from ..features.decoding import ImageBatch, load_batches
 from ..features.likeness import AROUND_PX, CONTENT_PX, FRAME_PX, Plates, plates, unexplained
@@ -99,7 +102,8 @@ class SecondLook:
     def __exit__(self, *_: object) -> None:
         """Give back the place that pictures take."""
         for shelf in self.shelves.values():
-            shelf.file.close()
+            with suppress(OSError):  # of a full disk
+                shelf.file.close()
         self.shelves.clear()
 
     def learn_limit(self, images: EmbeddedImages, distinct: Int64, threshold: float) -> None:
@@ -228,11 +232,22 @@ class _Shelf:
                 if batch.indices:
                     self.place[named[batch.indices]] = count + np.arange(len(batch.indices))
                     count += len(batch.indices)
-                    self.file.write(_records(batch).tobytes())
+                    self._write(_records(batch).tobytes(), len(missing))
                 advance(len(batch.indices) + len(batch.failures))
-        self.file.flush()
         if count:
             self.records = np.memmap(self.file, RECORD, "r+", shape=(count,))
+
+    def _write(self, data: bytes, num: int) -> None:
+        try:
+            self.file.write(data)
+            self.file.flush()
+        except OSError as problem:
+            if problem.errno != errno.ENOSPC:
+                raise
+            raise ToolkitError(
+                f"no space left in {cache_folder()}, where {num:,} pictures that are looked at take"
+                f" {num * RECORD.itemsize / 1e6:,.0f} MB; make room, or look at none by --no-verify"
+            ) from None
 
     def at(self, positions: Int64) -> tuple[Plates, Tensor]:
         """Return the pictures of the images at `positions` (B,), which were read, and which of them are readable."""

@@ -1,6 +1,9 @@
 """The second look of dedup: pixels decide on pairs that descriptors call alike."""
 
+import errno
+import tempfile
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,20 @@ def test_each_picture_is_read_once_and_none_is_left_on_the_disk(folder: Path, mo
     assert deduplicated(pool)[0] == PLANTED
     assert len(read) == len(set(read)) <= len(list(folder.iterdir()))
     assert all(path.suffix == ".npy" for path in (folder.parent / ".dinov2" / "cache").iterdir())
+
+
+def test_a_full_disk_is_told_with_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    pool = embedded(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
+        with pytest.raises(ToolkitError, match=r"no space left in .*, where 22 pictures .* 1 MB; .*--no-verify"):
+            deduplicated(pool)
+    assert not (folder.parent / "unique.parquet").exists()
+    assert deduplicated(pool)[0] == PLANTED
 
 
 def test_known_and_evaluation_images_are_looked_at(folder: Path) -> None:
