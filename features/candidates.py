@@ -61,6 +61,33 @@ class Best:
             if not self._add_some(query, column, products[column, query], start):
                 self._add_best(products.T, start)
 
+    def near(self, queries: Int64, products: Float32) -> tuple[Int64, Int64]:
+        """Return the places, rising, of what counts so far in products (B, T) of the queries at `queries` (B,).
+
+        At most `num` of a query. What is taken up meanwhile may count no more; `add_of` sorts that out.
+        """
+        is_near = products > self.least[queries, None]
+        many = np.flatnonzero(np.count_nonzero(is_near, axis=1) > self.num)
+        if len(many):
+            is_near[many] = False
+            is_near[many[:, None], _largest(products[many], self.num)] = True
+        query, column = np.divmod(np.flatnonzero(is_near), products.shape[1])
+        return query, column
+
+    def add_of(self, queries: Int64, query: Int64, products: Float32, positions: Int64) -> None:
+        """Take up products (E,) with the pool vectors at `positions`, at most `num` of each of some `queries` (B,).
+
+        Args:
+            query: (E,) places in `queries`, rising.
+        """
+        more = np.bincount(query, minlength=len(queries))
+        self._thin_out(queries[self.counts[queries] + more > self.values.shape[1]])
+        place = self.counts[queries[query]] + np.arange(len(query)) - (np.cumsum(more) - more)[query]
+        self.values[queries[query], place] = products
+        self.positions[queries[query], place] = positions
+        self.counts[queries] += more
+        self._thin_out(queries[(self.least[queries] == -np.inf) & (self.counts[queries] >= self.num)])
+
     def found(self) -> tuple[Float32, Int64]:
         """Return the best similarities (B, C), in no order, and their positions."""
         self._thin_out()
@@ -93,16 +120,14 @@ class Best:
         self.positions[:, self.num : stop] = top + start
         self._thin_out()
 
-    def _thin_out(self) -> None:
-        top = _largest(self.values, self.num)
-        values, positions = (
-            np.take_along_axis(self.values, top, axis=1),
-            np.take_along_axis(self.positions, top, axis=1),
-        )
-        self.values[:, : self.num], self.values[:, self.num :] = values, -np.inf
-        self.positions[:, : self.num] = positions
-        self.counts[:] = self.num
-        self.least = values.min(axis=1)
+    def _thin_out(self, queries: Int64 | slice = slice(None)) -> None:
+        values, positions = self.values[queries], self.positions[queries]
+        top = _largest(values, self.num)
+        self.values[queries, : self.num] = values = np.take_along_axis(values, top, axis=1)
+        self.values[queries, self.num :] = -np.inf
+        self.positions[queries, : self.num] = np.take_along_axis(positions, top, axis=1)
+        self.counts[queries] = self.num
+        self.least[queries] = values.min(axis=1)
 
 
 def _largest(values: Float32, num: int) -> Int64:

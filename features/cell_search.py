@@ -11,7 +11,7 @@ import torch
 
 from .. import console
 from ..store.vectors import RELEASED_BYTES, Float32, Float64, Int64, Vectors, release
-from .candidates import no_progress
+from .candidates import Best, no_progress
 from .cells import Cells, Int32, open_cells
 from .exact_search import Identity, Neighbors, SearchSettings, exact_neighbors, num_candidates_for, settle
 from .products import product, unit_rows
@@ -19,8 +19,10 @@ from .similarity import similarities, tolerance
 from .threads import run, workers
 
 MEASURED_QUERIES = 512  # chosen: queries that are searched exactly too
-QUERY_ROWS = 65_536  # queries that go through the cells together
+QUERY_ROWS, LEAST_ROWS = 65_536, 1_024  # queries that go through the cells together
+VISITS = 1 << 24  # chosen: of these: 320 MB
 SETTLED_QUERIES = 4_096
+VISITORS = 1_024  # of a cell whose products are in a core's cache
 
 
 def cell_neighbors(
@@ -51,11 +53,12 @@ def cell_neighbors(
     )
     neighbors = Neighbors(np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf), recall)
     num = num_candidates_for(k, len(pool), identity)
-    total = len(cells.centroids) * -(-len(queries) // QUERY_ROWS)
+    step = max(LEAST_ROWS, min(QUERY_ROWS, VISITS // width))
+    total = len(cells.centroids) * -(-len(queries) // step)
     bar = nullcontext(no_progress) if progress is None else console.progress(progress, total, "cells")
     with bar as advance:
-        for start in range(0, len(queries), QUERY_ROWS):
-            rows = np.arange(start, min(start + QUERY_ROWS, len(queries)))
+        for start in range(0, len(queries), step):
+            rows = np.arange(start, min(start + step, len(queries)))
             visited = _visited(queries, rows, cells, width)
             found, approximate = _candidates(queries, rows, by_cell, cells, visited, num, advance)
             for part in range(0, len(rows), SETTLED_QUERIES):
@@ -125,45 +128,39 @@ def _candidates(
     num: int,
     advance: Callable[..., None],
 ) -> tuple[Int64, Float32]:
-    """Return the `num` nearest rows of the visited cells (B, C) by float32 and their similarities, falling."""
-    best = torch.full((len(rows), num), -torch.inf)
-    found = torch.full((len(rows), num), -1, dtype=torch.int64)
+    """Return the `num` nearest rows of the visited cells by float32 (B, C) and their similarities, in no order."""
+    best = Best(len(rows), num)
+    points = unit_rows(queries.array[queries.rows[rows]])
+    release(queries.array)
     by_visit = np.argsort(visited.reshape(-1), kind="stable")
     bounds = np.concatenate([[0], np.cumsum(np.bincount(visited.reshape(-1), minlength=len(cells.centroids)))])
 
-    def compare(cell: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None:
+    def compare(cell: int) -> list[tuple[Int64, Int64, Float32, Int64]]:
         visiting = by_visit[bounds[cell] : bounds[cell + 1]] // visited.shape[1]
         members = cells.members(cell)
         if not len(visiting) or members.start == members.stop:
-            return None
+            return []
         right = unit_rows(by_cell.array[members])
         parts = []
-        for start in range(0, len(visiting), 1_024):
-            left = unit_rows(queries.array[queries.rows[rows[visiting[start : start + 1_024]]]])
-            products = torch.from_numpy(product(left, right))
-            parts.append(products.topk(min(num, len(right)), dim=1))
-        values = torch.cat([part.values for part in parts])
-        indices = torch.cat([part.indices for part in parts]) + members.start
-        return torch.from_numpy(visiting), values, indices, len(right) + len(visiting)
+        for start in range(0, len(visiting), VISITORS):
+            some = visiting[start : start + VISITORS]
+            products = product(points[torch.from_numpy(some)], right)
+            query, column = best.near(some, products)
+            parts.append((some, query, products[query, column], column + members.start))
+        return parts
 
     passed = 0
     with workers() as threads:
-        for result in run(threads, compare, range(len(cells.centroids))):
+        for cell, parts in enumerate(run(threads, compare, range(len(cells.centroids)))):
             advance()
-            if result is None:
-                continue
-            visiting, values, indices, read = result
-            values = torch.cat([best[visiting], values], dim=1)
-            indices = torch.cat([found[visiting], indices], dim=1)
-            top = values.topk(num, dim=1)
-            best[visiting] = top.values
-            found[visiting] = indices.gather(1, top.indices)
-            passed += read * by_cell.dim * by_cell.array.itemsize
+            for some, query, products, positions in parts:
+                best.add_of(some, query, products, positions)
+            passed += (cells.offsets[cell + 1] - cells.offsets[cell]) * by_cell.dim * by_cell.array.itemsize
             if passed > RELEASED_BYTES:
                 passed = 0
                 release(by_cell.array)
-                release(queries.array)
-    return found.numpy(), best.numpy()
+    values, positions = best.found()
+    return np.where(values > -np.inf, positions, -1), values
 
 
 def _search_again(
