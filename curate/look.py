@@ -1,16 +1,13 @@
 """A second look: whether images that a descriptor calls alike are copies, by their pixels.
 
-each image and those most like it -> both decoded -> laid over one another -> what of their contrast is left
+each image and those most like it -> read once -> laid over one another -> what of their contrast is left
   -> a copy, or a look-alike
 
 N images, E pairs, B of them compared at a time.
 """
 
-import errno
 import hashlib
 import os
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,16 +17,14 @@ import torch
 from torch import Tensor
 
 from .. import console
-from ..errors import ToolkitError
 from ..features import likeness
-from ..features.decoding import ImageBatch, load_batches
-from ..features.likeness import AROUND_PX, CONTENT_PX, FRAME_PX, Plates, plates, unexplained
+from ..features.likeness import Plates, unexplained
 from ..features.neighbors import Identity, nearest
 from ..features.products import device
-from ..features.threads import num_cores, run, workers
-from ..models.copy_descriptor import PREPROCESS
+from ..features.threads import run, workers
 from ..store.vectors import RELEASED_BYTES, Float32, Float64, Int64, cache_folder, make_room, release
 from .inputs import EmbeddedImages
+from .shelf import MAPPED_BYTES, Shelf
 
 LOOKED_AT = 8  # chosen: of an image the nearest others; 16 find a hundredth more of the hardest copies
 LEAST_ALIKE = 0.3  # chosen: cosine below which nothing is a copy; measured, of copies one in a hundred lies lower
@@ -39,19 +34,7 @@ SAMPLE_ROWS = 2_000  # images by whose neighbours it is judged how crowded a poo
 LEAST_LIMIT = LIMIT / 64  # of copies that were written anew most lie lower
 FINENESS = 2**0.125  # steps in which the limit falls
 BATCH = {"cpu": 64, "cuda": 2_048}  # pairs that are laid over one another at a time
-READ_BATCH = 64
 UNREAD = -1.0  # in place of what is left
-PLATE_PX = CONTENT_PX + 2 * AROUND_PX
-RECORD = np.dtype(  # of Plates
-    [
-        ("frames", np.uint8, (3, FRAME_PX, FRAME_PX)),
-        ("sizes", np.int64, 2),
-        ("pixels", np.uint8, (3, PLATE_PX, PLATE_PX)),
-        ("bounds", np.float32, 4),
-    ]
-)
-MAPPED_BYTES = RECORD.itemsize + (64 << 10)  # the system maps 64 KB around what is read
-UNKNOWN, UNREADABLE = -2, -1  # in place of a place
 
 Bools = npt.NDArray[np.bool_]
 
@@ -92,7 +75,7 @@ class SecondLook:
     limit: float = LIMIT  # of the difference of copies
     num_pairs: int = 0
     num_unread: int = 0
-    shelves: dict[int, "_Shelf"] = field(default_factory=dict)  # by id of the images
+    shelves: dict[int, "Shelf"] = field(default_factory=dict)  # by id of the images
     sampled: tuple[EmbeddedImages, Int64, Float32] | None = None  # pairs by which the limit was learnt, rising
 
     def __enter__(self) -> "SecondLook":
@@ -100,10 +83,9 @@ class SecondLook:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give back the place that pictures take."""
+        """Let go of the pictures."""
         for shelf in self.shelves.values():
-            with suppress(OSError):  # of a full disk
-                shelf.file.close()
+            shelf.close()
         self.shelves.clear()
 
     def learn_limit(self, images: EmbeddedImages, distinct: Int64, threshold: float) -> None:
@@ -199,74 +181,10 @@ class SecondLook:
                     for shelf in shelves:
                         release(shelf.records)
 
-    def _shelf(self, images: EmbeddedImages) -> "_Shelf":
+    def _shelf(self, images: EmbeddedImages) -> "Shelf":
         if id(images) not in self.shelves:
-            self.shelves[id(images)] = _Shelf(images)
+            self.shelves[id(images)] = Shelf(images)
         return self.shelves[id(images)]
-
-
-class _Shelf:
-    """The pictures of some images that were read, each once, in a nameless file: a pool's do not fit in memory."""
-
-    def __init__(self, images: EmbeddedImages) -> None:
-        self.images = images  # kept, so that its id stays its own
-        self.place = np.full(len(images), UNKNOWN)  # (N,) in the file
-        self.records = np.empty(0, RECORD)
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        self.file = tempfile.TemporaryFile(dir=cache_folder())
-
-    def read(self, positions: Int64) -> None:
-        """Read the pictures of the images at `positions`, but for those that are there."""
-        missing = np.unique(positions[self.place[positions] == UNKNOWN])
-        if not len(missing):
-            return
-        self.place[missing] = UNREADABLE
-        uris = self.images.uris(missing).to_pylist()
-        named = missing[[uri is not None for uri in uris]]
-        count = len(self.records)
-        batches = load_batches(
-            (uri for uri in uris if uri is not None), PREPROCESS, batch_size=READ_BATCH, num_workers=num_cores()
-        )
-        with console.progress("reading images to look at", len(missing), "images") as advance:
-            for batch in batches:
-                if batch.indices:
-                    self.place[named[batch.indices]] = count + np.arange(len(batch.indices))
-                    count += len(batch.indices)
-                    self._write(_records(batch).tobytes(), len(missing))
-                advance(len(batch.indices) + len(batch.failures))
-        if count:
-            self.records = np.memmap(self.file, RECORD, "r+", shape=(count,))
-
-    def _write(self, data: bytes, num: int) -> None:
-        try:
-            self.file.write(data)
-            self.file.flush()
-        except OSError as problem:
-            if problem.errno != errno.ENOSPC:
-                raise
-            raise ToolkitError(
-                f"no space left in {cache_folder()}, where {num:,} pictures that are looked at take"
-                f" {num * RECORD.itemsize / 1e6:,.0f} MB; make room, or look at none by --no-verify"
-            ) from None
-
-    def at(self, positions: Int64) -> tuple[Plates, Tensor]:
-        """Return the pictures of the images at `positions` (B,), which were read, and which of them are readable."""
-        place = self.place[positions]
-        is_there = place >= 0
-        taken = np.zeros(len(place), RECORD)
-        taken[is_there] = self.records[place[is_there]]
-        shown = Plates(*(torch.from_numpy(taken[name]).to(device()) for name in Plates._fields))
-        return shown, torch.from_numpy(is_there).to(device())
-
-
-def _records(batch: ImageBatch) -> npt.NDArray[np.void]:
-    sizes = torch.tensor([(facts.width, facts.height) for facts in batch.facts])
-    with torch.inference_mode():
-        shown = plates(batch.pixels.to(device()), sizes.to(device()))
-    records = np.empty(len(batch.indices), RECORD)
-    for name, tensor in shown._asdict().items():
-        records[name] = tensor.cpu().numpy()
-    return records
 
 
 def _compare(one: tuple[Plates, Tensor], other: tuple[Plates, Tensor]) -> Float32:

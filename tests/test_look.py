@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
-from dinov2_toolkit.curate import look
+from dinov2_toolkit.curate import shelf
 from dinov2_toolkit.curate.dedup import DedupSettings, dedup_images
 from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
 from dinov2_toolkit.curate.groups import Linkage, copies_above, duplicate_groups
@@ -127,7 +127,7 @@ def test_each_picture_is_read_once_and_none_is_left_on_the_disk(folder: Path, mo
         read.extend(names)
         return load_batches(names, *args, **kwargs)
 
-    monkeypatch.setattr(look, "load_batches", reading)
+    monkeypatch.setattr(shelf, "load_batches", reading)
     assert deduplicated(pool)[0] == PLANTED
     assert len(read) == len(set(read)) <= len(list(folder.iterdir()))
     assert all(path.suffix == ".npy" for path in (folder.parent / ".dinov2" / "cache").iterdir())
