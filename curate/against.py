@@ -84,7 +84,7 @@ def matches(
         near = nearest(
             vectors,
             other.vectors,
-            1 if look is None else look.most,
+            1 if look is None else look.k,
             order=other.order,
             above=threshold,
             search=search,
@@ -95,7 +95,8 @@ def matches(
         nearness = near.similarities
         if look is not None:
             query, column = np.nonzero((near.indices >= 0) & ~identical[:, None])
-            is_copy = look.copies(images, indices[query], other, near.indices[query, column], nearness[query, column])
+            others_near, cosines = near.indices[query, column], nearness[query, column]
+            is_copy = look.copies(images, indices[query], other, others_near, cosines, column < look.k_near)
             nearness = np.full(nearness.shape, -np.inf)
             nearness[query[is_copy], column[is_copy]] = near.similarities[query[is_copy], column[is_copy]]
             best = nearness.argmax(axis=1)

@@ -19,10 +19,11 @@ from ..features.similarity import similarities
 from ..store.vectors import Float64, Int64, Vectors
 
 Linkage = Literal["components", "star"]
-AreCopies = Callable[[Int64, Int64, Float64], npt.NDArray[np.bool_]]  # of rows, rows and their cosines (E,)
+Bools = npt.NDArray[np.bool_]
+AreCopies = Callable[[Int64, Int64, Float64, Bools], Bools]  # rows, rows, their cosines, who is near (E,)
 
 BLOCK_ROWS = 2_048  # rows of a star compared at a time
-LOOKED_AT_TOGETHER = 1 << 20  # rows whose neighbours are sought at a time: 64 million pairs at most
+LOOKED_AT_TOGETHER = 1 << 19  # rows whose neighbours are sought at a time: of 24 each, a gigabyte of pairs
 KEPT_TILE = 8_192  # those that stay, compared with them at a time
 
 
@@ -47,6 +48,7 @@ def duplicate_groups(
     priority: Int64,
     search: SearchSettings = DEFAULTS,
     are_copies: AreCopies | None = None,
+    k_near: int = 8,
 ) -> Groups:
     """Group images with a similarity above `threshold`, and choose the one of each group that stays.
 
@@ -61,8 +63,8 @@ def duplicate_groups(
         k: an image with k or more others above the threshold counts as saturated; its neighbours are counted no
             further, and it changes nothing else.
         are_copies: where given, only pairs above the threshold for which it says so belong together, of every image
-            and the k nearest to it; an image is saturated where all of these are copies, and what stays for such is
-            compared again.
+            and the k nearest to it; the `k_near` nearest are near, and an image is saturated where all of these are
+            copies: what stays for such is compared again.
     """
     rows = np.arange(len(first))
     first = _of_their_own(vectors, first, threshold)
@@ -77,19 +79,20 @@ def duplicate_groups(
     searched = vectors.take(distinct)
     if are_copies is not None:
 
-        def look(left: Int64, right: Int64, cosines: Float64) -> npt.NDArray[np.bool_]:
-            return are_copies(distinct[left], distinct[right], cosines)
+        def look(left: Int64, right: Int64, cosines: Float64, are_near: Bools) -> Bools:
+            return are_copies(distinct[left], distinct[right], cosines, are_near)
 
-        looked = copies_above(searched, best, threshold, k, linkage, search, look)
-        stays, degree, recall = looked.stays, looked.degree, looked.recall
+        k_near = min(k, k_near)
+        looked = copies_above(searched, best, threshold, k, k_near, linkage, search, look)
+        stays, is_saturated, recall = looked.stays, looked.degree >= k_near, looked.recall
     else:
         joined = components_above(searched, threshold, weights=num_copies, enough=k, search=search)
-        labels, degree, recall = joined.labels, joined.degree, joined.recall
+        labels, is_saturated, recall = joined.labels, joined.degree >= k, joined.recall
         stays = star(searched, labels, best, threshold) if linkage == "star" else _preferred(labels, best)
     kept = by_priority[best[stays]][number]
     smallest = np.full(len(first), len(first))  # at the place of the one that stays
     np.minimum.at(smallest, kept, rows)
-    num_saturated = int(num_copies[degree >= k].sum())
+    num_saturated = int(num_copies[is_saturated].sum())
     return Groups(smallest[kept], kept, _weakest(vectors, kept), num_saturated, recall)
 
 
@@ -98,7 +101,7 @@ class Looked:
     """What stays of vectors of which some pairs are copies."""
 
     stays: Int64  # (M,) the one that stays for every vector, itself where it stays
-    degree: Int64  # (M,) how many of the nearest are copies, k at most
+    degree: Int64  # (M,) how many of the nearest are copies, `k_near` at most
     recall: float
 
 
@@ -107,21 +110,21 @@ def copies_above(
     priority: Int64,
     threshold: float,
     k: int,
+    k_near: int,
     linkage: Linkage,
     search: SearchSettings,
     are_copies: AreCopies,
 ) -> Looked:
     """Return what stays when of every vector (M,) and the k nearest to it above the threshold the copies go.
 
-    Where all k are copies there may be more: what stays of such groups is compared with what stays of the others, until
-    no more copies are found.
+    Where all of the `k_near` nearest are copies there may be more: what stays of such groups is compared with what
+    stays of the others, until no more copies are found.
     """
     num = len(vectors)
     graph = Graph(np.ones(num, np.int64), num)
     degree, recall = np.zeros(num, np.int64), 1.0
     queries = pool = np.arange(num)
-    seen = np.empty(0, np.int64)  # pairs, as one number each
-    copies = np.empty(0, np.int64)  # those that are
+    seen = seen_near = copies = np.empty(0, np.int64)  # pairs, as one number each
     while True:
         num_before = len(copies)
         for start in range(0, len(queries), LOOKED_AT_TOGETHER):
@@ -139,20 +142,24 @@ def copies_above(
             query, column = np.nonzero(near.indices >= 0)
             one, other = some[query], pool[near.indices[query, column]]
             pairs = np.minimum(one, other) * num + np.maximum(one, other)
-            keys, place = np.unique(pairs, return_index=True)
-            is_new = np.isin(keys, seen, invert=True)
-            new, place = keys[is_new], place[is_new]
-            is_copy = are_copies(*np.divmod(new, num), near.similarities[query, column][place])
+            is_near = column < k_near
+            keys, place, number = np.unique(pairs, return_index=True, return_inverse=True)
+            are_near = np.bincount(number[is_near], minlength=len(keys)) > 0  # from either side
+            is_new = np.isin(keys, seen, invert=True) | (are_near & np.isin(keys, seen_near, invert=True))
+            is_new &= np.isin(keys, copies, invert=True)
+            new, place, are_near = keys[is_new], place[is_new], are_near[is_new]
+            is_copy = are_copies(*np.divmod(new, num), near.similarities[query, column][place], are_near)
             graph.add(*np.divmod(new[is_copy], num))
-            seen, copies = np.concatenate([seen, new]), np.concatenate([copies, new[is_copy]])
-            num_copies = np.bincount(query[np.isin(pairs, copies)], minlength=len(some))
+            seen, seen_near = np.concatenate([seen, new]), np.concatenate([seen_near, new[are_near]])
+            copies = np.concatenate([copies, new[is_copy]])
+            num_copies = np.bincount(query[is_near & np.isin(pairs, copies)], minlength=len(some))
             degree[some] = np.maximum(degree[some], num_copies)
         labels = graph.components()
         stays = _preferred(labels, priority)
         if linkage == "star":
             stays = _star_of_pairs(*np.divmod(copies, num), priority)
         heads = np.flatnonzero(stays == np.arange(num))
-        full = heads[np.isin(labels[heads], labels[degree >= k])]
+        full = heads[np.isin(labels[heads], labels[degree >= k_near])]
         if len(copies) == num_before or not len(full):
             return Looked(stays, degree, recall)
         queries, pool = full, heads

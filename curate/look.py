@@ -26,7 +26,7 @@ from ..store.vectors import RELEASED_BYTES, Float32, Float64, Int64, cache_folde
 from .inputs import EmbeddedImages
 from .shelf import MAPPED_BYTES, Shelf
 
-LOOKED_AT = 8  # chosen: of an image the nearest others; 16 find a hundredth more of the hardest copies
+LOOKED_AT, LAID_OVER = 24, 8  # chosen: nearest others of an image, and those of which contents are compared too
 LEAST_ALIKE = 0.3  # chosen: cosine below which nothing is a copy; measured, of copies one in a hundred lies lower
 LIMIT = 0.018  # chosen: of `difference`; loses at most 2 % of each of three sets of distinct pictures
 LOSS = 0.02  # chosen: share of the images that may be lost by chance; of a crowded pool more would be
@@ -71,12 +71,13 @@ class SecondLook:
     """Looks at pairs, and counts what it saw."""
 
     otherwise: float  # cosine above which images are taken for copies where one of them cannot be read
-    most: int = LOOKED_AT  # nearest others of an image at which it looks
+    k: int = LOOKED_AT  # nearest others of an image at which it looks
+    k_near: int = LAID_OVER  # of these, at which it looks closely
     limit: float = LIMIT  # of the difference of copies
     num_pairs: int = 0
     num_unread: int = 0
     shelves: dict[int, "Shelf"] = field(default_factory=dict)  # by id of the images
-    sampled: tuple[EmbeddedImages, Int64, Float32] | None = None  # pairs by which the limit was learnt, rising
+    sampled: tuple[EmbeddedImages, Int64, Bools, Float32] | None = None  # pairs by which the limit was learnt, rising
 
     def __enter__(self) -> "SecondLook":
         """Return itself, whose pictures go when it is left."""
@@ -95,7 +96,7 @@ class SecondLook:
         near = nearest(
             vectors.take(sample),
             vectors,
-            self.most,
+            self.k,
             order=positions,
             identity=Identity(sample, positions),
             above=threshold,
@@ -103,11 +104,12 @@ class SecondLook:
         )
         query, column = np.nonzero(near.indices >= 0)
         one, other = distinct[sample[query]], distinct[near.indices[query, column]]
-        keys, place = np.unique(np.minimum(one, other) * len(images) + np.maximum(one, other), return_inverse=True)
-        pairs = np.divmod(keys, len(images))
-        left = self._seen(images, pairs[0], images, pairs[1])
-        self.sampled = (images, keys, left) if len(keys) else None
-        left = left[place]
+        keys, number = np.unique(np.minimum(one, other) * len(images) + np.maximum(one, other), return_inverse=True)
+        are_near = np.bincount(number[column < self.k_near], minlength=len(keys)) > 0
+        ones, others = np.divmod(keys, len(images))
+        left = self._seen(images, ones, images, others, are_near)
+        self.sampled = (images, keys, are_near, left) if len(keys) else None
+        left = left[number]
         read = left != UNREAD
         differences = difference(left[read], near.similarities[query, column][read])
         self.limit = crowded_limit(differences, 2 * LOSS * len(sample))  # a pair is seen from both of its ends
@@ -117,34 +119,43 @@ class SecondLook:
                 f" {LOSS:.0%} of them would go by chance"
             )
 
-    def copies(self, one: EmbeddedImages, ones: Int64, other: EmbeddedImages, others: Int64, cosines: Float64) -> Bools:
+    def copies(
+        self,
+        one: EmbeddedImages,
+        ones: Int64,
+        other: EmbeddedImages,
+        others: Int64,
+        cosines: Float64,
+        are_near: Bools,
+    ) -> Bools:
         """Tell which pairs (E,) of images at `ones` of one set and `others` of another are copies.
 
-        What was seen is kept in the cache, pair by pair: a step that is stopped or run again goes on with it.
+        Those that are near are looked at closely. What was seen is kept in the cache, pair by pair: a step that is
+        stopped or run again goes on with it.
         """
-        seen = self._seen(one, ones, other, others)
+        seen = self._seen(one, ones, other, others, are_near)
         is_unread = seen == UNREAD
         self.num_pairs += len(seen)
         self.num_unread += int(is_unread.sum())
         is_copy: Bools = np.where(is_unread, cosines > self.otherwise, difference(seen, cosines) <= self.limit)
         return is_copy
 
-    def _seen(self, one: EmbeddedImages, ones: Int64, other: EmbeddedImages, others: Int64) -> Float32:
+    def _seen(self, one: EmbeddedImages, ones: Int64, other: EmbeddedImages, others: Int64, are_near: Bools) -> Float32:
         """Return what is left of the contrast of pairs (E,), or `UNREAD`."""
         if not len(ones):
             return np.empty(0, np.float32)
-        left = _kept(one, ones, other, others)
+        left = _kept(one, ones, other, others, are_near)
         if self.sampled is not None and self.sampled[0] is one is other:
-            _, rising, sampled = self.sampled
+            _, rising, were_near, sampled = self.sampled
             keys = ones * len(one) + others
             place = np.minimum(np.searchsorted(rising, keys), len(rising) - 1)
-            same = rising[place] == keys
+            same = (rising[place] == keys) & (were_near[place] == are_near)
             left[same] = sampled[place[same]]
         unseen = np.flatnonzero(~(left >= 0))  # not looked at, or not readable then
         if 0 < len(unseen) < len(left):
             console.say(f"{len(left) - len(unseen):,} of {len(left):,} pairs were looked at before")
         if len(unseen):
-            self._look(left, unseen, one, ones, other, others)
+            self._look(left, unseen, one, ones, other, others, are_near)
         return np.array(left)
 
     def _look(
@@ -155,6 +166,7 @@ class SecondLook:
         ones: Int64,
         other: EmbeddedImages,
         others: Int64,
+        are_near: Bools,
     ) -> None:
         """Write what is left of the pairs at `unseen` to the file `left` (E,)."""
         shelves = self._shelf(one), self._shelf(other)
@@ -167,7 +179,7 @@ class SecondLook:
 
         def compare(start: int) -> Float32:
             some = unseen[start : start + batch]
-            return _compare(shelves[0].at(ones[some]), shelves[1].at(others[some]))
+            return _compare(shelves[0].at(ones[some]), shelves[1].at(others[some]), are_near[some])
 
         done, passed = 0, 0
         with workers() as threads, console.progress("looking at pairs", len(unseen), "pairs") as advance:
@@ -187,18 +199,19 @@ class SecondLook:
         return self.shelves[id(images)]
 
 
-def _compare(one: tuple[Plates, Tensor], other: tuple[Plates, Tensor]) -> Float32:
+def _compare(one: tuple[Plates, Tensor], other: tuple[Plates, Tensor], closely: Bools) -> Float32:
     """Return what is left of some pairs (B,) of pictures, each with whether it could be read."""
     with torch.inference_mode():
-        left = unexplained(one[0], other[0]).masked_fill(~(one[1] & other[1]), UNREAD)
+        left = unexplained(one[0], other[0], torch.from_numpy(closely).to(device()))
+        left = left.masked_fill(~(one[1] & other[1]), UNREAD)
     result: Float32 = left.cpu().numpy()
     return result
 
 
-def _kept(one: EmbeddedImages, ones: Int64, other: EmbeddedImages, others: Int64) -> Float32:
+def _kept(one: EmbeddedImages, ones: Int64, other: EmbeddedImages, others: Int64, are_near: Bools) -> Float32:
     """Return what was seen of pairs (E,) before, NaN where nothing was, as a file in the cache to write to."""
     code = Path(likeness.__file__).read_bytes()  # what other code saw is seen anew
-    digest = hashlib.blake2b(code, digest_size=16)
+    digest = hashlib.blake2b(code + are_near.tobytes(), digest_size=16)
     for images, positions in ((one, ones), (other, others)):
         digest.update(images.source.manifest.content_id.encode())
         digest.update(images.positions[positions].tobytes())

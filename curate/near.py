@@ -21,7 +21,7 @@ from .groups import Groups, Linkage, duplicate_groups
 from .identical import same_key
 from .inputs import EmbeddedImages, Input, read_embedded
 from .keep import Keep, preference, preferred
-from .look import LEAST_ALIKE, LOOKED_AT, SecondLook
+from .look import LAID_OVER, LEAST_ALIKE, LOOKED_AT, SecondLook
 from .threshold import FIXED_THRESHOLD, threshold_from_pool, threshold_of
 from .verdict import DUPLICATE, GROUPED, REASONS, RESEMBLES, SAME_BYTES, STAYS, Verdict, chained
 
@@ -65,7 +65,7 @@ def near_duplicates(
         look = None
         if are_looked_at(settings.verify, settings.threshold, inputs):
             otherwise = threshold_of(pool.model()) or FIXED_THRESHOLD
-            look = stack.enter_context(SecondLook(otherwise, min(settings.k, LOOKED_AT)))
+            look = stack.enter_context(SecondLook(otherwise, min(settings.k, LOOKED_AT), min(settings.k, LAID_OVER)))
         threshold, origin = _threshold(settings.threshold, images, distinct, known, look)
         if look is not None:
             look.learn_limit(images, _unlike(images, distinct), threshold)
@@ -115,7 +115,7 @@ def _threshold(
         return given, "given"
     if look is not None:
         console.say(
-            f"looking at every image and the {look.most} most like it: their pixels decide (--no-verify: a threshold)"
+            f"looking at every image and the {look.k} most like it: their pixels decide (--no-verify: a threshold)"
         )
         return LEAST_ALIKE, "for a second look"
     made = [{} if part.manifest.provenance is None else part.manifest.provenance.figures for part in known]
@@ -154,19 +154,20 @@ def _groups(
     priority = np.empty(len(free), np.int64)
     priority[np.argsort(rank[distinct[free]])] = np.arange(len(free))
 
-    def are_copies(left: Int64, right: Int64, cosines: Float64) -> Bools:
+    def are_copies(left: Int64, right: Int64, cosines: Float64, are_near: Bools) -> Bools:
         assert look is not None
-        return look.copies(images, distinct[free[left]], images, distinct[free[right]], cosines)
+        return look.copies(images, distinct[free[left]], images, distinct[free[right]], cosines, are_near)
 
     found = duplicate_groups(
         vectors,
         first_identical(vectors),
         threshold,
-        settings.k if look is None else look.most,
+        settings.k if look is None else look.k,
         linkage=settings.linkage,
         priority=priority,
         search=settings.search,
         are_copies=None if look is None else are_copies,
+        k_near=LAID_OVER,
     )
     labels, kept, weakest = alone.copy(), alone.copy(), np.ones(len(distinct))
     labels[free], kept[free], weakest[free] = free[found.labels], free[found.kept], found.weakest
@@ -223,7 +224,7 @@ def _with_copies(verdict: Verdict, stands_for: Int64, distinct: Int64) -> Verdic
 def _say_search(figures: dict[str, object], settings: NearSettings) -> None:
     if figures["saturated"]:
         if "looked_at" in figures:
-            say = "are copies of all that were looked at; what stays of their groups was searched again"
+            say = f"are copies of the {LAID_OVER} most like them; what stays of their groups was searched again"
         else:
             say = f"have all their {settings.k} neighbours above the threshold; all above it were counted"
         console.say(f"{figures['saturated']:,} images {say}")

@@ -101,12 +101,20 @@ def plates(pictures: Tensor, sizes: Tensor) -> Plates:
     )
 
 
-def unexplained(one: Plates, other: Plates) -> Tensor:
+def unexplained(one: Plates, other: Plates, closely: Tensor | None = None) -> Tensor:
     """Return the share of contrast (B,) that neither picture of a pair explains of the other: 0 of the same pixels.
 
     The smaller of what is left of the whole pictures and of their contents.
+
+    Args:
+        closely: (B,) of which pairs contents are compared too, at four times the cost; None: of all.
     """
-    return torch.minimum(_left_of_frames(one, other), _left_of_contents(one, other))
+    left = _left_of_frames(one, other)
+    if closely is None:
+        closely = torch.ones_like(left, dtype=torch.bool)
+    if closely.any():
+        left[closely] = torch.minimum(left[closely], _left_of_contents(one.at(closely), other.at(closely)))
+    return left
 
 
 def _choose(which: Tensor, one: Tensor, other: Tensor) -> Tensor:

@@ -118,14 +118,26 @@ def test_plates_hold_the_content_in_their_middle() -> None:
     assert unexplained(plate, shown(picture)).item() < 0.01
 
 
+def test_contents_are_compared_of_those_that_are_looked_at_closely() -> None:
+    pictures = [scene(number) for number in range(6)]
+    one, other = shown(*pictures), shown(*map(COPIES["cropped"], pictures))
+    closely = torch.tensor([True, False] * 3)
+    left = unexplained(one, other, closely)
+    assert torch.equal(left[closely], unexplained(one.at(closely), other.at(closely)))
+    assert left[closely].max() < 0.06 and left[~closely].min() > 0.2
+    assert torch.equal(left[~closely], unexplained(one, other, torch.zeros(6, dtype=torch.bool))[~closely])
+
+
 @pytest.mark.gpu
 def test_a_gpu_sees_what_a_cpu_sees() -> None:
     pictures = [scene(number) for number in range(6)]
     copies = [COPIES["cropped"](picture) for picture in pictures]
     pixels = [torch.stack([crop_picture(each, PREPROCESS) for each in side]) for side in (pictures, copies)]
     sizes = torch.tensor([[SIDE, 48]] * 6)
-    on_cpu = unexplained(*(plates(side, sizes) for side in pixels))
-    on_gpu = unexplained(*(plates(side.cuda(), sizes.cuda()) for side in pixels))
+    one, other = (plates(side, sizes) for side in pixels)
+    on_cpu = unexplained(one, other)
+    one, other = (plates(side.cuda(), sizes.cuda()) for side in pixels)
+    on_gpu = unexplained(one, other)
     assert torch.allclose(on_gpu.cpu(), on_cpu, atol=2e-3)
 
 

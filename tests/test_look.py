@@ -197,25 +197,26 @@ def test_a_crowded_pool_lowers_the_limit_to_what_chance_allows() -> None:
 
 @pytest.mark.parametrize("linkage", ["components", "star"])
 def test_of_a_crowd_larger_than_k_one_stays_and_no_pair_is_looked_at_twice(linkage: Linkage) -> None:
-    """Three crowds of forty copies, of which each sees two: what stays of the parts is compared again."""
+    """Three crowds of forty copies, of which each knows two: what stays of the parts is compared again."""
     rng = np.random.default_rng(1)
     crowd = np.repeat(np.arange(3), 40)
     centres = rng.normal(size=(3, 12))
     vectors = in_memory((centres[crowd] + 0.05 * rng.normal(size=(120, 12))).astype(np.float32))
-    looked: list[tuple[int, int]] = []
+    looked: list[tuple[int, int, bool]] = []
 
-    def are_copies(left: Int64, right: Int64, cosines: Float64) -> Bools:
+    def are_copies(left: Int64, right: Int64, cosines: Float64, are_near: Bools) -> Bools:
         assert (left < right).all() and (cosines > -1).all()
-        looked.extend(zip(left.tolist(), right.tolist(), strict=True))
-        same: Bools = crowd[left] == crowd[right]
+        looked.extend(zip(left.tolist(), right.tolist(), are_near.tolist(), strict=True))
+        same: Bools = (crowd[left] == crowd[right]) & are_near
         return same
 
     priority = rng.permutation(120)
-    found = copies_above(vectors, priority, -1.0, 2, linkage, DEFAULTS, are_copies)
+    found = copies_above(vectors, priority, -1.0, 4, 2, linkage, DEFAULTS, are_copies)
     first = [40 * number + int(priority[crowd == number].argmin()) for number in range(3)]
     assert found.stays.tolist() == np.array(first)[crowd].tolist()
     assert (found.degree == 2).all()
     assert len(set(looked)) == len(looked)
+    assert {near for *_, near in looked} == {True, False}
 
 
 def test_stars_of_pairs_keep_what_no_preferred_one_that_stays_is_a_copy_of() -> None:
@@ -230,7 +231,7 @@ def test_stars_of_pairs_keep_what_no_preferred_one_that_stays_is_a_copy_of() -> 
         59,
         linkage="star",
         priority=priority,
-        are_copies=lambda left, right, _: copies[left, right],
+        are_copies=lambda left, right, *_: copies[left, right],
     )
     stays: list[int] = []
     expected = np.empty(60, np.int64)
