@@ -10,10 +10,10 @@ with all: recall is the share of copies above the threshold to their original, p
 among all pairs of a copy and a picture above the threshold (distinct clip art has true look-alikes: the same card,
 clock or flag in other colours). `copy` is the descriptor alone; with pixels it proposes the pairs that `dedup` looks
 at (each picture and the 24 most like it, 8 of them closely), and what is limited is the difference of their pixels,
-times that of their descriptors. The last two columns are the recall by what `dedup` takes by itself: the descriptor's threshold with
---no-verify, and the limit that it sets with --verify, the default. Sets: Fashion-MNIST's test images, clip art from
-folders that training never saw, and, where folders are named, photographs in tiles and other drawings, unlike the
-training data.
+times that of their descriptors. The last two columns are the recall by what `dedup` takes by itself: the descriptor's
+threshold with --no-verify, and the limit that it sets with --verify, the default. Sets: Fashion-MNIST's test images,
+clip art from folders that training never saw, and, where folders are named, photographs in tiles and other drawings,
+unlike the training data.
 
 The settings of the descriptor's linear map were chosen by these very pictures and copies, those of its network by other
 clip art and Fashion-MNIST images beside them, so the figures flatter it; `--untouched` measures on Fashion-MNIST's
