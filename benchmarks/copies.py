@@ -348,7 +348,7 @@ class Pool:
         one, other = query, near.indices[query, place]
         pairs, number = np.unique(np.minimum(one, other) * len(rows) + np.maximum(one, other), return_inverse=True)
         self.left, self.right = np.divmod(pairs, len(rows))
-        are_near = np.bincount(number[place < LAID_OVER]) > 0
+        are_near = np.bincount(number[place < LAID_OVER], minlength=len(pairs)) > 0
         self.differences = self.difference(vectors, shown, self.left, self.right, are_near)
         self.last = {k: np.maximum(near.similarities[:, k - 1], LEAST_ALIKE) for k in (LOOKED_AT, LAID_OVER)}  # (N,)
 

@@ -135,7 +135,7 @@ def dedup(
     k: Annotated[
         int,
         typer.Option(
-            "--k", help="Neighbours looked at first, by their pixels 8 at most; images that have more are seen to."
+            "--k", help="Neighbours looked at first, by their pixels 24 at most; images that have more are seen to."
         ),
     ] = 64,
     linkage: Annotated[
