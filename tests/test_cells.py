@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dinov2_toolkit.features import cells, neighbors
+from dinov2_toolkit.features.candidates import Best
 from dinov2_toolkit.features.cell_search import cell_neighbors
 from dinov2_toolkit.features.cells import cells_key, open_cells
 from dinov2_toolkit.features.exact_search import exact_neighbors
@@ -160,3 +161,26 @@ def test_the_size_decides_how_it_is_searched(
     assert "by cells" in said(capsys)
     assert_same(nearest(queries, pool, 4, order=order, search=SearchSettings(recall=1)), exact)
     assert "products: --recall 1" in said(capsys)
+
+
+def test_the_best_of_visits_in_any_order_are_the_best_of_all() -> None:
+    """Queries come by turns, some never; of each the largest stay, or all where it saw too few."""
+    rng = np.random.default_rng(18)
+    num_queries, num, width = 40, 5, 30
+    best = Best(num_queries, num)
+    seen: list[dict[int, float]] = [{} for _ in range(num_queries)]
+    for start in range(0, 600, width):
+        visiting = np.sort(rng.choice(num_queries - 1, 12, replace=False))
+        products = rng.normal(size=(12, width if start else 3)).astype(np.float32)
+        query, column = best.near(visiting, products)
+        best.add_of(visiting, query, products[query, column], column + start)
+        for row, values in zip(visiting.tolist(), products.tolist(), strict=True):
+            seen[row] |= {start + place: value for place, value in enumerate(values)}
+    values, positions = best.found()
+    for row in range(num_queries):
+        expected = sorted(seen[row].items(), key=lambda item: -item[1])[:num]
+        order = np.argsort(-values[row])[: len(expected)]
+        assert positions[row][order].tolist() == [place for place, _ in expected]
+        assert values[row][order].tolist() == [value for _, value in expected]
+        assert np.isneginf(values[row]).sum() == num - len(expected)
+    assert np.isneginf(values[-1]).all()
