@@ -22,9 +22,9 @@ from ..features.likeness import Plates, unexplained
 from ..features.neighbors import Identity, nearest
 from ..features.products import device
 from ..features.threads import run, workers
-from ..store.vectors import RELEASED_BYTES, Float32, Float64, Int64, cache_folder, make_room, release
+from ..store.vectors import Float32, Float64, Int64, cache_folder, make_room
 from .inputs import EmbeddedImages
-from .shelf import MAPPED_BYTES, Shelf
+from .shelf import Shelf
 
 LOOKED_AT, LAID_OVER = 24, 8  # chosen: nearest others of an image, and those of which contents are compared too
 LEAST_ALIKE = 0.3  # chosen: cosine below which nothing is a copy; measured, of copies one in a hundred lies lower
@@ -181,17 +181,12 @@ class SecondLook:
             some = unseen[start : start + batch]
             return _compare(shelves[0].at(ones[some]), shelves[1].at(others[some]), are_near[some])
 
-        done, passed = 0, 0
+        done = 0
         with workers() as threads, console.progress("looking at pairs", len(unseen), "pairs") as advance:
             for seen in run(threads, compare, range(0, len(unseen), batch)):
                 left[unseen[done : done + len(seen)]] = seen
                 done += len(seen)
                 advance(len(seen))
-                passed += 2 * len(seen) * MAPPED_BYTES
-                if passed > RELEASED_BYTES:
-                    passed = 0
-                    for shelf in shelves:
-                        release(shelf.records)
 
     def _shelf(self, images: EmbeddedImages) -> "Shelf":
         if id(images) not in self.shelves:

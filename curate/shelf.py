@@ -19,7 +19,7 @@ from ..features.likeness import AROUND_PX, CONTENT_PX, FRAME_PX, Plates, plates
 from ..features.products import device
 from ..features.threads import num_cores
 from ..models.copy_descriptor import PREPROCESS
-from ..store.vectors import Int64, cache_folder
+from ..store.vectors import Int64, cache_folder, release
 from .inputs import EmbeddedImages
 
 READ_BATCH = 64
@@ -33,6 +33,7 @@ RECORD = np.dtype(  # of Plates
     ]
 )
 MAPPED_BYTES = RECORD.itemsize + (64 << 10)  # the system maps 64 KB around what is read
+MOST_MAPPED_BYTES = 1 << 30  # chosen: as much as the rest of a step takes
 UNKNOWN, UNREADABLE = -2, -1  # in place of a place
 
 
@@ -43,6 +44,7 @@ class Shelf:
         self.images = images  # kept, so that its id stays its own
         self.place = np.full(len(images), UNKNOWN)  # (N,) in the file
         self.records = np.empty(0, RECORD)
+        self.mapped = 0  # bytes, at most
         cache_folder().mkdir(parents=True, exist_ok=True)
         self.file = tempfile.TemporaryFile(dir=cache_folder())
 
@@ -72,8 +74,8 @@ class Shelf:
         """Return the pictures of the images at `positions` (B,), which were read, and which of them are readable."""
         place = self.place[positions]
         is_there = place >= 0
-        taken = np.zeros(len(place), RECORD)
-        taken[is_there] = self.records[place[is_there]]
+        taken = self.records[np.maximum(place, 0)] if len(self.records) else np.zeros(len(place), RECORD)
+        self._release(len(place) * MAPPED_BYTES)
         shown = Plates(*(torch.from_numpy(taken[name]).to(device()) for name in Plates._fields))
         return shown, torch.from_numpy(is_there).to(device())
 
@@ -81,6 +83,14 @@ class Shelf:
         """Give back the place that the pictures take."""
         with suppress(OSError):  # of a full disk
             self.file.close()
+
+    def _release(self, num_bytes: int) -> None:
+        """Let go of what is mapped once it could be too much, with so many bytes more."""
+        self.mapped += num_bytes
+        if self.mapped > MOST_MAPPED_BYTES:
+            self.mapped = 0
+            if self.records.nbytes > MOST_MAPPED_BYTES:
+                release(self.records)
 
     def _write(self, data: bytes, num: int) -> None:
         try:
