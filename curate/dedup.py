@@ -24,7 +24,7 @@ from .near import NearSettings, are_looked_at, near_duplicates
 from .selection import selection_provenance
 from .verdict import say_verdict, write_verdict
 
-LOOK_S = 1.3e-3  # measured: of one core, a pair
+LOOK_S = 0.75e-3  # measured: of one core, a pair
 MUTUAL = 0.7  # measured: pairs of an image and one of the nearest to it, of all that there could be
 
 
