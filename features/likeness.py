@@ -50,7 +50,7 @@ UNLIKE = 10.0  # the share of contrast that is left where less of them meet
 class Plates(NamedTuple):
     """Pictures ready to be laid over one another."""
 
-    frames: Tensor  # (B, 3, 64, 64) uint8: the whole picture
+    frames: Tensor  # (B, 3, 64, 64) uint8: the whole picture, every other pixel, for means could not be clipped
     sizes: Tensor  # (B, 2) int64: how many pixels it once had across and down, if less than 64
     pixels: Tensor  # (B, 3, 64, 64) uint8: the content on the inner 32 x 32; beyond the picture its edge goes on
     bounds: Tensor  # (B, 4) left, right, top and bottom of the content, as shares of the picture
