@@ -332,7 +332,7 @@ def plates_of(pictures: list[Image.Image]) -> Plates:
         pixels = torch.stack([crop_picture(picture, PREPROCESS) for picture in some])
         with torch.inference_mode():
             parts.append(plates(pixels, torch.tensor([picture.size for picture in some])))
-    return Plates.joined(parts)
+    return Plates(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class Pool:

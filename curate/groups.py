@@ -48,7 +48,7 @@ def duplicate_groups(
     priority: Int64,
     search: SearchSettings = DEFAULTS,
     are_copies: AreCopies | None = None,
-    k_near: int = 8,
+    k_near: int | None = None,
 ) -> Groups:
     """Group images with a similarity above `threshold`, and choose the one of each group that stays.
 
@@ -63,8 +63,9 @@ def duplicate_groups(
         k: an image with k or more others above the threshold counts as saturated; its neighbours are counted no
             further, and it changes nothing else.
         are_copies: where given, only pairs above the threshold for which it says so belong together, of every image
-            and the k nearest to it; the `k_near` nearest are near, and an image is saturated where all of these are
-            copies: what stays for such is compared again.
+            and the k nearest to it; an image is saturated where all that are near are copies, and what stays for such
+            is compared again.
+        k_near: how many of the k nearest are near; None: all.
     """
     rows = np.arange(len(first))
     first = _of_their_own(vectors, first, threshold)
@@ -82,7 +83,7 @@ def duplicate_groups(
         def look(left: Int64, right: Int64, cosines: Float64, are_near: Bools) -> Bools:
             return are_copies(distinct[left], distinct[right], cosines, are_near)
 
-        k_near = min(k, k_near)
+        k_near = k if k_near is None else min(k, k_near)
         looked = copies_above(searched, best, threshold, k, k_near, linkage, search, look)
         stays, is_saturated, recall = looked.stays, looked.degree >= k_near, looked.recall
     else:

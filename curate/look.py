@@ -76,7 +76,7 @@ class SecondLook:
     limit: float = LIMIT  # of the difference of copies
     num_pairs: int = 0
     num_unread: int = 0
-    shelves: dict[int, "Shelf"] = field(default_factory=dict)  # by id of the images
+    shelves: dict[int, Shelf] = field(default_factory=dict)  # by id of the images
     sampled: tuple[EmbeddedImages, Int64, Bools, Float32] | None = None  # pairs by which the limit was learnt, rising
 
     def __enter__(self) -> "SecondLook":
@@ -188,7 +188,7 @@ class SecondLook:
                 done += len(seen)
                 advance(len(seen))
 
-    def _shelf(self, images: EmbeddedImages) -> "Shelf":
+    def _shelf(self, images: EmbeddedImages) -> Shelf:
         if id(images) not in self.shelves:
             self.shelves[id(images)] = Shelf(images)
         return self.shelves[id(images)]

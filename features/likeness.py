@@ -13,7 +13,6 @@ Shapes: B pairs of pictures, S pixels a side, p pixels a side of a level, P = p 
 """
 
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -54,11 +53,6 @@ class Plates(NamedTuple):
     sizes: Tensor  # (B, 2) int64: how many pixels it once had across and down, if less than 64
     pixels: Tensor  # (B, 3, 64, 64) uint8: the content on the inner 32 x 32; beyond the picture its edge goes on
     bounds: Tensor  # (B, 4) left, right, top and bottom of the content, as shares of the picture
-
-    @classmethod
-    def joined(cls, parts: Sequence["Plates"]) -> "Plates":
-        """Return all of some parts."""
-        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def at(self, which: Tensor) -> "Plates":
         """Return some of them, by their places or by a mask."""
