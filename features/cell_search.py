@@ -20,7 +20,7 @@ from .threads import run, workers
 
 MEASURED_QUERIES = 512  # chosen: queries that are searched exactly too
 QUERY_ROWS, LEAST_ROWS = 65_536, 1_024  # queries that go through the cells together
-VISITS = 1 << 24  # chosen: of these: 320 MB
+VISITS = 1 << 24  # chosen: visits, of a query to a cell, that are sorted at a time; 320 MB
 SETTLED_QUERIES = 4_096
 VISITORS = 1_024  # of a cell whose products are in a core's cache
 
