@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ..errors import ToolkitError
 from ..features.launched import caught_signals
-from ..store.artifact import Options, Result, check_manifest_name, is_up_to_date, recorded
+from ..store.artifact import Options, Result, check_manifest_name, check_side_file, is_up_to_date, recorded
 from ..store.manifest import SELECTION_FIELDS, Provenance, cluster_field, open_manifest
 from ..store.memory import memory_budget
 from ..store.vectors import Float32, Int64, Vectors
@@ -22,7 +22,7 @@ from .balance import balanced_sample, seeded_keys
 from .centroid_search import Metric
 from .cluster_report import check_report, write_report
 from .cluster_sheet import draw_clusters
-from .cluster_table import Level, describe_levels, write_cluster_table
+from .cluster_table import Level, describe_levels, table_path, write_cluster_table
 from .group_sheet import check_sheet
 from .inputs import EmbeddedImages, describe, open_input, read_embedded, warn_of_plain_features
 from .kmeans import KMeansSettings, cluster_vectors
@@ -80,6 +80,7 @@ def cluster_images(manifest: Path | None, output: str, settings: ClusterSettings
     if settings.report is not None:
         check_report(settings.report, options, is_made)
     if not is_made:
+        check_side_file(table_path(path), "clusters", path, provenance, options)
         if settings.sheet is not None:
             check_sheet(settings.sheet, options)
         warn_of_plain_features(pool)

@@ -23,6 +23,7 @@ table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .2em .8em; 
 th { color: #6d737a; font-weight: normal; border-bottom: 1px solid #dcdcd6 } td:first-child { text-align: left }
 figure { display: inline-block; margin: 0 1em 1em 0 } figcaption { color: #6d737a }
 """
+HEAD = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Clusters: '  # by which a report of ours is known
 BEFORE, AFTER = "#b8bcc2", "#1f6f8b"
 
 GROUPS = """
@@ -50,8 +51,13 @@ def check_report(report: Path, options: Options, is_made: bool) -> None:
         raise ToolkitError(f"--report {report} does not end in .html; a report is a page: name it so")
     if report.is_dir():
         raise ToolkitError(f"--report {report} is a folder; name a file")
-    if report.exists() and not (is_made or options.force):
+    if report.exists() and not options.force and not (is_made and _is_ours(report)):
         raise ToolkitError(f"{report} exists; choose another --report, or --force to overwrite it")
+
+
+def _is_ours(report: Path) -> bool:
+    with report.open("rb") as file:
+        return file.read(len(HEAD)) == HEAD.encode()
 
 
 def write_report(path: Path, report: Path) -> None:
@@ -64,7 +70,7 @@ def write_report(path: Path, report: Path) -> None:
     with tables.connect() as connection:
         body = _body(connection, clusters, selection.provenance)
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Clusters: {html.escape(path.name)}</title>'
+        f"{HEAD}{html.escape(path.name)}</title>"
         f"<style>{STYLE}</style><h1>Clusters: {html.escape(path.name)}</h1>{body}</html>\n"
     )
     report.parent.mkdir(parents=True, exist_ok=True)

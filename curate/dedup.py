@@ -11,8 +11,8 @@ from .. import console
 from ..errors import ToolkitError
 from ..features.neighbors import SearchSettings
 from ..features.sheet import check_picture_name
-from ..store.artifact import Options, Result, check_manifest_name, is_up_to_date, recorded
-from ..store.manifest import Provenance, open_manifest
+from ..store.artifact import Options, Result, check_manifest_name, check_side_file, is_up_to_date, recorded
+from ..store.manifest import Provenance, open_manifest, removed_path
 from ..store.memory import memory_budget
 from .exact import Exact, exact_duplicates, exact_work
 from .group_sheet import check_sheet, draw_groups
@@ -67,14 +67,16 @@ def dedup_images(manifest: Path | None, output: str, settings: DedupSettings, op
     memory = memory_budget(settings.memory)
     provenance = _provenance(path, settings, options, [pool, *known, *evaluation])
     is_made = is_up_to_date(path, provenance, options)
+    if not is_made:
+        check_side_file(removed_path(path), "removed", path, provenance, options)
+        if settings.sheet is not None:
+            check_sheet(settings.sheet, options)
     if options.dry_run:
         if not is_made:
             _describe(path, [pool, *known, *evaluation], settings, options)
         return None
 
     if not is_made:
-        if settings.sheet is not None:
-            check_sheet(settings.sheet, options)
         with recorded(path) as finished:
             if settings.exact is not None:
                 verdict = exact_duplicates(

@@ -17,7 +17,7 @@ from .. import console
 from ..errors import ToolkitError
 from ..features.extract import FeatureModel, best_device
 from ..store import catalog
-from ..store.artifact import Options, difference, is_up_to_date
+from ..store.artifact import Options, check_side_file, difference, is_up_to_date
 from ..store.manifest import OPTIONAL_IMAGE_FIELDS, Manifest, Provenance, Source, open_manifest, removed_path
 from ..store.sources import Entry, ImageSource, Skip, entries, listing_line
 from ..store.vectors import cache_folder
@@ -67,6 +67,7 @@ def prepare_work(
     if not continues and earlier is None and is_up_to_date(path, provenance, options):
         forget_work(folder)
         return False
+    check_side_file(removed_path(path), "removed", path, provenance, options)
     if options.dry_run:
         _describe(path, survey, model, settings, earlier)
         return False

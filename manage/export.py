@@ -79,6 +79,8 @@ def export_model(source: str, output: str, settings: ExportSettings, options: Op
     if _is_up_to_date(path, provenance, options):
         there = _find_provenance(path)
         return None if options.dry_run or there is None else Result(output, there.figures)
+    if settings.to != "hf":
+        _check_side_files(path, options)
     num_bytes = sum(4 * weight.numel() for weight in model.backbone.parameters())
     if options.dry_run:
         console.say(
@@ -164,12 +166,30 @@ def _is_up_to_date(path: Path, provenance: Provenance, options: Options) -> bool
     raise ToolkitError(f"{path} exists and {reason}; choose another -o, or --force to overwrite it")
 
 
+def _check_side_files(path: Path, options: Options) -> None:
+    """Raise ToolkitError when what goes with an export would take the place of something else without --force."""
+    ours = _find_provenance(path) is not None
+    for side in (path.with_name(f"{path.name}{ending}") for ending in (FILE_PROVENANCE, export_onnx.WEIGHTS_BESIDE)):
+        if side.is_dir():
+            raise ToolkitError(f"{side}, which goes with {path}, is a folder; choose another -o, or move it away")
+        if side.exists() and not ours and not options.force:
+            raise ToolkitError(
+                f"{side}, which goes with {path}, exists and is of no export of ours;"
+                " choose another -o, or --force to overwrite it"
+            )
+
+
 def _find_provenance(path: Path) -> Provenance | None:
     if path.is_dir():
         found = read_run_provenance(path)
         return found if found is not None and found.kind == "export" else None
     file = path.with_name(f"{path.name}{FILE_PROVENANCE}")
-    return provenance_from(json.loads(file.read_text(encoding="utf-8")), file) if file.exists() else None
+    if not file.is_file():
+        return None
+    try:
+        return provenance_from(json.loads(file.read_text(encoding="utf-8")), file)
+    except (ValueError, KeyError, TypeError):  # somebody's, by the same name
+        return None
 
 
 def _judge(to: Format, comparison: Comparison, trial: Trial, output: str) -> None:
@@ -232,6 +252,6 @@ def _put_in_place(aside: Path, path: Path) -> None:
                 os.fsync(handle.fileno())
     for file in sorted(aside.iterdir(), key=lambda file: file.name == path.name):
         place = path.with_name(file.name)
-        if place.is_dir():
+        if place == path and place.is_dir():  # an earlier export, or empty
             shutil.rmtree(place)
         os.replace(file, place)

@@ -16,6 +16,7 @@ from .vit import VisionTransformer
 from .weights import Model
 
 MAX_FILE_BYTES = 1_900_000_000  # a protobuf ends at 2 GiB: larger weights go into a file of their own
+WEIGHTS_BESIDE = ".data"  # behind the name of the graph
 INPUT, OUTPUTS = "images", ("cls_token", "patch_tokens")
 BATCHES = (1, 3)
 

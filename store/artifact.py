@@ -11,7 +11,7 @@ from pathlib import Path
 from .. import console
 from ..errors import ToolkitError
 from . import catalog
-from .manifest import Provenance, open_manifest, provenance_from, provenance_values, toolkit_version
+from .manifest import Provenance, open_manifest, part_paths, provenance_from, provenance_values, toolkit_version
 
 RUN_PROVENANCE = "provenance.json"  # in a run folder
 FILE_PROVENANCE = ".provenance.json"  # behind the name of a file that cannot carry its own
@@ -67,6 +67,31 @@ def is_up_to_date(output: Path, provenance: Provenance, options: Options) -> boo
         return True
     reason = "is no manifest of ours" if there is None else f"was made otherwise ({difference(there, provenance)})"
     raise ToolkitError(f"{output} exists and {reason}; choose another -o, or --force to overwrite it")
+
+
+def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance, options: Options) -> None:
+    """Check, before any work, that a step which makes `output` may write a manifest of that kind at `side`.
+
+    It may take the place of what an earlier run of the same command wrote there, whether `output` still stands or not.
+    Raises ToolkitError when it is a folder or one of the inputs, or anything else stands there and --force was not
+    given.
+    """
+    if not side.exists():
+        return
+    if side.is_dir():
+        raise ToolkitError(f"{side}, which goes with {output}, is a folder; choose another -o, or move it away")
+    for source in (*provenance.inputs, *([] if provenance.base is None else [provenance.base])):
+        if any(part.exists() and part.samefile(side) for part in part_paths(Path(source.path))):
+            raise ToolkitError(f"{side} is an input, and -o {output} would overwrite it; choose another -o")
+    if options.force:
+        return
+    there = _provenance_at(side)
+    if there is not None and (there.command, there.kind) == (provenance.command, kind):
+        return
+    what = "is no manifest of ours" if there is None else f"was made by `{there.command}` ({there.kind})"
+    raise ToolkitError(
+        f"{side}, which goes with {output}, exists and {what}; choose another -o, or --force to overwrite it"
+    )
 
 
 def _provenance_at(output: Path) -> Provenance | None:

@@ -182,13 +182,20 @@ def _open_parts(path: Path) -> Manifest:
     listing = path / "_manifest.json"
     if not listing.exists():
         raise ToolkitError(f"{path} is a folder without _manifest.json, so no manifest; name a Parquet file")
-    names = json.loads(listing.read_text())["parts"]
-    opened = [open_manifest(path / name) for name in names]
+    opened = [open_manifest(part) for part in part_paths(path)]
     if not opened:
         raise ToolkitError(f"{listing} lists no parts; make the manifest again")
     digest = hashlib.blake2b("\n".join(part.content_id for part in opened).encode(), digest_size=16).hexdigest()
     num_rows = sum(part.num_rows for part in opened)
     return Manifest(path, tuple(part.path for part in opened), opened[0].schema, num_rows, opened[0].provenance, digest)
+
+
+def part_paths(path: Path) -> list[Path]:
+    """Return the files of a manifest: itself, or what the `_manifest.json` of its folder lists; none without one."""
+    listing = path / "_manifest.json"
+    if not path.is_dir():
+        return [path]
+    return [path / name for name in json.loads(listing.read_text())["parts"]] if listing.exists() else []
 
 
 def _read_provenance(metadata: dict[bytes, bytes], path: Path) -> Provenance | None:

@@ -347,6 +347,24 @@ def test_the_same_export_again_is_up_to_date_and_another_asks_for_force(
         export(tmp_path / "run", tmp_path / "other.pth", "official")
 
 
+@pytest.mark.parametrize("name", ["vit.pth.provenance.json", "vit.pth.data"])
+def test_what_stands_beside_an_export_asks_for_force(tmp_path: Path, name: str) -> None:
+    run_folder(tmp_path / "run")
+    beside = tmp_path / name
+    beside.write_text("[1]")
+    for dry_run in (False, True):
+        with pytest.raises(ToolkitError, match=f"{name}, which goes with .*--force"):
+            export(tmp_path / "run", tmp_path / "vit.pth", "official", dry_run=dry_run)
+    assert beside.read_text() == "[1]"
+    export(tmp_path / "run", tmp_path / "vit.pth", "official", force=True)
+    (tmp_path / "vit.pth").unlink()
+    export(tmp_path / "run", tmp_path / "vit.pth", "official")
+    beside.unlink()
+    beside.mkdir()
+    with pytest.raises(ToolkitError, match="is a folder"):
+        export(tmp_path / "run", tmp_path / "vit.pth", "official", force=True, image_size=14)
+
+
 def test_force_replaces_a_folder_of_ours_and_never_somebodys(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     run_folder(tmp_path / "run")
