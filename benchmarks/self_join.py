@@ -24,8 +24,9 @@ from dinov2_toolkit.benchmarks.synthetic import write
 from dinov2_toolkit.features.exact_search import SearchSettings
 from dinov2_toolkit.features.join import components_above
 from dinov2_toolkit.features.similarity import similarities
+from dinov2_toolkit.store.cache import cache_folder
 from dinov2_toolkit.store.manifest import open_manifest
-from dinov2_toolkit.store.vectors import Float32, Int64, Vectors, cache_folder, open_vectors
+from dinov2_toolkit.store.vectors import Float32, Int64, Vectors, open_vectors
 
 THRESHOLD = 0.86
 RECALL = 0.99

@@ -9,7 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..store.manifest import REMOVED_FIELDS, ROW_GROUP_ROWS, ManifestWriter, Provenance, open_manifest, removed_path
+from ..store.cache import open_cache
+from ..store.manifest import (
+    REMOVED_FIELDS,
+    ROW_GROUP_ROWS,
+    ManifestWriter,
+    Provenance,
+    Source,
+    open_manifest,
+    removed_path,
+)
 from .embed_filters import REASONS
 from .embedded_parts import LISTING, NUMBER_FIELD, Part, Work, finished_spans, read_part, taken_rows
 from .listing import Listing
@@ -71,8 +80,9 @@ def assemble(folder: Path, work: Work, fields: list[pa.Field], path: Path) -> tu
         summary.num_rows = embedded.num_rows
         filtered = {"filtered": summary.num_filtered} if summary.num_filtered else {}
         embedded.set_figures(images=embedded.num_rows, removed=removed.num_rows, **filtered)
-    files_path(embedded.provenance.content_id).parent.mkdir(parents=True, exist_ok=True)
-    np.save(files_path(embedded.provenance.content_id), np.concatenate(files, axis=1))
+    open_cache()
+    written = Source("manifest", str(path.absolute()), embedded.provenance.content_id)
+    np.save(files_path(written), np.concatenate(files, axis=1))
     return embedded.provenance, removed.provenance, summary
 
 

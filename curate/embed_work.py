@@ -18,9 +18,9 @@ from ..errors import ToolkitError
 from ..features.extract import FeatureModel, best_device
 from ..store import catalog
 from ..store.artifact import Options, check_side_file, difference, is_up_to_date
+from ..store.cache import cache_folder
 from ..store.manifest import OPTIONAL_IMAGE_FIELDS, Manifest, Provenance, Source, open_manifest, removed_path
 from ..store.sources import Entry, ImageSource, Skip, entries, listing_line
-from ..store.vectors import cache_folder
 from .embed_assembly import assemble
 from .embed_settings import EmbedSettings, extracted, manifest_fields, reading_of
 from .embedded_parts import (

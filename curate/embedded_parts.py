@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..store.cache import cache_folder, open_cache, remove_empty_cache
 from ..store.lock import held, is_held
 from ..store.manifest import Provenance, Source, provenance_from, provenance_values
-from ..store.vectors import cache_folder
 
 BLOCK_ENTRIES = 1_024  # chosen: a batch ends where a block does, so that neither stops nor processes show in a batch
 PART_BYTES = 64 << 20  # chosen: a part is written when it has as much,
@@ -68,7 +68,8 @@ def locked(folder: Path, output: Path) -> Iterator[None]:
 
     Raises ToolkitError when another process has it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    open_cache()
+    folder.mkdir(exist_ok=True)
     with held(folder / "lock", f"embedding to {output}"):
         for half in folder.glob(".*.tmp"):
             half.unlink()
@@ -81,12 +82,9 @@ def is_locked(folder: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Remove the work, and `.dinov2/cache` above it where it is left empty; a folder that the user chose stays."""
+    """Remove the work, and `.dinov2/cache` above it where it is left empty."""
     shutil.rmtree(folder)
-    with suppress(OSError):  # not empty
-        folder.parent.rmdir()
-        if folder.parent.parent.name == ".dinov2":
-            folder.parent.parent.rmdir()
+    remove_empty_cache()
 
 
 def read_work(folder: Path) -> Work | None:

@@ -22,7 +22,8 @@ from ..features.likeness import Plates, unexplained
 from ..features.neighbors import Identity, nearest
 from ..features.products import device
 from ..features.threads import run, workers
-from ..store.vectors import Float32, Float64, Int64, cache_folder, make_room
+from ..store.cache import cache_folder, cache_key, make_room, open_cache
+from ..store.vectors import Float32, Float64, Int64
 from .inputs import EmbeddedImages
 from .shelf import Shelf
 
@@ -208,11 +209,11 @@ def _kept(one: EmbeddedImages, ones: Int64, other: EmbeddedImages, others: Int64
     code = Path(likeness.__file__).read_bytes()  # what other code saw is seen anew
     digest = hashlib.blake2b(code + are_near.tobytes(), digest_size=16)
     for images, positions in ((one, ones), (other, others)):
-        digest.update(images.source.manifest.content_id.encode())
+        digest.update(cache_key(images.source.manifest.source("look")).encode())
         digest.update(images.positions[positions].tobytes())
     path = cache_folder() / f"{digest.hexdigest()}-look.npy"
     if not path.exists():
-        cache_folder().mkdir(parents=True, exist_ok=True)
+        open_cache()
         make_room(4 * len(ones))
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import Stopped
+from ..store.cache import cache_folder, cache_key, open_cache
 from ..store.manifest import Provenance, toolkit_version
-from ..store.vectors import cache_folder
 
 SAVE_EVERY_S = 30.0  # chosen: what a kill costs at most
 
@@ -24,7 +24,8 @@ class Saved:
     """A folder in the cache that belongs to one piece of work: the same command on the same contents finds it again."""
 
     def __init__(self, provenance: Provenance) -> None:
-        inputs = [(source.role, source.content_id) for source in provenance.inputs]
+        sources = [*provenance.inputs, *([] if provenance.base is None else [provenance.base])]
+        inputs = [(source.role, cache_key(source)) for source in sources]
         work = json.dumps(
             [toolkit_version(), provenance.command, provenance.parameters, provenance.seed, inputs], sort_keys=True
         )
@@ -42,7 +43,8 @@ class Saved:
 
         Raises Stopped afterwards when a signal has come.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        open_cache()
+        self.folder.mkdir(exist_ok=True)
         temporary = self.folder / f".{name}.{os.getpid()}.tmp"
         with temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **{key: np.asarray(value) for key, value in arrays.items()})
@@ -63,7 +65,8 @@ class Saved:
 
     def mapped(self, name: str, dtype: type[np.generic], num: int) -> Array:
         """Return an array of `num` on disk, as it was left; it is as long as the pool, and only parts are in memory."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        open_cache()
+        self.folder.mkdir(exist_ok=True)
         path: Path = self.folder / f"{name}.npy"
         if not path.exists():
             temporary = self.folder / f".{name}.{os.getpid()}.tmp"

@@ -19,7 +19,8 @@ from ..features.likeness import AROUND_PX, CONTENT_PX, FRAME_PX, Plates, plates
 from ..features.products import device
 from ..features.threads import num_cores
 from ..models.copy_descriptor import PREPROCESS
-from ..store.vectors import Int64, cache_folder, release
+from ..store.cache import cache_folder, open_cache
+from ..store.vectors import Int64, release
 from .inputs import EmbeddedImages
 
 READ_BATCH = 64
@@ -45,8 +46,7 @@ class Shelf:
         self.place = np.full(len(images), UNKNOWN)  # (N,) in the file
         self.records = np.empty(0, RECORD)
         self.mapped = 0  # bytes, at most
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        self.file = tempfile.TemporaryFile(dir=cache_folder())
+        self.file = tempfile.TemporaryFile(dir=open_cache())
 
     def read(self, positions: Int64) -> None:
         """Read the pictures of the images at `positions`, but for those that are there."""

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..store.manifest import Manifest
+from ..store.cache import cache_folder, cache_key
+from ..store.manifest import Manifest, Source
 from ..store.tables import connect
-from ..store.vectors import cache_folder
 from .listing import Listing
 
 NO_ROW = -1
@@ -33,9 +33,9 @@ class Known:
     num_listed: int  # rows of it whose uris are still listed, changed or not
 
 
-def files_path(content_id: str) -> Path:
+def files_path(manifest: Source) -> Path:
     """Return where the sizes and time stamps of a manifest's files are kept, (2, rows) int64: in the cache."""
-    return cache_folder() / f"{content_id}.files.npy"
+    return cache_folder() / f"{cache_key(manifest)}.files.npy"
 
 
 def find_known(listing: Path, num_entries: int, earlier: Manifest) -> Known:
@@ -44,7 +44,7 @@ def find_known(listing: Path, num_entries: int, earlier: Manifest) -> Known:
     Where the cache has lost those, none is, and all images are read to be known by their bytes.
     """
     known = Known(np.full(num_entries, NO_ROW, np.int64), 0)
-    path = files_path(earlier.content_id)
+    path = files_path(earlier.source("earlier"))
     files = np.load(path, mmap_mode="r") if path.exists() else np.full((2, earlier.num_rows), -1, np.int64)
     rows = {"row": np.arange(earlier.num_rows), "size": files[0], "mtime_ns": files[1]}
     with connect() as database:

@@ -15,9 +15,10 @@ from .. import console
 from ..errors import ToolkitError
 from ..features.extract import FeatureModel, extract
 from ..store import catalog
+from ..store.cache import cache_folder
 from ..store.manifest import Manifest, Source, open_manifest
 from ..store.sources import ImageSource, check_labels, entries, open_source, survey
-from ..store.vectors import Float32, Int64, cache_folder, has_vectors, open_vectors
+from ..store.vectors import Float32, Int64, has_vectors, open_vectors
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from ..features.extract import FeatureModel, best_device, extract, with_choice
 from ..features.tokens import TokenChoice
 from ..features.windows import MAX_ASPECT
 from ..models.vit import VisionTransformer
-from ..store.vectors import Float64, Int64, cache_folder
+from ..store.cache import open_cache
+from ..store.vectors import Float64, Int64
 from .labelled import short_name
 from .masks import IGNORE, Mask, MaskedSide, read_mask
 from .scores import Measurement, resampled_interval
@@ -113,8 +114,7 @@ class Scratch:
     """Samples that wait on the disk, in a file that is gone when this is closed."""
 
     def __enter__(self) -> "Scratch":
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=cache_folder())
+        self._file = tempfile.TemporaryFile(dir=open_cache())
         return self
 
     def __exit__(self, *_: object) -> None:

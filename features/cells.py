@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import console
+from ..store.cache import cache_folder, cache_key, make_room, open_cache
 from ..store.vectors import (
     RELEASED_BYTES,
     RELEASED_ROWS,
@@ -26,8 +27,6 @@ from ..store.vectors import (
     Int64,
     Stored,
     Vectors,
-    cache_folder,
-    make_room,
     release,
 )
 from .products import product, unit_rows
@@ -85,7 +84,7 @@ def open_cells(pool: Vectors, seed: int, more: int = 1) -> Cells:
         for path in paths.values():
             os.utime(path)
         return _mapped(paths)
-    cache_folder().mkdir(parents=True, exist_ok=True)
+    open_cache()
     make_room(len(pool) * (pool.dim * pool.array.itemsize + 6 * num_nearest + 8) + 4 * num_cells * pool.dim)
     centroids, groups = fit_centroids(pool, num_cells, seed)
     _write(pool, centroids, groups, num_nearest, paths)
@@ -105,7 +104,7 @@ def cells_key(pool: Vectors, seed: int, num_nearest: int) -> str:
     """Return a name for a pool's cells: by the vectors it is made of, and what they are divided by."""
     digest = hashlib.blake2b(digest_size=16)
     made_by = (ROWS_A_CELL, SAMPLE_A_CELL, ITERATIONS, CELLS_A_GROUP, seed, num_nearest)
-    digest.update(repr((pool.base.content_id, pool.array.shape, pool.array.dtype.str, *made_by)).encode())
+    digest.update(repr((cache_key(pool.base), pool.array.shape, pool.array.dtype.str, *made_by)).encode())
     digest.update(np.ascontiguousarray(pool.rows).data)
     probes = np.linspace(0, len(pool) - 1, min(len(pool), 64)).astype(np.int64)
     digest.update(np.ascontiguousarray(pool.take(probes).raw(0, len(probes))).data)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from .. import console
-from ..store.vectors import RELEASED_BYTES, RELEASED_ROWS, Int64, Vectors, cache_folder, release
+from ..store.cache import cache_folder
+from ..store.vectors import RELEASED_BYTES, RELEASED_ROWS, Int64, Vectors, release
 from .bounds import bounded_batches
 from .cells import Cells, cells_key, open_cells
 from .exact_search import DEFAULTS, EXACT_PRODUCTS, SearchSettings

@@ -11,9 +11,9 @@ from ..curate.embedded_parts import is_locked
 from ..errors import ToolkitError
 from ..store import catalog
 from ..store.artifact import FILE_PROVENANCE, RUN_PROVENANCE, read_run_provenance
+from ..store.cache import cached
 from ..store.catalog import Artifact
 from ..store.manifest import Provenance, data_content_id, open_manifest, provenance_from
-from ..store.vectors import cache_folder
 
 
 def list_artifacts(kind: str | None, as_json: bool) -> None:
@@ -150,14 +150,16 @@ def _carriers(path: Path) -> list[tuple[Path, Provenance]]:
 def gc() -> None:
     """Empty the cache, and forget artifacts that no longer exist; print how many bytes came free.
 
-    What an `embed` is writing this moment stays; what stopped ones have kept goes, and they start anew.
+    Only what has a name of our making goes. What an `embed` is writing this moment stays; what stopped ones have kept
+    goes, and they start anew. Raises ToolkitError when something that is no cache of ours stands in its place.
     """
     freed = 0
-    for found in sorted(cache_folder().iterdir()) if cache_folder().exists() else []:
-        if found.is_dir() and is_locked(found):
+    for found in cached():
+        is_folder = found.is_dir() and not found.is_symlink()
+        if is_folder and is_locked(found):
             continue
-        freed += sum(file.stat().st_size for file in (found.rglob("*") if found.is_dir() else [found]))
-        shutil.rmtree(found) if found.is_dir() else found.unlink()
+        freed += sum(file.lstat().st_size for file in (found.rglob("*") if is_folder else [found]))
+        shutil.rmtree(found) if is_folder else found.unlink()
     gone = [artifact.path for artifact in catalog.artifacts() if not Path(artifact.path).exists()]
     for path in gone:
         catalog.forget(Path(path))

@@ -11,7 +11,8 @@ from pathlib import Path
 from .. import console
 from ..errors import ToolkitError
 from . import catalog
-from .manifest import Provenance, open_manifest, part_paths, provenance_from, provenance_values, toolkit_version
+from .cache import touch
+from .manifest import Provenance, Source, open_manifest, part_paths, provenance_from, provenance_values, toolkit_version
 
 RUN_PROVENANCE = "provenance.json"  # in a run folder
 FILE_PROVENANCE = ".provenance.json"  # behind the name of a file that cannot carry its own
@@ -61,7 +62,7 @@ def is_up_to_date(output: Path, provenance: Provenance, options: Options) -> boo
     if there is not None and there.same_work(provenance):
         console.say(f"{output} is up to date")
         if not options.dry_run:
-            os.utime(output)
+            touch(Source("manifest", str(output.absolute()), there.content_id))
             if not catalog.artifacts("path = ? and digest = ?", [str(output.absolute()), there.content_id]):
                 catalog.record(output, there, None)
         return True

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
+from .cache import cache_folder
 from .manifest import ROW_GROUP_ROWS, Manifest, open_manifest
 from .memory import SMALLEST, memory_budget
-from .vectors import cache_folder
 
 MOST_BYTES = 512 << 20  # measured: millions of names are sorted no faster with more
 BATCH_ROWS = 4 * ROW_GROUP_ROWS  # rows at a time: whole row groups, so that pieces do not show in what is written

@@ -11,10 +11,8 @@ import pyarrow as pa
 
 from .. import console
 from ..errors import ToolkitError
-from .catalog import catalog_path
+from .cache import cache_folder, cache_key, make_room, open_cache
 from .manifest import Manifest, Source, open_manifest
-
-CACHE_BYTES = int(os.environ.get("DINOV2_CACHE_BYTES", 64 << 30))  # scratch arrays are kept up to this size
 
 RELEASED_BYTES = 256 << 20  # chosen: of a mapped array that is read in sequence, so much stays mapped
 RELEASED_ROWS = 4_096  # of one that is read here and there: the system maps 64 KB around every row
@@ -170,8 +168,7 @@ def locate_vectors(
 def scratch_size(base: Manifest) -> tuple[int, int]:
     """Return D, and how many bytes decoding an embedding manifest would add to the cache: 0 when it is there."""
     dim, dtype = _dimension(base)
-    there = (cache_folder() / f"{base.content_id}.npy").exists()
-    return dim, 0 if there else base.num_rows * dim * dtype.itemsize
+    return dim, 0 if _scratch_path(base).exists() else base.num_rows * dim * dtype.itemsize
 
 
 def _base_of(manifest: Manifest) -> Source | None:
@@ -212,16 +209,16 @@ def _matching_rows(manifest: Manifest, base: Manifest, num_rows: int) -> Int64:
     return np.asarray(found, dtype=np.int64)
 
 
-def cache_folder() -> Path:
-    """Return where scratch arrays lie: `cache` beside the catalog."""
-    return catalog_path().parent / "cache"
+def _scratch_path(manifest: Manifest) -> Path:
+    """Return where a manifest's vectors are kept decoded."""
+    return cache_folder() / f"{cache_key(manifest.source('base'))}.npy"
 
 
 def _mapped_array(manifest: Manifest) -> Stored:
     """Decode a manifest's `embedding` column once into a .npy file, and map it."""
-    path = cache_folder() / f"{manifest.content_id}.npy"
+    path = _scratch_path(manifest)
     if not path.exists():
-        cache_folder().mkdir(parents=True, exist_ok=True)
+        open_cache()
         dim, dtype = _dimension(manifest)
         make_room(manifest.num_rows * dim * dtype.itemsize)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -276,13 +273,3 @@ def _decode(manifest: Manifest, target: Path, dim: int, dtype: np.dtype[np.float
     array.flush()
     del batch, column, values, block
     pa.default_memory_pool().release_unused()  # what was read, of which Arrow keeps as much as 200 MB
-
-
-def make_room(num_bytes: int) -> None:
-    """Remove the eldest scratch arrays where the cache would grow too large with `num_bytes` more."""
-    kept = sorted(cache_folder().glob("*.npy"), key=lambda file: file.stat().st_mtime, reverse=True)
-    total = num_bytes
-    for file in kept:
-        total += file.stat().st_size
-        if total > CACHE_BYTES:
-            file.unlink()

@@ -13,8 +13,8 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.manage import catalog as commands
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, is_up_to_date
+from dinov2_toolkit.store.cache import cache_folder, cached, open_cache
 from dinov2_toolkit.store.manifest import IMAGE_FIELDS, ManifestWriter, Provenance, Source, open_manifest
-from dinov2_toolkit.store.vectors import cache_folder
 
 EMPTY = pa.schema(IMAGE_FIELDS).empty_table()
 
@@ -118,17 +118,18 @@ def test_gc_forgets_what_is_gone(tmp_path: Path) -> None:
 
 
 def test_gc_empties_the_cache_but_for_work_under_way(capsys: pytest.CaptureFixture[str]) -> None:
-    at_work, left_over = (cache_folder() / name for name in ("embed-1", "embed-2"))
+    at_work, left_over = (cache_folder() / name for name in (f"embed-{1:016}", f"embed-{2:016}"))
+    open_cache()
     left_over.mkdir(parents=True)
     (left_over / "part-0.arrow").write_bytes(b"12345")
-    (cache_folder() / "0-pool.npy").write_bytes(b"123")
+    (cache_folder() / f"{0:032}-ids.npy").write_bytes(b"123")
     with locked(at_work, Path("pool.parquet")):
         (at_work / "part-0.arrow").write_bytes(b"1")
         commands.gc()
     assert capsys.readouterr().out == "8\n"
-    assert [path.name for path in cache_folder().iterdir()] == ["embed-1"]
+    assert cached() == [at_work]
     commands.gc()
-    assert list(cache_folder().iterdir()) == []
+    assert cached() == []
 
 
 def test_a_second_run_is_up_to_date_and_another_is_refused(tmp_path: Path) -> None:

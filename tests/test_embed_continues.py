@@ -26,7 +26,7 @@ from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
-from dinov2_toolkit.store.vectors import cache_folder
+from dinov2_toolkit.store.cache import cache_folder
 
 NUM_IMAGES, NUM_BROKEN = 50, 3
 FILES = ("pool.parquet", "pool.removed.parquet")

@@ -12,8 +12,9 @@ from dinov2_toolkit.features.exact_search import SearchSettings
 from dinov2_toolkit.features.graph import Graph
 from dinov2_toolkit.features.join import components_above
 from dinov2_toolkit.features.similarity import first_identical
+from dinov2_toolkit.store.cache import cache_folder
 from dinov2_toolkit.store.manifest import Source
-from dinov2_toolkit.store.vectors import Float64, Int64, Stored, Vectors, cache_folder
+from dinov2_toolkit.store.vectors import Float64, Int64, Stored, Vectors
 from dinov2_toolkit.tests.embedded import unit
 
 

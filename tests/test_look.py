@@ -21,6 +21,7 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.decoding import ImageBatch, load_batches
 from dinov2_toolkit.features.exact_search import DEFAULTS
 from dinov2_toolkit.store.artifact import Options
+from dinov2_toolkit.store.cache import cached
 from dinov2_toolkit.store.manifest import Source, open_manifest, removed_path
 from dinov2_toolkit.store.vectors import Float64, Int64, Vectors
 from dinov2_toolkit.tests.embedded import write_embeddings
@@ -130,7 +131,7 @@ def test_each_picture_is_read_once_and_none_is_left_on_the_disk(folder: Path, mo
     monkeypatch.setattr(shelf, "load_batches", reading)
     assert deduplicated(pool)[0] == PLANTED
     assert len(read) == len(set(read)) <= len(list(folder.iterdir()))
-    assert all(path.suffix == ".npy" for path in (folder.parent / ".dinov2" / "cache").iterdir())
+    assert all(path.suffix == ".npy" for path in cached())
 
 
 def test_a_full_disk_is_told_with_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

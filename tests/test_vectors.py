@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.store import vectors as vectors_module
+from dinov2_toolkit.store import cache
+from dinov2_toolkit.store.cache import cache_folder, cached
 from dinov2_toolkit.store.manifest import IMAGE_FIELDS, ROW_FIELD, ManifestWriter, Provenance, open_manifest
-from dinov2_toolkit.store.vectors import cache_folder, open_vectors
+from dinov2_toolkit.store.vectors import open_vectors
 
 
 def foreign(path: Path, vectors: list[list[float]], kind: pa.DataType | None = None) -> Path:
@@ -109,7 +110,7 @@ def test_other_features_are_matched_by_image(tmp_path: Path) -> None:
 def test_vectors_that_cannot_be_compared_are_errors(tmp_path: Path, vectors: list[list[float]], message: str) -> None:
     with pytest.raises(ToolkitError, match=message):
         open_vectors(open_manifest(foreign(tmp_path / "a.parquet", vectors)))
-    assert not cache_folder().exists() or not list(cache_folder().iterdir())
+    assert cached() == []
 
 
 def test_a_manifest_without_embeddings_is_an_error(tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_included_queries_have_no_row(tmp_path: Path) -> None:
 
 
 def test_the_scratch_arrays_stay_below_their_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors_module, "CACHE_BYTES", 100)
+    monkeypatch.setattr(cache, "CACHE_BYTES", 100)
     for number in range(3):
         open_vectors(open_manifest(foreign(tmp_path / f"{number}.parquet", [[number, 2.0, 3.0, 4.0]])))
     assert len(list(cache_folder().glob("*.npy"))) == 1

@@ -1,0 +1,130 @@
+"""The cache: scratch files that steps share and may lose, in a folder of its own that carries a marker.
+
+Nothing is removed but what has a name of our making. File names are hashes of our own making: what a manifest says of
+itself never becomes a path.
+"""
+
+import os
+import re
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+
+from ..errors import ToolkitError
+from .catalog import catalog_path
+from .manifest import Source, part_paths
+
+CACHE_BYTES = int(os.environ.get("DINOV2_CACHE_BYTES", 64 << 30))  # scratch arrays are kept up to this size
+
+MARKER = "CACHEDIR.TAG"  # by this name and first line, backup programs know a cache too
+MARK = b"""\
+Signature: 8a477f597d28d172789f06886806bc55
+# This folder was made by dinov2-toolkit for what it can make again; `dinov2 catalog gc` empties it.
+"""
+OUR_NAMES = re.compile(
+    r"[0-9a-f]{32}(-[a-z]+|\.files)?\.npy|[0-9a-f]{32}\.same|embed-[0-9a-f]{16}|clustering-[0-9a-f]{32}|spill"
+    r"|\.[\w.-]+\.[0-9]+\.tmp"
+)
+
+
+def cache_folder() -> Path:
+    """Return where the cache is or will be: `.dinov2/cache`, beside the catalog.
+
+    A folder without the marker is taken for ours when it is empty, or all names in it are of our making, as those of
+    a toolkit that set no marker.
+    Raises ToolkitError when something else stands there.
+    """
+    beside = catalog_path().parent
+    folder = (beside if beside.absolute().name == ".dinov2" else beside / ".dinov2") / "cache"
+    if not os.path.lexists(folder):
+        return folder
+    if not folder.is_dir():
+        raise ToolkitError(f"{folder} is no folder, and the cache needs one there; move it away")
+    names = os.listdir(folder)  # before the marker: what another process writes comes after its marker
+    if not _is_marked(folder) and (others := sorted(name for name in names if not OUR_NAMES.fullmatch(name))):
+        raise ToolkitError(
+            f"{folder} is not a cache of ours (no {MARKER} of ours in it, but {others[0]!r}); move that folder away"
+        )
+    return folder
+
+
+def open_cache() -> Path:
+    """Return the cache, made and marked when missing.
+
+    Raises ToolkitError when something else stands there.
+    """
+    folder = cache_folder()
+    if not _is_marked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(folder / MARKER, MARK)
+    return folder
+
+
+def remove_empty_cache() -> None:
+    """Remove the cache, and `.dinov2` around it, where nothing is in them."""
+    folder = cache_folder()
+    with suppress(OSError):  # not there, or not empty
+        if os.listdir(folder) == [MARKER]:
+            (folder / MARKER).unlink()
+            folder.rmdir()
+            folder.parent.rmdir()
+
+
+def cached() -> list[Path]:
+    """Return what is in the cache under names of our making, in order; nothing else may be removed."""
+    folder = cache_folder()
+    found = sorted(folder.iterdir()) if folder.exists() else []
+    return [path for path in found if OUR_NAMES.fullmatch(path.name)]
+
+
+def make_room(num_bytes: int) -> None:
+    """Remove the eldest scratch arrays where the cache would grow too large with `num_bytes` more."""
+    arrays = [path for path in cached() if path.suffix == ".npy"]
+    total = num_bytes
+    for file in sorted(arrays, key=lambda file: file.stat().st_mtime, reverse=True):
+        total += file.stat().st_size
+        if total > CACHE_BYTES:
+            file.unlink()
+
+
+def cache_key(source: Source) -> str:
+    """Return the name under which the cache keeps what is made of a manifest.
+
+    It depends on the content id, which is only what a file says of itself, and on where its parts lie, their sizes and
+    time stamps.
+    """
+    stamp = _stamp(source)
+    same = cache_folder() / f"{stamp}.same"
+    return same.read_text() if same.exists() else stamp
+
+
+def touch(source: Source) -> None:
+    """Set the time stamp of a manifest to now; what the cache keeps of it is found as before."""
+    key, old = cache_key(source), _stamp(source)
+    os.utime(source.path)
+    new = _stamp(source)
+    if _is_marked(cache_folder()) and new != old:
+        _write_whole(cache_folder() / f"{new}.same", key.encode())
+        (cache_folder() / f"{old}.same").unlink(missing_ok=True)
+
+
+def _stamp(source: Source) -> str:
+    path = Path(os.path.realpath(source.path))
+    parts = part_paths(path) if path.exists() else []
+    stats = [(str(part), part.stat()) for part in parts]
+    told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return blake2b(ascii((source.content_id, str(path), told)).encode(), digest_size=16).hexdigest()
+
+
+def _is_marked(folder: Path) -> bool:
+    marker = folder / MARKER
+    return marker.is_file() and marker.stat().st_size == len(MARK) and marker.read_bytes() == MARK
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
