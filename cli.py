@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import console
+from . import console, options
 from .curate.cli import app as curate
 from .errors import Stopped, ToolkitError
 from .evaluate.cli import app as evaluate
@@ -20,7 +20,7 @@ ClickException: Any = UsageError.__bases__[0]
 
 EXIT_ERROR, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.add_typer(curate, name="curate")
 app.add_typer(train, name="train")
 app.add_typer(evaluate, name="evaluate")
@@ -37,13 +37,15 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Curate images, train DINOv2 vision transformers on them, distil them, and measure the features."""
+    options.help_when_bare(context)
 
 
 def main() -> None:

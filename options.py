@@ -1,52 +1,129 @@
-"""The options that commands share, and how a result is printed."""
+"""The options that commands share, the panels that --help shows them in, and how a result is printed."""
 
+import inspect
 import json
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+from . import console
 
 if TYPE_CHECKING:
     from .store.artifact import Result
 
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite an output that was made otherwise.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what it would do; write nothing.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Read only the first N rows or images.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stderr but errors.")]
-Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more on stderr.")]
-Null = Annotated[bool, typer.Option("-0", "--null", help="Names on stdin end in NUL (for find -print0).")]
+INPUT, OUTPUT, MODEL, FILTERS, METHOD, ADVANCED = "Input", "Output", "Model", "Filters", "Method", "Advanced"  # panels
+MODEL_HELP = "Run folder, weights file, Hugging Face folder, name of pulled weights, random:ARCH, pixels or copy."
+
+T = TypeVar("T")
+
+
+def option(panel: str, help: str, *names: str, default: str | None = None, **settings: Any) -> Any:
+    """Return a typer option in a panel of --help; `default` says in words what is taken where it is left out."""
+    if default is not None:
+        help, settings = f"{help} [default: {default}]", {"show_default": False, **settings}
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
+
+def output_option(default: str) -> Any:
+    """Return the -o/--output option; `default` only appears in the help."""
+    return option(OUTPUT, "Where the result goes.", "-o", "--output", default=default)
+
+
+Seed = Annotated[int, option(ADVANCED, "Seed of every random choice.", "--seed")]
+Force = Annotated[bool, option(OUTPUT, "Overwrite an output that was made otherwise.", "--force")]
+DryRun = Annotated[bool, option(OUTPUT, "Check everything and say what it would do; write nothing.", "--dry-run")]
+Limit = Annotated[int | None, option(INPUT, "Read only the first N rows or images.", "--limit", min=1)]
+Json = Annotated[bool, option(OUTPUT, "Print the result as one JSON object.", "--json")]
+Quiet = Annotated[bool, option(OUTPUT, "Say nothing on stderr but errors.", "-q", "--quiet")]
+Verbose = Annotated[int, option(OUTPUT, "Say more on stderr.", "-v", "--verbose", count=True)]
+Null = Annotated[bool, option(INPUT, "Names on stdin end in NUL (for find -print0).", "-0", "--null")]
 Memory = Annotated[
     str | None,
-    typer.Option(
-        "--memory",
-        metavar="SIZE",
-        help="How much memory to take, such as 3GB. [default: a third of the machine]",
-        show_default=False,
-    ),
+    option(ADVANCED, "Memory to use, such as 3GB.", "--memory", metavar="SIZE", default="a third of the machine"),
 ]
 Recall = Annotated[
     float,
-    typer.Option(
-        "--recall", help="Share of the true neighbours that a search of many images must find; 1 compares all with all."
+    option(
+        ADVANCED,
+        "Share of the true neighbours that a search of many images must find; 1 compares all with all.",
+        "--recall",
     ),
 ]
 Where = Annotated[
     str | None,
-    typer.Option(
-        "--where",
-        metavar="SQL",
-        help='Only rows that fulfil a condition over the manifest\'s columns, such as "width >= 224".',
-        show_default=False,
-    ),
+    option(FILTERS, 'Only rows that fulfil a condition in SQL, such as "width >= 224".', "--where", metavar="SQL"),
 ]
+BatchSize = Annotated[int, option(ADVANCED, "Images that the model sees at a time.", "--batch-size", min=1)]
+NumWorkers = Annotated[
+    int | None, option(ADVANCED, "Threads that decode images.", "--num-workers", min=1, default="one a core")
+]
+SHARED: dict[str, tuple[Any, Any]] = {  # name -> annotation, default
+    "limit": (Limit, None),
+    "force": (Force, False),
+    "dry_run": (DryRun, False),
+    "json": (Json, False),
+    "quiet": (Quiet, False),
+    "verbose": (Verbose, 0),
+    "seed": (Seed, 0),
+}
 
 
-def output_option(default: str) -> typer.models.OptionInfo:
-    """Return the -o/--output option; `default` only appears in the help."""
-    help_text = f"Where the result goes. [default: {default}]"
-    option: typer.models.OptionInfo = typer.Option("-o", "--output", help=help_text, show_default=False)
-    return option
+def with_shared(*without: str, **defaults: Any) -> Callable[[Callable[..., "Result | None"]], Callable[..., None]]:
+    """Give a command the options that all commands with an output share, and print the result that it returns.
+
+    The command receives them as `shared`, an `Options`. One that it declares itself it gets by its own name instead.
+
+    Args:
+        without: names of shared options that make no sense for the command.
+        defaults: other defaults than usual, such as limit=12.
+    """
+
+    def decorate(function: Callable[..., "Result | None"]) -> Callable[..., None]:
+        own = dict(inspect.signature(function).parameters)
+        del own["shared"]
+        added = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name, default), annotation=annotation
+            )
+            for name, (annotation, default) in SHARED.items()
+            if name not in own and name not in without
+        ]
+
+        @wraps(function)
+        def command(**values: Any) -> None:
+            from .store.artifact import Options
+
+            console.set_verbosity(values.pop("quiet"), values.pop("verbose"))
+            as_json = values.pop("json")
+            shared = {each.name: values.pop(each.name) for each in added if each.name in values}
+            emit(function(**values, shared=Options(**shared)), as_json)
+
+        parameters = [*own.values(), *added]
+        command.__dict__["__signature__"] = inspect.Signature(parameters)
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        return command
+
+    return decorate
+
+
+def settings_of(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Return a settings dataclass from the options that have the names of its fields.
+
+    Lists become tuples; an option that was left out (None) leaves the field's own default.
+    """
+    chosen = {field.name: values.get(field.name) for field in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def help_when_bare(context: typer.Context) -> None:
+    """Print the help of a group that is called without a command, and exit with 0."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
 
 
 def emit(result: "Result | None", as_json: bool) -> None:

@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from dinov2_toolkit import console
 from dinov2_toolkit.benchmarks.synthetic import NUM_CONCEPTS, blocks
-from dinov2_toolkit.curate.balance import balanced_sample, normalised_entropy, seeded_keys
-from dinov2_toolkit.curate.cluster import Hierarchy, cluster_levels
-from dinov2_toolkit.curate.cluster_figures import grouping
-from dinov2_toolkit.curate.kmeans import KMeansSettings
+from dinov2_toolkit.curate.cluster.cluster import Hierarchy, cluster_levels
+from dinov2_toolkit.curate.cluster.kmeans import KMeansSettings
+from dinov2_toolkit.curate.cluster.metrics import grouping
+from dinov2_toolkit.curate.cluster.sampling import balanced_sample, normalised_entropy, seeded_keys
 from dinov2_toolkit.store.manifest import Source
 from dinov2_toolkit.store.vectors import Vectors
 

@@ -47,15 +47,10 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
-from dinov2_toolkit.curate.look import LAID_OVER, LEAST_ALIKE, LOOKED_AT, crowded_limit, difference
-from dinov2_toolkit.features.likeness import Plates, plates, unexplained
-from dinov2_toolkit.features.neighbors import Identity, nearest
-from dinov2_toolkit.models.copy_descriptor import (
-    PREPROCESS,
-    THRESHOLD,
-    CopyDescriptor,
-    load_copy_descriptor,
-)
+from dinov2_toolkit.curate.dedup.registration import Plates, plates, unexplained
+from dinov2_toolkit.curate.dedup.verify import LAID_OVER, LEAST_ALIKE, LOOKED_AT, crowded_limit, difference
+from dinov2_toolkit.features.search.neighbors import Identity, nearest
+from dinov2_toolkit.models.copy_descriptor import PREPROCESS, THRESHOLD, CopyDescriptor, load_copy_descriptor
 from dinov2_toolkit.models.preprocess import crop_picture, normalise
 from dinov2_toolkit.store.images import UnreadableImage, decode
 from dinov2_toolkit.store.manifest import Source

@@ -26,9 +26,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from dinov2_toolkit import console
-from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
-from dinov2_toolkit.features.decoding import load_batches
-from dinov2_toolkit.features.extract import best_device, extract, forward, open_model, precision
+from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
+from dinov2_toolkit.features.extract.decoding import load_batches
+from dinov2_toolkit.features.extract.extract import best_device, extract, forward, open_model, precision
 from dinov2_toolkit.store.artifact import Options
 
 

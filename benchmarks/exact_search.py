@@ -18,7 +18,7 @@ import numpy as np
 
 from dinov2_toolkit.benchmarks.measured import in_a_process, measured, peak_mb, write_result
 from dinov2_toolkit.benchmarks.synthetic import blocks
-from dinov2_toolkit.features.exact_search import Identity, exact_neighbors
+from dinov2_toolkit.features.search.exact_search import Identity, exact_neighbors
 from dinov2_toolkit.store.manifest import Source
 from dinov2_toolkit.store.vectors import Vectors
 

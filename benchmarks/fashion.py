@@ -26,11 +26,11 @@ from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.memory import keep_freed_memory
-from dinov2_toolkit.train.build import build_backbone
 from dinov2_toolkit.train.config import TrainConfig, resolve
-from dinov2_toolkit.train.data import Batch
-from dinov2_toolkit.train.schedules import batch_sizes
-from dinov2_toolkit.train.views import make_crops, view_settings
+from dinov2_toolkit.train.data.images import Batch
+from dinov2_toolkit.train.data.multicrop import make_crops, view_settings
+from dinov2_toolkit.train.engine.build import build_backbone
+from dinov2_toolkit.train.engine.schedules import batch_sizes
 
 SPLITS = {"train": "train", "test": "t10k"}
 METHODS = ("knn", "linear")

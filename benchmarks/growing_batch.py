@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dinov2_toolkit.benchmarks.measured import K, dinov2, probed, write_result
-from dinov2_toolkit.train.schedules import batch_sizes
+from dinov2_toolkit.train.engine.schedules import batch_sizes
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 IMAGES = 32_000

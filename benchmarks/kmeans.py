@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from dinov2_toolkit import console
 from dinov2_toolkit.benchmarks.synthetic import blocks
-from dinov2_toolkit.curate.kmeans import KMeansSettings, cluster_vectors, read_points, sample_rows
-from dinov2_toolkit.curate.lloyd import EARLY_STOP, NUM_ITERATIONS, POINTS_A_CENTROID
+from dinov2_toolkit.curate.cluster.kmeans import KMeansSettings, cluster_vectors, read_points, sample_rows
+from dinov2_toolkit.curate.cluster.lloyd import EARLY_STOP, NUM_ITERATIONS, POINTS_A_CENTROID
 from dinov2_toolkit.store.manifest import Source
 from dinov2_toolkit.store.vectors import Vectors
 

@@ -25,10 +25,10 @@ from dinov2_toolkit.models.block import Recompute
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.memory import keep_freed_memory
-from dinov2_toolkit.train.accumulate import learn
-from dinov2_toolkit.train.masking import block_masks
-from dinov2_toolkit.train.optimizer import build_optimizer, clip_gradients, set_rates
-from dinov2_toolkit.train.ssl_model import Centering, SSLModel
+from dinov2_toolkit.train.data.masking import block_masks
+from dinov2_toolkit.train.engine.accumulate import learn
+from dinov2_toolkit.train.engine.optimizer import build_optimizer, clip_gradients, set_rates
+from dinov2_toolkit.train.objective.ssl_model import Centering, SSLModel
 
 NUMBERS = {
     "batch": 4,

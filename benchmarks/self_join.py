@@ -21,9 +21,9 @@ import numpy.typing as npt
 from dinov2_toolkit import console
 from dinov2_toolkit.benchmarks.measured import in_a_process, measured, peak_mb, write_result
 from dinov2_toolkit.benchmarks.synthetic import write
-from dinov2_toolkit.features.exact_search import SearchSettings
-from dinov2_toolkit.features.join import components_above
-from dinov2_toolkit.features.similarity import similarities
+from dinov2_toolkit.features.search.exact_search import SearchSettings
+from dinov2_toolkit.features.search.join import components_above
+from dinov2_toolkit.features.search.similarity import similarities
 from dinov2_toolkit.store.cache import cache_folder
 from dinov2_toolkit.store.manifest import open_manifest
 from dinov2_toolkit.store.vectors import Float32, Int64, Vectors, open_vectors

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from dinov2_toolkit.benchmarks.measured import dinov2, probed, write_result
-from dinov2_toolkit.train.metrics import read_metrics
+from dinov2_toolkit.train.monitor.metrics import read_metrics
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 BATCH, IMAGES, STEPS = 16, 2_000, 2_000

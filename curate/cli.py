@@ -1,13 +1,19 @@
 """dinov2 curate: images in, smaller and better manifests out."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .. import console, options
+from .. import options
+from ..options import ADVANCED, FILTERS, INPUT, METHOD, MODEL, MODEL_HELP, OUTPUT, option
 
-app = typer.Typer(no_args_is_help=True, help="Images in, smaller and better manifests out.")
+if TYPE_CHECKING:
+    from ..store.artifact import Options, Result
+
+app = typer.Typer(
+    invoke_without_command=True, callback=options.help_when_bare, help="Images in, smaller and better manifests out."
+)
 
 Pool = Annotated[
     Path | None,
@@ -19,373 +25,280 @@ Pool = Annotated[
 ]
 Features = Annotated[
     Path | None,
-    typer.Option(
-        metavar="OTHER.parquet", help="Take the pool's vectors from this embedding manifest, matched by id and uri."
+    option(
+        INPUT, "Take the pool's vectors from this embedding manifest, matched by id and uri.", metavar="OTHER.parquet"
     ),
 ]
 
 
 @app.command()
+@options.with_shared()
 def embed(
     sources: Annotated[
         list[str],
         typer.Argument(metavar="SOURCE...", help="Folders, images, Parquet files, lists of names (.txt), - for stdin."),
     ],
-    output: Annotated[str | None, options.output_option("ROLE.parquet")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Run folder, weights file, Hugging Face folder, random:ARCH, pixels or copy."
-            " [default: the newest finished run, else copy]",
-            show_default=False,
-        ),
-    ] = None,
-    role: Annotated[
-        Literal["pool", "queries", "eval"], typer.Option(help="What later commands take the images for.")
-    ] = "pool",
     labels: Annotated[
-        str, typer.Option(metavar="folder|none|column:NAME", help="Where labels come from; folder: first below SOURCE.")
+        str, option(INPUT, "Where labels come from; folder: first below SOURCE.", metavar="folder|none|column:NAME")
     ] = "folder",
-    dtype: Annotated[
-        Literal["float16", "float32"], typer.Option(help="How the embeddings are kept: two or four bytes a number.")
-    ] = "float16",
-    max_failed: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Fail when a larger share of the files cannot be read.")
-    ] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images the model sees at a time.")] = 64,
-    num_workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode. [default: one a core]", show_default=False)
-    ] = None,
-    num_processes: Annotated[
-        int, typer.Option(min=1, help="Processes on this machine, one a GPU; each embeds its share.")
-    ] = 1,
+    null: options.Null = False,
+    output: Annotated[str | None, options.output_option("ROLE.parquet")] = None,
+    model: Annotated[str | None, option(MODEL, MODEL_HELP, default="the newest finished run, else copy")] = None,
     tokens: Annotated[
         Literal["cls", "mean", "cls+mean", "patches"],
-        typer.Option(help="What describes an image: class token, mean of the patches, both, or every patch as well."),
+        option(MODEL, "What describes an image: class token, mean of the patches, both, or every patch as well."),
     ] = "cls",
-    layers: Annotated[int, typer.Option(min=1, help="Join the tokens of the last N blocks.")] = 1,
+    layers: Annotated[int, option(MODEL, "Join the tokens of the last N blocks.", min=1)] = 1,
     image_size: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="PX", help="Side of what the model sees. [default: its own]", show_default=False),
+        int | None, option(MODEL, "Side of what the model sees.", min=1, metavar="PX", default="its own")
     ] = None,
     windows: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="PX", help="See all of an image, in overlapping tiles; larger ones at a short side of PX."
+        option(
+            MODEL,
+            "See all of an image, in overlapping tiles; larger ones at a short side of PX.",
+            min=1,
+            metavar="PX",
         ),
     ] = None,
+    role: Annotated[
+        Literal["pool", "queries", "eval"], option(OUTPUT, "What later commands take the images for.")
+    ] = "pool",
+    dtype: Annotated[
+        Literal["float16", "float32"], option(OUTPUT, "How the embeddings are kept: two or four bytes a number.")
+    ] = "float16",
     min_side: Annotated[
-        int | None, typer.Option(min=1, metavar="PX", help="Remove images whose shorter side is less.")
+        int | None, option(FILTERS, "Remove images whose shorter side is less.", min=1, metavar="PX")
     ] = None,
     max_aspect: Annotated[
-        float | None, typer.Option(min=1.0, help="Remove images whose longer side is more times the shorter.")
+        float | None, option(FILTERS, "Remove images whose longer side is more times the shorter.", min=1.0)
     ] = None,
     min_contrast: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Remove near-constant images: standard deviation of the grey levels (0-255), as 2."),
+        option(FILTERS, "Remove near-constant images: standard deviation of the grey levels (0-255), as 2.", min=0.0),
     ] = None,
     min_sharpness: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Remove blurred images: variance of the Laplacian at a short side of 256, as 50."),
+        option(FILTERS, "Remove blurred images: variance of the Laplacian at a short side of 256, as 50.", min=0.0),
     ] = None,
-    null: options.Null = False,
-    seed: options.Seed = 0,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    limit: options.Limit = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
-) -> None:
+    max_failed: Annotated[
+        float, option(FILTERS, "Fail when a larger share of the files cannot be read.", min=0.0, max=1.0)
+    ] = 1.0,
+    batch_size: options.BatchSize = 64,
+    num_workers: options.NumWorkers = None,
+    num_processes: Annotated[
+        int, option(ADVANCED, "Processes on this machine, one a GPU; each embeds its share.", min=1)
+    ] = 1,
+    *,
+    shared: "Options",
+) -> "Result | None":
     """Turn images into embeddings: one manifest row an image; what cannot be read is listed with its reason."""
-    console.set_verbosity(quiet, verbose)
-    from ..store.artifact import Options
-    from .embed import EmbedSettings, embed_images
-    from .embed_filters import Filters
+    from .embed.embed import EmbedSettings, embed_images
+    from .embed.filters import Filters
 
-    settings = EmbedSettings(
-        model, role, labels, dtype, max_failed, batch_size, num_workers, null, tokens, layers, image_size, windows,
-        Filters(min_side, max_aspect, min_contrast, min_sharpness), num_processes,
-    )  # fmt: skip
-    result = embed_images(sources, output or f"{role}.parquet", settings, Options(seed, force, dry_run, limit))
-    options.emit(result, json)
+    filters = options.settings_of(Filters, locals())
+    settings = options.settings_of(EmbedSettings, locals())
+    return embed_images(sources, output or f"{role}.parquet", settings, shared)
 
 
 @app.command()
+@options.with_shared()
 def dedup(
     manifest: Pool = None,
+    features: Features = None,
+    against: Annotated[
+        list[Path] | None,
+        option(INPUT, "Remove every group with an image like one of these; repeatable.", metavar="EVAL.parquet"),
+    ] = None,
+    known: Annotated[
+        list[Path] | None,
+        option(INPUT, "Remove what duplicates an image kept earlier; repeatable.", metavar="CLEAN.parquet"),
+    ] = None,
     output: Annotated[str, options.output_option("unique.parquet")] = "unique.parquet",
     threshold: Annotated[
         float | None,
-        typer.Option(
-            help="Cosine similarity above which two images are near-duplicates."
-            " [default: that of --known, else learnt from the pool]",
-            show_default=False,
+        option(
+            METHOD,
+            "Cosine similarity above which two images are near-duplicates.",
+            default="that of --known, else learnt from the pool",
         ),
     ] = None,
     verify: Annotated[
         bool | None,
-        typer.Option(
+        option(
+            METHOD,
+            "Verify candidate pairs by their pixels; only copies count.",
             "--verify/--no-verify",
-            help="Look at the pixels of every image and of those most like it, and let only copies count."
-            " [default: with features of `copy` and no --threshold]",
-            show_default=False,
+            default="with features of `copy` and no --threshold",
         ),
     ] = None,
     k: Annotated[
-        int,
-        typer.Option(
-            "--k", help="Neighbours looked at first, by their pixels 24 at most; images that have more are seen to."
-        ),
+        int, option(METHOD, "Nearest neighbours searched first; the 24 nearest are verified by pixels.", "--k")
     ] = 64,
     linkage: Annotated[
         Literal["components", "star"],
-        typer.Option(help="Groups: chains of pairs above the threshold, or what is above it to the one that stays."),
+        option(METHOD, "Groups: chains of pairs above the threshold, or what is above it to the image that stays."),
     ] = "components",
-    against: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="EVAL.parquet", help="Remove every group with an image like one of these; repeatable."),
-    ] = None,
-    against_threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="Similarity above which --against removes. [default: as within the pool]", show_default=False
-        ),
-    ] = None,
-    known: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="CLEAN.parquet", help="Remove what duplicates an image kept earlier; repeatable."),
-    ] = None,
     keep: Annotated[
         str,
-        typer.Option(
+        option(
+            METHOD,
+            "Which image of a group stays: by pixels, row, a column's largest value, or its values in this order.",
             metavar="largest|first|column:NAME[=A,B]",
-            help="Which of a group stays: by pixels, row, a column's largest value, or its values in this order.",
         ),
     ] = "largest",
+    against_threshold: Annotated[
+        float | None, option(METHOD, "Similarity above which --against removes.", default="as within the pool")
+    ] = None,
     exact: Annotated[
         Literal["bytes", "pixels"] | None,
-        typer.Option(help="Only exact copies, without vectors: also of images that were never embedded."),
+        option(METHOD, "Only exact copies, without vectors: also of images that were never embedded."),
     ] = None,
+    where: options.Where = None,
     sheet: Annotated[
-        Path | None, typer.Option(metavar="GROUPS.png", help="Also draw the largest and the loosest groups.")
+        Path | None, option(OUTPUT, "Also draw the largest and the loosest groups.", metavar="GROUPS.png")
     ] = None,
     calibrate: Annotated[
         str | None,
-        typer.Option(
-            metavar="PICTURE.png", help="Remove nothing: draw what thresholds would do, and print the one suggested."
+        option(
+            OUTPUT,
+            "Remove nothing: draw what thresholds would do, and print the one suggested.",
+            metavar="PICTURE.png",
         ),
     ] = None,
     precision: Annotated[
-        float, typer.Option(help="For --calibrate: share of the pairs above the threshold that are no chance.")
+        float, option(ADVANCED, "For --calibrate: share of the pairs above the threshold that are no chance.")
     ] = 0.98,
-    where: options.Where = None,
-    features: Features = None,
     memory: options.Memory = None,
     recall: options.Recall = 0.99,
-    seed: options.Seed = 0,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    limit: options.Limit = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
-) -> None:
+    *,
+    shared: "Options",
+) -> "Result | None":
     """Keep one image of every group of near-duplicates; the others are listed with what they duplicate."""
-    console.set_verbosity(quiet, verbose)
-    from ..store.artifact import Options
-    from .calibrate import CalibrateSettings, calibrate_threshold
-    from .dedup import DedupSettings, dedup_images
+    from .dedup.calibrate import CalibrateSettings, calibrate_threshold
+    from .dedup.dedup import DedupSettings, dedup_images
 
-    common = Options(seed, force, dry_run, limit)
     if calibrate is not None:
-        calibration = CalibrateSettings(precision, features, where, memory, recall)
-        options.emit(calibrate_threshold(manifest, calibrate, calibration, common), json)
-        return
-    settings = DedupSettings(
-        threshold=threshold,
-        k=k,
-        against=tuple(against or ()),
-        against_threshold=against_threshold,
-        keep=keep,
-        features=features,
-        linkage=linkage,
-        known=tuple(known or ()),
-        exact=exact,
-        sheet=sheet,
-        where=where,
-        memory=memory,
-        recall=recall,
-        verify=verify,
-    )
-    options.emit(dedup_images(manifest, output, settings, common), json)
+        return calibrate_threshold(manifest, calibrate, options.settings_of(CalibrateSettings, locals()), shared)
+    return dedup_images(manifest, output, options.settings_of(DedupSettings, locals()), shared)
 
 
 @app.command()
+@options.with_shared()
 def cluster(
     num_clusters: Annotated[
-        str, typer.Option(metavar="K[,K...]", help="Clusters a level, from fine to coarse, such as 1000,100.")
+        str, option(METHOD, "Clusters a level, from fine to coarse, such as 1000,100.", metavar="K[,K...]")
     ],
     manifest: Pool = None,
+    features: Features = None,
+    where: options.Where = None,
     output: Annotated[str, options.output_option("clusters.parquet")] = "clusters.parquet",
     resample: Annotated[
-        int, typer.Option(help="Times that k-means is run again on the same number of images of every cluster.")
+        int, option(METHOD, "Times that k-means is run again on the same number of images of every cluster.")
     ] = 10,
     sample: Annotated[
-        int | None, typer.Option(help="Keep a balanced subset of exactly N images. [default: all]", show_default=False)
+        int | None, option(METHOD, "Keep a balanced subset of exactly N images.", metavar="N", default="all")
     ] = None,
     pick: Annotated[
-        Literal["random", "closest"], typer.Option(help="Which images of a cluster --sample takes.")
+        Literal["random", "closest"], option(METHOD, "Which images of a cluster --sample takes.")
     ] = "random",
     allocation: Annotated[
         str,
-        typer.Option(
-            metavar="water|flat|power:A|proportional",
-            help="How --sample is shared out: as evenly as can be through all levels, or the finest alone (flat), or by"
+        option(
+            METHOD,
+            "How --sample is shared out: as evenly as can be through all levels, or the finest alone (flat), or by"
             " sizes to the power A, or by sizes.",
+            metavar="water|flat|power:A|proportional",
         ),
     ] = "water",
-    metric: Annotated[Literal["cosine", "euclidean"], typer.Option(help="What centroids are near by.")] = "cosine",
+    metric: Annotated[Literal["cosine", "euclidean"], option(METHOD, "What centroids are near by.")] = "cosine",
     init: Annotated[
-        Literal["k-means++", "sampled"], typer.Option(help="Where centroids start: apart from each other, or anywhere.")
+        Literal["k-means++", "sampled"], option(METHOD, "Where centroids start: apart from each other, or anywhere.")
     ] = "k-means++",
-    polish: Annotated[int, typer.Option(help="Iterations over all images, beyond those over 256 a cluster.")] = 0,
+    polish: Annotated[int, option(METHOD, "Iterations over all images, beyond those over 256 a cluster.")] = 0,
     report: Annotated[
-        Path | None, typer.Option(metavar="REPORT.html", help="Write how the balance changed, as a page.")
+        Path | None, option(OUTPUT, "Write how the balance changed, as a page.", metavar="REPORT.html")
     ] = None,
     sheet: Annotated[
-        Path | None, typer.Option(metavar="SHEET.png", help="Draw large, middling, small and suspected clusters.")
+        Path | None, option(OUTPUT, "Draw large, middling, small and suspected clusters.", metavar="SHEET.png")
     ] = None,
-    where: options.Where = None,
-    features: Features = None,
     memory: options.Memory = None,
     recall: options.Recall = 0.99,
-    seed: options.Seed = 0,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    limit: options.Limit = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
-) -> None:
+    *,
+    shared: "Options",
+) -> "Result | None":
     """Group images by (hierarchical) k-means, and draw balanced subsets through the hierarchy."""
-    console.set_verbosity(quiet, verbose)
-    from ..store.artifact import Options
-    from .cluster import ClusterSettings, cluster_images
+    from .cluster.cluster import ClusterSettings, cluster_images
 
-    settings = ClusterSettings(
-        num_clusters=num_clusters,
-        resample=resample,
-        sample=sample,
-        pick=pick,
-        features=features,
-        allocation=allocation,
-        metric=metric,
-        init=init,
-        polish=polish,
-        where=where,
-        recall=recall,
-        memory=memory,
-        report=report,
-        sheet=sheet,
-    )
-    options.emit(cluster_images(manifest, output, settings, Options(seed, force, dry_run, limit)), json)
+    return cluster_images(manifest, output, options.settings_of(ClusterSettings, locals()), shared)
 
 
 @app.command()
+@options.with_shared()
 def retrieve(
     queries: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            INPUT,
+            "Embedded seed images, perhaps with a --k or --per-cluster of their own; repeatable.",
             metavar="Q.parquet[=N]",
-            help="Embedded seed images, perhaps with a --k or --per-cluster of their own; repeatable. [default: the"
-            " newest queries in the catalog]",
-            show_default=False,
+            default="the newest queries in the catalog",
         ),
     ] = None,
     pool: Annotated[
-        Path | None,
-        typer.Option(help="Embeddings to choose from. [default: the newest pool in the catalog]", show_default=False),
+        Path | None, option(INPUT, "Embeddings to choose from.", default="the newest pool in the catalog")
     ] = None,
+    features: Features = None,
+    where: options.Where = None,
     output: Annotated[str, options.output_option("curated.parquet")] = "curated.parquet",
-    k: Annotated[
-        int | None, typer.Option("--k", help="Nearest pool images of every query. [default: 4]", show_default=False)
-    ] = None,
+    k: Annotated[int | None, option(METHOD, "Nearest pool images of every query.", "--k", default="4")] = None,
     fill: Annotated[
         bool,
-        typer.Option(
+        option(
+            METHOD,
+            "An image that several queries want goes to one; fill the others' places by their next nearest.",
             "--fill",
-            help="An image that several queries want goes to one; fill the others' places by their next nearest.",
         ),
     ] = False,
     per_cluster: Annotated[
         int | None,
-        typer.Option(metavar="M", help="Instead of --k: M images of every cluster of the pool that queries fall into."),
+        option(METHOD, "Instead of --k: M images of every cluster of the pool that queries fall into.", metavar="M"),
     ] = None,
     min_queries: Annotated[
         int,
-        typer.Option(metavar="N", help="For --per-cluster: only of clusters with N queries of a set; the paper: 4."),
+        option(METHOD, "For --per-cluster: only of clusters with N queries of a set; the paper: 4.", metavar="N"),
     ] = 1,
     num_clusters: Annotated[
         int | None,
-        typer.Option(
-            help="For --per-cluster: make so many clusters. [default: the pool's own, else the root of its size]",
-            show_default=False,
+        option(
+            METHOD,
+            "For --per-cluster: make so many clusters.",
+            default="the pool's own, else the root of its size",
         ),
     ] = None,
     max_images: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Images a query set brings at most; the paper: 1000000. [default: no limit]",
-            show_default=False,
-        ),
+        option(METHOD, "Images a query set brings at most; the paper: 1000000.", metavar="N", default="no limit"),
     ] = None,
     min_similarity: Annotated[
         float | None,
-        typer.Option(
-            metavar="S",
-            help="Only images at least so similar to a query, by cosine. [default: any]",
-            show_default=False,
-        ),
+        option(METHOD, "Only images at least so similar to a query, by cosine.", metavar="S", default="any"),
     ] = None,
-    include_queries: Annotated[bool, typer.Option("--include-queries", help="The queries come along as rows.")] = False,
-    where: options.Where = None,
-    features: Features = None,
+    include_queries: Annotated[bool, option(OUTPUT, "The queries come along as rows.", "--include-queries")] = False,
     memory: options.Memory = None,
     recall: options.Recall = 0.99,
-    seed: options.Seed = 0,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    limit: options.Limit = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
-) -> None:
+    *,
+    shared: "Options",
+) -> "Result | None":
     """Choose the pool images that resemble the query images, every one at most once."""
-    console.set_verbosity(quiet, verbose)
-    from ..store.artifact import Options
-    from .retrieve import RetrieveSettings, parse_queries, retrieve_images
+    from .retrieve.retrieve import RetrieveSettings, parse_queries, retrieve_images
 
-    settings = RetrieveSettings(
-        k=k,
-        per_cluster=per_cluster,
-        num_clusters=num_clusters,
-        include_queries=include_queries,
-        features=features,
-        fill=fill,
-        min_queries=min_queries,
-        max_images=max_images,
-        min_similarity=min_similarity,
-        where=where,
-        memory=memory,
-        recall=recall,
-    )
-    sets = parse_queries(queries or ())
-    options.emit(retrieve_images(sets, pool, output, settings, Options(seed, force, dry_run, limit)), json)
+    settings = options.settings_of(RetrieveSettings, locals())
+    return retrieve_images(parse_queries(queries or ()), pool, output, settings, shared)
 
 
 @app.command()
+@options.with_shared()
 def union(
     parts: Annotated[
         list[str],
@@ -393,23 +306,14 @@ def union(
     ],
     output: Annotated[str, options.output_option("mix.parquet")] = "mix.parquet",
     embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Take the vectors along, also of parts with different embeddings.")
+        bool, option(OUTPUT, "Take the vectors along, also of parts with different embeddings.", "--embeddings")
     ] = False,
     where: options.Where = None,
     memory: options.Memory = None,
-    seed: options.Seed = 0,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    limit: options.Limit = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = 0,
-) -> None:
+    *,
+    shared: "Options",
+) -> "Result | None":
     """Put manifests together, each image once; with weights, training draws every part as often as its share says."""
-    console.set_verbosity(quiet, verbose)
-    from ..store.artifact import Options
     from .union import UnionSettings, parse_parts, union_manifests
 
-    settings = UnionSettings(where, embeddings, memory)
-    result = union_manifests(parse_parts(parts), output, settings, Options(seed, force, dry_run, limit))
-    options.emit(result, json)
+    return union_manifests(parse_parts(parts), output, options.settings_of(UnionSettings, locals()), shared)

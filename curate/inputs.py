@@ -19,13 +19,7 @@ from ..errors import ToolkitError
 from ..store import catalog, tables
 from ..store.artifact import Options
 from ..store.image_columns import has_images, image_batches, image_schema
-from ..store.manifest import (
-    IMAGE_FIELDS,
-    ROW_FIELD,
-    Manifest,
-    Source,
-    open_manifest,
-)
+from ..store.manifest import IMAGE_FIELDS, ROW_FIELD, Manifest, Source, open_manifest
 from ..store.vectors import Float32, Int64, Vectors, locate_vectors, open_vectors, scratch_size
 
 FLOPS_A_CORE = 5e10  # measured: float32 products on an AVX2 core

@@ -30,8 +30,8 @@ from ..store.manifest import (
 from ..store.memory import memory_budget
 from ..store.vectors import Float64, Int64
 from .inputs import EmbeddedImages, Input, check_same_model, open_input, read_embedded, read_unembedded
-from .parts import distinct_names, split_number
 from .selection import Selection
+from .weighted_parts import distinct_names, split_number
 
 SHARE_UNITS = 1 << 60  # what all draws are cut into: whole numbers add up to the same in any order
 KEY_FIELD = pa.field("key", pa.int64())  # what an image without any name is known by

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.extract import FeatureModel, extract
+from ..features.extract.extract import FeatureModel, extract
 from ..store import catalog
 from ..store.cache import cache_folder
 from ..store.manifest import Manifest, Source, open_manifest

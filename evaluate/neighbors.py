@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.extract import FeatureModel, extract, open_model
+from ..features.extract.extract import FeatureModel, extract, open_model
 from ..features.knn import in_memory
-from ..features.neighbors import Identity, nearest
+from ..features.search.neighbors import Identity, nearest
 from ..features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, read_tile, write_picture
 from ..store import catalog
 from ..store.artifact import Options, Result

@@ -11,8 +11,8 @@ import numpy as np
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.extract import FeatureModel, open_model, with_choice
-from ..features.tokens import TokenChoice
+from ..features.extract.extract import FeatureModel, open_model, with_choice
+from ..features.extract.tokens import TokenChoice
 from ..models.vit import VisionTransformer
 from ..store.artifact import Options, Result, check_manifest_name, is_up_to_date, recorded
 from ..store.manifest import Provenance, Source

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.extract import FeatureModel, best_device, extract, with_choice
-from ..features.tokens import TokenChoice
-from ..features.windows import MAX_ASPECT
+from ..features.extract.extract import FeatureModel, best_device, extract, with_choice
+from ..features.extract.tokens import TokenChoice
+from ..features.extract.windows import MAX_ASPECT
 from ..models.vit import VisionTransformer
 from ..store.cache import open_cache
 from ..store.vectors import Float64, Int64

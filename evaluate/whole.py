@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.extract import FeatureModel, best_device, forward, open_model
+from ..features.extract.extract import FeatureModel, best_device, forward, open_model
 from ..models.preprocess import normalise
 from ..models.vit import VisionTransformer
 from ..store.images import UnreadableImage, read_bytes

@@ -10,7 +10,7 @@ import numpy as np
 from .. import console
 from ..store.manifest import Source
 from ..store.vectors import Float32, Float64, Int64, Vectors
-from .neighbors import SearchSettings, nearest
+from .search.neighbors import SearchSettings, nearest
 
 TEMPERATURE = 0.07
 BLOCK_ROWS = 1_024  # test images looked up at once

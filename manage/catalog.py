@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from .. import console
-from ..curate.embedded_parts import is_locked
+from ..curate.embed.parts import is_locked
 from ..errors import ToolkitError
 from ..store import catalog
 from ..store.artifact import FILE_PROVENANCE, RUN_PROVENANCE, read_run_provenance

@@ -1,25 +1,42 @@
 """`dinov2 catalog`, `models` and `export`: what was made, what there is to start from, and how it is handed over."""
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import console
-from ..options import DryRun, Force, Json, Quiet, Seed, Verbose, emit, output_option
+from ..options import (
+    INPUT,
+    MODEL,
+    OUTPUT,
+    DryRun,
+    Force,
+    Json,
+    Quiet,
+    emit,
+    help_when_bare,
+    option,
+    output_option,
+    with_shared,
+)
+
+if TYPE_CHECKING:
+    from ..store.artifact import Options, Result
 
 models = typer.Typer(help="Architectures, released weights, and how to get them here.")
-app = typer.Typer(no_args_is_help=True, help="What was made, from what, with which settings.")
+app = typer.Typer(
+    invoke_without_command=True, callback=help_when_bare, help="What was made, from what, with which settings."
+)
 
 Name = Annotated[str, typer.Argument(help="A path, or the file name of an artifact, with or without .parquet.")]
 
 
 @app.command("list")
 def list_artifacts(
-    kind: Annotated[
-        str | None, typer.Option("--kind", help="Only embeddings, selection, removed, scores or run.")
-    ] = None,
+    kind: Annotated[str | None, option(INPUT, "Only embeddings, selection, removed, scores or run.", "--kind")] = None,
     as_json: Json = False,
 ) -> None:
     """List the artifacts, newest first."""
@@ -122,30 +139,25 @@ class ExportFormat(StrEnum):
     SAFETENSORS = "safetensors"
 
 
+@with_shared()
 def export(
     model: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, weights, or whatever --model takes.")],
-    to: Annotated[ExportFormat, typer.Option(help="What will load it: a folder for hf, else a file.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="Where the result goes.")],
+    to: Annotated[ExportFormat, option(OUTPUT, "What will load it: a folder for hf, else a file.")],
+    output: Annotated[str, option(OUTPUT, "Where the result goes.", "-o", "--output")],
     image_size: Annotated[
         int | None,
-        typer.Option(
+        option(
+            MODEL,
+            "Side in pixels that position embeddings are stored for.",
             min=1,
-            help="Side in pixels that position embeddings are stored for. [default: as they are; onnx: the model's]",
-            show_default=False,
+            default="as they are; onnx: the model's",
         ),
     ] = None,
-    seed: Seed = 0,
-    force: Force = False,
-    dry_run: DryRun = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Compare only N random images. [default: 2]")] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
+    limit: Annotated[int | None, option(INPUT, "Compare only N random images.", min=1, default="2")] = None,
+    *,
+    shared: "Options",
+) -> "Result | None":
     """Write a model for other libraries, load it back, compare all tokens, and only then call it done."""
-    console.set_verbosity(quiet, verbose)
-    from ..store.artifact import Options
     from .export import ExportSettings, export_model
 
-    settings = ExportSettings(to.value, image_size)
-    emit(export_model(model, output, settings, Options(seed, force, dry_run, limit)), json)
+    return export_model(model, output, ExportSettings(to.value, image_size), replace(shared, limit=limit))

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from .. import console
 from ..errors import ToolkitError
-from .architecture import (
-    backbone_settings,
-    inferred_backbone_settings,
-    inferred_head_settings,
-    load_strictly,
-)
+from .architecture import backbone_settings, inferred_backbone_settings, inferred_head_settings, load_strictly
 from .formats import MODEL_METADATA, official_names, read_json, read_tensors
 from .head import ProjectionHead
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD

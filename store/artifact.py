@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -127,6 +127,38 @@ def read_run_provenance(folder: Path) -> Provenance | None:
     """Return the provenance of the run in a folder, or None where there is no run."""
     file = folder / RUN_PROVENANCE
     return provenance_from(json.loads(file.read_text()), file) if file.exists() else None
+
+
+def make(
+    output: str,
+    provenance: Provenance,
+    options: Options,
+    *,
+    describe: Callable[[], None],
+    work: Callable[[], Provenance],
+) -> Result | None:
+    """Run a step unless its output holds this very work already; return what the command prints, None after a dry run.
+
+    Args:
+        output: path of the manifest as the user gave it.
+        provenance: of the work that is wanted; without content id and figures.
+        describe: says what the step would do; only called in a dry run.
+        work: writes the output and returns its provenance with content id and figures.
+
+    Raises:
+        ToolkitError: when something else stands at `output` and --force was not given; what `work` raises.
+    """
+    path = Path(output)
+    is_made = is_up_to_date(path, provenance, options)
+    if options.dry_run:
+        if not is_made:
+            describe()
+        return None
+    if not is_made:
+        with recorded(path) as finished:
+            finished.append(work())
+    made = open_manifest(path).provenance
+    return Result(output, {} if made is None else made.figures)
 
 
 @contextmanager

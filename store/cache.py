@@ -22,7 +22,7 @@ Signature: 8a477f597d28d172789f06886806bc55
 # This folder was made by dinov2-toolkit for what it can make again; `dinov2 catalog gc` empties it.
 """
 OUR_NAMES = re.compile(
-    r"[0-9a-f]{32}(-[a-z]+|\.files)?\.npy|[0-9a-f]{32}\.same|embed-[0-9a-f]{16}|clustering-[0-9a-f]{32}|spill"
+    r"[0-9a-f]{32}(-[a-z]+|\.files)?\.npy|[0-9a-f]{32}\.same|embed-[0-9a-f]{16}|(clustering|progress)-[0-9a-f]{32}|spill"
     r"|\.[\w.-]+\.[0-9]+\.tmp"
 )
 

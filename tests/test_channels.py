@@ -10,22 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2_toolkit.curate.embed import embed_images
-from dinov2_toolkit.curate.embed_settings import EmbedSettings
+from dinov2_toolkit.curate.embed.embed import embed_images
+from dinov2_toolkit.curate.embed.settings import EmbedSettings
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate.attention import AttentionSettings, draw_attention
 from dinov2_toolkit.evaluate.match import MatchSettings, draw_match
 from dinov2_toolkit.evaluate.pca import PcaSettings, draw_pca
 from dinov2_toolkit.evaluate.probe import ProbeSettings, probe
-from dinov2_toolkit.features.extract import extract, feature_model
+from dinov2_toolkit.features.extract.extract import extract, feature_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone, load_model
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.vectors import Float32
-from dinov2_toolkit.train.build import build_model
 from dinov2_toolkit.train.config import TrainConfig, resolve
 from dinov2_toolkit.train.distill import DistillConfig, distill
-from dinov2_toolkit.train.metrics import read_metrics
+from dinov2_toolkit.train.engine.build import build_model
+from dinov2_toolkit.train.monitor.metrics import read_metrics
 from dinov2_toolkit.train.pretrain import pretrain
 from dinov2_toolkit.train.run import Watching
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dinov2_toolkit.train.losses import (
+from dinov2_toolkit.train.objective.losses import (
     dino_loss,
     ibot_loss,
     koleo_loss,

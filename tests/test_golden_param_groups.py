@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dinov2_toolkit.train.optimizer import parameter_multipliers
+from dinov2_toolkit.train.engine.optimizer import parameter_multipliers
 
 GOLDEN = Path(os.environ.get("DINOV2_GOLDEN", Path(__file__).parent / "golden"))
 META = json.loads((GOLDEN / "meta.json").read_text())

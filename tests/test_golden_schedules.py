@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dinov2_toolkit.train.schedules import last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
+from dinov2_toolkit.train.engine.schedules import last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
 
 GOLDEN = Path(os.environ.get("DINOV2_GOLDEN", Path(__file__).parent / "golden"))
 SETTINGS = json.loads((GOLDEN / "meta.json").read_text())["schedules"]

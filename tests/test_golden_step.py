@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.train.optimizer import build_optimizer, clip_gradients, set_rates
-from dinov2_toolkit.train.ssl_model import SSLModel
+from dinov2_toolkit.train.engine.optimizer import build_optimizer, clip_gradients, set_rates
+from dinov2_toolkit.train.objective.ssl_model import SSLModel
 
 GOLDEN = Path(os.environ.get("DINOV2_GOLDEN", Path(__file__).parent / "golden"))
 META = json.loads((GOLDEN / "meta.json").read_text())

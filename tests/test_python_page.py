@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import dinov2_toolkit
-from dinov2_toolkit.curate.embed import EmbedSettings, embed_images
+from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options

@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .. import console
 from ..errors import ToolkitError
+from .engine.schedules import Growth, batch_sizes
 from .launch import speaks_for_all
-from .schedules import Growth, batch_sizes
 
 CONFIG_FILE = "config.toml"  # in a run folder
 RECIPES = files("dinov2_toolkit.train") / "recipes"

@@ -18,18 +18,18 @@ from ..models.saved import MODEL_JSON
 from ..models.weights import load_heads, load_model, model_content_id
 from ..store.artifact import Options, Result, read_run_provenance, recorded, write_run_provenance
 from ..store.manifest import Source
-from . import draws
-from .build import build_backbone
+from . import counter_rng
 from .config import CONFIG_FILE, TrainConfig, command_config, read_recipe, write_config
-from .distill_model import DistillModel
-from .feature_distill_model import FeatureDistillModel
-from .frozen_teacher import FrozenTeacher
+from .data.multicrop import preprocess_of
+from .engine.build import build_backbone
 from .launch import is_main_process
-from .metrics import append_metrics, read_metrics, write_metrics_table
+from .monitor.metrics import append_metrics, read_metrics, write_metrics_table
+from .objective.distill_model import DistillModel
+from .objective.feature_distill_model import FeatureDistillModel
+from .objective.frozen_teacher import FrozenTeacher
+from .objective.multi_student import SeveralStudents, own_figures
 from .pretrain import run_training
 from .run import NOTHING, Watching
-from .several_students import SeveralStudents, own_figures
-from .views import preprocess_of
 
 AVERAGE_MOMENTUM = (0.99, 0.99)  # of the student's average, start and end; chosen
 FEATURES_LR_RATIO = 3.0  # over pretraining's; measured: 61.8 % k-NN instead of 60.4 (Fashion-MNIST, 3 seeds, 300 steps)
@@ -156,7 +156,7 @@ def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | F
     models: dict[str, DistillModel | FeatureDistillModel] = {}
     for arch in config.students:
         # As `run_training` does, so that each student starts as it would alone.
-        torch.manual_seed(draws.derived_seed(config.seed, "weights", 0))
+        torch.manual_seed(counter_rng.derived_seed(config.seed, "weights", 0))
         backbone = build_backbone(replace(config, arch=arch))
         weights = {
             "dino_weight": config.dino_weight,

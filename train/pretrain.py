@@ -27,16 +27,22 @@ from ..store.artifact import Options, Result, recorded, write_run_provenance
 from ..store.image_columns import read_images
 from ..store.manifest import Provenance, Source, open_manifest
 from ..store.memory import TidyHeap
-from . import draws
-from .accumulate import learn
-from .build import build_model
-from .checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint, save_teacher
+from . import counter_rng
 from .config import TrainConfig
-from .data import ImageSet, decoded_bytes, image_set, read_batches
-from .estimate import say_cost
-from .health import PATIENCE_STEPS, collapse, health_figures, teacher_figures
+from .data.images import ImageSet, decoded_bytes, image_set, read_batches
+from .data.multicrop import decoded_side_px, make_crops, make_masks, preprocess_of, view_settings
+from .data.preview import draw_preview
+from .engine.accumulate import learn
+from .engine.build import build_model
+from .engine.checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint, save_teacher
+from .engine.fsdp import sharding, whole_optimizer_state
+from .engine.optimizer import clip_gradients, set_rates
+from .engine.parallelize import check_compiler, prepare
+from .engine.schedules import batch_sizes, last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
 from .launch import launch, speaks_for_all, status_kept
-from .metrics import (
+from .monitor.estimate import say_cost
+from .monitor.health import PATIENCE_STEPS, collapse, health_figures, teacher_figures
+from .monitor.metrics import (
     append_metrics,
     averaged,
     peak_memory_mib,
@@ -47,10 +53,8 @@ from .metrics import (
     weighted,
     write_metrics_table,
 )
-from .online_knn import LabelledSets, knn_accuracy
-from .optimizer import clip_gradients, set_rates
-from .prepare import check_compiler, prepare
-from .preview import draw_preview
+from .monitor.online_knn import LabelledSets, knn_accuracy
+from .monitor.trackers import tracked
 from .run import (
     CHECKPOINTS,
     NOTHING,
@@ -63,10 +67,6 @@ from .run import (
     run_provenance,
     start_processes,
 )
-from .schedules import batch_sizes, last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
-from .sharded import sharding, whole_optimizer_state
-from .trackers import tracked
-from .views import decoded_side_px, make_crops, make_masks, preprocess_of, view_settings
 
 
 def pretrain(
@@ -170,7 +170,7 @@ def run_training(
     broadcast_object_list(done)
     if done[0]:
         return finished_result(output)
-    torch.manual_seed(draws.derived_seed(config.seed, "weights", 0))
+    torch.manual_seed(counter_rng.derived_seed(config.seed, "weights", 0))
     model = build()
     if is_main:
         describe(config, images, model, accelerator.num_processes)
@@ -288,7 +288,7 @@ def train(
                 wrapped,
                 whole,
                 accelerator,
-                seed=draws.derived_seed(config.seed, "drop path", step * num_processes + process),
+                seed=counter_rng.derived_seed(config.seed, "drop path", step * num_processes + process),
                 split_views=config.split_views,
                 micro_batch_size=counts["micro_batch_size"],
                 smallest=2 if config.koleo_weight else 1,

@@ -22,14 +22,14 @@ from ..store.artifact import Options, Result, difference, read_run_provenance, w
 from ..store.lock import held
 from ..store.manifest import Provenance, Source
 from ..store.memory import keep_freed_memory
-from .checkpoint import TrainedModel, checkpoints
 from .config import CONFIG_FILE, COST_KEYS, TrainConfig, write_config
-from .data import ImageSet
+from .data.images import ImageSet
+from .engine.checkpoint import TrainedModel, checkpoints
+from .engine.fsdp import sharding
+from .engine.schedules import batch_sizes, scaled_lr
 from .launch import check_launch
-from .online_knn import LabelledSets, labelled_sets
-from .schedules import batch_sizes, scaled_lr
-from .sharded import sharding
-from .trackers import check_trackers
+from .monitor.online_knn import LabelledSets, labelled_sets
+from .monitor.trackers import check_trackers
 
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
 LONGEST_WAIT = timedelta(hours=2)  # chosen: of the processes for the main one, which saves and looks at labelled images

@@ -1,0 +1,1 @@
+"""Hierarchical k-means with resampling, and balanced samples."""

@@ -1,0 +1,1 @@
+"""Which images are copies of others, and which of each group stays."""

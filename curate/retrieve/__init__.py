@@ -1,0 +1,1 @@
+"""The pool images nearest to query images."""

@@ -1,0 +1,104 @@
+"""Which tokens describe an image: class token, mean of the patches, or every patch; of one block or several.
+
+Shapes: B images, N patch tokens, D embed_dim, L blocks, E numbers an image, T tiles, R register tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...models.vit import Features
+from .windows import Layout, stitch
+
+Tokens = Literal["cls", "mean", "cls+mean", "patches"]
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """What to keep of a model's tokens."""
+
+    tokens: Tokens = "cls"
+    layers: int = 1  # the last so many blocks, the final norm applied to each
+
+    def dim(self, embed_dim: int) -> int:
+        """Return E, the length of an image's vector."""
+        return embed_dim * (self.layers + (self.tokens == "cls+mean"))
+
+    @property
+    def suffix(self) -> str:
+        """Return what sets vectors of this choice apart from the model's class tokens; nothing where they are those."""
+        tokens = "" if self.tokens in ("cls", "patches") else f"+{self.tokens}"
+        return tokens + (f"+{self.layers}-layers" if self.layers > 1 else "")
+
+
+def image_vectors(features: Sequence[Features], choice: TokenChoice) -> Tensor:
+    """Return the vectors (B, E) of B images.
+
+    cls (and patches): the class tokens of the L blocks behind one another. mean: the same of the means of all patch
+    tokens. cls+mean: the class tokens, and behind them the mean of the last block, as DINOv2's linear probes take it.
+
+    Args:
+        features: of the L blocks, from first to last.
+    """
+    class_tokens = [block.cls_token for block in features]
+    if choice.tokens in ("cls", "patches"):
+        return torch.cat(class_tokens, dim=-1)
+    means = [block.patch_tokens.mean(dim=1) for block in features]
+    if choice.tokens == "mean":
+        return torch.cat(means, dim=-1)
+    return torch.cat([*class_tokens, means[-1]], dim=-1)
+
+
+def patch_vectors(features: Sequence[Features]) -> Tensor:
+    """Return the patch tokens of the L blocks behind one another, (B, N, L D)."""
+    return torch.cat([block.patch_tokens for block in features], dim=-1)
+
+
+def described(
+    features: Sequence[Features], choice: TokenChoice, layouts: Sequence[Layout]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the vectors (B, E) of B images and, if those were chosen, the patches of each, (rows, columns, L D).
+
+    Args:
+        features: of the L blocks: of the images, or of all their tiles.
+        choice: what is wanted.
+        layouts: (B,) of tiles; empty if the images were not cut.
+    """
+    with torch.inference_mode():
+        wants_patches = choice.tokens == "patches"
+        if not layouts:
+            patches = patch_vectors(features) if wants_patches else features[0].patch_tokens[:0]
+            side = round(patches.shape[1] ** 0.5)
+            return image_vectors(features, choice), [image.view(side, side, -1) for image in patches]
+        images = [[stitch(block, layout) for block in blocks] for blocks, layout in _by_image(features, layouts)]
+        vectors = torch.cat([image_vectors(blocks, choice) for blocks in images])
+        if not wants_patches:
+            return vectors, []
+        shapes = [(layout.rows, layout.columns, -1) for layout in layouts]
+        return vectors, [patch_vectors(blocks)[0].view(shape) for blocks, shape in zip(images, shapes, strict=True)]
+
+
+def _by_image(features: Sequence[Features], layouts: Sequence[Layout]) -> Iterator[tuple[list[Features], Layout]]:
+    """Yield the features of each image's tiles, (T, ...), and their layout."""
+    start = 0
+    for layout in layouts:
+        tiles = slice(start, start := start + layout.num_tiles)
+        yield (
+            [
+                Features(block.cls_token[tiles], block.register_tokens[tiles], block.patch_tokens[tiles])
+                for block in features
+            ],
+            layout,
+        )
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """Return the features of several batches as those of one."""
+    return Features(
+        torch.cat([part.cls_token for part in parts]),
+        torch.cat([part.register_tokens for part in parts]),
+        torch.cat([part.patch_tokens for part in parts]),
+    )

@@ -1,0 +1,96 @@
+"""Large images by windows of the size a model takes: cut into overlapping tiles, their tokens put together again.
+
+Shapes: C channels, S side of a tile in pixels, T tiles of an image, D embed_dim, rows x columns patches of an image.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...models.preprocess import Preprocess
+from ...models.vit import Features
+from ...store.pixels import Picture, values_of
+
+MAX_ASPECT = 8  # chosen: of a longer image the middle part is looked at, or one image could cost a million tiles
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tiles of an image lie, in patches."""
+
+    rows: int  # of the whole image
+    columns: int
+    tops: tuple[int, ...]  # of the tiles: every top with every left, row by row
+    lefts: tuple[int, ...]
+
+    @property
+    def num_tiles(self) -> int:
+        """Return T."""
+        return len(self.tops) * len(self.lefts)
+
+
+def cut(picture: Picture, preprocess: Preprocess, patch_size: int, short_side: int) -> tuple[Tensor, Layout]:
+    """Return the tiles of a picture, (T, C, S, S) uint8 or uint16, and their layout.
+
+    The picture is resized so that its short side is `short_side` pixels where it is longer, and S where it is shorter
+    than that; both sides are then rounded down to whole patches. The tiles cover all of it, evenly spaced, and
+    overlap by as little as that allows.
+    """
+    side = preprocess.image_size
+    if isinstance(picture, Image.Image):
+        picture = picture.convert("RGB" if preprocess.in_chans == 3 else "L")
+    picture = _middle(picture)
+    wanted = min(max(min(picture.size), side), short_side)
+    scale = wanted / min(picture.size)
+    width, height = (max(int(length * scale + 1e-6) // patch_size * patch_size, side) for length in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    layout = Layout(
+        height // patch_size,
+        width // patch_size,
+        _offsets(height // patch_size, side // patch_size),
+        _offsets(width // patch_size, side // patch_size),
+    )
+    pixels = torch.tensor(values_of(picture)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    tiles = [
+        pixels[:, top * patch_size : top * patch_size + side, left * patch_size : left * patch_size + side]
+        for top in layout.tops
+        for left in layout.lefts
+    ]
+    return torch.stack(tiles), layout
+
+
+def stitch(tiles: Features, layout: Layout) -> Features:
+    """Return the features of a whole image, as a batch of one, from those of its T tiles.
+
+    Class (and register) tokens are averaged over the tiles; where tiles overlap, their patch tokens are.
+    """
+    side = round(tiles.patch_tokens.shape[1] ** 0.5)  # patches a side of a tile
+    dim = tiles.patch_tokens.shape[2]
+    total = tiles.patch_tokens.new_zeros((layout.rows, layout.columns, dim), dtype=torch.float32)
+    count = total.new_zeros((layout.rows, layout.columns, 1))
+    grids = tiles.patch_tokens.float().view(layout.num_tiles, side, side, dim)  # (T, N, D) -> (T, side, side, D)
+    places = [(top, left) for top in layout.tops for left in layout.lefts]
+    for grid, (top, left) in zip(grids, places, strict=True):
+        total[top : top + side, left : left + side] += grid
+        count[top : top + side, left : left + side] += 1
+    patches = (total / count).view(1, -1, dim)  # (rows, columns, D) -> (1, rows * columns, D)
+    return Features(
+        tiles.cls_token.float().mean(dim=0, keepdim=True), tiles.register_tokens.float().mean(dim=0)[None], patches
+    )
+
+
+def _offsets(length: int, window: int) -> tuple[int, ...]:
+    """Return where windows begin that cover a length, all in patches."""
+    count = -(-length // window)  # rounded up
+    if count == 1:
+        return (0,)
+    return tuple(round(number * (length - window) / (count - 1)) for number in range(count))
+
+
+def _middle(picture: Picture) -> Picture:
+    width, height = picture.size
+    keep_width, keep_height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
+    left, top = (width - keep_width) // 2, (height - keep_height) // 2
+    return picture.crop((left, top, left + keep_width, top + keep_height))

@@ -1,0 +1,1 @@
+"""Nearest neighbours and pairs above a similarity, exact or by an inverted file."""

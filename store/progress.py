@@ -1,0 +1,71 @@
+"""What a long step has reached, kept on disk so that a stopped one goes on from there."""
+
+import hashlib
+import json
+import shutil
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import Stopped
+from .cache import cache_folder, cache_key, open_cache
+from .files import replacing
+from .manifest import Provenance, toolkit_version
+
+SAVE_EVERY_S = 30.0  # chosen: what a kill costs at most
+
+Array = npt.NDArray[Any]  # the name it is kept under tells of what
+
+
+class Progress:
+    """A folder in the cache that belongs to one piece of work: the same work on the same contents finds it again."""
+
+    def __init__(self, provenance: Provenance, *details: object) -> None:
+        """Find the folder of a step's work, or of a part of it that `details` (values for JSON) tell apart."""
+        sources = [*provenance.inputs, *([] if provenance.base is None else [provenance.base])]
+        inputs = [(source.role, cache_key(source)) for source in sources]
+        work = [toolkit_version(), provenance.command, provenance.parameters, provenance.seed, inputs, *details]
+        key = hashlib.blake2b(json.dumps(work, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.folder = cache_folder() / f"progress-{key}"
+        self._last = time.monotonic()
+        self.signals: list[int] = []  # that came in; the next thing to be saved is then the last
+
+    def due(self) -> bool:
+        """Tell whether to save now: the last time is long ago, or a signal came."""
+        return bool(self.signals) or time.monotonic() - self._last >= SAVE_EVERY_S
+
+    def save(self, name: str, **arrays: npt.ArrayLike) -> None:
+        """Keep arrays under a name, in place of what it had before.
+
+        Raises Stopped afterwards when a signal has come.
+        """
+        open_cache()
+        with replacing(self.folder / f"{name}.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **{key: np.asarray(value) for key, value in arrays.items()})
+        self._last = time.monotonic()
+        if self.signals:
+            raise Stopped("stopped: the progress is saved; the same command goes on from here")
+
+    def load(self, name: str) -> dict[str, Array] | None:
+        """Return what was kept under a name, None where there is nothing."""
+        path = self.folder / f"{name}.npz"
+        if not path.exists():
+            return None
+        with np.load(path) as kept:
+            return {key: kept[key] for key in kept.files}
+
+    def mapped(self, name: str, dtype: type[np.generic], num: int) -> Array:
+        """Return an array of `num` on disk, as it was left; it is as long as the pool, and only parts are in memory."""
+        path = self.folder / f"{name}.npy"
+        if not path.exists():
+            open_cache()
+            with replacing(path) as temporary:
+                np.lib.format.open_memmap(temporary, "w+", dtype, (num,)).flush()
+        array: Array = np.lib.format.open_memmap(path, "r+")
+        return array
+
+    def remove(self) -> None:
+        """Forget all of it: the work is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,243 @@
+"""The second look of dedup: pixels decide on pairs that descriptors call alike."""
+
+import errno
+import tempfile
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageDraw, ImageEnhance
+
+from dinov2_toolkit.curate.dedup import thumbnails
+from dinov2_toolkit.curate.dedup.dedup import DedupSettings, dedup_images
+from dinov2_toolkit.curate.dedup.groups import Linkage, copies_above, duplicate_groups
+from dinov2_toolkit.curate.dedup.verify import LEAST_ALIKE, LIMIT, crowded_limit, difference
+from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
+from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.features.extract.decoding import ImageBatch, load_batches
+from dinov2_toolkit.features.search.exact_search import DEFAULTS
+from dinov2_toolkit.store.artifact import Options
+from dinov2_toolkit.store.cache import cached
+from dinov2_toolkit.store.manifest import Source, open_manifest, removed_path
+from dinov2_toolkit.store.vectors import Float64, Int64, Vectors
+from dinov2_toolkit.tests.curate.dedup.test_registration import scene
+from dinov2_toolkit.tests.embedded import write_embeddings
+
+Bools = np.ndarray[tuple[int], np.dtype[np.bool_]]
+
+
+def in_memory(vectors: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> Vectors:
+    return Vectors(vectors, np.arange(len(vectors)), Source("base", "memory", "0"))
+
+
+def card(number: int, sign: str) -> Image.Image:
+    """Return a playing card: those of one number differ by small signs alone."""
+    picture = Image.new("RGB", (120, 160), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.rounded_rectangle((4, 4, 115, 155), 12, outline="black", width=3)
+    rng = np.random.default_rng(number)
+    for x, y in rng.integers((20, 20), (80, 120), (5, 2)).tolist():
+        if sign == "disc":
+            draw.ellipse((x, y, x + 18, y + 18), fill="black")
+        else:
+            draw.rectangle((x, y, x + 16, y + 16), outline="black", width=4)
+    return picture
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of scenes, some with a copy, and of cards that are no copies of each other."""
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(12):
+        scene(number).save(images / f"scene-{number:02}.png")
+    for number in range(4):
+        for sign in ("disc", "box"):
+            card(number, sign).save(images / f"card-{number}-{sign}.png")
+    scene(0).crop((0, 10, 148, 160)).save(images / "copy-00.png")
+    ImageEnhance.Brightness(scene(1).resize((140, 140))).enhance(1.3).save(images / "copy-01.jpg", quality=40)
+    scene(2).convert("L").resize((80, 80)).save(images / "copy-02.png")
+    return images
+
+
+def embedded(folder: Path, name: str = "pool.parquet") -> Path:
+    embed_images([str(folder)], name, EmbedSettings(model="copy"), Options())
+    return folder.parent / name
+
+
+def deduplicated(pool: Path, **settings: object) -> tuple[dict[str, str], dict[str, object]]:
+    """Return what goes by the name of what it goes for, and the figures."""
+    output = pool.with_name("unique.parquet")
+    dedup_images(pool, str(output), DedupSettings(**settings), Options(force=True))  # type: ignore[arg-type]
+    removed = pq.read_table(removed_path(output)).to_pylist()
+    provenance = open_manifest(output).provenance
+    assert provenance is not None
+    return {Path(row["uri"]).stem: Path(row["duplicate_of"]).stem for row in removed}, provenance.figures
+
+
+PLANTED = {"copy-00": "scene-00", "copy-01": "scene-01", "copy-02": "scene-02"}
+
+
+def test_copies_go_and_look_alikes_stay(folder: Path) -> None:
+    pool = embedded(folder)
+    removed, figures = deduplicated(pool)
+    assert removed == PLANTED
+    assert figures["looked_at"] and figures["unread"] == 0 and figures["limit"] == LIMIT
+    assert figures["threshold"] == LEAST_ALIKE
+    by_cosine, figures = deduplicated(pool, verify=False)
+    assert "looked_at" not in figures and figures["threshold"] == 0.95
+    assert set(by_cosine) != set(PLANTED)
+    given, figures = deduplicated(pool, threshold=0.9)
+    assert "looked_at" not in figures and figures["threshold_origin"] == "given"
+    looked, figures = deduplicated(pool, threshold=0.5, verify=True)
+    assert looked == PLANTED and figures["threshold"] == 0.5
+
+
+@pytest.mark.parametrize("linkage", ["components", "star"])
+def test_any_linkage_and_number_of_neighbours(folder: Path, linkage: str) -> None:
+    assert deduplicated(embedded(folder), linkage=linkage, k=3)[0] == PLANTED
+
+
+def test_what_was_seen_is_kept_and_what_cannot_be_read_goes_by_its_descriptor(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = embedded(folder)
+    for name in ("copy-00.png", "card-0-disc.png"):
+        (folder / name).rename(folder.parent / name)
+    removed, figures = deduplicated(pool)
+    assert isinstance(figures["unread"], int) and figures["unread"] > 0
+    assert {name: PLANTED[name] for name in ("copy-01", "copy-02")}.items() <= removed.items()
+    assert "could not be read" in capsys.readouterr().err
+    for image in folder.iterdir():
+        image.unlink()
+    again, seen = deduplicated(pool)  # from the cache
+    assert again == removed and seen["unread"] == figures["unread"]
+
+
+def test_each_picture_is_read_once_and_none_is_left_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = embedded(folder)
+    read: list[str | None] = []
+
+    def reading(uris: Iterable[str | None], *args: Any, **kwargs: Any) -> Iterator[ImageBatch]:
+        names = list(uris)
+        read.extend(names)
+        return load_batches(names, *args, **kwargs)
+
+    monkeypatch.setattr(thumbnails, "load_batches", reading)
+    assert deduplicated(pool)[0] == PLANTED
+    assert len(read) == len(set(read)) <= len(list(folder.iterdir()))
+    assert all(path.suffix == ".npy" for path in cached())
+
+
+def test_a_full_disk_is_told_with_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    pool = embedded(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
+        with pytest.raises(ToolkitError, match=r"no space left in .*, where 22 pictures .* 1 MB; .*--no-verify"):
+            deduplicated(pool)
+    assert not (folder.parent / "unique.parquet").exists()
+    assert deduplicated(pool)[0] == PLANTED
+
+
+def test_known_and_evaluation_images_are_looked_at(folder: Path) -> None:
+    pool = embedded(folder)
+    others = folder.parent / "others"
+    others.mkdir()
+    ImageEnhance.Contrast(scene(5)).enhance(0.7).crop((8, 0, 160, 152)).save(others / "seen-05.png")
+    card(2, "disc").rotate(180).save(others / "card.png")
+    known = embedded(others, "known.parquet")
+    removed, figures = deduplicated(pool, known=(known,))
+    assert removed == {**PLANTED, "scene-05": "seen-05"} and figures["known"] == 1
+    clean = folder.parent / "clean.parquet"  # its threshold says what was looked at, not what is a copy
+    dedup_images(known, str(clean), DedupSettings(), Options())
+    _, figures = deduplicated(pool, known=(clean,), verify=False)
+    assert figures["threshold"] == 0.95
+    removed, figures = deduplicated(pool, against=(known,))
+    assert removed == {**PLANTED, "scene-05": "seen-05"} and figures["against"] == 1
+    removed, figures = deduplicated(pool, against=(known,), against_threshold=1.0)
+    assert removed == PLANTED
+
+
+def test_verify_needs_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    vectors = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
+    pool = write_embeddings(tmp_path / "pool.parquet", vectors)
+    with pytest.raises(ToolkitError, match="--verify with --exact bytes"):
+        dedup_images(pool, "unique.parquet", DedupSettings(exact="bytes", verify=True), Options())
+    table = pq.read_table(pool).select(["embedding"]).replace_schema_metadata(None)
+    pq.write_table(table, tmp_path / "nameless.parquet")
+    with pytest.raises(ToolkitError, match="--verify looks at images, and .*nameless.parquet names none"):
+        dedup_images(tmp_path / "nameless.parquet", "unique.parquet", DedupSettings(verify=True), Options())
+
+
+def test_difference_multiplies_what_is_left_by_how_far_descriptors_lie() -> None:
+    left, cosines = np.array([0.0, 0.09, 0.09], np.float32), np.array([1.0, 1.0, 0.03])
+    assert difference(left, cosines) == pytest.approx([0.005 * 0.03**0.5, 0.095 * 0.03**0.5, 0.095], rel=1e-6)
+
+
+def test_a_crowded_pool_lowers_the_limit_to_what_chance_allows() -> None:
+    """Chance pairs that grow by a known power: the limit is where as many as allowed lie below, to a step."""
+    copies = np.linspace(1e-4, 3e-4, 500)
+    for power, num in ((4.0, 20_000), (2.0, 5_000)):
+        chance = 0.1 * ((np.arange(num) + 0.5) / num) ** (1 / power)  # num * (x / 0.1) ** power lie below x
+        limit = crowded_limit(np.concatenate([copies, chance]), most=0.002 * num)
+        expected = min(LIMIT, 0.1 * 0.002 ** (1 / power))
+        assert expected / 1.2 < limit <= expected * 1.05
+    assert crowded_limit(copies, most=10) == LIMIT
+    assert crowded_limit(np.empty(0), most=0.0) == LIMIT
+
+
+@pytest.mark.parametrize("linkage", ["components", "star"])
+def test_of_a_crowd_larger_than_k_one_stays_and_no_pair_is_looked_at_twice(linkage: Linkage) -> None:
+    """Three crowds of forty copies, of which each knows two: what stays of the parts is compared again."""
+    rng = np.random.default_rng(1)
+    crowd = np.repeat(np.arange(3), 40)
+    centres = rng.normal(size=(3, 12))
+    vectors = in_memory((centres[crowd] + 0.05 * rng.normal(size=(120, 12))).astype(np.float32))
+    looked: list[tuple[int, int, bool]] = []
+
+    def are_copies(left: Int64, right: Int64, cosines: Float64, are_near: Bools) -> Bools:
+        assert (left < right).all() and (cosines > -1).all()
+        looked.extend(zip(left.tolist(), right.tolist(), are_near.tolist(), strict=True))
+        same: Bools = (crowd[left] == crowd[right]) & are_near
+        return same
+
+    priority = rng.permutation(120)
+    found = copies_above(vectors, priority, -1.0, 4, 2, linkage, DEFAULTS, are_copies)
+    first = [40 * number + int(priority[crowd == number].argmin()) for number in range(3)]
+    assert found.stays.tolist() == np.array(first)[crowd].tolist()
+    assert (found.degree == 2).all()
+    assert len(set(looked)) == len(looked)
+    assert {near for *_, near in looked} == {True, False}
+
+
+def test_stars_of_pairs_keep_what_no_preferred_one_that_stays_is_a_copy_of() -> None:
+    rng = np.random.default_rng(2)
+    vectors = in_memory(rng.normal(size=(60, 6)).astype(np.float32))
+    copies = np.triu(rng.random((60, 60)) < 0.08, 1)
+    priority = rng.permutation(60)
+    groups = duplicate_groups(
+        vectors,
+        np.arange(60),
+        -1.0,
+        59,
+        linkage="star",
+        priority=priority,
+        are_copies=lambda left, right, *_: copies[left, right],
+    )
+    stays: list[int] = []
+    expected = np.empty(60, np.int64)
+    for row in np.argsort(priority).tolist():
+        heads = [head for head in stays if copies[min(head, row), max(head, row)]]
+        expected[row] = heads[0] if heads else row
+        stays += [] if heads else [row]
+    assert groups.kept.tolist() == expected.tolist()

@@ -1,0 +1,382 @@
+"""`dinov2 curate embed` after a stop, and over a folder that has changed: nothing is embedded twice."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinov2_toolkit.curate.embed import parts
+from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
+from dinov2_toolkit.curate.embed.filters import Filters
+from dinov2_toolkit.curate.embed.parts import missing_blocks, work_folder
+from dinov2_toolkit.errors import Stopped, ToolkitError
+from dinov2_toolkit.features.extract import extract
+from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_toolkit.models.saved import save_model
+from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.store.artifact import Options
+from dinov2_toolkit.store.cache import cache_folder
+
+NUM_IMAGES, NUM_BROKEN = 50, 3
+FILES = ("pool.parquet", "pool.removed.parquet")
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parts, "BLOCK_ENTRIES", 20)
+
+
+def draw(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Fifty images in two folders, and three files that are none."""
+    folder = tmp_path / "photos"
+    for number in range(NUM_IMAGES):
+        draw(folder / ("cat", "dog")[number % 2] / f"{number:02}.png", number)
+    for number in range(NUM_BROKEN):
+        (folder / "cat" / f"{number}x.png").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    backbone = VisionTransformer(patch_size=7, embed_dim=24, depth=2, num_heads=3, img_size=28, layer_scale=1.0)
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    save_model(folder, backbone=backbone, heads={}, image_size=28, crop_ratio=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return folder
+
+
+@pytest.fixture
+def settings(run: Path) -> EmbedSettings:
+    return EmbedSettings(model=str(run), dtype="float32", batch_size=8, num_workers=2)
+
+
+def rows(path: str = "pool.parquet") -> list[dict[str, object]]:
+    listed: list[dict[str, object]] = pq.read_table(path).to_pylist()
+    return listed
+
+
+def files() -> list[bytes]:
+    return [Path(name).read_bytes() for name in FILES]
+
+
+def embedded(sources: list[str], settings: EmbedSettings, **options: bool) -> None:
+    embed_images(sources, "pool.parquet", settings, Options(**options))
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collect how many images every forward pass has; SIGTERM comes where `stop_after` says."""
+    counts: list[int] = []
+    forward = extract.forward
+
+    def counting(*arguments: object) -> object:
+        pixels = arguments[2]
+        assert isinstance(pixels, Tensor)
+        counts.append(len(pixels))
+        if len(counts) == int(os.environ.get("STOP_AFTER", 0)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(extract, "forward", counting)
+    return counts
+
+
+@pytest.mark.parametrize("batches", [1, 2, 4])
+def test_a_stopped_run_continues_and_ends_as_if_nothing_had_been(
+    photos: Path,
+    settings: EmbedSettings,
+    seen: list[int],
+    batches: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    embedded(["photos"], settings)
+    whole = files()
+    assert sum(seen) == NUM_IMAGES
+    for name in FILES:
+        Path(name).unlink()
+
+    seen.clear()
+    monkeypatch.setenv("STOP_AFTER", str(batches))
+    with pytest.raises(Stopped, match=r"stopped: \d+ of 53 images are embedded and kept; the same command goes on"):
+        embedded(["photos"], settings)
+    assert not Path("pool.parquet").exists()
+    monkeypatch.delenv("STOP_AFTER")
+    capsys.readouterr()
+    embedded(["photos"], settings)
+    assert "continuing: " in capsys.readouterr().err
+    assert files() == whole
+    assert NUM_IMAGES <= sum(seen) <= NUM_IMAGES + 8  # a batch that was begun is begun again
+    assert not work_folder(Path("pool.parquet")).exists()
+
+
+def test_a_failure_leaves_no_folder_of_its_own_and_every_folder_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    monkeypatch.setenv("DINOV2_CATALOG", str(own / "catalog.duckdb"))
+    with pytest.raises(ToolkitError, match="no file or folder missing"):
+        embed_images(["missing"], "pool.parquet", EmbedSettings(), Options())
+    assert list(own.iterdir()) == []
+    monkeypatch.delenv("DINOV2_CATALOG")
+    with pytest.raises(ToolkitError, match="no file or folder missing"):
+        embed_images(["missing"], "pool.parquet", EmbedSettings(), Options())
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_what_was_embedded_otherwise_is_discarded_with_a_word(
+    photos: Path,
+    settings: EmbedSettings,
+    seen: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("STOP_AFTER", "4")
+    with pytest.raises(Stopped):
+        embedded(["photos"], settings)
+    seen.clear()
+    monkeypatch.delenv("STOP_AFTER")
+    embedded(["photos"], EmbedSettings(str(settings.model), labels="none", dtype="float32"))
+    assert "that were embedded otherwise before a stop (labels folder, now none)" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert sum(seen) == NUM_IMAGES
+
+
+def test_force_starts_afresh(
+    photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOP_AFTER", "4")
+    with pytest.raises(Stopped):
+        embedded(["photos"], settings)
+    monkeypatch.delenv("STOP_AFTER")
+    seen.clear()
+    embedded(["photos"], settings, force=True)
+    assert sum(seen) == NUM_IMAGES
+    seen.clear()
+    embedded(["photos"], settings, force=True)
+    assert sum(seen) == NUM_IMAGES
+
+
+def test_an_interrupted_force_goes_on_without_it(
+    photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded(["photos"], EmbedSettings(str(settings.model), labels="none"))
+    seen.clear()
+    monkeypatch.setenv("STOP_AFTER", "4")
+    with pytest.raises(Stopped):
+        embedded(["photos"], settings, force=True)
+    monkeypatch.delenv("STOP_AFTER")
+    embedded(["photos"], settings)
+    assert sum(seen) <= NUM_IMAGES + 8
+    assert rows()[0]["label"] == "cat"
+
+
+def test_a_part_that_is_half_there_is_made_again(
+    photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded(["photos"], settings)
+    whole = files()
+    embedded_again = EmbedSettings(str(settings.model), dtype="float32", batch_size=8)
+    monkeypatch.setenv("STOP_AFTER", str(len(seen) + 4))
+    with pytest.raises(Stopped):
+        embedded(["photos"], embedded_again, force=True)
+    assert files() == whole  # until the end
+    (part,) = work_folder(Path("pool.parquet")).glob("part-*")
+    part.write_bytes(part.read_bytes()[:100])
+    monkeypatch.delenv("STOP_AFTER")
+    embedded(["photos"], embedded_again)
+    assert files() == whole
+
+
+def test_a_full_disk_is_one_line_and_what_is_done_is_kept(
+    photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_SECONDS", 0.0)
+    write_part = parts.write_part
+
+    def full(folder: Path, span: tuple[int, int], part: parts.Part) -> None:
+        if span[0] >= 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_part(folder, span, part)
+
+    monkeypatch.setattr(parts, "write_part", full)
+    with pytest.raises(ToolkitError, match="the disk is full; 20 images are kept: make room and run the same command"):
+        embedded(["photos"], settings)
+    seen.clear()
+    monkeypatch.setattr(parts, "write_part", write_part)
+    embedded(["photos"], settings)
+    assert sum(seen) == NUM_IMAGES - 20 + NUM_BROKEN
+
+
+def test_two_commands_do_not_write_one_output(photos: Path, settings: EmbedSettings) -> None:
+    with (
+        parts.locked(work_folder(Path("pool.parquet")), Path("pool.parquet")),
+        pytest.raises(ToolkitError, match="another process is embedding to pool.parquet"),
+    ):
+        embedded(["photos"], settings)
+
+
+def change(photos: Path) -> None:
+    """Add, change, touch, rename and remove files."""
+    for number in range(100, 105):
+        draw(photos / "cow" / f"{number}.png", number)
+    draw(photos / "cat" / "00.png", 500)  # changed
+    os.utime(photos / "cat" / "02.png", (1, 1))  # touched
+    (photos / "cat" / "04.png").rename(photos / "dog" / "04.png")
+    (photos / "cat" / "06.png").unlink()
+    (photos / "cat" / "0x.png").unlink()
+
+
+def test_a_changed_folder_is_embedded_as_far_as_it_is_new(
+    photos: Path, settings: EmbedSettings, seen: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedded(["photos"], settings)
+    before = {str(row["uri"]): row for row in rows()}
+    change(photos)
+    seen.clear()
+    capsys.readouterr()
+    embedded(["photos"], settings)
+    said = capsys.readouterr().err
+    assert "pool.parquet: 46 images taken over, 10 new or changed to read, 2 gone" in said
+    assert "54 images embedded, 48 of them taken over, 2 files removed" in said
+    assert sum(seen) == 6  # five new, one changed: the touched and the renamed one are known by their bytes
+    after = rows()
+    for row in after:
+        if (old := before.get(str(row["uri"]))) and "cat/00" not in str(row["uri"]):
+            assert row == old
+    updated = files()
+    embedded(["photos"], settings, force=True)
+    afresh = rows()
+    for row in [*after, *afresh]:
+        row["embedding"] = np.round(np.array(row["embedding"]), 5).tolist()  # batches differ in the last bit
+    assert after == afresh
+    assert files()[1] == updated[1]
+    assert next(row for row in after if "dog/04" in str(row["uri"]))["label"] == "dog"
+
+
+def test_without_its_cache_an_image_is_known_by_its_bytes(
+    photos: Path, settings: EmbedSettings, seen: list[int]
+) -> None:
+    embedded(["photos"], settings)
+    change(photos)
+    shutil.rmtree(cache_folder())
+    seen.clear()
+    embedded(["photos"], settings)
+    assert sum(seen) == 6 and len(rows()) == 54
+
+
+def test_an_update_can_be_stopped_too(
+    photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded(["photos"], settings)
+    for number in range(100, 140):
+        draw(photos / "ant" / f"{number}.png", number)
+    shutil.copytree(".", "../whole", ignore=shutil.ignore_patterns("photos"))
+    embedded(["photos"], settings)
+    whole = files()
+    for name in FILES:
+        shutil.copy(f"../whole/{name}", name)
+    monkeypatch.setenv("STOP_AFTER", str(len(seen) + 3))
+    seen_before = sum(seen)
+    with pytest.raises(Stopped):
+        embedded(["photos"], settings)
+    monkeypatch.delenv("STOP_AFTER")
+    embedded(["photos"], settings)
+    assert files() == whole
+    assert sum(seen) - seen_before <= 48
+    shutil.rmtree("../whole")
+
+
+def test_images_that_come_while_it_is_stopped_cost_only_themselves(
+    photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOP_AFTER", "4")
+    with pytest.raises(Stopped):
+        embedded(["photos"], settings)
+    monkeypatch.delenv("STOP_AFTER")
+    draw(photos / "ant" / "1.png", 1_000)
+    embedded(["photos"], settings)
+    assert len(rows()) == NUM_IMAGES + 1
+    assert sum(seen) <= NUM_IMAGES + 1 + 8
+
+
+def test_an_update_that_would_drop_most_images_is_refused(photos: Path, settings: EmbedSettings) -> None:
+    embedded(["photos"], settings)
+    written = files()
+    shutil.rmtree(photos / "cat")
+    (photos / "dog" / "01.png").unlink()
+    with pytest.raises(ToolkitError, match="has 50 images, and the sources list only 24 of them now; .*--force"):
+        embedded(["photos"], settings)
+    assert files() == written
+    embedded(["photos"], settings, force=True)
+    assert len(rows()) == 24
+
+
+def test_blocks_end_where_they_end_without_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing_blocks([], 50) == [(0, 20), (20, 40), (40, 50)]
+    assert missing_blocks([(0, 8), (20, 45)], 50) == [(8, 20), (45, 50)]
+    assert missing_blocks([(0, 50)], 50) == [] and missing_blocks([], 0) == []
+
+
+def test_filtered_images_are_removed_with_their_numbers_and_are_no_failures(photos: Path, run: Path) -> None:
+    Image.new("L", (40, 40), 7).save(photos / "grey.png")
+    Image.new("L", (20, 40), 7).save(photos / "small.png")
+    settings = EmbedSettings(str(run), filters=Filters(min_side=25, min_contrast=2.0), max_failed=0.06)
+    embedded(["photos"], settings)  # 3 of 55 cannot be read
+    assert len(rows()) == NUM_IMAGES
+    assert [row["reason"] for row in rows("pool.removed.parquet")][-2:] == [
+        "below --min-contrast 2: 0.00",
+        "below --min-side 25: 20 x 40 pixels",
+    ]
+
+
+def command(*arguments: str, **options: object) -> "subprocess.Popen[str]":
+    line = [sys.executable, "-m", "dinov2_toolkit", "curate", "embed", *arguments]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_bytes_of_one(photos: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "BLOCK_ENTRIES", 1_024)
+    for number in range(1_000):  # so many that both have a share
+        shutil.copy(photos / "cat" / "00.png", photos / f"{number:04}.png")
+    arguments = ["photos", "-o", "pool.parquet", "--model", str(run)]
+    embed_images(["photos"], "pool.parquet", EmbedSettings(str(run)), Options())
+    whole = files()
+    for name in FILES:
+        Path(name).unlink()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = command(*arguments, "--num-processes", "2", env=environment)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "pool.parquet\n"), err
+    assert err.count("images embedded") == 1
+    assert files() == whole

@@ -1,0 +1,138 @@
+"""What a step writes beside its output takes the place of nothing else."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dinov2_toolkit.curate.cluster.cluster import ClusterSettings, cluster_images
+from dinov2_toolkit.curate.dedup.dedup import DedupSettings, dedup_images
+from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
+from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.store.artifact import Options
+from dinov2_toolkit.store.manifest import open_manifest
+
+Step = Callable[[Path, Path, Options], object]
+
+
+def embed(pool: Path, output: Path, options: Options) -> object:
+    return embed_images([str(pool)], str(output), EmbedSettings(model="pixels"), options)
+
+
+def dedup(pool: Path, output: Path, options: Options) -> object:
+    return dedup_images(pool, str(output), DedupSettings(threshold=0.9), options)
+
+
+def cluster(pool: Path, output: Path, options: Options) -> object:
+    return cluster_images(pool, str(output), ClusterSettings("2"), options)
+
+
+STEPS = pytest.mark.parametrize(
+    ("step", "kind"), [(embed, "removed"), (dedup, "removed"), (cluster, "clusters")], ids=["embed", "dedup", "cluster"]
+)
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    """Return a foreign manifest of four images with vectors."""
+    (tmp_path / "images").mkdir()
+    files = [tmp_path / "images" / f"{number}.png" for number in range(4)]
+    for number, file in enumerate(files):
+        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(file)
+    path = tmp_path / "pool.parquet"
+    vectors = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32).tolist()
+    pq.write_table(pa.table({"uri": [str(file) for file in files], "embedding": vectors}), path)
+    return path
+
+
+@STEPS
+def test_a_foreign_side_file_asks_for_force(tmp_path: Path, pool: Path, step: Step, kind: str) -> None:
+    side = tmp_path / f"v.{kind}.parquet"
+    for content in ("mine", pool):  # no manifest, and a foreign one
+        side.write_text(content) if isinstance(content, str) else shutil.copy(content, side)
+        before = side.read_bytes()
+        for options in (Options(), Options(dry_run=True)):
+            with pytest.raises(ToolkitError, match=f"v.{kind}.parquet, which goes with .*--force"):
+                step(pool, tmp_path / "v.parquet", options)
+        assert side.read_bytes() == before
+        assert not (tmp_path / "v.parquet").exists()
+    step(pool, tmp_path / "v.parquet", Options(force=True))
+    made = open_manifest(side).provenance
+    assert made is not None
+    assert made.kind == kind
+
+
+@STEPS
+def test_a_side_file_that_is_an_input_stays(tmp_path: Path, pool: Path, step: Step, kind: str) -> None:
+    side = tmp_path / f"z.{kind}.parquet"
+    shutil.copy(pool, side)
+    before = side.read_bytes()
+    for options in (Options(), Options(force=True), Options(dry_run=True), Options(dry_run=True, force=True)):
+        with pytest.raises(ToolkitError, match="is an input, and -o .* would overwrite it"):
+            step(side, tmp_path / "z.parquet", options)
+    assert side.read_bytes() == before
+    assert not (tmp_path / "z.parquet").exists()
+
+
+@STEPS
+def test_a_side_file_of_an_earlier_run_is_written_anew(tmp_path: Path, pool: Path, step: Step, kind: str) -> None:
+    output = tmp_path / "v.parquet"
+    step(pool, output, Options())
+    side = tmp_path / f"v.{kind}.parquet"
+    before = side.read_bytes()
+    step(pool, output, Options())  # up to date
+    step(pool, output, Options(force=True))
+    output.unlink()
+    step(pool, output, Options(dry_run=True))
+    step(pool, output, Options())
+    assert side.read_bytes() == before
+
+
+def test_a_side_file_of_another_step_asks_for_force(tmp_path: Path, pool: Path) -> None:
+    embed(pool, tmp_path / "v.parquet", Options())
+    (tmp_path / "v.parquet").unlink()
+    with pytest.raises(ToolkitError, match=r"was made by `curate embed` \(removed\); .*--force"):
+        dedup(pool, tmp_path / "v.parquet", Options())
+    (tmp_path / "v.removed.parquet").unlink()
+    embed(pool, tmp_path / "v.removed.parquet", Options())
+    with pytest.raises(ToolkitError, match=r"\(embeddings\); .*--force"):
+        embed(pool, tmp_path / "v.parquet", Options())
+
+
+def test_an_input_may_stand_in_a_folder_or_behind_a_selection(tmp_path: Path, pool: Path) -> None:
+    base = tmp_path / "z.removed.parquet"
+    embed(pool, base, Options())
+    dedup(base, tmp_path / "unique.parquet", Options())
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    shutil.copy(pool, parts / "z.removed.parquet")
+    (parts / "_manifest.json").write_text('{"parts": ["z.removed.parquet"]}')
+    for given, output in ((tmp_path / "unique.parquet", tmp_path / "z.parquet"), (parts, parts / "z.parquet")):
+        with pytest.raises(ToolkitError, match="is an input"):
+            dedup(given, output, Options(force=True))
+
+
+def test_a_folder_at_a_side_file_stays(tmp_path: Path, pool: Path) -> None:
+    (tmp_path / "v.removed.parquet").mkdir()
+    with pytest.raises(ToolkitError, match="is a folder"):
+        dedup(pool, tmp_path / "v.parquet", Options(force=True))
+
+
+def test_pictures_and_reports_are_checked_by_a_dry_run_and_when_up_to_date(tmp_path: Path, pool: Path) -> None:
+    sheet, report = tmp_path / "s.png", tmp_path / "r.html"
+    sheet.write_text("mine")
+    with pytest.raises(ToolkitError, match="--force"):
+        dedup_images(pool, str(tmp_path / "v.parquet"), DedupSettings(0.9, sheet=sheet), Options(dry_run=True))
+    output = str(tmp_path / "c.parquet")
+    cluster_images(pool, output, ClusterSettings("2", report=report), Options())
+    cluster_images(pool, output, ClusterSettings("2", report=report), Options())  # its own
+    report.write_text("mine")
+    for options in (Options(), Options(dry_run=True)):
+        with pytest.raises(ToolkitError, match="exists; choose another --report"):
+            cluster_images(pool, output, ClusterSettings("2", report=report), options)
+    assert report.read_text() == "mine"

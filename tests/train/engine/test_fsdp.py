@@ -1,0 +1,303 @@
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import dinov2_toolkit
+from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.models.head import ProjectionHead
+from dinov2_toolkit.models.preprocess import Preprocess
+from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.models.weights import load_backbone
+from dinov2_toolkit.train.config import TrainConfig
+from dinov2_toolkit.train.engine.checkpoint import TrainedModel, load_checkpoint, save_checkpoint
+from dinov2_toolkit.train.engine.fsdp import sharding, whole_optimizer_state
+from dinov2_toolkit.train.engine.optimizer import clip_gradients, set_rates
+from dinov2_toolkit.train.engine.parallelize import prepare
+from dinov2_toolkit.train.monitor.metrics import read_metrics
+from dinov2_toolkit.train.objective.distill_model import DistillModel
+from dinov2_toolkit.train.objective.feature_distill_model import FeatureDistillModel
+from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
+from dinov2_toolkit.train.objective.multi_student import SeveralStudents
+from dinov2_toolkit.train.objective.ssl_model import SSLModel
+from dinov2_toolkit.train.run import start_processes
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+SETTINGS = [
+    "arch=vit_tiny",
+    "depth=2",
+    "embed_dim=48",
+    "steps=3",
+    "batch_size=8",
+    "checkpoint_every=2",
+    "log_every=1",
+    "patch_size=4",
+    "separate_heads=true",
+    "num_prototypes=33",
+    "ibot_num_prototypes=17",
+    "hidden_dim=16",
+    "bottleneck_dim=8",
+    "global_crop_size_px=12",
+    "local_crop_size_px=8",
+    "num_local_crops=2",
+    "layer_scale=1.0",
+    "drop_path=0.3",
+    "mixed_precision=no",
+    "num_workers=0",
+    "warmup_steps=1",
+    "teacher_temp_warmup_steps=3",
+    "freeze_last_layer_steps=1",
+]
+LOSSES = ("total", "dino_local", "dino_global", "ibot", "koleo", "teacher_entropy", "prototype_perplexity")
+NORMS = ("grad_norm_backbone", "grad_norm_dino_head", "grad_norm_ibot_head")
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Twenty noise images, in two folders."""
+    generator = np.random.default_rng(0)
+    uris = []
+    for number in range(20):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (12 + number % 5, 14, 3), dtype=np.uint8)).save(path)
+        uris.append(str(path))
+    pq.write_table(pa.table({"uri": uris}), tmp_path / "images.parquet")
+    return tmp_path / "images.parquet"
+
+
+def test_only_settings_of_accelerate_that_are_followed_are_taken() -> None:
+    assert sharding({}) is None and sharding({"ACCELERATE_USE_FSDP": "false"}) is None
+    wrap = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}
+    assert sharding(FSDP2 | wrap) is not None
+    for unfit, message in (
+        ({"FSDP_VERSION": "1"}, "FSDP_VERSION is 1; set it"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS is true"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "recompute=blocks"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "FSDP_AUTO_WRAP_POLICY asks for other units"),
+        ({"FSDP_TRANSFORMER_CLS_TO_WRAP": "Layer"}, "FSDP_TRANSFORMER_CLS_TO_WRAP"),
+        ({"FSDP_IGNORED_MODULES": "teacher"}, "FSDP_IGNORED_MODULES is set"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "ACCELERATE_USE_PARALLELISM_CONFIG is true"),
+    ):
+        with pytest.raises(ToolkitError, match=message):
+            sharding(FSDP2 | unfit)
+
+
+def test_shards_for_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ToolkitError, match="FSDP is asked for with one process alone; start several"):
+        start_processes(TrainConfig(mixed_precision="no"), (), tmp_path)
+
+
+def small_backbone(embed_dim: int, depth: int) -> VisionTransformer:
+    return VisionTransformer(
+        patch_size=4, embed_dim=embed_dim, depth=depth, num_heads=2, img_size=8, layer_scale=1.0, drop_path=0.3
+    )
+
+
+def pretraining() -> TrainedModel:
+    heads = [ProjectionHead(18, number, hidden_dim=9, bottleneck_dim=5) for number in (13, 7)]
+    return SSLModel(small_backbone(18, 3), *heads, centering="softmax_center")
+
+
+def distillation() -> TrainedModel:
+    head = ProjectionHead(20, 11, hidden_dim=9, bottleneck_dim=5)
+    frozen = FrozenTeacher({"backbone": small_backbone(20, 2), "dino_head": head})
+    return SeveralStudents({f"width_{width}": DistillModel(small_backbone(width, 2), frozen) for width in (12, 18)})
+
+
+def features() -> TrainedModel:
+    return FeatureDistillModel(small_backbone(18, 2), FrozenTeacher({"backbone": small_backbone(20, 2)}))
+
+
+MODELS: dict[str, Callable[[], TrainedModel]] = {
+    "pretraining": pretraining,
+    "distillation": distillation,
+    "features": features,
+}
+
+
+def test_two_processes_in_shards_train_as_two_that_each_hold_all(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # not used: they meet by a file
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path)], env=environment | {"RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in "01"
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    for name in MODELS:
+        whole, shards = (torch.load(tmp_path / f"{name}-{shards}.pt") for shards in (False, True))
+        assert list(shards) == list(whole)
+        torch.testing.assert_close(shards, whole, rtol=1e-5, atol=1e-5)  # an update is about 1e-3
+
+
+def train_three_steps(build: Callable[[], TrainedModel], accelerator: Accelerator, folder: Path) -> dict[str, Tensor]:
+    """Return the losses and norms of three steps, the last after a checkpoint, and all weights, whole."""
+    in_shards = sharding(os.environ) is not None
+    results: dict[str, Tensor] = {}
+    for start, stop in ((0, 2), (2, 3)):
+        torch.manual_seed(start)  # the second model begins otherwise, and becomes the first by its checkpoint
+        model = build().train()
+        wrapped, optimizer, whole_model = prepare(model, TrainConfig(mixed_precision="no"), accelerator)
+        assert all(isinstance(weight, DTensor) == in_shards for weight in model.student.parameters())
+        assert all(isinstance(weight, DTensor) == in_shards for weight in model.teacher.parameters())
+        if start:
+            assert load_checkpoint(folder / "step-0000002", model, optimizer) == {"step": 2}
+        for step in range(start, stop):
+            torch.manual_seed(10 * step + accelerator.process_index)
+            masks = torch.rand(6, 4) < 0.4
+            part = model.taught(torch.randn(6, 3, 8, 8), torch.randn(3, 3, 4, 4), masks, teacher_temp=0.1)
+            losses = wrapped(part)
+            losses["total"].backward()
+            norms = clip_gradients(model.student, 3.0)
+            set_rates(optimizer, lr=1e-3, last_layer_lr=1e-3, weight_decay=0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_teacher(0.9)
+            results[f"loss {step}"] = accelerator.reduce(losses["total"].detach(), reduction="mean")
+            results |= {f"norm {step} {name}": norm for name, norm in norms.items()}
+        state = whole_optimizer_state(optimizer, wanted=accelerator.is_main_process)
+        whole = whole_model()
+        assert (whole is None) != accelerator.is_main_process
+        if whole is not None:
+            preprocess = Preprocess(8, 1.0, (0.5,) * 3, (0.5,) * 3, 3)
+            save_checkpoint(folder, whole, state, {"step": stop}, preprocess, keep=2)
+            results |= {name: value.detach() for name, value in whole.state_dict().items() if "frozen" not in name}
+        accelerator.wait_for_everyone()
+    return results
+
+
+def main(folder: Path) -> None:
+    """Be one of two processes: train each kind of model, whole and in shards, and leave what came of it."""
+    meeting = (folder / "meeting").as_uri()
+    torch.distributed.init_process_group("gloo", meeting, rank=int(os.environ["RANK"]), world_size=2)
+    accelerator = Accelerator(cpu=True)
+    for name, build in MODELS.items():
+        for shards in (False, True):
+            os.environ.update(FSDP2 | {"ACCELERATE_USE_FSDP": str(shards)})
+            results = train_three_steps(build, accelerator, folder / f"{name}-{shards}")
+            if accelerator.is_main_process:
+                torch.save(results, folder / f"{name}-{shards}.pt")
+    torch.distributed.destroy_process_group()
+
+
+# Whole commands
+
+
+def arguments(manifest: Path, name: str, *changes: str) -> list[str]:
+    assignments = [part for text in [*SETTINGS, *changes] for part in ("--set", text)]
+    output = str(manifest.parent / name)
+    command = ["dinov2_toolkit", "train", "pretrain", str(manifest), "-o", output]
+    return [*command, "--recipe", "vitl16-short", *assignments]
+
+
+def run(*command: str, **environment: str) -> str:
+    """Run a Python module with arguments; return what it said on stderr."""
+    everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, "-m", *command], env=everything, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def trained(manifest: Path, name: str, *changes: str, shards: bool, more: Sequence[str] = ()) -> Path:
+    """Train in two processes and return the run folder."""
+    said = run(*arguments(manifest, name, *changes), "--num-processes", "2", *more, **(FSDP2 if shards else {}))
+    assert ("weights in shards over 2 processes" in said) == shards
+    return manifest.parent / name
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Losses and norms to 1e-5, weights and the optimizer's averages to 1e-6 (an update is about 1e-4)."""
+    for mine, theirs in zip(read_metrics(first), read_metrics(second), strict=True):
+        for name in (*LOSSES, *NORMS):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-5), name
+    last = "checkpoints/step-0000003"
+    for file in ("teacher.safetensors", f"{last}/student.safetensors", f"{last}/teacher.safetensors"):
+        expected, got = load_file(first / file), load_file(second / file)
+        assert list(got) == list(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
+    states = [torch.load(folder / last / "optimizer.pt", weights_only=True) for folder in (first, second)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    for number, entries in states[0]["state"].items():
+        assert entries.keys() == states[1]["state"][number].keys()
+        for name, value in entries.items():
+            got = states[1]["state"][number][name]
+            assert type(got) is torch.Tensor
+            torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_in_shards_is_the_run_of_whole_models_and_leaves_the_same_files(manifest: Path) -> None:
+    images = str(manifest.parent / "images")
+    watch = ["--eval-train", images, "--eval-test", images]
+    whole = trained(manifest, "whole", shards=False, more=watch)
+    shards = trained(manifest, "shards", shards=True, more=watch)
+    assert_equal_runs(whole, shards)
+    assert read_metrics(shards)[-1]["knn"] == read_metrics(whole)[-1]["knn"]
+    assert load_backbone(shards).embed_dim == 48
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first_in_shards", [False, True])
+def test_a_checkpoint_made_in_shards_goes_on_without_and_the_other_way_round(
+    manifest: Path, first_in_shards: bool
+) -> None:
+    whole = trained(manifest, "whole", shards=False)
+    half = trained(manifest, "half", shards=first_in_shards)
+    for later in ("model.json", "teacher.safetensors"):
+        (half / later).unlink()
+    shutil.rmtree(half / "checkpoints" / "step-0000003")
+    trained(manifest, "half", shards=not first_in_shards, more=["--resume"])
+    assert_equal_runs(whole, half)
+
+
+@pytest.mark.slow
+def test_shards_in_micro_batches_and_views_and_kept_gathered_train_as_whole_models_do(
+    manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["split_views=true", "micro_batch_size=2", "recompute=blocks"]
+    whole = trained(manifest, "whole", *changes, shards=False)
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
+    assert_equal_runs(whole, trained(manifest, "shards", *changes, shards=True))
+
+
+@pytest.mark.slow
+def test_shards_in_bfloat16_train_as_whole_models_do(manifest: Path) -> None:
+    whole = trained(manifest, "whole", "mixed_precision=bf16", shards=False)
+    shards = trained(manifest, "shards", "mixed_precision=bf16", shards=True)
+    for mine, theirs in zip(read_metrics(whole), read_metrics(shards), strict=True):
+        for name in LOSSES:
+            assert theirs[name] == pytest.approx(mine[name], rel=0.02), name
+    for name, value in load_file(shards / "teacher.safetensors").items():
+        assert value.dtype == torch.float32, name
+
+
+@pytest.mark.slow
+def test_the_settings_file_of_the_documentation_starts_a_run_in_shards(manifest: Path) -> None:
+    page = (Path(dinov2_toolkit.__path__[0]) / "docs" / "gpus.md").read_text()
+    file = manifest.parent / "fsdp.yaml"
+    file.write_text(page.split("```yaml\n")[1].split("```")[0].replace("num_processes: 8", "num_processes: 2"))
+    launcher = ["accelerate.commands.launch", "--config_file", str(file), "-m"]
+    assert "weights in shards over 2 processes" in run(*launcher, *arguments(manifest, "shards"))
+    assert_equal_runs(trained(manifest, "whole", shards=False), manifest.parent / "shards")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.models.block import Block, Recompute
+from dinov2_toolkit.models.head import ProjectionHead
+from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.train.config import COST_KEYS, TrainConfig
+from dinov2_toolkit.train.engine.parallelize import check_compiler, compile_blocks, prepare
+from dinov2_toolkit.train.objective.distill_model import DistillModel
+from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
+from dinov2_toolkit.train.objective.multi_student import SeveralStudents
+from dinov2_toolkit.train.objective.ssl_model import SSLModel
+
+
+def small_model(recompute: Recompute = "nothing") -> SSLModel:
+    torch.manual_seed(0)
+    backbone = VisionTransformer(
+        patch_size=4, embed_dim=16, depth=3, num_heads=2, img_size=8, layer_scale=1.0, drop_path=0.4
+    )
+    for block in backbone.blocks:
+        assert isinstance(block, Block)
+        block.recompute = recompute
+    return SSLModel(backbone, ProjectionHead(16, 13, hidden_dim=8, bottleneck_dim=4)).train()
+
+
+def losses_and_gradients(model: SSLModel) -> dict[str, Tensor]:
+    """Of a fixed batch, with the sequences dropped that a fixed seed drops."""
+    torch.manual_seed(1)
+    masks = torch.rand(10, 4) < 0.3
+    crops = torch.randn(10, 3, 8, 8), torch.randn(15, 3, 4, 4)
+    model.zero_grad()
+    losses = model(model.taught(*crops, masks, teacher_temp=0.1))
+    losses["total"].backward()
+    gradients = {name: weight.grad for name, weight in model.student.named_parameters() if weight.grad is not None}
+    return {name: value.detach().clone() for name, value in (losses | gradients).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["nothing", "blocks"])
+def test_compiled_blocks_have_the_losses_and_gradients_of_others_and_the_same_names(recompute: Recompute) -> None:
+    model = small_model(recompute)
+    names = list(model.state_dict())
+    expected = losses_and_gradients(model)
+    compile_blocks(model)
+    got = losses_and_gradients(model)
+    assert got.keys() == expected.keys() and "backbone.blocks.0.attn.qkv.weight" in got
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5 * max(1.0, float(value.abs().max())))
+    assert list(model.state_dict()) == names
+
+
+def test_every_block_but_the_last_is_compiled_where_the_settings_say_so() -> None:
+    for wanted in (False, True):
+        model = small_model()
+        prepare(model, TrainConfig(mixed_precision="no", compile=wanted), Accelerator(cpu=True))
+        for side in (model.student, model.teacher):
+            backbone = side["backbone"]
+            assert isinstance(backbone, VisionTransformer)
+            compiled = [block._compiled_call_impl is not None for block in backbone.blocks]
+            assert compiled == [wanted, wanted, False]
+
+
+def small_students() -> SeveralStudents:
+    teacher = FrozenTeacher(dict(small_model().teacher.items()))
+    backbones = {name: small_model().student["backbone"] for name in ("one", "two")}
+    return SeveralStudents(
+        {name: DistillModel(part, teacher) for name, part in backbones.items() if isinstance(part, VisionTransformer)}
+    )
+
+
+def test_a_frozen_teacher_and_several_students_are_compiled_too() -> None:
+    model = small_students()
+    compile_blocks(model)
+    for part in (model.frozen.parts["backbone"], model.student["one_backbone"], model.student["two_backbone"]):
+        assert isinstance(part, VisionTransformer)
+        assert [block._compiled_call_impl is not None for block in part.blocks] == [True, True, False]
+
+
+@pytest.mark.slow
+def test_compiled_students_have_the_losses_of_others() -> None:
+    model = small_students().train()
+    crops, masks = (torch.randn(10, 3, 8, 8), torch.randn(15, 3, 4, 4)), torch.zeros(10, 4, dtype=torch.bool)
+
+    def losses() -> dict[str, Tensor]:
+        named: dict[str, Tensor] = model(model.taught(*crops, masks, teacher_temp=0.1))
+        return named
+
+    for block in (part for part in model.modules() if isinstance(part, Block)):
+        block.drop_path = 0.0
+    expected = losses()
+    compile_blocks(model)
+    for name, value in losses().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_compiling_is_no_part_of_what_a_run_is() -> None:
+    assert "compile" in COST_KEYS and not TrainConfig().compile
+
+
+def test_a_missing_compiler_is_said_in_one_line(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    with pytest.raises(
+        ToolkitError, match="compile=true needs .* there is no g\\+\\+; install it, or set compile=false"
+    ):
+        check_compiler({"PATH": str(tmp_path)})
+    with pytest.raises(ToolkitError, match="there is no c\\+\\+"):
+        check_compiler({"PATH": str(tmp_path), "CXX": "c++"})
+    compiler.touch(mode=0o755)
+    check_compiler({"PATH": str(tmp_path), "CXX": "c++"})

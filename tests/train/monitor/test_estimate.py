@@ -1,0 +1,131 @@
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinov2_toolkit.models import linear
+from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.store.artifact import Options
+from dinov2_toolkit.store.memory import GROWTH
+from dinov2_toolkit.train.config import TrainConfig, resolve
+from dinov2_toolkit.train.engine.build import build_model
+from dinov2_toolkit.train.monitor.estimate import _kept_bytes, crops_of, flop_per_image, memory_bytes
+from dinov2_toolkit.train.objective.micro_batch import Part
+from dinov2_toolkit.train.objective.ssl_model import SSLModel
+from dinov2_toolkit.train.pretrain import pretrain
+
+SETTINGS = [
+    "arch=vit_tiny",
+    "depth=4",
+    "patch_size=8",
+    "num_prototypes=512",
+    "hidden_dim=64",
+    "bottleneck_dim=16",
+    "global_crop_size_px=64",
+    "local_crop_size_px=32",
+    "num_local_crops=4",
+    "drop_path=0",
+    "mixed_precision=no",
+    "num_workers=0",
+]
+IMAGES = 8
+
+
+def settings(*changes: str) -> TrainConfig:
+    return resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=[*SETTINGS, *changes])
+
+
+def step_of(model: SSLModel) -> Part:
+    """Eight images with as many masked patches as there are on average: 15 % of 64."""
+    masks = torch.zeros(2 * IMAGES, 64, dtype=torch.bool)
+    masks[:, :9] = True
+    masks[:IMAGES, 9:11] = True
+    global_crops, local_crops = torch.randn(2 * IMAGES, 3, 64, 64), torch.randn(4 * IMAGES, 3, 32, 32)
+    return model.taught(global_crops, local_crops, masks, teacher_temp=0.1)
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_flop_of_a_step_are_those_that_torch_counts(ffn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "HAS_ONEDNN", False)  # torch counts the products of its own layers
+    config = settings(f"ffn={ffn}")
+    model = build_model(config).train()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(step_of(model))["total"].backward()
+    # Torch counts padded queries in the last block; we do not.
+    assert flop_per_image(config, model) * IMAGES == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("change", ["recompute=nothing", "recompute=cheap", "recompute=blocks", "drop_path=0.25"])
+def test_what_a_block_keeps_is_what_autograd_saves(change: str) -> None:
+    def saved_bytes(depth: int) -> int:
+        model = build_model(settings(change, f"depth={depth}")).train()
+        step = step_of(model)
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        saved: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            is_scaled_weight = tuple(tensor.shape) in {(192, 192), (192, 768), (768, 192)}
+            if tensor.untyped_storage().data_ptr() not in weights and not is_scaled_weight:
+                saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(step)
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+    def estimated_bytes(depth: int) -> float:
+        config = settings(change, f"depth={depth}")
+        model = build_model(config)
+        backbone = model.student["backbone"]
+        assert isinstance(backbone, VisionTransformer)
+        return IMAGES * _kept_bytes(config, backbone, list(crops_of(config, is_masked=True)), True)
+
+    wanted = (saved_bytes(6) - saved_bytes(4)) / 2
+    assert (estimated_bytes(6) - estimated_bytes(4)) / 2 == pytest.approx(wanted, rel=0.07)
+
+
+def test_memory_grows_with_batch_and_shrinks_with_parts() -> None:
+    def memory(*changes: str) -> float:
+        config = settings("batch_size=32", *changes)
+        with torch.device("meta"):
+            return memory_bytes(config, build_model(config), 1, 0.0)
+
+    whole = memory()
+    assert memory("batch_size=64") > 1.8 * whole - memory("batch_size=2")
+    assert memory("micro_batch_size=8") < whole
+    assert memory("split_views=true") < whole
+    assert memory("recompute=blocks") < memory("recompute=cheap") < whole
+
+
+def test_a_dry_run_says_flop_memory_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"uri": ["a.png"]}), tmp_path / "images.parquet")
+    pretrain(tmp_path / "images.parquet", str(tmp_path / "a"), settings("steps=3"), Options(dry_run=True))
+    said = capsys.readouterr().err
+    assert re.search(r"[\d.]+ GFLOP an image; about [\d,]+ MiB of memory a process at the peak; about \d+", said)
+    assert not (tmp_path / "a").exists()
+
+
+def test_decoded_images_that_are_kept_count_as_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (1000, 1000)).save(tmp_path / "a.png")
+    pq.write_table(pa.table({"uri": ["a.png"] * 10_000}), tmp_path / "images.parquet")
+
+    def foretold_mib(cache_mib: int, steps: int = 1000) -> int:
+        changed = settings(f"steps={steps}", "batch_size=64", f"cache_mib={cache_mib}")
+        pretrain(tmp_path / "images.parquet", str(tmp_path / "a"), changed, Options(dry_run=True))
+        found = re.search(r"about ([\d,]+) MiB", capsys.readouterr().err)
+        assert found is not None
+        return int(found[1].replace(",", ""))
+
+    foretold_mib(0)  # torch loads what stays
+    none = foretold_mib(0)
+    assert foretold_mib(100) - none == pytest.approx(GROWTH * 100, abs=30)
+    decoded_mib = 128 * 128 * 3 / 2**20
+    assert foretold_mib(1024) - none == pytest.approx(GROWTH * 10_000 * decoded_mib, abs=30)  # all are seen
+    assert foretold_mib(1024, steps=100) - none == pytest.approx(GROWTH * 6_400 * decoded_mib, abs=30)

@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.store.artifact import Options
+from dinov2_toolkit.train.config import TrainConfig, resolve
+from dinov2_toolkit.train.monitor.metrics import read_metrics
+from dinov2_toolkit.train.monitor.online_knn import knn_accuracy, labelled_sets
+from dinov2_toolkit.train.pretrain import pretrain
+from dinov2_toolkit.train.run import NOTHING, Watching
+
+SETTINGS = [
+    "arch=vit_tiny",
+    "depth=1",
+    "steps=5",
+    "batch_size=4",
+    "checkpoint_every=2",
+    "keep_checkpoints=9",
+    "log_every=1",
+    "eval_every=2",
+    "patch_size=4",
+    "num_prototypes=32",
+    "hidden_dim=16",
+    "bottleneck_dim=8",
+    "global_crop_size_px=12",
+    "local_crop_size_px=8",
+    "num_local_crops=2",
+    "drop_path=0.5",
+    "mixed_precision=no",
+    "num_workers=0",
+]
+PREPROCESS = Preprocess(12, 1.0, IMAGENET_MEAN, IMAGENET_STD, 3)
+CLOCK = ("images_per_s", "data_wait", "peak_memory_mib")
+COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200)}
+
+
+def folder_of(path: Path, number: int, colours: dict[str, tuple[int, int, int]] = COLOURS) -> Path:
+    """A folder with a folder a class, each with so many noisy images of one colour."""
+    generator = np.random.default_rng(number)
+    for name, colour in colours.items():
+        (path / name).mkdir(parents=True)
+        for index in range(number):
+            pixels = np.clip(generator.normal(colour, 20, (14, 14, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(path / name / f"{index}.png")
+    return path
+
+
+def backbone() -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(
+        patch_size=4, embed_dim=64, depth=1, num_heads=1, img_size=12, layer_scale=1.0
+    ).requires_grad_(False)
+
+
+def accuracy(train: Path, test: Path) -> float:
+    sets = labelled_sets(str(train), str(test))
+    return knn_accuracy(backbone(), sets, PREPROCESS, num_workers=1)
+
+
+def test_colours_are_told_apart_and_classes_that_none_votes_for_count_as_wrong(tmp_path: Path) -> None:
+    train = folder_of(tmp_path / "train", 4)
+    assert accuracy(train, folder_of(tmp_path / "test", 3)) == 1
+    green = folder_of(tmp_path / "more", 3, COLOURS | {"green": (30, 200, 30)})
+    assert accuracy(train, green) == pytest.approx(2 / 3)
+
+
+def test_a_manifest_with_labels_is_read_and_one_without_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "train", 2)
+    uris = sorted(str(path) for path in folder.glob("*/*.png"))
+    pq.write_table(pa.table({"uri": uris, "label": [Path(uri).parent.name for uri in uris]}), tmp_path / "a.parquet")
+    manifest = str(tmp_path / "a.parquet")
+    sets = labelled_sets(manifest, manifest)
+    assert sets.train.uris == uris and sets.train.classes.tolist() == [0, 0, 1, 1]
+    pq.write_table(pa.table({"uri": uris}), tmp_path / "none.parquet")
+    with pytest.raises(ToolkitError, match="--eval-test .*none.parquet has no labels; give a manifest"):
+        labelled_sets(manifest, str(tmp_path / "none.parquet"))
+    with pytest.raises(ToolkitError, match="--eval-train .*red has no labels"):
+        labelled_sets(str(folder / "red"), manifest)
+    with pytest.raises(ToolkitError, match="go together"):
+        Watching(eval_train=manifest).open()
+
+
+def test_a_watched_run_has_knn_in_its_metrics_and_is_otherwise_the_same_resumed_too(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    train, test = folder_of(tmp_path / "train", 6), folder_of(tmp_path / "test", 2)
+    pq.write_table(pa.table({"uri": sorted(map(str, train.glob("*/*.png")))}), tmp_path / "images.parquet")
+    config = resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=SETTINGS)
+
+    def run(name: str, watching: Watching) -> list[dict[str, float]]:
+        pretrain(tmp_path / "images.parquet", str(tmp_path / name), config, Options(), resume=True, watching=watching)
+        return [
+            {key: value for key, value in line.items() if key not in CLOCK} for line in read_metrics(tmp_path / name)
+        ]
+
+    plain = run("plain", NOTHING)
+    watching = Watching(str(train), str(test))
+    watched = run("watched", watching)
+    assert [line["step"] for line in watched if "knn" in line] == [2, 4, 5]
+    assert all(0 <= line["knn"] <= 1 for line in watched if "knn" in line)
+    assert [{key: value for key, value in line.items() if key != "knn"} for line in watched] == plain
+
+    # Killed after step 4.
+    (tmp_path / "watched" / "model.json").unlink()
+    last = tmp_path / "watched" / "checkpoints" / "step-0000005"
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    assert run("watched", watching) == watched

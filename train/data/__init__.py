@@ -1,0 +1,1 @@
+"""Images in training order, multi-crop views, augmentation and masks."""

@@ -1,0 +1,312 @@
+"""Multi-crop augmentation of whole batches, on torch tensors: drawn in one pure function, applied in another.
+
+`draw_crops` turns (seed, sample) into numbers, in NumPy; `apply_crops` turns images and those numbers into crops, in
+torch, on any device. Neither looks at the batch: a sample has the same crops in any batch, worker or process.
+
+Shapes: B images, V views of each, C channels, H x W the canvas that images of different sizes are padded to, S the
+side of a crop. Crops are view-major: (V * B, C, S, S), all first views first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from .. import counter_rng
+
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as Pillow's
+BLUR_RADIUS_PX = 4  # the released code's kernel is 9 wide at every crop size
+CROP_ATTEMPTS = 10  # draws of area and aspect before the central crop, as in torchvision's RandomResizedCrop
+JITTERS = ("brightness", "contrast", "saturation", "hue")
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How the views of one size are drawn. Probabilities are those of the operation being applied.
+
+    `blur` and `solarize` hold one probability a view. The released DINOv2 code passed 1 - p where p was meant: its
+    models saw blur with (0, 0.9, 0.5) for the first global, second global and local crops, not (1, 0.1, 0.5).
+    Source: facebookresearch/dinov2, data/augmentations.py and pull request 411.
+    """
+
+    size_px: int
+    scale: tuple[float, float]  # area of the crop over area of the image
+    blur: tuple[float, ...]
+    solarize: tuple[float, ...]
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
+    flip: float = 0.5
+    jitter: float = 0.8
+    strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # of JITTERS
+    gray: float = 0.2
+    blur_sigma_px: tuple[float, float] = (0.1, 2.0)
+    mean: tuple[float, ...] = IMAGENET_MEAN  # a number a channel, of values in [0, 1], by which crops are normalised
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What happens to each crop: arrays of shape (V, B), or (V, B, n). Neutral values mean "leave as it is"."""
+
+    size_px: int
+    boxes: NDArray[np.int64]  # (V, B, 4): top, left, height, width in pixels of the image
+    flip: NDArray[np.bool_]
+    jitter: NDArray[np.bool_]
+    factors: NDArray[np.float64]  # (V, B, 4): of JITTERS; brightness, contrast, saturation around 1, hue around 0 turns
+    order: NDArray[np.int64]  # (V, B, 4): the order in which JITTERS are applied
+    gray: NDArray[np.bool_]
+    blur_sigma_px: NDArray[np.float64]  # 0 where not blurred
+    solarize: NDArray[np.bool_]
+
+
+def draw_crops(
+    seed: int, purpose: str, samples: NDArray[np.int64], sizes: NDArray[np.int64], view: ViewSettings
+) -> Crops:
+    """Draw the crops of a batch.
+
+    Args:
+        seed: the run's.
+        purpose: keeps global and local crops apart.
+        samples: (B,) index of each sample in the run.
+        sizes: (B, 2) height and width of each image in pixels.
+    """
+    num_views = len(view.blur)
+    # What a crop needs: its box, 2 of place, 4 factors, 4 sort keys, and 7 for the rest.
+    slots = 2 * CROP_ATTEMPTS + 2 + 4 + 4 + 7
+    numbers = counter_rng.uniform(seed, purpose, samples, num_views * slots)
+    numbers = numbers.reshape(len(samples), num_views, slots).transpose(2, 1, 0)  # (B, V * slots) -> (slots, V, B)
+    box, place, factors, keys, rest = np.split(numbers, np.cumsum([2 * CROP_ATTEMPTS, 2, 4, 4]))
+    low = np.array([max(0.0, 1 - s) for s in view.strength[:3]] + [-view.strength[3]])
+    high = np.array([1 + s for s in view.strength[:3]] + [view.strength[3]])
+    flip, jitter, gray, blur, sigma, solarize, _ = rest
+    lowest_sigma, highest_sigma = view.blur_sigma_px
+    return Crops(
+        size_px=view.size_px,
+        boxes=_random_boxes(box, place, sizes, view),
+        flip=flip < view.flip,
+        jitter=jitter < view.jitter,
+        factors=low + factors.transpose(1, 2, 0) * (high - low),
+        order=keys.transpose(1, 2, 0).argsort(axis=-1),
+        gray=gray < view.gray,
+        blur_sigma_px=np.where(
+            blur < np.array(view.blur)[:, None], lowest_sigma + sigma * (highest_sigma - lowest_sigma), 0.0
+        ),
+        solarize=solarize < np.array(view.solarize)[:, None],
+    )
+
+
+def _random_boxes(
+    numbers: NDArray[np.float64], place: NDArray[np.float64], sizes: NDArray[np.int64], view: ViewSettings
+) -> NDArray[np.int64]:
+    """Return (V, B, 4) top, left, height, width: the first attempt that fits, else the largest central crop allowed.
+
+    Area is uniform in `scale`, aspect log-uniform in `aspect`, as in torchvision's RandomResizedCrop.
+    """
+    image_height, image_width = sizes[:, 0], sizes[:, 1]
+    area = image_height * image_width * (view.scale[0] + numbers[:CROP_ATTEMPTS] * (view.scale[1] - view.scale[0]))
+    log_aspect = np.log(view.aspect[0]) + numbers[CROP_ATTEMPTS:] * np.log(view.aspect[1] / view.aspect[0])
+    widths = np.rint(np.sqrt(area * np.exp(log_aspect))).astype(np.int64)  # (attempts, V, B)
+    heights = np.rint(np.sqrt(area / np.exp(log_aspect))).astype(np.int64)
+    fits = (widths > 0) & (widths <= image_width) & (heights > 0) & (heights <= image_height)
+    first = fits.argmax(axis=0)[None]
+    image_aspect = image_width / image_height
+    central_width = np.where(image_aspect > view.aspect[1], np.rint(image_height * view.aspect[1]), image_width)
+    central_height = np.where(image_aspect < view.aspect[0], np.rint(image_width / view.aspect[0]), image_height)
+    found = fits.any(axis=0)
+    width = np.where(found, np.take_along_axis(widths, first, 0)[0], np.maximum(central_width, 1))
+    height = np.where(found, np.take_along_axis(heights, first, 0)[0], np.maximum(central_height, 1))
+    free_height, free_width = image_height - height, image_width - width
+    top = np.where(found, np.floor(place[0] * (free_height + 1)), free_height // 2)
+    left = np.where(found, np.floor(place[1] * (free_width + 1)), free_width // 2)
+    return np.stack([top, left, height, width], axis=-1).astype(np.int64)
+
+
+def apply_crops(
+    images: Tensor,
+    crops: Crops,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """Cut, resize and colour the crops of a batch.
+
+    Args:
+        images: (B, H, W, C) uint8 or uint16, each image in the top left corner of the canvas.
+        mean, std: of each channel, for values in [0, 1]; one number each for all channels is enough.
+
+    Returns:
+        (V * B, C, S, S) float32, normalised, view-major, on the device of `images`.
+        Saturation, hue and grayscale happen only to three-channel images. Brightness scales all channels alike, and
+        contrast draws them to one mean, that of all, so that the channels keep their relations; solarize inverts each.
+    """
+    channels = images.shape[3]
+    pixels = resized_crops(images, crops).clamp_(0, 1)
+    _jitter_(pixels, crops)
+    if channels == 3:
+        _gray_(pixels, crops.gray)
+    _blur_(pixels, crops.blur_sigma_px)
+    rows = _where(crops.solarize, pixels.device)
+    if len(rows):
+        chosen = pixels[rows]
+        pixels[rows] = torch.where(chosen >= 128 / 255, 1 - chosen, chosen)
+    shape = (1, -1, 1, 1)
+    return pixels.sub_(pixels.new_tensor(mean).view(shape)).div_(pixels.new_tensor(std).view(shape))
+
+
+def resized_crops(images: Tensor, crops: Crops) -> Tensor:
+    """Cut each box out, resize it to S x S and mirror it where asked.
+
+    Equal to `F.interpolate(crop, S, mode="bicubic", antialias=True)` (and to Pillow's BICUBIC before it rounds), but as
+    two matrix products with one pair of weight matrices an image, whose columns outside the box are zero.
+
+    Args:
+        images: (B, H, W, C) uint8 or uint16.
+
+    Returns:
+        (V * B, C, S, S) float32 in [0, 1], save for bicubic's overshoot.
+    """
+    batch, height, width, channels = images.shape
+    num_views, size = crops.boxes.shape[0], crops.size_px
+    # Scaling by 1/255, or 1/65535, goes into the smaller matrix.
+    rows = resize_weights(crops.boxes[..., 0], crops.boxes[..., 2], height, size, images.device)
+    rows /= torch.iinfo(images.dtype).max
+    columns = resize_weights(crops.boxes[..., 1], crops.boxes[..., 3], width, size, images.device, crops.flip)
+    lines = images.reshape(batch, height, width * channels).float()
+    resized = lines.new_empty(num_views, batch, channels * size, size)
+    for view in range(num_views):
+        squeezed = torch.bmm(rows[view], lines)  # (B, S, H) @ (B, H, W * C)
+        squeezed = squeezed.view(batch, size, width, channels).permute(0, 3, 1, 2)  # -> (B, C, S, W)
+        squeezed = squeezed.reshape(batch, channels * size, width)
+        torch.bmm(squeezed, columns[view].transpose(1, 2), out=resized[view])  # (B, C * S, W) @ (B, W, S)
+    return resized.view(num_views * batch, channels, size, size)
+
+
+def resize_weights(
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    canvas_px: int,
+    size_px: int,
+    device: torch.device | str = "cpu",
+    mirror: NDArray[np.bool_] | None = None,
+) -> Tensor:
+    """Return the weights by which an antialiased bicubic resize reads one axis of each crop.
+
+    Args:
+        starts, lengths: of the crops along the axis, in pixels, of any equal shape (...).
+        canvas_px: length of the whole axis.
+        size_px: length after resizing.
+        mirror: (...) bool, crops that are reversed along the axis.
+
+    Returns:
+        (..., size_px, canvas_px) float32; each row sums to 1 and is zero outside the crop.
+
+    Source: Pillow's Resample.c (Keys' cubic with a = -0.5, stretched by the scale when shrinking).
+    """
+    scale = lengths[..., None] / size_px
+    centers = starts[..., None] + (np.arange(size_px) + 0.5) * scale - 0.5  # in pixel indices
+    if mirror is not None:
+        centers = np.where(mirror[..., None], centers[..., ::-1], centers)
+    whole = np.floor(centers)  # subtracted apart, so that float32 holds the distance to 1e-7 at any position
+    stretch = 1 / np.maximum(scale, 1.0)
+
+    def tensor(values: NDArray[np.float64] | NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values).to(device, torch.float32)[..., None]
+
+    positions = torch.arange(canvas_px, dtype=torch.float32, device=device)
+    distance = (positions - tensor(whole)).sub_(tensor(centers - whole)).mul_(tensor(stretch)).abs_()
+    # Keys' cubic for a = -0.5 without cases: u^2 (u - 1) / 2 + s^2 (1 - 2 s), u = max(2 - t, 0), s = max(1 - t, 0).
+    inner = (1 - distance).clamp_(min=0)
+    outer = distance.neg_().add_(2).clamp_(min=0)
+    weights = outer.square().mul_(outer.sub_(1)).mul_(0.5)
+    weights.addcmul_(inner.square(), inner.mul_(-2).add_(1))
+    ends = starts + lengths
+    inside = (positions >= tensor(starts[..., None])) & (positions < tensor(ends[..., None]))
+    weights.mul_(inside)
+    return weights.div_(weights.sum(dim=-1, keepdim=True))
+
+
+def _jitter_(pixels: Tensor, crops: Crops) -> None:
+    """Apply brightness, contrast, saturation and hue in place, each crop in its own order. Values stay in [0, 1]."""
+    color = pixels.shape[1] == 3
+    order = np.where(crops.jitter[..., None], crops.order, -1).reshape(-1, 4)  # (V, B, 4) -> (V * B, 4)
+    factors = torch.from_numpy(crops.factors.reshape(-1, 4)).to(pixels.device, torch.float32)
+    for turn in range(4):
+        for which, name in enumerate(JITTERS):
+            rows = _where(order[:, turn] == which, pixels.device)
+            if not len(rows) or (not color and name in ("saturation", "hue")):
+                continue
+            chosen = pixels[rows]
+            factor = factors[rows, which].view(-1, 1, 1, 1)
+            match name:
+                case "brightness":
+                    chosen.mul_(factor)
+                case "contrast":
+                    gray = luma(chosen) if color else chosen.mean(dim=1, keepdim=True)
+                    chosen = torch.lerp(gray.mean(dim=(2, 3), keepdim=True), chosen, factor)
+                case "saturation":
+                    chosen = torch.lerp(luma(chosen), chosen, factor)
+                case "hue":
+                    chosen = shift_hue(chosen, factor)
+            pixels[rows] = chosen.clamp_(0, 1)
+
+
+def luma(pixels: Tensor) -> Tensor:
+    """Return the brightness (n, 1, S, S) of RGB crops (n, 3, S, S)."""
+    red, green, blue = GRAY_WEIGHTS
+    return (pixels[:, 0:1] * red).add_(pixels[:, 1:2], alpha=green).add_(pixels[:, 2:3], alpha=blue)
+
+
+def shift_hue(pixels: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of RGB crops (n, 3, S, S) in [0, 1] by `turns` (n, 1, 1, 1) of the colour circle.
+
+    HSV in closed form: channel(n) = value - chroma * max(0, min(k, 4 - k, 1)), k = (n + 6 hue) mod 6, n = 5, 3, 1.
+    """
+    red, green, blue = pixels.unbind(dim=1)
+    value = pixels.amax(dim=1)
+    chroma = value - pixels.amin(dim=1)
+    safe = torch.where(chroma > 0, chroma, 1)
+    from_green_or_blue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    sextant = torch.where(value == red, (green - blue) / safe, from_green_or_blue)
+    sextant += 6 * turns[:, 0]
+    offsets = pixels.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
+    k = (sextant[:, None] + offsets).remainder_(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def _gray_(pixels: Tensor, gray: NDArray[np.bool_]) -> None:
+    """Replace the chosen crops by their luma in all channels, in place."""
+    rows = _where(gray, pixels.device)
+    if len(rows):
+        pixels[rows] = luma(pixels[rows]).expand(-1, 3, -1, -1)
+
+
+def _blur_(pixels: Tensor, sigma_px: NDArray[np.float64]) -> None:
+    """Blur the crops whose sigma is above 0, in place: a Gaussian of at most 9 x 9 pixels, mirrored at the border."""
+    rows = _where(sigma_px > 0, pixels.device)
+    if not len(rows):
+        return
+    size = pixels.shape[-1]
+    sigma = torch.from_numpy(sigma_px.ravel()).to(pixels.device, torch.float32)[rows]
+    weights = blur_weights(sigma, size)[:, None]  # (n, 1, S, S)
+    pixels[rows] = weights @ pixels[rows] @ weights.transpose(2, 3)
+
+
+def blur_weights(sigma_px: Tensor, size_px: int) -> Tensor:
+    """Return (n, S, S) matrices that blur one axis by Gaussians of `sigma_px` (n,), reflecting at the border."""
+    radius = min(BLUR_RADIUS_PX, size_px - 1)
+    taps = torch.arange(-radius, radius + 1, device=sigma_px.device)
+    kernel = torch.exp(-0.5 * (taps / sigma_px[:, None]).square())
+    kernel /= kernel.sum(dim=1, keepdim=True)  # (n, taps)
+    targets = torch.arange(size_px, device=sigma_px.device)
+    sources = (targets[:, None] + taps).abs()  # reflect below 0, then above size - 1
+    sources = size_px - 1 - (size_px - 1 - sources).abs()
+    weights = kernel.new_zeros(len(kernel), size_px, size_px)
+    index = sources.expand(len(kernel), -1, -1)
+    return weights.scatter_add_(2, index, kernel[:, None].expand_as(index))
+
+
+def _where(chosen: NDArray[np.bool_], device: torch.device) -> Tensor:
+    """Return the indices of the chosen crops among V * B, on `device`."""
+    return torch.from_numpy(np.flatnonzero(chosen)).to(device)

@@ -1,0 +1,83 @@
+"""What a step shows the model of a batch: its crops and masks, by the settings.
+
+Shapes: B images of this process's batch, N patch tokens of a global crop, S the side of a crop.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from .. import counter_rng
+from ..config import TrainConfig
+from .augment import ViewSettings, apply_crops, draw_crops
+from .images import Batch
+from .masking import block_masks
+
+
+def decoded_side_px(config: TrainConfig) -> int:
+    """Return the short side that larger images are shrunk to when read: twice that of the largest crop."""
+    return 2 * max(config.global_crop_size_px, config.local_crop_size_px)
+
+
+def preprocess_of(config: TrainConfig) -> Preprocess:
+    """Return how pixels are read and normalised, and how the finished model wants its images."""
+    is_rgb = config.in_chans == 3
+    return Preprocess(
+        image_size=config.global_crop_size_px,
+        crop_ratio=config.crop_ratio,
+        mean=config.pixel_mean or (IMAGENET_MEAN if is_rgb else (0.5,) * config.in_chans),
+        std=config.pixel_std or (IMAGENET_STD if is_rgb else (0.25,) * config.in_chans),
+        in_chans=config.in_chans,
+        bit_depth=config.bit_depth,
+    )
+
+
+def view_settings(config: TrainConfig) -> tuple[ViewSettings, ViewSettings | None]:
+    """Return how the two global views are drawn, and how the local ones are, if there are any."""
+    preprocess = preprocess_of(config)
+    both = ViewSettings(
+        size_px=config.global_crop_size_px,
+        scale=config.global_crop_scale,
+        blur=config.blur[:2],
+        solarize=config.solarize[:2],
+        flip=config.flip,
+        jitter=config.jitter,
+        strength=config.jitter_strength,
+        gray=config.grayscale,
+        blur_sigma_px=config.blur_sigma_px,
+        mean=preprocess.mean,
+        std=preprocess.std,
+    )
+    if not config.num_local_crops:
+        return both, None
+    return both, replace(
+        both,
+        size_px=config.local_crop_size_px,
+        scale=config.local_crop_scale,
+        blur=config.blur[2:] * config.num_local_crops,
+        solarize=config.solarize[2:] * config.num_local_crops,
+    )
+
+
+def make_crops(batch: Batch, pixels: Tensor, seed: int, purpose: str, views: ViewSettings) -> Tensor:
+    """Return a batch's crops of one size, (views * B, C, S, S) view-major, from its pixels on their device."""
+    crops = draw_crops(seed, purpose, batch.samples, batch.sizes, views)
+    return apply_crops(pixels, crops, views.mean, views.std)
+
+
+def make_masks(step: int, batch_size: int, config: TrainConfig, process: int, num_processes: int) -> Tensor:
+    """Return this process's masks (2 B, N) of a step: drawn for the global batch, so that all processes agree."""
+    generator = np.random.default_rng(counter_rng.derived_seed(config.seed, "masks", step))
+    side = config.global_crop_size_px // config.patch_size
+    masks = block_masks(
+        2 * batch_size,
+        (side, side),
+        generator,
+        probability=config.mask_probability,
+        ratio=config.mask_ratio,
+    )
+    views = masks.reshape(2, batch_size, side * side)[:, process::num_processes]
+    return torch.from_numpy(views.reshape(-1, side * side))

@@ -1,0 +1,1 @@
+"""What a training step needs around the objective: optimizer, schedules, gradients, checkpoints."""

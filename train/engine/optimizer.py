@@ -1,0 +1,118 @@
+"""AdamW with the recipe's parameter groups, clipping per part, and the rates of a step written into the groups."""
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...models.vit import VisionTransformer
+from .fsdp import whole_tensor
+
+
+class Multipliers(NamedTuple):
+    """How a parameter departs from the schedules' learning rate and weight decay."""
+
+    lr: float
+    weight_decay: float
+    is_last_layer: bool  # follows the schedule that is 0 for the first steps
+    is_head: bool = True  # false: of the backbone, which may be frozen for the first steps
+
+
+def parameter_multipliers(
+    name: str, *, depth: int, layerwise_decay: float = 0.9, patch_embed_lr_mult: float = 0.2
+) -> Multipliers:
+    """Return the multipliers of a parameter by its name within its part.
+
+    Args:
+        name: as the official state dicts name it, such as `blocks.3.attn.qkv.weight` or `last_layer.weight_v`.
+        depth: blocks of the backbone that holds the parameter; 0 for a head, whose parameters all have rate 1.
+        layerwise_decay: r; the embeddings' rate is r^(depth + 1), block i's r^(depth - i), the final norm's 1.
+        patch_embed_lr_mult: a further factor for the patch projection.
+
+    Source: dinov2/utils/param_groups.py. Biases, norms and LayerScale are not decayed; all else is, tokens, position
+    embedding and both halves of the weight norm included.
+    """
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if depth == 0:
+        layers_above = 0
+    elif block:
+        layers_above = depth - int(block[1])
+    else:
+        layers_above = 0 if name.startswith("norm.") else depth + 1
+    lr = layerwise_decay**layers_above * (patch_embed_lr_mult if name.startswith("patch_embed.") else 1.0)
+    is_decayed = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+    return Multipliers(lr, float(is_decayed), "last_layer" in name, is_head=depth == 0)
+
+
+def build_optimizer(
+    parts: nn.ModuleDict,
+    *,
+    layerwise_decay: float = 0.9,
+    patch_embed_lr_mult: float = 0.2,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.AdamW:
+    """Return AdamW over the trained parameters of backbone and heads, grouped by equal multipliers.
+
+    Args:
+        parts: such as SSLModel's `student`; the heads have rate 1 throughout.
+        layerwise_decay, patch_embed_lr_mult: as in `parameter_multipliers`.
+        betas: of AdamW.
+
+    Each group carries `lr_multiplier`, `wd_multiplier`, `is_last_layer` and `is_head`; its learning rate is 0 until
+    `set_rates`.
+    """
+    groups: dict[Multipliers, list[nn.Parameter]] = {}
+    for part in parts.values():
+        depth = part.depth if isinstance(part, VisionTransformer) else 0
+        for name, parameter in part.named_parameters():
+            if parameter.requires_grad:
+                multipliers = parameter_multipliers(
+                    name,
+                    depth=depth,
+                    layerwise_decay=layerwise_decay,
+                    patch_embed_lr_mult=patch_embed_lr_mult,
+                )
+                groups.setdefault(multipliers, []).append(parameter)
+    devices = {parameter.device.type for parameters in groups.values() for parameter in parameters}
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr_multiplier": multipliers.lr,
+                "wd_multiplier": multipliers.weight_decay,
+                "is_last_layer": multipliers.is_last_layer,
+                "is_head": multipliers.is_head,
+            }
+            for multipliers, parameters in groups.items()
+        ],
+        lr=0.0,
+        betas=betas,
+        eps=1e-8,
+        fused=devices <= {"cpu", "cuda"},  # elsewhere torch chooses foreach or its plain loop
+    )
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    *,
+    lr: float,
+    last_layer_lr: float,
+    weight_decay: float,
+    backbone_lr: float | None = None,
+) -> None:
+    """Write a step's learning rate and weight decay, times their multipliers, into every group.
+
+    The backbone's learning rate is `lr` where it has none of its own.
+    """
+    for group in optimizer.param_groups:
+        rate = last_layer_lr if group["is_last_layer"] else lr
+        if backbone_lr is not None and not group["is_head"]:
+            rate = backbone_lr
+        group["lr"] = rate * group["lr_multiplier"]
+        group["weight_decay"] = weight_decay * group["wd_multiplier"]
+
+
+def clip_gradients(parts: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
+    """Scale each part's gradients down to a norm of `max_norm` by itself; return the norms before, by part."""
+    return {name: whole_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm)) for name, part in parts.items()}

@@ -1,0 +1,70 @@
+"""A model made ready for the loop: its blocks compiled, its processes joined, its optimizer built."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from sysconfig import get_path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ...errors import ToolkitError
+from ...models.vit import VisionTransformer
+from ..config import TrainConfig
+from .checkpoint import TrainedModel
+from .fsdp import hollow_copy, shard, sharding, whole_model
+from .optimizer import build_optimizer
+
+COMPILED_SHAPES = 64  # chosen: kinds of batch that a block is compiled for before it is an error
+
+
+def prepare(
+    model: TrainedModel, config: TrainConfig, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], TrainedModel | None]]:
+    """Return what forward is called on, the student's optimizer, and how to get the model as a single process has it.
+
+    Where Accelerate's settings ask for FSDP2, `model` is sharded in place. The third is to be called by all processes
+    at once, and returns None in all but the main one.
+    """
+    settings = sharding(os.environ)
+    is_main, device = accelerator.is_main_process, accelerator.device
+    hollow = None if settings is None else hollow_copy(model)
+    if config.compile:
+        compile_blocks(model)
+    if settings is not None:
+        model.to(device)
+        shard(model.student, model.teacher, device, keep_gathered=not settings.reshard_after_forward)
+    optimizer: torch.optim.Optimizer = build_optimizer(
+        model.student, layerwise_decay=config.layerwise_decay, patch_embed_lr_mult=config.patch_embed_lr_mult
+    )
+    if hollow is None:
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        return wrapped, optimizer, lambda: model if is_main else None
+    wrapped = accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone, and no DDP
+    return wrapped, optimizer, lambda: whole_model(model, hollow, wanted=is_main)
+
+
+def compile_blocks(model: TrainedModel) -> None:
+    """Have every block but the last of all backbones compiled, by itself and in place, when it first runs.
+
+    All blocks of a backbone share what is compiled, for each kind of batch. The last block's shapes depend on how many
+    patches are masked. A distillation's frozen teacher is one of the backbones.
+    """
+    for part in model.modules():
+        if isinstance(part, VisionTransformer):
+            for block in part.blocks[:-1]:
+                block.compile(dynamic=False, fullgraph=True, recompile_limit=COMPILED_SHAPES)
+
+
+def check_compiler(environment: Mapping[str, str]) -> None:
+    """Raise ToolkitError where torch.compile would not find the C++ compiler, or Python's headers, that it needs."""
+    compiler = environment.get("CXX", "g++")
+    if shutil.which(compiler, path=environment.get("PATH")) is None:
+        raise ToolkitError(
+            f"compile=true needs a C++ compiler and there is no {compiler}; install it, or set compile=false"
+        )
+    headers = Path(get_path("include"))
+    if not (headers / "Python.h").exists():
+        raise ToolkitError(f"compile=true needs Python.h and {headers} has none; install it, or set compile=false")

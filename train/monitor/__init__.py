@@ -1,0 +1,1 @@
+"""Whether a run is healthy, what it measures, and what it will cost."""

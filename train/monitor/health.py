@@ -1,0 +1,102 @@
+"""Whether a run is well: figures of the teacher's outputs and the student's features, and collapse said in words.
+
+Shapes: K prototypes, B class tokens of one step, D embed_dim.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..objective.micro_batch import Part
+
+UNIFORM_SHARE = 0.99  # of the largest entropy ln K; chosen: healthy runs sharpen well below it within their first steps
+MIN_PERPLEXITY = 2.0  # prototypes in use; chosen: below it nearly all images share one
+MIN_FEATURE_STD = 0.05  # of a possible 1; chosen: below it all class tokens point nearly the same way
+PATIENCE_STEPS = 100  # how long a figure must stay bad, since every run starts with all features alike
+
+
+def teacher_figures(step: Part) -> dict[str, Tensor]:
+    """Return the teacher's mean probabilities of a step's class tokens, (K,), and the mean entropy of one's, ().
+
+    Nothing where the teacher answers with features, for these are no probabilities.
+    """
+    if not step.are_probs:
+        return {}
+    probs = step.cls_targets.flatten(0, 1)  # (2, B, K) -> (2 B, K)
+    return {
+        "teacher_cls_probs": probs.mean(0),
+        "teacher_entropy": torch.special.entr(probs).sum(1).mean(),
+    }
+
+
+def health_figures(outputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the figures of one step.
+
+    Args:
+        outputs: `student_cls_tokens` (B, D), of several students with their names before it; and what
+            `teacher_figures` gave, if anything.
+
+    Returns:
+        `teacher_entropy` in nats; `teacher_kl_to_uniform` = ln K - entropy, 0 when the teacher says nothing;
+        `prototype_perplexity` in [1, K], how many prototypes the batch uses; `rank_me` in [1, min(B, D)], how many
+        directions the class tokens fill; `feature_std` in [0, 1], 0 when they are all alike. Those of the teacher and
+        its prototypes only where there are any.
+
+    Source: RankMe, Garrido et al. 2023, eq. 1.
+    """
+    figures = {}
+    if "teacher_cls_probs" in outputs:
+        probs = outputs["teacher_cls_probs"].float()
+        entropy = float(outputs["teacher_entropy"])
+        figures = {
+            "teacher_entropy": entropy,
+            "teacher_kl_to_uniform": math.log(len(probs)) - entropy,
+            "prototype_perplexity": float(torch.special.entr(probs).sum().exp()),
+        }
+    for name, tokens in outputs.items():
+        student, is_tokens, _ = name.partition("student_cls_tokens")
+        if is_tokens:
+            figures |= {f"{student}rank_me": rank_me(tokens), f"{student}feature_std": feature_std(tokens)}
+    return figures
+
+
+def rank_me(tokens: Tensor) -> float:
+    """Return the effective rank of tokens (B, D): exp of the entropy of their normalised singular values."""
+    if not tokens.isfinite().all():
+        return math.nan
+    singular_values = torch.linalg.svdvals(tokens.float())
+    shares = singular_values / singular_values.sum().clamp(min=1e-12)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def feature_std(tokens: Tensor) -> float:
+    """Return the spread of L2-normalised tokens (B, D): the root of their total variance, 0 (all equal) to 1."""
+    normed = torch.nn.functional.normalize(tokens.float(), dim=1)
+    return float(normed.var(dim=0, correction=0).sum().sqrt())
+
+
+def collapse(figures: Mapping[str, float], num_prototypes: int) -> str | None:
+    """Say how the figures show a collapse and what to change, or return None when they do not.
+
+    `num_prototypes` is 0 where the teacher has none; then only the student's features are looked at.
+    """
+    if num_prototypes and figures["teacher_kl_to_uniform"] < (1 - UNIFORM_SHARE) * math.log(num_prototypes):
+        return (
+            f"the teacher's outputs are uniform (entropy {figures['teacher_entropy']:.2f} of "
+            f"{math.log(num_prototypes):.2f} nats): lower teacher_temp, or set centering to sinkhorn_knopp, "
+            "or raise base_lr if it is very low"
+        )
+    if num_prototypes and figures["prototype_perplexity"] < MIN_PERPLEXITY:
+        return (
+            f"the teacher gives all images the same prototype ({figures['prototype_perplexity']:.1f} in use): "
+            "set centering to sinkhorn_knopp, lower base_lr, or raise momentum"
+        )
+    feature_std = min(value for name, value in figures.items() if name.endswith("feature_std"))
+    if feature_std < MIN_FEATURE_STD:
+        return (
+            f"the class tokens of all images are alike (spread {feature_std:.3f} of 1): "
+            "raise koleo_weight, lower base_lr, or raise batch_size"
+        )
+    return None

@@ -1,0 +1,140 @@
+"""The figures of a run: gathered from all processes, one JSON line a logged step, all as Parquet at checkpoints."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ...store.manifest import ManifestWriter, Provenance
+from ..config import TrainConfig
+
+BAR_COLUMNS = 75  # of a terminal, that a progress bar fills by itself
+
+
+def append_metrics(run_folder: Path, figures: Mapping[str, float]) -> None:
+    """Add one line to `metrics.jsonl`, at once readable by `tail -f`; what is not finite becomes null."""
+    values = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    with (run_folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, float]]:
+    """Return the lines of `metrics.jsonl`, null as not a number; a last one that a crash cut short is left out."""
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+
+
+def rewind_metrics(run_folder: Path, steps_done: int) -> None:
+    """Drop the lines of later steps, which the resumed run will write again."""
+    path, aside = run_folder / "metrics.jsonl", run_folder / ".metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_metrics_table(run_folder: Path, provenance: Provenance) -> None:
+    """Write `metrics.parquet` with one row a logged step, null where a figure was not taken."""
+    rows = read_metrics(run_folder)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: pa.array([row.get(name) for row in rows]) for name in names}
+    table = pa.table(columns)
+    with ManifestWriter(run_folder / "metrics.parquet", list(table.schema), provenance) as writer:
+        writer.write(table)
+
+
+def added(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the outputs of a step from those of its parts: losses as sums, tokens one after the other."""
+    return {
+        name: torch.stack([part[name] for part in parts]).sum(0)
+        if value.ndim == 0
+        else torch.cat([part[name] for part in parts])
+        for name, value in parts[0].items()
+    }
+
+
+def averaged(outputs: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Return a step's outputs with scalars and mean probabilities averaged over the processes; tokens stay local."""
+    values = dict(outputs)
+    if accelerator.num_processes == 1:
+        return values
+    shared = {name: value for name, value in values.items() if value.ndim < 2}
+    reduced: dict[str, Tensor] = accelerator.reduce(shared, reduction="mean")
+    return values | reduced
+
+
+def weighted(losses: Mapping[str, Tensor], config: TrainConfig) -> dict[str, float]:
+    """Return each loss times its weight, as `NAME_weighted`: they add up to the total.
+
+    Of several students, the losses have their names before.
+    """
+    weights = {
+        "dino_local": config.dino_weight,
+        "dino_global": config.dino_weight,
+        "ibot": config.ibot_weight,
+        "koleo": config.koleo_weight,
+        "cls_local": config.dino_weight,
+        "cls_global": config.dino_weight,
+        "patch": config.ibot_weight,
+    }
+    return {
+        f"{name}_weighted": weight * float(value)
+        for name, value in losses.items()
+        for loss, weight in weights.items()
+        if name == loss or name.endswith(f"_{loss}")
+    }
+
+
+def progress_note(figures: Mapping[str, float]) -> str:
+    """Say a step's figures in one line, the most telling first; on a terminal no more than fits beside the bar."""
+    if not figures:
+        return ""
+    shown = [
+        ("loss {:.3f}", "total"),
+        ("k-NN {:.3f}", "knn"),
+        ("step {:,.0f}", "step"),
+        ("epoch {:.2f}", "epoch"),
+        ("images {:,.0f}", "samples"),
+        ("lr {:.2e}", "lr"),
+        ("{:,.0f} images/s", "images_per_s"),
+        ("data wait {:.0%}", "data_wait"),
+        ("memory {:,.0f} MiB", "peak_memory_mib"),
+        ("entropy {:.2f}", "teacher_entropy"),
+        ("KL to uniform {:.2f}", "teacher_kl_to_uniform"),
+        ("prototypes {:,.0f}", "prototype_perplexity"),
+        ("RankMe {:.1f}", "rank_me"),
+    ]
+    texts = [form.format(figures[name]) for form, name in shown if name in figures]
+    for name in (name.removesuffix("_weighted") for name in figures if name.endswith("_weighted")):
+        texts.append(f"{name} {figures[name]:.3f} ({figures[f'{name}_weighted']:.3f})")
+    parts = [(name.removeprefix("grad_norm_"), norm) for name, norm in figures.items() if name.startswith("grad_norm_")]
+    texts.append("gradients " + " ".join(f"{part} {norm:.2g}" for part, norm in parts))
+    note = ", ".join(texts)
+    return note[: max(0, shutil.get_terminal_size().columns - BAR_COLUMNS)] if sys.stderr.isatty() else note
+
+
+def summed(numbers: list[int], accelerator: Accelerator) -> list[int]:
+    """Return the sums of some numbers over the processes; all of them must ask."""
+    if accelerator.num_processes == 1:
+        return numbers
+    total: Tensor = accelerator.reduce(torch.tensor(numbers, device=accelerator.device), reduction="sum")
+    return [int(number) for number in total]
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory this process has held so far: the GPU's on a GPU, otherwise resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,56 @@
+"""A run's figures in TensorBoard, Weights & Biases, MLflow and the like, by Accelerate; nothing unless asked for."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ...errors import ToolkitError
+from ..config import TrainConfig
+
+# What `--track` names, the module that each needs, and the package that brings it.
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "wandb"),
+    "mlflow": ("mlflow", "mlflow"),
+    "trackio": ("trackio", "trackio"),
+    "aim": ("aim", "aim"),
+    "comet_ml": ("comet_ml", "comet-ml"),
+    "clearml": ("clearml", "clearml"),
+    "dvclive": ("dvclive", "dvclive"),
+    "swanlab": ("swanlab", "swanlab"),
+}
+PROJECT = "dinov2"  # what a tracker shows the runs under
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ToolkitError for a tracker that is unknown, or whose package is missing (Accelerate would say nothing)."""
+    for name in names:
+        if name not in TRACKERS:
+            raise ToolkitError(f"--track {name} is unknown; choose from {', '.join(TRACKERS)}")
+        module, package = TRACKERS[name]
+        if find_spec(module) is None:
+            raise ToolkitError(f"--track {name} needs a package that is not installed; pip install {package}")
+
+
+@contextmanager
+def tracked(accelerator: Accelerator, run_folder: Path, config: TrainConfig) -> Iterator[None]:
+    """Start the trackers that the Accelerator was made with, named after the run, and finish them however it ends."""
+    if not accelerator.log_with:
+        yield
+        return
+    settings = {
+        name: value if isinstance(value, int | float | str) else str(value) for name, value in asdict(config).items()
+    }
+    names = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
+    keywords = {tracker: {key: run_folder.name} for tracker, key in names.items()}
+    accelerator.init_trackers(PROJECT, config=settings, init_kwargs=keywords)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers = []  # or `end_training` would finish them again

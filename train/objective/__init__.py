@@ -1,0 +1,1 @@
+"""The losses, and the modules whose forward pass returns them."""

@@ -1,0 +1,222 @@
+"""The losses of DINOv2 as functions of tensors, in float32 whatever the autocast.
+
+Shapes: B images a process, V student views, K prototypes, M masked patches of all global crops, D embed_dim.
+Functions that look at all processes' rows do so through `all_reduce_sum` and `all_reduce_max`.
+Source: Oquab et al. 2023 (DINOv2), section 4; github.com/facebookresearch/dinov2 (dinov2/loss).
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import ToolkitError
+
+CHUNK_ROWS = 256  # rows of logits that are in float32 at a time; chosen: 128 MB at 131,072 prototypes
+MIN_KOLEO_DISTANCE = 1e-6  # chosen: well above the rounding of unit vectors in float32 (about 1e-7)
+MIN_SINKHORN_WEIGHT = 1e-18  # chosen: keeps K / weight finite in float32 for any K
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Return the sum of `x` over all processes, or `x` itself when there is one."""
+    return _all_reduced(x, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Return the elementwise maximum of `x` over all processes, or `x` itself when there is one."""
+    return _all_reduced(x, dist.ReduceOp.MAX)
+
+
+def _all_reduced(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    x = x.clone()
+    dist.all_reduce(x, op=operation)
+    return x
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of V views of student logits against the same targets, a few rows in float32 at a time.
+
+    Autograd by itself would keep a float32 copy of the logits and make two more matrices of their size going back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, logits: Tensor, targets: Tensor, temperature: float
+    ) -> Tensor:
+        losses = torch.empty(logits.shape[:2], dtype=torch.float32, device=logits.device)  # (V, B)
+        log_normalisers = torch.empty_like(losses)
+        for view, view_logits in enumerate(logits):
+            for rows in _row_slices(len(targets)):
+                scaled, target = view_logits[rows].float() / temperature, targets[rows].float()
+                log_normaliser = scaled.logsumexp(-1)
+                log_normalisers[view, rows] = log_normaliser
+                losses[view, rows] = log_normaliser * target.sum(-1) - (scaled * target).sum(-1)
+        ctx.save_for_backward(logits, targets, log_normalisers)
+        ctx.temperature = temperature  # type: ignore[attr-defined]  # the place torch gives for what is no tensor
+        return losses
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_losses: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, log_normalisers = ctx.saved_tensors  # type: ignore[attr-defined]
+        temperature: float = ctx.temperature  # type: ignore[attr-defined]
+        grad = torch.empty_like(logits)
+        for view, view_logits in enumerate(logits):
+            for rows in _row_slices(len(targets)):
+                target = targets[rows].float()
+                probs = (view_logits[rows].float() / temperature - log_normalisers[view, rows, None]).exp_()
+                step = probs.mul_(target.sum(-1, keepdim=True)).sub_(target)
+                grad[view, rows] = step.mul_(grad_losses[view, rows, None] / temperature).to(grad.dtype)
+        return grad, None, None
+
+
+def _row_slices(num_rows: int) -> list[slice]:
+    return [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
+
+
+def cross_entropy(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: float) -> Tensor:
+    """Return -sum_k p_k log softmax(z / student_temp)_k for each row: (V, B, K), (B, K) -> (V, B), float32.
+
+    Gradient flows to the logits only. Targets need not sum to 1: a sum of two teachers' rows gives the sum of losses.
+    """
+    losses: Tensor = _CrossEntropy.apply(student_logits, teacher_probs.detach(), student_temp)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: float = 0.1) -> Tensor:
+    """Return the batch-mean cross-entropy of every pair of a student view and a teacher view, summed over the pairs.
+
+    Args:
+        student_logits: (V, B, K), row b of each view from image b.
+        teacher_probs: (teacher views, B, K), rows that sum to 1.
+        student_temp: temperature of the student's softmax.
+
+    Source: DINO objective, section 4 of Oquab et al. 2023. Dividing by the number of pairs is left to the caller.
+    """
+    # Cross-entropy is linear in the target: one pass over the sum of the teachers serves all pairs of a view.
+    return cross_entropy(student_logits, teacher_probs.sum(0), student_temp=student_temp).mean(1).sum()
+
+
+def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, *, student_temp: float = 0.1) -> Tensor:
+    """Return the cross-entropy of masked patches, averaged within each crop, then over all crops.
+
+    Crops without a mask count as 0 in the average, as in the official code.
+
+    Args:
+        student_logits: (M, K), the masked patches crop by crop, in the order `patch_tokens[masks]` gives.
+        teacher_probs: (M, K), of the same patches.
+        masks: (crops, N) bool with M True in all.
+        student_temp: temperature of the student's softmax.
+
+    Source: iBOT objective, section 4 of Oquab et al. 2023; Zhou et al. 2022.
+    """
+    losses = cross_entropy(student_logits[None], teacher_probs, student_temp=student_temp)[0]  # (M,)
+    num_masked = masks.sum(1)
+    weights = torch.repeat_interleave(1 / num_masked.float(), num_masked, output_size=len(losses))  # (crops,) -> (M,)
+    return (losses * weights).sum() / len(masks)
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows of all processes, (B, D) -> (processes x B, D); going back, each process's rows get the sum of gradients."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        grad = all_reduce_sum(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def koleo_loss(features: Tensor, *, gather: bool = False) -> Tensor:
+    """Return minus the mean log distance of each L2-normalised feature (B, D) to its nearest neighbour in the batch.
+
+    Distances below 1e-6 (copies of one image) count as 1e-6 and give no gradient, instead of an endless one.
+
+    Args:
+        features: B of them on every process.
+        gather: look for the neighbours among all processes' features, so that the mean over the processes is the loss
+            of one process with all of them; otherwise, as in the official code, among this process's.
+
+    Raises:
+        ToolkitError: if B is below 2, since a single image has no neighbour.
+
+    Source: KoLeo regulariser, section 4 of Oquab et al. 2023; Sablayrolles et al. 2019.
+    """
+    if len(features) < 2:
+        raise ToolkitError(
+            f"KoLeo needs at least 2 images in each process's batch and got {len(features)}; "
+            "raise the batch size or set the KoLeo weight to 0"
+        )
+    with torch.autocast(features.device.type, enabled=False):
+        normed = F.normalize(features.float(), dim=-1, eps=1e-8)
+        everyone, first = normed, 0
+        if gather and dist.is_available() and dist.is_initialized():
+            everyone, first = _Gathered.apply(normed), dist.get_rank() * len(normed)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            similarities = normed @ everyone.T
+            similarities[:, first : first + len(normed)].fill_diagonal_(-torch.inf)
+            nearest = similarities.argmax(1)
+        distances = torch.linalg.vector_norm(normed - everyone[nearest] + 1e-8, dim=1)
+        loss: Tensor = -(distances.clamp(min=MIN_KOLEO_DISTANCE) + 1e-8).log().mean()
+        return loss
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temperature: float, *, num_iterations: int = 3) -> Tensor:
+    """Return teacher probabilities whose prototypes are used about equally over all processes' rows.
+
+    Alternates between giving every prototype the same mass over all rows of all processes and every row the mass 1.
+    Every process must call it, also one with no rows; their numbers of rows may differ.
+
+    Args:
+        logits: (rows, K), any floating dtype.
+        temperature: of the teacher; 0.04 to 0.07 in the paper.
+        num_iterations: 3 in the paper.
+
+    Returns:
+        (rows, K) float32; each row sums to 1.
+
+    Source: section 4 of Oquab et al. 2023; Caron et al. 2020 (SwAV). The matrix is kept as
+    diag(row_weights) exp(z - row maximum) diag(prototype_weights), so an iteration reads it twice and writes nothing,
+    and no exponential overflows. Mass constants (1 / K, 1 / rows) cancel in the last step, so they are left out.
+    """
+    # Autocast would turn the matrix products to half precision.
+    with torch.autocast(logits.device.type, enabled=False):
+        scores = logits.float() / temperature
+        row_max = scores.amax(1)  # (rows,)
+        scores.sub_(row_max[:, None]).exp_()
+        # The lone -inf stands for a process without rows, which must take part in the collectives all the same.
+        global_max = all_reduce_max(torch.cat([row_max, row_max.new_full((1,), -torch.inf)]).amax())
+        row_weights = (row_max - global_max).exp_().clamp_(min=MIN_SINKHORN_WEIGHT)
+        smallest = torch.finfo(torch.float32).tiny
+        for _ in range(num_iterations):
+            prototype_weights = 1 / all_reduce_sum(row_weights @ scores).clamp_(min=smallest)  # (K,)
+            row_weights = 1 / (scores @ prototype_weights).clamp_(min=smallest)  # (rows,)
+        return scores.mul_(prototype_weights).mul_(row_weights[:, None])
+
+
+@torch.no_grad()
+def softmax_center(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
+    """Return teacher probabilities softmax((z - center) / temperature): (rows, K), (1, K) -> (rows, K), float32.
+
+    Source: centering of Caron et al. 2021 (DINO).
+    """
+    return ((logits.float() - center) / temperature).softmax(-1)
+
+
+@torch.no_grad()
+def updated_center(center: Tensor, logits: Tensor, *, momentum: float = 0.9) -> Tensor:
+    """Return the center (1, K) moved towards the mean of all processes' logits (rows, K); unmoved if there are none.
+
+    The mean is over rows; the official code averages the processes' means, which weighs a process with few masked
+    patches more.
+    """
+    total = all_reduce_sum(logits.float().sum(0, keepdim=True))
+    num_rows = all_reduce_sum(torch.tensor(float(len(logits)), device=logits.device))
+    moved = center * momentum + total / num_rows.clamp(min=1) * (1 - momentum)
+    return torch.where(num_rows > 0, moved, center)
