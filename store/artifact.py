@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -136,6 +136,8 @@ def make(
     *,
     describe: Callable[[], None],
     work: Callable[[], Provenance],
+    side_files: Mapping[Path, str] | None = None,
+    update: bool = False,
 ) -> Result | None:
     """Run a step unless its output holds this very work already; return what the command prints, None after a dry run.
 
@@ -144,12 +146,18 @@ def make(
         provenance: of the work that is wanted; without content id and figures.
         describe: says what the step would do; only called in a dry run.
         work: writes the output and returns its provenance with content id and figures.
+        side_files: manifests that `work` writes beside the output, and their kinds; checked before any work.
+        update: do the work whatever stands at `output`, as a step that resumes or updates it.
 
     Raises:
-        ToolkitError: when something else stands at `output` and --force was not given; what `work` raises.
+        ToolkitError: when something else stands at `output` or a side file and --force was not given; what `work`
+            raises.
     """
     path = Path(output)
-    is_made = is_up_to_date(path, provenance, options)
+    is_made = not update and is_up_to_date(path, provenance, options)
+    if not is_made:
+        for side, kind in (side_files or {}).items():
+            check_side_file(side, kind, path, provenance, options)
     if options.dry_run:
         if not is_made:
             describe()
