@@ -114,6 +114,13 @@ def check_picture_name(output: str) -> Path:
     return Path(output)
 
 
+def check_sheet(sheet: Path, options: Options) -> None:
+    """Raise ToolkitError when a step cannot draw its --sheet there."""
+    check_picture_name(str(sheet))
+    if sheet.exists() and not options.force:
+        raise ToolkitError(f"{sheet} exists; choose another --sheet, or --force to overwrite it")
+
+
 def is_picture_up_to_date(path: Path, provenance: Provenance, options: Options) -> bool:
     """Tell whether this very picture is there already; if so, touch it (so that Make rests) and say so.
 

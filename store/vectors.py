@@ -23,6 +23,7 @@ EXPONENT_STEP = np.float32(2.0**112)  # half precision counts exponents from -15
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 Stored = npt.NDArray[np.float16 | np.float32]
 
 

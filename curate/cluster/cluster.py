@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from ...errors import ToolkitError
 from ...features.launched import caught_signals
+from ...features.sheet import check_sheet
 from ...store.artifact import Options, Result, check_manifest_name, check_side_file, is_up_to_date, recorded
 from ...store.manifest import SELECTION_FIELDS, Provenance, cluster_field, open_manifest
 from ...store.memory import memory_budget
 from ...store.progress import Progress
 from ...store.vectors import Float32, Int64, Vectors
-from ..dedup.sheet import check_sheet
 from ..inputs import EmbeddedImages, describe, open_input, read_embedded, warn_of_plain_features
 from ..selection import selected, selection_provenance, write_table
 from .allocation import Int32, parse_allocation

@@ -10,7 +10,7 @@ from pathlib import Path
 from ... import console
 from ...errors import ToolkitError
 from ...features.search.neighbors import SearchSettings
-from ...features.sheet import check_picture_name
+from ...features.sheet import check_picture_name, check_sheet
 from ...store.artifact import Options, Result, check_manifest_name, check_side_file, is_up_to_date, recorded
 from ...store.manifest import Provenance, open_manifest, removed_path
 from ...store.memory import memory_budget
@@ -21,7 +21,7 @@ from .exact import Exact, exact_duplicates, exact_work
 from .groups import Linkage
 from .near import NearSettings, are_looked_at, near_duplicates
 from .representative import parse_keep
-from .sheet import check_sheet, draw_groups
+from .sheet import draw_groups
 from .verify import LOOKED_AT
 
 LOOK_S = 0.75e-3  # measured: of one core, a pair

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ... import console
-from ...errors import ToolkitError
-from ...features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, read_tile, write_picture
+from ...features.sheet import Tile, draw_sheet, is_picture_up_to_date, read_tile, write_picture
 from ...store import tables
 from ...store.artifact import Options
 from ...store.manifest import Provenance, open_manifest, removed_path
@@ -24,13 +23,6 @@ class Group:
     heading: str
     uri: str | None  # of the image that stays
     group_id: int
-
-
-def check_sheet(sheet: Path, options: Options) -> None:
-    """Raise ToolkitError when a sheet that is still to be drawn could not stand at `sheet`."""
-    check_picture_name(str(sheet))
-    if sheet.exists() and not options.force:
-        raise ToolkitError(f"{sheet} exists; choose another --sheet, or --force to overwrite it")
 
 
 def draw_groups(path: Path, sheet: Path, options: Options) -> None:

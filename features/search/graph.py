@@ -10,13 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from ...store.vectors import Int64
+from ...store.vectors import Bools, Int64
 
 SAVE_S = 60.0  # chosen: how often it is kept how far a join is
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass

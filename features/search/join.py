@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ... import console
 from ...store.cache import cache_folder
-from ...store.vectors import RELEASED_BYTES, RELEASED_ROWS, Int64, Vectors, release
+from ...store.vectors import RELEASED_BYTES, RELEASED_ROWS, Bools, Int64, Vectors, release
 from ..threads import run, workers
 from .bounds import bounded_batches
 from .cells import Cells, cells_key, open_cells
 from .exact_search import DEFAULTS, EXACT_PRODUCTS, SearchSettings
-from .graph import Bools, Graph
+from .graph import Graph
 from .probes import join_width
 from .products import TILE, tile_above, unit_rows
 from .tasks import Batch, Task
