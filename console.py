@@ -61,12 +61,13 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -
 
 
 @contextmanager
-def progress(description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+def progress(description: str | None, total: int, unit: str) -> Iterator[Callable[..., None]]:
     """Show how far a loop is: a bar on a terminal, otherwise a line every ten seconds.
 
-    Yields `advance(count=1, note="")`, to be called after `count` more units; `note` stands behind the rate.
+    Yields `advance(count=1, note="")`, to be called after `count` more units; `note` stands behind the rate. Nothing is
+    shown without a description.
     """
-    if _verbosity < 1:
+    if _verbosity < 1 or description is None:
         yield lambda count=1, note="": None
     elif sys.stderr.isatty():
         with _bar(description, total, unit) as advance:

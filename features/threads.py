@@ -1,8 +1,9 @@
-"""Threads, each of which computes on one core."""
+"""Work in threads: each computes on one core, results come in order."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -41,15 +42,27 @@ def workers() -> Iterator[Workers]:
         torch.set_num_threads(before)
 
 
-def run(threads: Workers, step: Callable[[T], R], parts: Iterable[T], ahead: int = 2) -> Iterator[R]:
-    """Yield `step(part)` of every part in their order, each thread up to `ahead` parts ahead."""
-    waiting = []
-    for part in parts:
-        waiting.append(threads.submit(step, part))
-        if len(waiting) > ahead * threads.count:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
+def map_in_order(
+    function: Callable[[T], R], items: Iterable[T], executor: ThreadPoolExecutor, ahead: int | None = None
+) -> Generator[R, None, None]:
+    """Yield `function(item)` of every item in order, while the executor's threads work on those that follow.
+
+    Closing the iterator cancels what has not begun. Items are taken as they are needed: `ahead` more than the one that
+    is waited for, two a thread by default.
+    """
+    if ahead is None:
+        ahead = 2 * executor._max_workers
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def in_parallel(step: Callable[[int], None], starts: range) -> None:

@@ -20,10 +20,11 @@ CONVERTED = 65_536  # numbers a step of `as_float32`: they stay in the cache
 SIGN_AND_NUMBER = np.int32(-0x70000001)  # all but the three bits between sign and exponent
 EXPONENT_STEP = np.float32(2.0**112)  # half precision counts exponents from -15, single from -127
 
+Bools = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 Stored = npt.NDArray[np.float16 | np.float32]
 
 
@@ -116,6 +117,22 @@ def release(array: npt.NDArray[np.generic]) -> None:
         base = base.base
     if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         base.madvise(mmap.MADV_DONTNEED)
+
+
+class PageRelease:
+    """Lets go of the pages of mapped arrays whenever 256 MB of them have been read."""
+
+    def __init__(self, *arrays: npt.NDArray[np.generic]) -> None:
+        self.arrays = arrays
+        self.num_bytes = 0  # since the last time
+
+    def add(self, num_bytes: int) -> None:
+        """Count bytes that were read."""
+        self.num_bytes += num_bytes
+        if self.num_bytes > RELEASED_BYTES:
+            self.num_bytes = 0
+            for array in self.arrays:
+                release(array)
 
 
 def has_vectors(manifest: Manifest) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...features.search.products import device, product
-from ...features.threads import Workers, run
+from ...features.threads import Workers, map_in_order
 from ...store.vectors import Float32, Int64, unit_length
 from .allocation import Int32
 
@@ -94,7 +94,7 @@ def search_points(
         part = slice(start, start + step)
         assignments[part], scores[part] = nearest_centroids(points[part], centroids, lists)
 
-    for _ in run(threads, search, range(0, len(points), step)):
+    for _ in map_in_order(search, range(0, len(points), step), threads):
         pass
     return assignments, scores
 
@@ -128,7 +128,7 @@ def neighbours_of(points: Float32, centroids: Centroids, num: int, threads: Work
             products -= offsets
         return np.sort(np.argpartition(products, len(centroids) - num, axis=1)[:, len(centroids) - num :], axis=1)
 
-    return np.concatenate(list(run(threads, search, range(0, len(points), step))))
+    return np.concatenate(list(map_in_order(search, range(0, len(points), step), threads)))
 
 
 def suited_lists(

@@ -12,7 +12,7 @@ import numpy as np
 from ... import console
 from ...errors import ToolkitError
 from ...features.search.similarity import tolerance
-from ...features.threads import Workers, run, workers
+from ...features.threads import Workers, map_in_order, workers
 from ...store.memory import memory_budget
 from ...store.progress import Array, Progress
 from ...store.vectors import Float32, Float64, Int64, Vectors, release
@@ -256,7 +256,7 @@ def _assign_all(
 
     with console.progress("assigning", num, "images") as advance:
         advance(done)
-        for count in run(threads, assign, range(done, num, BLOCK_ROWS)):
+        for count in map_in_order(assign, range(done, num, BLOCK_ROWS), threads):
             done += count
             advance(count)
             if done % RELEASED_ROWS < BLOCK_ROWS:
@@ -307,7 +307,7 @@ def _polished(vectors: Vectors, centroids: Centroids, what: str, threads: Worker
 
     with console.progress(what, len(vectors), "images") as advance:
         for number, (present, counts, part_sums, count) in enumerate(
-            run(threads, add, range(0, len(vectors), BLOCK_ROWS // 4))
+            map_in_order(add, range(0, len(vectors), BLOCK_ROWS // 4), threads)
         ):
             sums[present] += part_sums
             sizes[present] += counts
@@ -342,7 +342,7 @@ def _filled(vectors: Vectors, made: Clustering, metric: Metric, threads: Workers
             assignments[part][is_nearer] = empty[places[is_nearer]]
             distances[part][is_nearer] = found[is_nearer]
 
-        for number, _ in enumerate(run(threads, join, range(0, len(vectors), BLOCK_ROWS))):
+        for number, _ in enumerate(map_in_order(join, range(0, len(vectors), BLOCK_ROWS), threads)):
             if number % 16 == 15:
                 release(vectors.array)
     return replace(made, centroids=centroids)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...features.search.products import device, product
 from ...features.search.similarity import tolerance
-from ...features.threads import Workers, run
+from ...features.threads import Workers, map_in_order
 from ...store.vectors import Float32, Float64, Int64, unit_length
 from .allocation import Int32, allocate
 from .centroid_search import EXACT_CENTROIDS, Centroids, Metric, make_lists, neighbours_of, search_points
@@ -134,7 +134,7 @@ def near_assignments(
 
     filled = np.flatnonzero(ends > starts)
     jobs = np.split(filled, np.flatnonzero(np.diff(ends[filled] // JOB_POINTS)) + 1)
-    for _ in run(threads, look, jobs):
+    for _ in map_in_order(look, jobs, threads):
         pass
     return found, np.maximum(distances, 0)
 
@@ -158,7 +158,7 @@ def neighbour_lists(centroids: Centroids, threads: Workers) -> Int64:
         best = np.argpartition(scores, len(listed) - NUM_NEIGHBOURS, axis=1)[:, len(listed) - NUM_NEIGHBOURS :]
         near[members] = np.sort(listed[best], axis=1)
 
-    for _ in run(threads, look, np.unique(heads).tolist()):
+    for _ in map_in_order(look, np.unique(heads).tolist(), threads):
         pass
     return near
 
@@ -195,7 +195,7 @@ def add_points(sums: Float64, points: Float32, rows: Int64, clusters: Int32, thr
             members = points[rows[by[part]]]
             sums[present] += sign * np.add.reduceat(members, places, axis=0, dtype=np.float64)
 
-    for _ in run(threads, add, range(len(jobs))):
+    for _ in map_in_order(add, range(len(jobs)), threads):
         pass
 
 
@@ -243,7 +243,7 @@ def starting_points(
     def draw(group: int) -> Int64:
         return spread_members(points, by[group], int(counts[group]), np.random.default_rng([seed, 6, group]))
 
-    started: Float32 = points[np.concatenate(list(run(threads, draw, np.flatnonzero(counts).tolist())))]
+    started: Float32 = points[np.concatenate(list(map_in_order(draw, np.flatnonzero(counts).tolist(), threads)))]
     return started
 
 

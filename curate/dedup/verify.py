@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import console
 from ...features.search.neighbors import Identity, nearest
 from ...features.search.products import device
-from ...features.threads import run, workers
+from ...features.threads import map_in_order, workers
 from ...store.cache import cache_folder, cache_key, make_room, open_cache
 from ...store.vectors import Float32, Float64, Int64
 from ..inputs import EmbeddedImages
@@ -184,7 +184,7 @@ class SecondLook:
 
         done = 0
         with workers() as threads, console.progress("looking at pairs", len(unseen), "pairs") as advance:
-            for seen in run(threads, compare, range(0, len(unseen), batch)):
+            for seen in map_in_order(compare, range(0, len(unseen), batch), threads):
                 left[unseen[done : done + len(seen)]] = seen
                 done += len(seen)
                 advance(len(seen))

@@ -13,7 +13,7 @@ import torch
 
 from ... import console
 from ...store.vectors import Float32, Float64, Int64, Vectors
-from ..threads import run, workers
+from ..threads import map_in_order, workers
 from .cells import Cells
 from .products import product, unit_rows
 from .similarity import tolerance
@@ -80,7 +80,7 @@ def _own_similarity(vectors: Vectors, cells: Cells) -> tuple[Float32, Float32]:
         return own, products.max(axis=1) - similarity[start:stop]
 
     with workers() as threads, console.progress("finding bounds", len(cells), "vectors") as advance:
-        for own, nearer in run(threads, block, range(0, len(cells), step)):
+        for own, nearer in map_in_order(block, range(0, len(cells), step), threads):
             np.maximum.at(slack, own, nearer)
             advance(len(own))
     return similarity, slack

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ... import console
 from ...store.vectors import RELEASED_BYTES, Float32, Int64, Vectors, release
-from ..threads import Workers, run, workers
+from ..threads import Workers, map_in_order, workers
 from .products import device, product, unit_rows
 
 BLOCK_BYTES = 1 << 29  # chosen: what the queries that go through the pool together may take; 190,000 of 384, k = 64
@@ -192,7 +192,7 @@ def _by_tiles(
                 for number in range(other + 1):
                     yield number, points[other], first, other
         read = 0
-        for (first, last), right in zip(others, run(threads, decode, others), strict=True):
+        for (first, last), right in zip(others, map_in_order(decode, others, threads), strict=True):
             for number in range(len(blocks)):
                 yield number, right, first, number
             read += (last - first) * pool.dim * pool.array.itemsize
@@ -209,11 +209,11 @@ def _by_tiles(
         return products.size * (1 if other == number else 2)
 
     compared, told = 0, 0
-    for num_products in run(threads, compare, tasks()):
+    for num_products in map_in_order(compare, tasks(), threads):
         compared += num_products
         advance(compared // len(pool) - told)
         told = compared // len(pool)
-    return run(threads, Best.found, best)
+    return map_in_order(Best.found, best, threads)
 
 
 def _tiles(start: int, stop: int) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ import torch
 
 from ... import console
 from ...store.vectors import RELEASED_BYTES, Float32, Float64, Int64, Vectors, release
-from ..threads import run, workers
+from ..threads import map_in_order, workers
 from .candidates import Best, no_progress
 from .cells import Cells, Int32, open_cells
 from .exact_search import Identity, Neighbors, SearchSettings, exact_neighbors, num_candidates_for, settle
@@ -114,7 +114,7 @@ def _visited(queries: Vectors, rows: Int64, cells: Cells, width: int) -> Int32:
         visited[start : start + step] = products.topk(width, dim=1).indices.numpy()
 
     with workers() as threads:
-        for _ in run(threads, visit, range(0, len(rows), step)):
+        for _ in map_in_order(visit, range(0, len(rows), step), threads):
             pass
     return visited
 
@@ -151,7 +151,7 @@ def _candidates(
 
     passed = 0
     with workers() as threads:
-        for cell, parts in enumerate(run(threads, compare, range(len(cells.centroids)))):
+        for cell, parts in enumerate(map_in_order(compare, range(len(cells.centroids)), threads)):
             advance()
             for some, query, products, positions in parts:
                 best.add_of(some, query, products, positions)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ... import console
 from ...store.cache import cache_folder, cache_key, make_room, open_cache
 from ...store.vectors import RELEASED_BYTES, RELEASED_ROWS, Float32, Int64, Stored, Vectors, release
-from ..threads import run, workers
+from ..threads import map_in_order, workers
 from .products import product, unit_rows
 
 ROWS_A_CELL = 256  # chosen: rows in a cell, on average
@@ -126,7 +126,7 @@ def fit_centroids(pool: Vectors, num_cells: int, seed: int) -> tuple[Float32, In
             nearest: Int64 = product(rows, coarse).argmax(axis=1)
             return nearest
 
-        group = np.concatenate(list(run(threads, group_of, range(0, num_sampled, BLOCK_ROWS))))
+        group = np.concatenate(list(map_in_order(group_of, range(0, num_sampled, BLOCK_ROWS), threads)))
         sizes = np.bincount(group, minlength=num_groups)
         num_cells_of = np.minimum(np.maximum(np.round(num_cells * sizes / num_sampled).astype(np.int64), 1), sizes)
         by_group = sample[np.argsort(group, kind="stable")]
@@ -139,7 +139,7 @@ def fit_centroids(pool: Vectors, num_cells: int, seed: int) -> tuple[Float32, In
         filled = np.flatnonzero(sizes).tolist()
         parts = []
         with console.progress("fitting cells", len(filled), "groups") as advance:
-            for part in run(threads, fit, filled):
+            for part in map_in_order(fit, filled, threads):
                 parts.append(part.cpu().numpy())
                 advance()
     groups = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
@@ -201,7 +201,7 @@ def _assign(pool: Vectors, centroids: Float32, groups: Int64, nearest: Int32, ga
 
     with workers() as threads, console.progress("assigning to cells", len(pool), "vectors") as advance:
         passed = 0
-        for done in run(threads, assign, range(0, len(pool), BLOCK_ROWS)):
+        for done in map_in_order(assign, range(0, len(pool), BLOCK_ROWS), threads):
             advance(done)
             passed += done * pool.dim * pool.array.itemsize
             if passed > RELEASED_BYTES:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ... import console
 from ...store.vectors import Float32, Float64, Int64, Vectors
-from ..threads import run, workers
+from ..threads import map_in_order, workers
 from .candidates import BLOCK_BYTES, candidates
 from .similarity import first_identical, similarities, tolerance
 
@@ -85,7 +85,7 @@ def exact_neighbors(
 
     with workers() as threads:
         blocks = candidates(queries, pool, num_candidates, progress, block_bytes)
-        unsettled = [rows for block in run(threads, settle_block, blocks, ahead=1) for rows in block]
+        unsettled = [rows for block in map_in_order(settle_block, blocks, threads, threads.count) for rows in block]
     left = np.concatenate([np.empty(0, np.int64), *unsettled])
     if len(left):
         console.detail(f"{len(left):,} of {len(queries):,} queries have ties beyond place {k}: searching them again")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import console
 from ...store.cache import cache_folder
 from ...store.vectors import RELEASED_BYTES, RELEASED_ROWS, Bools, Int64, Vectors, release
-from ..threads import run, workers
+from ..threads import map_in_order, workers
 from .bounds import bounded_batches
 from .cells import Cells, cells_key, open_cells
 from .exact_search import DEFAULTS, EXACT_PRODUCTS, SearchSettings
@@ -202,7 +202,7 @@ def _join(
     passed = 0
     with workers() as threads, console.progress("comparing", len(batches) - done, "parts") as advance:
         for number in range(done, len(batches)):
-            for read in run(threads, compare, batches[number](), AHEAD):
+            for read in map_in_order(compare, batches[number](), threads, AHEAD * threads.count):
                 passed += read
                 if passed > RELEASED_BYTES:
                     passed = 0

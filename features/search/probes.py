@@ -8,7 +8,7 @@ import torch
 
 from ... import console
 from ...store.vectors import RELEASED_BYTES, Float64, Int64, Vectors, release
-from ..threads import run, workers
+from ..threads import map_in_order, workers
 from .cells import Cells
 from .exact_search import Identity, SearchSettings, exact_neighbors
 from .products import device, tile_above, unit_rows
@@ -90,7 +90,7 @@ def _pairs_in_many_cells(vectors: Vectors, cells: Cells, rows: Int64, threshold:
     parts, passed = [], 0
     visited = np.flatnonzero(np.diff(bounds)).tolist()
     with workers() as threads:
-        for cell, part in zip(visited, run(threads, compare, visited), strict=True):
+        for cell, part in zip(visited, map_in_order(compare, visited, threads), strict=True):
             parts.append(part)
             members = cells.members(cell)
             passed += (members.stop - members.start) * vectors.dim * vectors.array.itemsize

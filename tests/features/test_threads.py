@@ -2,12 +2,14 @@
 
 import os
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import pytest
 import torch
 
-from dinov2_toolkit.features.threads import in_parallel, num_cores, run, workers
+from dinov2_toolkit.features.threads import in_parallel, map_in_order, num_cores, workers
 
 
 def test_cores_are_those_asked_for_or_all_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +32,7 @@ def test_there_is_a_thread_a_core_though_torch_computes_in_one(monkeypatch: pyte
 
     with workers() as threads:
         assert (threads.count, torch.get_num_threads()) == (3, 1)
-        assert list(run(threads, meet, range(9))) == [10 * part for part in range(9)]
+        assert list(map_in_order(meet, range(9), threads)) == [10 * part for part in range(9)]
     assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == before
 
 
@@ -43,3 +45,26 @@ def test_steps_in_parallel_are_all_done(monkeypatch: pytest.MonkeyPatch) -> None
 
     in_parallel(step, range(0, 100, 10))
     assert done == [int(start % 10 == 0) for start in range(100)]
+
+
+def test_items_are_taken_as_needed_and_a_closed_iterator_cancels_what_has_not_begun() -> None:
+    taken: list[int] = []
+    begun: list[int] = []
+    goes_on = threading.Event()
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    def wait(number: int) -> int:
+        begun.append(number)
+        assert number == 0 or goes_on.wait(timeout=30)
+        return number
+
+    with ThreadPoolExecutor(1) as executor:
+        results = map_in_order(wait, items(), executor, ahead=5)
+        assert next(results) == 0 and taken == list(range(6))
+        results.close()
+        goes_on.set()
+    assert begun in ([0], [0, 1])
