@@ -107,6 +107,7 @@ def _uri_column(manifest: Manifest) -> str | None:
 
 def _pieces(manifest: Manifest, columns: list[str], rows: Int64 | None, limit: int) -> Iterator[_Piece]:
     """Yield the rows wanted, all by default, of the first `limit`."""
+    stored = {name: manifest.old_names.get(name, name) for name in columns}
     part_start = 0
     for part in manifest.parts:
         with pq.ParquetFile(part, pre_buffer=False, buffer_size=1 << 20) as file:
@@ -116,7 +117,7 @@ def _pieces(manifest: Manifest, columns: list[str], rows: Int64 | None, limit: i
                 first, last = part_start + start, min(part_start + stop, limit)
                 if first < last and (rows is None or np.searchsorted(rows, first) < np.searchsorted(rows, last)):
                     # One thread: a row group of so few rows gains nothing by more, and memory stays in bounds.
-                    for batch in file.iter_batches(ROW_GROUP_ROWS, [group], columns, use_threads=False):
+                    for batch in file.iter_batches(ROW_GROUP_ROWS, [group], [*stored.values()], use_threads=False):
                         end = min(start + batch.num_rows, limit - part_start)
                         inside = np.arange(start, end)
                         if rows is not None:
@@ -125,7 +126,7 @@ def _pieces(manifest: Manifest, columns: list[str], rows: Int64 | None, limit: i
                         taken = pa.array(inside - start)
                         start += batch.num_rows
                         if len(inside):
-                            arrays = {name: batch.column(name).take(taken) for name in columns}
+                            arrays = {name: batch.column(stored[name]).take(taken) for name in columns}
                             yield _Piece(part, inside, arrays)
                 start = stop
             part_start += start

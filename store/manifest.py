@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
+from .renamed import COLUMNS, FIGURES, PARAMETERS, with_present_names, with_present_settings
 
 FORMAT_VERSION = 1
 PROVENANCE_KEY = "dinov2_toolkit"  # schema metadata: the Provenance as JSON, known before the first row
@@ -131,6 +132,7 @@ class Manifest:
     num_rows: int
     provenance: Provenance | None  # None for a foreign file
     content_id: str
+    old_names: dict[str, str] = field(default_factory=dict, compare=False)  # present column name -> that in the file
 
     def names(self) -> list[str]:
         """Return the column names."""
@@ -139,12 +141,13 @@ class Manifest:
     def batches(self, columns: list[str], limit: int | None = None) -> Iterator[pa.RecordBatch]:
         """Yield the columns in row order, a row group or less at a time; `limit` ends it after so many rows."""
         left = self.num_rows if limit is None else min(limit, self.num_rows)
+        stored = [self.old_names.get(name, name) for name in columns]
         for part in self.parts:
             with pq.ParquetFile(part, pre_buffer=False) as file:  # else all that was read stays in memory to the end
-                for batch in file.iter_batches(batch_size=ROW_GROUP_ROWS, columns=columns):
+                for batch in file.iter_batches(batch_size=ROW_GROUP_ROWS, columns=stored):
                     if left <= 0:
                         return
-                    yield batch.slice(0, left)
+                    yield batch.slice(0, left).rename_columns(columns)
                     left -= batch.num_rows
 
     def read(self, columns: list[str] | None = None, limit: int | None = None) -> pa.Table:
@@ -174,8 +177,12 @@ def open_manifest(path: Path) -> Manifest:
         reason = str(problem).splitlines()[0]
         raise ToolkitError(f"{path} is not a readable Parquet file ({reason}); name a manifest") from None
     provenance = _read_provenance(metadata.metadata or {}, path)
-    content_id = provenance.content_id if provenance else foreign_content_id(path)
-    return Manifest(path, (path,), schema, metadata.num_rows, provenance, content_id)
+    if provenance is None:
+        return Manifest(path, (path,), schema, metadata.num_rows, None, foreign_content_id(path))
+    old_names = {new: old for old, new in COLUMNS.items() if old in schema.names and new not in schema.names}
+    present = {old: new for new, old in old_names.items()}
+    schema = pa.schema([each.with_name(present.get(each.name, each.name)) for each in schema], schema.metadata)
+    return Manifest(path, (path,), schema, metadata.num_rows, provenance, provenance.content_id, old_names)
 
 
 def _open_parts(path: Path) -> Manifest:
@@ -186,8 +193,8 @@ def _open_parts(path: Path) -> Manifest:
     if not opened:
         raise ToolkitError(f"{listing} lists no parts; make the manifest again")
     digest = hashlib.blake2b("\n".join(part.content_id for part in opened).encode(), digest_size=16).hexdigest()
-    num_rows = sum(part.num_rows for part in opened)
-    return Manifest(path, tuple(part.path for part in opened), opened[0].schema, num_rows, opened[0].provenance, digest)
+    parts = tuple(part.path for part in opened)
+    return replace(opened[0], path=path, parts=parts, num_rows=sum(part.num_rows for part in opened), content_id=digest)
 
 
 def part_paths(path: Path) -> list[Path]:
@@ -220,6 +227,11 @@ def provenance_from(values: dict[str, Any], path: Path) -> Provenance:
     inputs = tuple(Source(**source) for source in values["inputs"])
     base = Source(**values["base"]) if values["base"] else None
     known = {key: value for key, value in values.items() if key != "format"}
+    if values["kind"] == "run":
+        known["parameters"] = with_present_settings(values["parameters"])
+    else:
+        known["parameters"] = with_present_names(values["parameters"], PARAMETERS)
+    known["figures"] = with_present_names(values.get("figures", {}), FIGURES)
     return Provenance(**{**known, "inputs": inputs, "base": base})
 
 

@@ -20,11 +20,14 @@ CONVERTED = 65_536  # numbers a step of `as_float32`: they stay in the cache
 SIGN_AND_NUMBER = np.int32(-0x70000001)  # all but the three bits between sign and exponent
 EXPONENT_STEP = np.float32(2.0**112)  # half precision counts exponents from -15, single from -127
 
-Bools = npt.NDArray[np.bool_]
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]  # the array types of all rooms
+UInt8 = npt.NDArray[np.uint8]
+UInt64 = npt.NDArray[np.uint64]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Float16 = npt.NDArray[np.float16]
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 Stored = npt.NDArray[np.float16 | np.float32]
 
 
