@@ -31,19 +31,19 @@ SETTINGS = {
         "batch_size=32",
         "drop_path=0.2",
     ],
-    "ViT-B, 4 blocks, 64 px, batch 16, recompute=cheap": [
+    "ViT-B, 4 blocks, 64 px, batch 16, activation_checkpointing=selective": [
         *LARGER,
         "arch=vit_base",
         "depth=4",
         "batch_size=16",
-        "recompute=cheap",
+        "activation_checkpointing=selective",
     ],
     "ViT-S, 8 blocks, 64 px, batch 64, split views, micro-batch 32": [
         *LARGER,
         "arch=vit_small",
         "depth=8",
         "batch_size=64",
-        "split_views=true",
+        "sequential_views=true",
         "micro_batch_size=32",
     ],
 }

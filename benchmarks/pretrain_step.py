@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dinov2_toolkit.models.block import Recompute
+from dinov2_toolkit.models.block import ActivationCheckpointing
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.memory import keep_freed_memory
@@ -54,8 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     for flag, default in NUMBERS.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--drop-path", type=float, default=0.3, help="default 0.3")
-    parser.add_argument("--split-views", action="store_true", help="local crops in two goes, then each global one")
-    parser.add_argument("--recompute", choices=get_args(Recompute), default="nothing", help="going backward")
+    parser.add_argument("--sequential-views", action="store_true", help="local crops in two goes, then each global one")
+    parser.add_argument("--activation-checkpointing", choices=get_args(ActivationCheckpointing), default="none")
     parser.add_argument("--separate-head", action="store_true", help="a head of its own for patches")
     parser.add_argument("--centering", choices=["centering", "sinkhorn_knopp"], default="centering")
     return parser.parse_args()
@@ -72,7 +72,7 @@ def build(args: argparse.Namespace) -> SSLModel:
         drop_path=args.drop_path,
     )
     for block in backbone.blocks:
-        block.recompute = args.recompute
+        block.activation_checkpointing = args.activation_checkpointing
     heads = [ProjectionHead(args.dim, args.prototypes) for _ in range(2 if args.separate_head else 1)]
     centering: Centering = "softmax_center" if args.centering == "centering" else "sinkhorn_knopp"
     return SSLModel(backbone, *heads, centering=centering).train()
@@ -107,7 +107,7 @@ def main() -> None:
             step,
             accelerator,
             seed=number,
-            split_views=args.split_views,
+            sequential_views=args.sequential_views,
             micro_batch_size=args.micro_batch,
             smallest=2,
         )

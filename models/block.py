@@ -19,7 +19,7 @@ from .linear import linear
 Ffn = Literal["mlp", "swiglu"]
 Groups = list[tuple[int, int]]  # (B, n) of each group in a pack, in order
 Reads = list[Tensor]  # (B, n) bool of each group: the tokens that somebody reads
-Recompute = Literal["nothing", "cheap", "blocks"]  # what going backward computes again in place of keeping it
+ActivationCheckpointing = Literal["none", "selective", "full"]  # what backward computes again instead of keeping it
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, weight, bias -> rows weight^T + bias
 Kept = tuple[Tensor, Tensor, Groups, list[Tensor]]  # what `random_sequences` returns
 
@@ -143,7 +143,7 @@ class Block(nn.Module):
     group, so shapes are the same every step. Source: "efficient stochastic depth", Oquab et al. 2023, section 5.
     """
 
-    recompute: Recompute = "nothing"  # "cheap": norms, activations, short attention; "blocks": all of it
+    activation_checkpointing: ActivationCheckpointing = "none"  # "selective": norms, activations, short attention
 
     def __init__(self, embed_dim: int, num_heads: int, ffn: Ffn, layer_scale: float, drop_path: float) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class Block(nn.Module):
         return self._after(activate, hidden, lambda activated: self.ls2(last, activated, product))
 
     def _keeps_little(self) -> bool:
-        return self.recompute == "cheap" and torch.is_grad_enabled()
+        return self.activation_checkpointing == "selective" and torch.is_grad_enabled()
 
     def _after(self, cheap: Callable[[Tensor], Tensor], tokens: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply a cheap operation and the linear layer after it, keeping no more than their input if told so.
@@ -225,7 +225,7 @@ class Block(nn.Module):
         kept = None
         if self.training and self.drop_path > 0.0:
             kept = [random_sequences(groups, self.drop_path, tokens, generator) for _ in range(2)]
-        if self.recompute == "blocks" and torch.is_grad_enabled():
+        if self.activation_checkpointing == "full" and torch.is_grad_enabled():
             output: Tensor = checkpoint(
                 self._forward, tokens, groups, reads, kept, use_reentrant=False, preserve_rng_state=False
             )

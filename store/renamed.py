@@ -14,8 +14,12 @@ PARAMETERS: dict[str, str] = {  # of a command, in the provenance
 FIGURES: dict[str, str] = {  # that a command measured, in the provenance
 }
 RECIPE_KEYS: dict[str, str] = {  # of a run's config.toml, recipes and --set
+    "koleo_gather": "koleo_distributed",
+    "recompute": "activation_checkpointing",
+    "split_views": "sequential_views",
 }
 RECIPE_VALUES: dict[str, dict[str, str]] = {  # present key -> old value -> present value
+    "activation_checkpointing": {"nothing": "none", "cheap": "selective", "blocks": "full"},
 }
 
 T = TypeVar("T")

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .. import console
 from ..errors import ToolkitError
+from ..store.renamed import RECIPE_KEYS, with_present_settings
 from .engine.schedules import Growth, batch_sizes
 from .launch import speaks_for_all
 
@@ -89,7 +90,7 @@ class TrainConfig:
     dino_weight: float = 1.0
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
-    koleo_gather: bool = False  # KoLeo compares the images of all processes; false: those of one, as the official code
+    koleo_distributed: bool = False  # KoLeo compares the images of all processes; false: of one, as the official code
     centering: Literal["softmax_center", "sinkhorn_knopp"] = "softmax_center"
     student_temp: float = 0.1
     teacher_temp: tuple[float, float] = (0.04, 0.07)
@@ -112,9 +113,10 @@ class TrainConfig:
 
     # How a step is cut: it costs time or memory, and changes no more than which random numbers stochastic depth draws;
     # KoLeo compares the images of a micro-batch.
-    split_views: bool = False  # half of the local crops, the others, each global one in turn: a third of the memory
+    sequential_views: bool = False  # half of the local crops, the others, each global view: a third of the memory
     micro_batch_size: int = 0  # images of a process at a time; 0 = all
-    recompute: Literal["nothing", "cheap", "blocks"] = "nothing"  # going backward: norms and activations are cheap
+    # What backward computes again instead of keeping it; selective: norms, activations and short attention.
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
     # What changes the cost and not the result (COST_KEYS).
     num_workers: int = 8  # threads that decode images, a process
@@ -179,12 +181,12 @@ def resolve(
     names = list(values)
     layers: list[Mapping[str, object]] = [
         read_recipe(recipe) if recipe else {},
-        {name: environment[f"DINOV2_{name.upper()}"] for name in names if f"DINOV2_{name.upper()}" in environment},
+        {name: environment[key] for name in (*names, *RECIPE_KEYS) if (key := f"DINOV2_{name.upper()}") in environment},
         flags,
         dict(_assignment(text) for text in assignments),
     ]
     types = get_type_hints(kind)
-    for layer in layers:
+    for layer in map(with_present_settings, layers):
         for name in layer:
             if name not in types:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)

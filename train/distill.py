@@ -163,11 +163,11 @@ def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | F
             "ibot_weight": config.ibot_weight,
             "koleo_weight": config.koleo_weight,
         }
-        gather = config.koleo_gather
+        gather = config.koleo_distributed
         models[arch] = (
-            DistillModel(backbone, frozen, student_temp=config.student_temp, koleo_gather=gather, **weights)
+            DistillModel(backbone, frozen, student_temp=config.student_temp, koleo_distributed=gather, **weights)
             if config.objective == "heads"
-            else FeatureDistillModel(backbone, frozen, koleo_gather=gather, **weights)
+            else FeatureDistillModel(backbone, frozen, koleo_distributed=gather, **weights)
         )
     return SeveralStudents(models) if len(models) > 1 else models[config.arch]
 

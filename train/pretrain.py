@@ -289,7 +289,7 @@ def train(
                 whole,
                 accelerator,
                 seed=counter_rng.derived_seed(config.seed, "drop path", step * num_processes + process),
-                split_views=config.split_views,
+                sequential_views=config.sequential_views,
                 micro_batch_size=counts["micro_batch_size"],
                 smallest=2 if config.koleo_weight else 1,
             )

@@ -80,6 +80,16 @@ def test_a_wrong_setting_is_named_with_what_to_do(assignment: str, message: str)
     assert message in str(problem.value)
 
 
+def test_old_names_of_keys_and_values_are_understood_wherever_they_are_given(tmp_path: Path) -> None:
+    recipe = tmp_path / "config.toml"
+    recipe.write_text('recompute = "cheap"\nsplit_views = true\n[losses]\nkoleo_gather = true\n')
+    old = settings(str(recipe))
+    assert old.activation_checkpointing == "selective" and old.sequential_views and old.koleo_distributed
+    assert settings(assignments=["recompute=blocks"]).activation_checkpointing == "full"
+    assert settings(environment={"DINOV2_RECOMPUTE": "blocks"}).activation_checkpointing == "full"
+    assert settings(str(recipe), assignments=["recompute=nothing"]).activation_checkpointing == "none"
+
+
 def test_an_unknown_recipe_and_a_broken_one_are_named(tmp_path: Path) -> None:
     with pytest.raises(ToolkitError, match="no recipe 'huge'; name a TOML file or one of continue, .*vitl16-short"):
         settings("huge")

@@ -134,7 +134,7 @@ def test_a_run_leaves_a_model_metrics_settings_and_a_catalog_row(manifest: Path)
 def test_a_growing_batch_in_micro_batches_and_views_resumes_bit_for_bit(
     manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = ["batch_size=[[0, 4], [8, 8]]", "hold_lr=true", "split_views=true", "micro_batch_size=2"]
+    changes = ["batch_size=[[0, 4], [8, 8]]", "hold_lr=true", "sequential_views=true", "micro_batch_size=2"]
     run(manifest, "whole", *changes)
     lines = read_metrics(manifest.parent / "whole")
     assert [line["samples"] for line in lines] == [4, 8, 16, 24, 32, 40]
@@ -269,7 +269,7 @@ def test_two_processes_give_the_loss_of_one_and_stop_at_a_signal_with_exit_code_
     manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # KoLeo would compare the images of one process alone; stochastic depth drops sequences of one process: it is off.
-    changes = ["koleo_gather=true", "layer_scale=1.0", "drop_path=0", "steps=100000", "checkpoint_every=100000"]
+    changes = ["koleo_distributed=true", "layer_scale=1.0", "drop_path=0", "steps=100000", "checkpoint_every=100000"]
     monkeypatch.setattr(module, "append_metrics", stopping_at(6))
     with pytest.raises(Stopped):
         run(manifest, "one", *changes)
@@ -295,7 +295,7 @@ def test_two_processes_give_the_loss_of_one_and_stop_at_a_signal_with_exit_code_
 def test_resumed_on_two_processes_goes_on_as_the_one_that_began(
     manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = ["koleo_gather=true", "layer_scale=1.0", "drop_path=0"]
+    changes = ["koleo_distributed=true", "layer_scale=1.0", "drop_path=0"]
     run(manifest, "one", *changes)
     monkeypatch.setattr(module, "append_metrics", stopping_at(2))
     with pytest.raises(Stopped):

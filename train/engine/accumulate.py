@@ -23,7 +23,7 @@ def learn(
     accelerator: Accelerator,
     *,
     seed: int,
-    split_views: bool,
+    sequential_views: bool,
     micro_batch_size: int,
     smallest: int,
 ) -> tuple[dict[str, Tensor], int]:
@@ -36,7 +36,7 @@ def learn(
         wrapped: the model as Accelerate prepared it.
         step: what `taught` made.
         seed: of torch's random numbers, which stochastic depth draws; the same for every attempt.
-        split_views, micro_batch_size: as in `TrainConfig`; 0 = all images.
+        sequential_views, micro_batch_size: as in `TrainConfig`; 0 = all images.
         smallest: images that a part needs (2 for KoLeo, which compares them).
 
     Returns:
@@ -48,14 +48,14 @@ def learn(
     while True:
         torch.manual_seed(seed)
         try:
-            return _all_parts(wrapped, step, accelerator, seed, split_views, micro_batch_size), micro_batch_size
+            return _all_parts(wrapped, step, accelerator, seed, sequential_views, micro_batch_size), micro_batch_size
         except torch.OutOfMemoryError:
             pass  # go on below, where nothing holds on to what the failed attempt has made
         smaller = halved(micro_batch_size or step.num_images, step.num_images, smallest)
         if smaller is None:
             raise ToolkitError(
                 f"the GPU's memory does not suffice for {micro_batch_size or step.num_images} images at a time; "
-                "set split_views=true, recompute=blocks, or a smaller arch"
+                "set sequential_views=true, activation_checkpointing=full, or a smaller arch"
             )
         if accelerator.num_processes > 1:  # the others wait for gradients that will not come
             raise ToolkitError(
@@ -82,15 +82,15 @@ def halved(micro_batch_size: int, num_images: int, smallest: int) -> int | None:
 
 
 def _all_parts(
-    wrapped: nn.Module, step: Part, accelerator: Accelerator, seed: int, split_views: bool, micro_batch_size: int
+    wrapped: nn.Module, step: Part, accelerator: Accelerator, seed: int, sequential_views: bool, micro_batch_size: int
 ) -> dict[str, Tensor]:
-    all_parts = list(parts(step, by_view=split_views, num_images=micro_batch_size))
+    all_parts = list(parts(step, by_view=sequential_views, num_images=micro_batch_size))
     # Shards are summed part by part: whole gradients, kept for one sum, would take the memory that sharding saves.
     in_shards = isinstance(next(wrapped.parameters()), DTensor)
     collected: list[dict[str, Tensor]] = []
     for number, part in enumerate(all_parts):
         is_other_kind = number == 0 or len(part.global_crops) != len(all_parts[number - 1].global_crops)
-        if split_views and is_other_kind and part.masks.device.type == "cpu":
+        if sequential_views and is_other_kind and part.masks.device.type == "cpu":
             give_back_freed_memory()  # tensors of another size would not fit where those of the last part were
         adds_only = part is not all_parts[-1] and not in_shards
         with accelerator.no_sync(wrapped) if adds_only else nullcontext():

@@ -38,7 +38,7 @@ def build_backbone(config: TrainConfig) -> VisionTransformer:
     )
     for block in backbone.blocks:
         assert isinstance(block, Block)
-        block.recompute = config.recompute
+        block.activation_checkpointing = config.activation_checkpointing
     return backbone
 
 
@@ -69,7 +69,7 @@ def build_model(config: TrainConfig, init_from: str | None = None) -> SSLModel:
         dino_weight=config.dino_weight,
         ibot_weight=config.ibot_weight,
         koleo_weight=config.koleo_weight,
-        koleo_gather=config.koleo_gather,
+        koleo_distributed=config.koleo_distributed,
     )
 
 

@@ -35,7 +35,7 @@ def sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin |
         raise ToolkitError(f"FSDP_VERSION is {environment.get('FSDP_VERSION', '1')}; set it (fsdp_version) to 2")
     for name, instead in {
         "FSDP_OFFLOAD_PARAMS": "weights stay on the GPU",
-        "FSDP_ACTIVATION_CHECKPOINTING": "--set recompute=blocks does that here",
+        "FSDP_ACTIVATION_CHECKPOINTING": "--set activation_checkpointing=full does that here",
         "ACCELERATE_USE_PARALLELISM_CONFIG": "all processes share one copy of the weights",
     }.items():
         if environment.get(name, "").lower() == "true":

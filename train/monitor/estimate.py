@@ -77,7 +77,7 @@ def flop_per_image(config: TrainConfig, model: TrainedModel) -> float:
     total = 0.0
     for student in _students(model):
         forward = sum(_backbone_flop(_backbone(student), each, kept, only_read=is_masked) for each in crops)
-        again = forward if config.recompute == "blocks" else 0.0
+        again = forward if config.activation_checkpointing == "full" else 0.0
         forward += sum(each.read for each in crops) * _head_flop(student)
         total += (1 + BACKWARD) * forward + again
     teaching = model.teacher if isinstance(model, SSLModel) else model.frozen.parts
@@ -124,9 +124,9 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     - teacher's targets, 4 K bytes for the class token of each global crop, twice, and each masked patch
     - what the student keeps for going backward, of the largest part: a block keeps (9 D + 2 F) numbers a token
       (inputs and outputs of two norms, queries, keys and values, attention's result twice, the feed-forward's inside
-      before and after its activation) and its scaled last layers; with recompute=cheap (7 D + F), with recompute=blocks
-      D; stochastic depth keeps its share, and the update of each branch besides (2 D); the last block keeps that of
-      the tokens read, and keys and values of all
+      before and after its activation) and its scaled last layers; with activation_checkpointing=selective (7 D + F),
+      with full D; stochastic depth keeps its share, and the update of each branch besides (2 D); the last block keeps
+      that of the tokens read, and keys and values of all
     - logits of the student, K numbers a row, and twice as much for their gradients
     - a block once more while it goes backward, and again where it is made again
     - a fifth more of all that was kept, which the allocator loses; on a CPU a tenth more of everything, by which the
@@ -135,7 +135,7 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     crops = crops_of(config, is_masked=isinstance(model, SSLModel))
     size = max(batch_sizes(config.batch_size).sizes) // num_processes
     part_size = min(config.micro_batch_size or size, size)
-    copies = 4 if config.split_views or part_size < size or config.recompute == "blocks" else 3
+    copies = 4 if config.sequential_views or part_size < size or config.activation_checkpointing == "full" else 3
     weights = sum(
         weight.numel() * weight.element_size() * (copies if weight.requires_grad else 1)
         for weight in model.parameters()
@@ -149,7 +149,7 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     num_prototypes = 0 if head is None else head.num_prototypes
     targets = 4 * size * num_prototypes * (2 * crops[0].number + crops[0].read)
     kinds = [list(crops)]
-    if config.split_views:
+    if config.sequential_views:
         kinds = [[replace(crops[0], number=1)], [replace(crops[1], number=(crops[1].number + 1) // 2)]]
     is_masked = isinstance(model, SSLModel)
     kept = max(
@@ -168,11 +168,11 @@ def _kept_bytes(config: TrainConfig, backbone: VisionTransformer, crops: list[Cr
     hidden = _hidden_numbers(backbone)
     updates = 2 * dim if config.drop_path else 0
     whole = 9 * dim + 2 * hidden + updates
-    block = {"nothing": whole, "cheap": 7 * dim + hidden + updates, "blocks": dim}[config.recompute]
+    block = {"none": whole, "selective": 7 * dim + hidden + updates, "full": dim}[config.activation_checkpointing]
     tokens, read = sum(each.tokens for each in crops), sum(each.read for each in crops)
-    per_block = block if config.recompute == "blocks" else kept * block
+    per_block = block if config.activation_checkpointing == "full" else kept * block
     last = kept * (4 * dim * tokens + whole * read) if is_masked else per_block * tokens
-    backward = kept * whole * tokens * (2 if config.recompute == "blocks" else 1)
+    backward = kept * whole * tokens * (2 if config.activation_checkpointing == "full" else 1)
     streams = 2 * dim * tokens
     return number * (tokens * per_block * (backbone.depth - 1) + last + backward + streams)
 
@@ -194,7 +194,7 @@ def measured_flops(config: TrainConfig, device: torch.device) -> float:
 
     Random crops, everything else as in training, two blocks: so that it takes seconds whatever the model's size.
     """
-    shallow = replace(config, depth=min(TRIAL_DEPTH, config.depth or TRIAL_DEPTH), recompute="nothing")
+    shallow = replace(config, depth=min(TRIAL_DEPTH, config.depth or TRIAL_DEPTH), activation_checkpointing="none")
     model = build_model(shallow).to(device).train()
     optimizer = build_optimizer(model.student)
     num_images = min(TRIAL_IMAGES, batch_sizes(config.batch_size).at(0))
@@ -208,7 +208,7 @@ def measured_flops(config: TrainConfig, device: torch.device) -> float:
         start = _now(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             step = model.taught(crops[0], crops[1] if len(crops[1]) else None, masks, teacher_temp=1.0)
-            for part in parts(step, by_view=config.split_views):
+            for part in parts(step, by_view=config.sequential_views):
                 backward(model, part, Tensor.backward, seed=0)
         optimizer.step()
         optimizer.zero_grad()

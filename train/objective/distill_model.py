@@ -27,7 +27,7 @@ class DistillModel(nn.Module):
     Args:
         backbone: the student's; width, depth and patch size are its own.
         frozen: the teaching model, with its heads.
-        student_temp, dino_weight, ibot_weight, koleo_weight, koleo_gather: as in SSLModel.
+        student_temp, dino_weight, ibot_weight, koleo_weight, koleo_distributed: as in SSLModel.
 
     Source: section 5 of Oquab et al. 2023 (the code was not released).
     """
@@ -41,7 +41,7 @@ class DistillModel(nn.Module):
         dino_weight: float = 1.0,
         ibot_weight: float = 1.0,
         koleo_weight: float = 0.1,
-        koleo_gather: bool = False,
+        koleo_distributed: bool = False,
     ) -> None:
         super().__init__()
         backbone.mask_token.requires_grad_(False)  # nothing is masked, and processes wait for every gradient
@@ -51,7 +51,7 @@ class DistillModel(nn.Module):
         self.frozen = frozen
         self.student_temp = student_temp
         self.dino_weight, self.ibot_weight, self.koleo_weight = dino_weight, ibot_weight, koleo_weight
-        self.koleo_gather = koleo_gather
+        self.koleo_distributed = koleo_distributed
 
     def train(self, mode: bool = True) -> "DistillModel":
         """Set the student's mode; the other two never drop anything."""
@@ -91,7 +91,7 @@ class DistillModel(nn.Module):
             dino_weight=self.dino_weight,
             ibot_weight=self.ibot_weight,
             koleo_weight=self.koleo_weight,
-            koleo_gather=self.koleo_gather,
+            koleo_distributed=self.koleo_distributed,
         )
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ class FeatureDistillModel(nn.Module):
         backbone: the student's; width, depth and patch size are its own.
         frozen: the teaching model; heads that it may have are not used.
         dino_weight: of the class tokens' losses in `total`; `ibot_weight` of the patch tokens'; `koleo_weight`.
-        koleo_gather: as in SSLModel.
+        koleo_distributed: as in SSLModel.
 
     Source: chosen; the paper distils by heads. Standardised targets: Heinrich et al. 2025 (RADIOv2.5).
     """
@@ -45,7 +45,7 @@ class FeatureDistillModel(nn.Module):
         dino_weight: float = 1.0,
         ibot_weight: float = 1.0,
         koleo_weight: float = 0.1,
-        koleo_gather: bool = False,
+        koleo_distributed: bool = False,
     ) -> None:
         super().__init__()
         backbone.mask_token.requires_grad_(False)  # nothing is masked, and processes wait for every gradient
@@ -56,7 +56,7 @@ class FeatureDistillModel(nn.Module):
         self.teacher = nn.ModuleDict({"backbone": copy.deepcopy(backbone)}).requires_grad_(False).eval()
         self.frozen = frozen
         self.dino_weight, self.ibot_weight, self.koleo_weight = dino_weight, ibot_weight, koleo_weight
-        self.koleo_gather = koleo_gather
+        self.koleo_distributed = koleo_distributed
 
     @property
     def backbone(self) -> VisionTransformer:
@@ -122,7 +122,7 @@ class FeatureDistillModel(nn.Module):
             losses["patch"] = share * F.smooth_l1_loss(patches, part.patch_targets)
             if self.koleo_weight:
                 groups = cls_tokens[:num_global].chunk(num_views)
-                by_view = [koleo_loss(view, gather=self.koleo_gather) for view in groups]
+                by_view = [koleo_loss(view, gather=self.koleo_distributed) for view in groups]
                 losses["koleo"] = part.share * torch.stack(by_view).sum()
         losses["total"] = (
             self.dino_weight * (losses["cls_global"] + losses["cls_local"])

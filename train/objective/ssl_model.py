@@ -32,7 +32,7 @@ class SSLModel(nn.Module):
         centering: how teacher logits become probabilities.
         student_temp: temperature of the student's softmax.
         dino_weight, ibot_weight, koleo_weight: factors of the losses in `total`.
-        koleo_gather: KoLeo compares the images of all processes, not only of one.
+        koleo_distributed: KoLeo compares the images of all processes, not only of one.
     """
 
     dino_center: Tensor
@@ -49,7 +49,7 @@ class SSLModel(nn.Module):
         dino_weight: float = 1.0,
         ibot_weight: float = 1.0,
         koleo_weight: float = 0.1,
-        koleo_gather: bool = False,
+        koleo_distributed: bool = False,
     ) -> None:
         super().__init__()
         parts: dict[str, nn.Module] = {"backbone": backbone, "dino_head": dino_head}
@@ -60,7 +60,7 @@ class SSLModel(nn.Module):
         self.centering: Centering = centering
         self.student_temp = student_temp
         self.dino_weight, self.ibot_weight, self.koleo_weight = dino_weight, ibot_weight, koleo_weight
-        self.koleo_gather = koleo_gather
+        self.koleo_distributed = koleo_distributed
         # Buffers, so that checkpoints hold them; they stay 0 under Sinkhorn-Knopp.
         self.register_buffer("dino_center", torch.zeros(1, dino_head.num_prototypes))
         self.register_buffer("ibot_center", torch.zeros(1, (ibot_head or dino_head).num_prototypes))
@@ -119,7 +119,7 @@ class SSLModel(nn.Module):
             dino_weight=self.dino_weight,
             ibot_weight=self.ibot_weight,
             koleo_weight=self.koleo_weight,
-            koleo_gather=self.koleo_gather,
+            koleo_distributed=self.koleo_distributed,
         )
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ def part_losses(
     dino_weight: float,
     ibot_weight: float,
     koleo_weight: float,
-    koleo_gather: bool = False,
+    koleo_distributed: bool = False,
 ) -> dict[str, Tensor]:
     """Return the losses of a part of a step, which add up to the step's, and `total` to go backward from.
 
@@ -157,7 +157,7 @@ def part_losses(
         cls_tokens: (V b, D), the student's of the global crops, before the head.
         student_temp: temperature of the student's softmax.
         dino_weight, ibot_weight, koleo_weight: factors of the losses in `total`.
-        koleo_gather: whether KoLeo compares the images of all processes.
+        koleo_distributed: whether KoLeo compares the images of all processes.
 
     Returns:
         `dino_local`, `dino_global` (each pair's mean cross-entropy over the number of all pairs, 2 + 2 L, so their
@@ -185,7 +185,7 @@ def part_losses(
         patch_loss = ibot_loss(patch_logits, part.patch_targets, part.masks, student_temp=student_temp)
         losses["ibot"] = part.share * num_views / 2 * patch_loss
         if koleo_weight:
-            by_view = [koleo_loss(view, gather=koleo_gather) for view in cls_tokens.chunk(num_views)]
+            by_view = [koleo_loss(view, gather=koleo_distributed) for view in cls_tokens.chunk(num_views)]
             losses["koleo"] = part.share * torch.stack(by_view).sum()
     losses["total"] = (
         dino_weight * (losses["dino_local"] + losses["dino_global"])

@@ -79,7 +79,7 @@ def gradients(model: nn.Module, step: Part, micro_batch_size: int, smallest: int
         step,
         Accelerator(cpu=True),
         seed=3,
-        split_views=False,
+        sequential_views=False,
         micro_batch_size=micro_batch_size,
         smallest=smallest,
     )
@@ -100,7 +100,7 @@ def test_out_of_memory_halves_the_images_at_a_time_and_changes_nothing_else(
     said = capsys.readouterr().err
     assert "from here on 4 images at a time in place of 8; the batch stays 8" in said
     assert "from here on 2 images at a time in place of 4; the batch stays 8" in said
-    with pytest.raises(ToolkitError, match="does not suffice for 2 images at a time; set split_views=true"):
+    with pytest.raises(ToolkitError, match="does not suffice for 2 images at a time; set sequential_views=true"):
         gradients(SmallMemory(model, 1, backward=backward), step, 0)
 
 

@@ -86,7 +86,7 @@ def test_only_settings_of_accelerate_that_are_followed_are_taken() -> None:
     for unfit, message in (
         ({"FSDP_VERSION": "1"}, "FSDP_VERSION is 1; set it"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS is true"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "recompute=blocks"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "activation_checkpointing=full"),
         ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "FSDP_AUTO_WRAP_POLICY asks for other units"),
         ({"FSDP_TRANSFORMER_CLS_TO_WRAP": "Layer"}, "FSDP_TRANSFORMER_CLS_TO_WRAP"),
         ({"FSDP_IGNORED_MODULES": "teacher"}, "FSDP_IGNORED_MODULES is set"),
@@ -272,7 +272,7 @@ def test_a_checkpoint_made_in_shards_goes_on_without_and_the_other_way_round(
 def test_shards_in_micro_batches_and_views_and_kept_gathered_train_as_whole_models_do(
     manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = ["split_views=true", "micro_batch_size=2", "recompute=blocks"]
+    changes = ["sequential_views=true", "micro_batch_size=2", "activation_checkpointing=full"]
     whole = trained(manifest, "whole", *changes, shards=False)
     monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
     assert_equal_runs(whole, trained(manifest, "shards", *changes, shards=True))

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.models.block import Block, Recompute
+from dinov2_toolkit.models.block import ActivationCheckpointing, Block
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.train.config import COST_KEYS, TrainConfig
@@ -17,14 +17,14 @@ from dinov2_toolkit.train.objective.multi_student import SeveralStudents
 from dinov2_toolkit.train.objective.ssl_model import SSLModel
 
 
-def small_model(recompute: Recompute = "nothing") -> SSLModel:
+def small_model(checkpointing: ActivationCheckpointing = "none") -> SSLModel:
     torch.manual_seed(0)
     backbone = VisionTransformer(
         patch_size=4, embed_dim=16, depth=3, num_heads=2, img_size=8, layer_scale=1.0, drop_path=0.4
     )
     for block in backbone.blocks:
         assert isinstance(block, Block)
-        block.recompute = recompute
+        block.activation_checkpointing = checkpointing
     return SSLModel(backbone, ProjectionHead(16, 13, hidden_dim=8, bottleneck_dim=4)).train()
 
 
@@ -41,9 +41,9 @@ def losses_and_gradients(model: SSLModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["nothing", "blocks"])
-def test_compiled_blocks_have_the_losses_and_gradients_of_others_and_the_same_names(recompute: Recompute) -> None:
-    model = small_model(recompute)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_compiled_blocks_have_the_losses_gradients_and_names_of_others(checkpointing: ActivationCheckpointing) -> None:
+    model = small_model(checkpointing)
     names = list(model.state_dict())
     expected = losses_and_gradients(model)
     compile_blocks(model)

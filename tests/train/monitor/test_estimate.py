@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2_toolkit.models import linear
+from dinov2_toolkit.models.block import ActivationCheckpointing
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.memory import GROWTH
@@ -62,7 +64,10 @@ def test_flop_of_a_step_are_those_that_torch_counts(ffn: str, monkeypatch: pytes
     assert flop_per_image(config, model) * IMAGES == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-@pytest.mark.parametrize("change", ["recompute=nothing", "recompute=cheap", "recompute=blocks", "drop_path=0.25"])
+@pytest.mark.parametrize(
+    "change",
+    [*(f"activation_checkpointing={kind}" for kind in get_args(ActivationCheckpointing)), "drop_path=0.25"],
+)
 def test_what_a_block_keeps_is_what_autograd_saves(change: str) -> None:
     def saved_bytes(depth: int) -> int:
         model = build_model(settings(change, f"depth={depth}")).train()
@@ -100,8 +105,8 @@ def test_memory_grows_with_batch_and_shrinks_with_parts() -> None:
     whole = memory()
     assert memory("batch_size=64") > 1.8 * whole - memory("batch_size=2")
     assert memory("micro_batch_size=8") < whole
-    assert memory("split_views=true") < whole
-    assert memory("recompute=blocks") < memory("recompute=cheap") < whole
+    assert memory("sequential_views=true") < whole
+    assert memory("activation_checkpointing=full") < memory("activation_checkpointing=selective") < whole
 
 
 def test_a_dry_run_says_flop_memory_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

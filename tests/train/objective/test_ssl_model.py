@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.models.block import Recompute
+from dinov2_toolkit.models.block import ActivationCheckpointing
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.train.engine.accumulate import backward
@@ -326,14 +326,14 @@ def test_koleo_compares_the_images_of_a_micro_batch() -> None:
     assert not torch.allclose(torch.stack(halves).sum(), model(step)["koleo"])
 
 
-@pytest.mark.parametrize("recompute", ["cheap", "blocks"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_what_is_computed_again_going_backward_changes_no_gradient(recompute: Recompute, drop_path: float) -> None:
+def test_activation_checkpointing_changes_no_gradient(checkpointing: ActivationCheckpointing, drop_path: float) -> None:
     model = tiny_model(separate=True, drop_path=drop_path)
     gradients = []
-    for chosen in ("nothing", recompute):
+    for chosen in ("none", checkpointing):
         for block in plain_dict(model.student)["backbone"].blocks:
-            block.recompute = chosen
+            block.activation_checkpointing = chosen
         torch.manual_seed(7)
         gradients.append(losses_and_gradients(model, NUM_LOCALS, by_view=True)[1])
     for name, gradient in gradients[0].items():
