@@ -27,7 +27,7 @@ from dinov2_toolkit.train.distill import DistillConfig, distill
 from dinov2_toolkit.train.engine.build import build_model
 from dinov2_toolkit.train.monitor.metrics import read_metrics
 from dinov2_toolkit.train.pretrain import pretrain
-from dinov2_toolkit.train.run import Watching
+from dinov2_toolkit.train.run import MonitorOptions
 
 SETTINGS = """arch=vit_tiny depth=1 embed_dim=64 num_heads=1 steps=3 batch_size=4 log_every=1 patch_size=4
 num_prototypes=32 hidden_dim=16 bottleneck_dim=8 global_crop_size_px=16 local_crop_size_px=8 num_local_crops=2
@@ -75,10 +75,10 @@ def test_a_pool_of_any_channels_is_embedded_trained_on_measured_and_drawn(tmp_pa
     assert embed_images([str(images)], str(pool), EmbedSettings(model="copy"), Options())
     table = pq.read_table(pool)
     assert table.num_rows == 8 and table["width"].to_pylist() == [24] * 8 and set(table["height"].to_pylist()) == {20}
-    watching = Watching(str(images), str(images), preview=str(tmp_path / "crops.png"))
+    monitor = MonitorOptions(str(images), str(images), preview=str(tmp_path / "crops.png"))
     config = settings(in_chans, bit_depth)
     assert pretrain(pool, str(run), config, Options(dry_run=True)) is None
-    assert pretrain(pool, str(run), config, Options(), watching=watching)
+    assert pretrain(pool, str(run), config, Options(), monitor=monitor)
     assert "knn" in read_metrics(run)[-1]
     described = json.loads((run / "model.json").read_text())["preprocessing"]
     assert (described["bit_depth"], described["mean"]) == (bit_depth, [0.5] * in_chans)

@@ -74,7 +74,7 @@ def pretrain(
     from .config import TrainConfig, command_config
     from .launch import speaks_for_all
     from .pretrain import pretrain as run
-    from .run import Watching
+    from .run import MonitorOptions
 
     config = command_config(TrainConfig, output, recipe, assignments or [], resume=resume, seed=seed)
     result = run(
@@ -85,7 +85,7 @@ def pretrain(
         resume=resume,
         init_from=init_from,
         num_processes=num_processes,
-        watching=Watching(eval_train, eval_test, tuple(track or ()), preview),
+        monitor=MonitorOptions(eval_train, eval_test, tuple(track or ()), preview),
     )
     return result if speaks_for_all() else None
 
@@ -131,7 +131,7 @@ def distill(
     from .distill import distill as run
     from .distill import distill_config
     from .launch import speaks_for_all
-    from .run import Watching
+    from .run import MonitorOptions
 
     config = distill_config(
         output, teacher, arch or [], recipe, assignments or [], objective=objective, resume=resume, seed=seed
@@ -144,6 +144,6 @@ def distill(
         teacher=teacher,
         resume=resume,
         num_processes=num_processes,
-        watching=Watching(eval_train, eval_test, tuple(track or ()), preview),
+        monitor=MonitorOptions(eval_train, eval_test, tuple(track or ()), preview),
     )
     return result if speaks_for_all() else None

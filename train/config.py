@@ -4,9 +4,11 @@ All lengths are in steps (updates of the weights), all sizes in pixels, `batch_s
 """
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .. import console
 from ..errors import ToolkitError
+from ..store.files import write_text
 from ..store.renamed import RECIPE_KEYS, with_present_settings
 from .engine.schedules import Growth, batch_sizes
 from .launch import speaks_for_all
@@ -24,17 +27,32 @@ RECIPES = files("dinov2_toolkit.train") / "recipes"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class CostConfig:
+    """The keys that change a run's time, memory and disk, and not its result."""
+
+    checkpoint_every: int = 3750
+    keep_checkpoints: int = 3
+    num_workers: int = 8  # threads that decode images, a process
+    cache_mib: int = 1024  # decoded images kept in memory, a process
+    log_every: int = 10
+    eval_every: int = 1000  # steps between two k-NN on the labelled images of --eval-train and --eval-test
+    compile: bool = False  # torch.compile of each block but the last; rounds otherwise, as another machine does
+
+
+COST_KEYS = tuple(field.name for field in fields(CostConfig))
+
+
+@dataclass(frozen=True)
+class TrainConfig(CostConfig):
     """Every key of a recipe. Defaults are the released ViT-L/16 "short" configuration's, converted to steps.
 
     Source: facebookresearch/dinov2, dinov2/configs/ssl_default_config.yaml (1250 iterations an "epoch").
     """
 
-    # What every recipe states.
+    # Every recipe states these, and checkpoint_every.
     arch: str = "vit_large"
     steps: int = 125_000
     batch_size: int | Growth = 2048  # or [[images seen, batch from then on], ...], starting at 0
-    checkpoint_every: int = 3750
     seed: int = 0
 
     # The model.
@@ -118,14 +136,6 @@ class TrainConfig:
     # What backward computes again instead of keeping it; selective: norms, activations and short attention.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
-    # What changes the cost and not the result (COST_KEYS).
-    num_workers: int = 8  # threads that decode images, a process
-    cache_mib: int = 1024  # decoded images kept in memory, a process
-    keep_checkpoints: int = 3
-    log_every: int = 10
-    eval_every: int = 1000  # steps between two looks at the labelled images of --eval-train and --eval-test
-    compile: bool = False  # torch.compile of each block but the last; rounds otherwise, as another machine does
-
     def __post_init__(self) -> None:
         batch_sizes(self.batch_size)  # raises when it is none
         for name in ("steps", "checkpoint_every", "patch_size", "log_every", "keep_checkpoints", "eval_every"):
@@ -147,11 +157,9 @@ class TrainConfig:
             raise ToolkitError("separate_heads is true but ibot_weight is 0: the second head would learn nothing")
 
 
-COST_KEYS = ("checkpoint_every", "num_workers", "cache_mib", "keep_checkpoints", "log_every", "eval_every", "compile")
-
 Config = TypeVar("Config", bound=TrainConfig)
 
-# Lengths that belong to the schedule: whoever sets `steps` without them stretches or compresses them with it.
+# Lengths of schedules: `steps` set without them scales them with it.
 SCHEDULE_KEYS = ("warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps", "freeze_backbone_steps")
 
 
@@ -211,19 +219,21 @@ def command_config(
     default_recipe: str = "tiny",
     flags: Mapping[str, object] = MappingProxyType({}),
 ) -> Config:
-    """Return the settings of a command: those of `resolve`, with the recipe that stands for one left out.
+    """Return the settings of a command, as `resolve` does.
 
-    It is the run's own config.toml when a run is resumed, otherwise `default_recipe`, said on stderr.
+    Without a recipe it is the run's own config.toml when a run is resumed, otherwise `default_recipe`, said on stderr.
     """
+    recipe = given_recipe(output, recipe, resume)
+    if recipe is None and speaks_for_all():
+        console.say(f"no --recipe: taking {default_recipe}")
+    flags = {**flags, **({} if seed is None else {"seed": seed})}
+    return resolve(kind, recipe=recipe or default_recipe, environment=os.environ, flags=flags, assignments=assignments)
+
+
+def given_recipe(output: str, recipe: str | None, resume: bool) -> str | None:
+    """Return a command's recipe, which is the run's own config.toml where a run is resumed; None without either."""
     own = Path(output) / CONFIG_FILE
-    if recipe is None and resume and own.exists():
-        recipe = str(own)
-    elif recipe is None:
-        if speaks_for_all():
-            console.say(f"no --recipe: taking {default_recipe}")
-        recipe = default_recipe
-    given = {**flags, **({} if seed is None else {"seed": seed})}
-    return resolve(kind, recipe=recipe, environment=os.environ, flags=given, assignments=assignments)
+    return str(own) if recipe is None and resume and own.exists() else recipe
 
 
 def read_recipe(recipe: str) -> dict[str, object]:
@@ -253,21 +263,9 @@ def read_recipe(recipe: str) -> dict[str, object]:
 def write_config(config: TrainConfig, path: Path, header: str) -> None:
     """Write every setting as TOML, so that `--recipe PATH` repeats the run; `header` becomes its first comment."""
     lines = [f"# {line}" for line in header.splitlines()]
-    lines += [f"{field.name} = {_toml(getattr(config, field.name))}" for field in fields(config)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _toml(value: object) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case str():
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-            return f'"{escaped}"'
-        case tuple():
-            return f"[{', '.join(_toml(item) for item in value)}]"
-        case _:
-            return repr(value)
+    # TOML writes these values as JSON does.
+    lines += [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in asdict(config).items()]
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -279,46 +277,41 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def _typed(name: str, value: object, kind: object) -> object:
     """Return the value as the field's type; texts (from --set or the environment) are read as TOML."""
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    if isinstance(value, str) and kind is not str and not isinstance(next(iter(choices), None), str):
-        try:
+    is_text = kind is str or (get_origin(kind) is Literal and isinstance(get_args(kind)[0], str))
+    if isinstance(value, str) and not is_text:
+        with suppress(tomllib.TOMLDecodeError):  # what is not TOML stays a text, which is refused below
             value = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            pass  # stays a text, which the checks below refuse by name
-    if choices:
-        if any(value == choice and type(value) is type(choice) for choice in choices):
-            return value
-        raise ToolkitError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    try:
+        return _converted(value, kind)
+    except (TypeError, ValueError):
+        raise ToolkitError(f"{name} is {value!r}; {_wanted(kind)}") from None
+
+
+def _converted(value: object, kind: object) -> object:
+    """Return a value as a type, lists as tuples and whole numbers as floats where that is the type.
+
+    Raises TypeError or ValueError when it is none. Types are compared exactly: True is an int to isinstance.
+    """
+    origin, kinds = get_origin(kind), get_args(kind)
+    if type(value) is kind or (origin is Literal and any(value == one and type(value) is type(one) for one in kinds)):
+        return value
+    if kind is float and type(value) is int:
         return float(value)
     if isinstance(kind, UnionType):
-        for option in get_args(kind)[:-1]:
-            if type(value) is option:
-                return value
-        return _typed(name, value, get_args(kind)[-1])
-    if get_origin(kind) is tuple:
-        items = value if isinstance(value, list | tuple) else None
-        wanted = get_args(kind)
-        if items is not None and wanted[-1] is ...:
-            wanted = wanted[:1] * len(items)
-        if items is not None and len(items) == len(wanted):
-            return tuple(_typed(name, item, item_kind) for item, item_kind in zip(items, wanted, strict=True))
-        raise ToolkitError(f"{name} is {value!r}; it must be {_described(kind)}")
-    # An exact comparison: True is an int to isinstance.
-    if type(value) is kind:
-        return value
-    raise ToolkitError(f"{name} is {value!r}; it must be {_described(kind)}")
+        return value if type(value) in kinds else _converted(value, kinds[-1])
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+        return tuple(_converted(item, item_kind) for item, item_kind in zip(value, kinds, strict=True))
+    raise TypeError
 
 
-def _described(kind: object) -> str:
-    if kind is bool:
-        return "true or false"
-    if kind is int:
-        return "a whole number"
-    if kind == Growth:
-        return "a whole number, or a list like [[0, 256], [100000, 512]]"
-    if get_origin(kind) is tuple and get_args(kind)[-1] is ...:
-        return "a list of numbers, like [0.5, 0.25]"
-    if get_origin(kind) is tuple:
-        return f"{len(get_args(kind))} numbers, like [0.1, 0.5]"
-    return "a number" if kind is float else "a text"
+def _wanted(kind: object) -> str:
+    kinds = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"choose one of {', '.join(map(str, kinds))}"
+    if isinstance(kind, UnionType):
+        return "it must be a whole number, or a list like [[0, 256], [100000, 512]]"
+    if kinds:
+        return f"it must be {'a list of' if kinds[-1] is ... else len(kinds)} numbers, like [0.5, 0.25]"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return f"it must be {words[kind]}"  # type: ignore[index]

@@ -1,16 +1,16 @@
-"""Distillation: a frozen teacher and a manifest of images in, a run folder with a smaller ViT out, or several of them.
+"""Distillation: a frozen teacher and a manifest of images in, a run folder with a smaller ViT out, or several.
 
-Source: section 5 of Oquab et al. 2023; facts of the recipe that the paper leaves open are in `DistillModel`.
+Source: section 5 of Oquab et al. 2023; `DistillModel` says what was chosen where the paper leaves it open.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from .. import console
 from ..errors import ToolkitError
@@ -18,18 +18,18 @@ from ..models.saved import MODEL_JSON
 from ..models.weights import load_heads, load_model, model_content_id
 from ..store.artifact import Options, Result, read_run_provenance, recorded, write_run_provenance
 from ..store.manifest import Source
-from . import counter_rng
-from .config import CONFIG_FILE, TrainConfig, command_config, read_recipe, write_config
+from .config import CONFIG_FILE, TrainConfig, command_config, given_recipe, read_recipe, write_config
+from .counter_rng import derived_seed
 from .data.multicrop import preprocess_of
 from .engine.build import build_backbone
 from .launch import is_main_process
-from .monitor.metrics import append_metrics, read_metrics, write_metrics_table
+from .monitor.metrics import METRICS_FILE, append_metrics, read_metrics, write_metrics_table
 from .objective.distill_model import DistillModel
 from .objective.feature_distill_model import FeatureDistillModel
 from .objective.frozen_teacher import FrozenTeacher
 from .objective.multi_student import SeveralStudents, own_figures
-from .pretrain import run_training
-from .run import NOTHING, Watching
+from .pretrain import train
+from .run import NO_MONITORING, MonitorOptions, run_training
 
 AVERAGE_MOMENTUM = (0.99, 0.99)  # of the student's average, start and end; chosen
 FEATURES_LR_RATIO = 3.0  # over pretraining's; measured: 61.8 % k-NN instead of 60.4 (Fashion-MNIST, 3 seeds, 300 steps)
@@ -37,12 +37,12 @@ FEATURES_LR_RATIO = 3.0  # over pretraining's; measured: 61.8 % k-NN instead of 
 
 @dataclass(frozen=True)
 class DistillConfig(TrainConfig):
-    """Every key of a distillation's recipe: those of training, and what the student learns from the teacher.
+    """Every key of a distillation's recipe: those of training, and the objective.
 
-    `arch` may name several students, with commas between.
+    `arch` may name several students, separated by commas.
     """
 
-    objective: Literal["heads", "features"] = "heads"  # what its prototypes say, or its tokens themselves
+    objective: Literal["heads", "features"] = "heads"  # the teacher's prototype probabilities, or its tokens
 
     @property
     def students(self) -> list[str]:
@@ -64,19 +64,18 @@ def distill(
     teacher: str,
     resume: bool = False,
     num_processes: int = 1,
-    watching: Watching = NOTHING,
+    monitor: MonitorOptions = NO_MONITORING,
 ) -> Result | None:
     """Train students on a manifest's images against a frozen teacher (arguments as in `run_training`).
 
-    One student's run folder is `output`. Several have one each in it, by the name of their architecture; the folder
-    around them holds the checkpoints, from which all go on together.
+    One student's run folder is `output`. Several students have one each in it, named by architecture; `output` then
+    holds the checkpoints of all.
 
     Args:
         teacher: what `load_model` takes; for the objective `heads` a run, or an official teacher checkpoint.
 
     Raises:
-        ToolkitError: when the objective is `heads` and the teacher has none, since its prototypes are what the student
-            learns to tell apart.
+        ToolkitError: when the objective is `heads` and the teacher has none.
     """
     result = run_training(
         "train distill",
@@ -85,10 +84,11 @@ def distill(
         config,
         options,
         lambda: build_distill_model(config, teacher),
+        train,
         sources=(Source("teacher", teacher, model_content_id(teacher)),),
         resume=resume,
         num_processes=num_processes,
-        watching=watching,
+        monitor=monitor,
     )
     if result is not None and not options.dry_run and len(config.students) > 1 and is_main_process():
         for student in config.students:
@@ -109,26 +109,26 @@ def distill_config(
 ) -> DistillConfig:
     """Return the settings: the recipe's, by default those the teacher was trained by, with what distillation changes.
 
-    Whatever a recipe for pretraining says, no block is dropped, the backbone learns from the first step, and the
-    student's average follows at an even pace: nothing learns from it, and slowing down would leave it behind in short
-    runs. Tokens, which stay where they are, are learnt at three times its rate. Only `assignments` go above that.
+    Unless a recipe is of a distillation itself, no block is dropped, the backbone learns from the first step, and the
+    student's average has one momentum throughout: nothing learns from it, and a rising momentum would leave it behind
+    in short runs. The objective `features` has three times the learning rate, since its targets do not move.
+    `assignments` override all of this.
 
     Args:
         arch: the students' architectures, none for the recipe's; they bring their own width and attention heads.
         objective: None for the recipe's.
         output, recipe, assignments, resume, seed: as in `command_config`.
     """
-    written = Path(output) / CONFIG_FILE
-    own = Path(teacher) / CONFIG_FILE
-    default_recipe = str(own) if own.exists() else "tiny"
-    base = str(written) if recipe is None and resume and written.exists() else recipe
-    values = read_recipe(base or default_recipe)
+    teachers = Path(teacher) / CONFIG_FILE
+    default_recipe = str(teachers) if teachers.exists() else "tiny"
+    given = given_recipe(output, recipe, resume)
+    values = read_recipe(given or default_recipe)
     flags: dict[str, object] = {}
-    if base is None or "objective" not in values:  # not the settings of a distillation, to be repeated
+    if given is None or "objective" not in values:
         flags = {"drop_path": 0.0, "freeze_backbone_steps": 0, "momentum": AVERAGE_MOMENTUM}
     if "objective" not in values and (objective == "features" or "objective=features" in assignments):
         base_lr = values.get("base_lr", TrainConfig.base_lr)
-        if isinstance(base_lr, int | float):  # what is no number is refused with all other settings
+        if isinstance(base_lr, int | float):  # anything else is refused with all other settings
             flags["base_lr"] = FEATURES_LR_RATIO * base_lr
     if arch:
         flags |= {"arch": ",".join(arch), "embed_dim": 0, "num_heads": 0}
@@ -156,24 +156,26 @@ def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | F
     models: dict[str, DistillModel | FeatureDistillModel] = {}
     for arch in config.students:
         # As `run_training` does, so that each student starts as it would alone.
-        torch.manual_seed(counter_rng.derived_seed(config.seed, "weights", 0))
+        torch.manual_seed(derived_seed(config.seed, "weights", 0))
         backbone = build_backbone(replace(config, arch=arch))
-        weights = {
-            "dino_weight": config.dino_weight,
-            "ibot_weight": config.ibot_weight,
-            "koleo_weight": config.koleo_weight,
-        }
-        gather = config.koleo_distributed
-        models[arch] = (
-            DistillModel(backbone, frozen, student_temp=config.student_temp, koleo_distributed=gather, **weights)
+        model = (
+            partial(DistillModel, student_temp=config.student_temp)
             if config.objective == "heads"
-            else FeatureDistillModel(backbone, frozen, koleo_distributed=gather, **weights)
+            else FeatureDistillModel
+        )
+        models[arch] = model(
+            backbone,
+            frozen,
+            dino_weight=config.dino_weight,
+            ibot_weight=config.ibot_weight,
+            koleo_weight=config.koleo_weight,
+            koleo_distributed=config.koleo_distributed,
         )
     return SeveralStudents(models) if len(models) > 1 else models[config.arch]
 
 
 def load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
-    """Return the teacher as the settings want it: with heads or without, in bfloat16 where autocast makes it that.
+    """Return the teacher, with its heads if the objective needs them, in bfloat16 where autocast makes it that.
 
     Raises:
         ToolkitError: as `build_distill_model` does.
@@ -190,47 +192,45 @@ def load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
             f"the teacher {teacher} takes {model.in_chans} channels, the recipe {config.in_chans}; "
             f"set in_chans={model.in_chans}, or name another teacher"
         )
-    theirs = model.backbone.patch_size
-    if theirs != config.patch_size:
-        side = config.global_crop_size_px // config.patch_size
+    teacher_patch_size, side = model.backbone.patch_size, config.global_crop_size_px // config.patch_size
+    if teacher_patch_size != config.patch_size:
         console.say(
-            f"the teacher's patches are {theirs} px, the student's {config.patch_size}: it sees the global crops of "
-            f"{config.global_crop_size_px} px at {side * theirs} px, which gives both {side} x {side} patches"
+            f"the teacher's patches are {teacher_patch_size} px, the student's {config.patch_size}: global crops of "
+            f"{config.global_crop_size_px} px are resized to {side * teacher_patch_size} px for the teacher, so that "
+            f"both see {side} x {side} patches"
         )
-    parts: dict[str, nn.Module] = {"backbone": model.backbone, **heads}
-    preprocess = preprocess_of(config)
+    crops = preprocess_of(config)
     return FrozenTeacher(
-        parts,
+        {"backbone": model.backbone, **heads},
         mean=model.mean,
         std=model.std,
-        crops_mean=preprocess.mean,
-        crops_std=preprocess.std,
+        crops_mean=crops.mean,
+        crops_std=crops.std,
         half=config.mixed_precision == "bf16",
     )
 
 
-def _finish_run_folder(together: Path, student: str, config: DistillConfig) -> None:
-    """Add to a student's model what a run folder holds beside it; touch the model if all is there."""
-    folder = together / student
+def _finish_run_folder(output: Path, student: str, config: DistillConfig) -> None:
+    """Complete a student's run folder with its settings, metrics and provenance; touch its model if all is there."""
+    folder = output / student
     if read_run_provenance(folder) is not None:
         os.utime(folder / MODEL_JSON)
         return
-    provenance = read_run_provenance(together)
+    provenance = read_run_provenance(output)
     assert provenance is not None
-    write_config(
-        replace(config, arch=student), folder / CONFIG_FILE, "Every setting of this run; --recipe repeats it alone."
-    )
-    (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a killed attempt
-    for figures in read_metrics(together):
-        append_metrics(folder, own_figures(figures, student, config.students))
-    last = own_figures(read_metrics(together)[-1], student, config.students)
+    header = "Every setting of this run; --recipe repeats it alone."
+    write_config(replace(config, arch=student), folder / CONFIG_FILE, header)
+    metrics = [own_figures(figures, student, config.students) for figures in read_metrics(output)]
+    (folder / METRICS_FILE).unlink(missing_ok=True)  # of a killed attempt
+    for figures in metrics:
+        append_metrics(folder, figures)
     with recorded(folder) as finished:
-        provenance = replace(
+        made = replace(
             provenance,
             parameters=provenance.parameters | {"arch": student},
-            figures=dict(last),
+            figures=dict(metrics[-1]),
             content_id=model_content_id(folder),
         )
-        write_metrics_table(folder, replace(provenance, kind="metrics"))
-        write_run_provenance(folder, provenance)
-        finished.append(provenance)
+        write_metrics_table(folder, replace(made, kind="metrics"))
+        write_run_provenance(folder, made)
+        finished.append(made)

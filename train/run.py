@@ -1,51 +1,60 @@
-"""A run folder before the training loop: whether it is there already, what it holds, which processes work on it."""
+"""A run around its training loop: inputs checked, processes started, the run folder made and recorded."""
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.launched import adopt_slurm
+from ..features.launched import adopt_slurm, is_launched
 from ..models.saved import MODEL_JSON
 from ..models.vit import VisionTransformer
-from ..store.artifact import Options, Result, difference, read_run_provenance, write_run_provenance
+from ..models.weights import model_content_id
+from ..store import catalog
+from ..store.artifact import Options, Result, difference, read_run_provenance, recorded, write_run_provenance
+from ..store.image_columns import read_images
 from ..store.lock import held
-from ..store.manifest import Provenance, Source
+from ..store.manifest import Provenance, Source, open_manifest
 from ..store.memory import keep_freed_memory
 from .config import CONFIG_FILE, COST_KEYS, TrainConfig, write_config
-from .data.images import ImageSet
+from .counter_rng import derived_seed
+from .data.images import ImageSet, decoded_bytes, image_set
+from .data.multicrop import decoded_side_px
+from .data.preview import draw_preview
 from .engine.checkpoint import TrainedModel, checkpoints
 from .engine.fsdp import sharding
+from .engine.parallelize import check_compiler
 from .engine.schedules import batch_sizes, scaled_lr
-from .launch import check_launch
+from .launch import check_launch, launch, speaks_for_all, status_kept
+from .monitor.estimate import say_cost
+from .monitor.metrics import peak_memory_mib
 from .monitor.online_knn import LabelledSets, labelled_sets
-from .monitor.trackers import check_trackers
+from .monitor.trackers import check_trackers, tracked
 
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
-LONGEST_WAIT = timedelta(hours=2)  # chosen: of the processes for the main one, which saves and looks at labelled images
+PROCESS_TIMEOUT = timedelta(hours=2)  # chosen: other processes wait while the main one saves and computes the k-NN
 
 
 @dataclass(frozen=True)
-class Watching:
-    """What is looked at beside the training, which it does not change."""
+class MonitorOptions:
+    """What is measured and drawn beside the training, which it does not change."""
 
     eval_train: str | None = None  # labelled images that vote in the k-NN of a run's features
     eval_test: str | None = None  # those whose class is guessed
     track: tuple[str, ...] = ()  # trackers that get the metrics
     preview: str | None = None  # a PNG of crops and masks
 
-    def open(self) -> LabelledSets | None:
-        """Return the labelled images, if there are any; raise ToolkitError for whatever cannot be watched."""
+    def check(self) -> LabelledSets | None:
+        """Return the labelled images, if any are given; raise ToolkitError for options that cannot be followed."""
         check_trackers(self.track)
         if self.eval_train is None and self.eval_test is None:
             return None
@@ -54,11 +63,115 @@ class Watching:
         return labelled_sets(self.eval_train, self.eval_test)
 
 
-NOTHING = Watching()
+NO_MONITORING = MonitorOptions()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the training loop works on beside its model."""
+
+    folder: Path
+    config: TrainConfig
+    provenance: Provenance
+    images: ImageSet
+    labelled: LabelledSets | None  # for the k-NN while it trains
+
+
+def run_training(
+    command: str,
+    manifest_path: Path | None,
+    output: str,
+    config: TrainConfig,
+    options: Options,
+    build: Callable[[], TrainedModel],
+    train: Callable[[TrainedModel, Run, Accelerator], dict[str, float]],
+    *,
+    sources: tuple[Source, ...] = (),
+    resume: bool = False,
+    num_processes: int = 1,
+    monitor: MonitorOptions = NO_MONITORING,
+) -> Result | None:
+    """Train a model on a manifest's images and leave a run folder; return None after a dry run.
+
+    Args:
+        command: such as "train pretrain", for the provenance.
+        manifest_path: images, one a row; an optional `weight` column says how often each is drawn. None stands for the
+            newest pool in the catalog, said on stderr.
+        output: the run folder as the user gave it.
+        config: the settings; its seed counts, not that of `options`.
+        build: makes the model; torch's random numbers are seeded before.
+        train: the loop; returns the figures of its last step.
+        sources: what is read beside the manifest.
+        resume: go on from the latest checkpoint in `output`, if there is one.
+        num_processes: how many to start on this machine, unless a launcher has started this one.
+        monitor: what is measured beside the training, which it does not change.
+
+    Raises:
+        Stopped: if a signal came; everything is saved.
+        ToolkitError: for anything wrong with manifest, settings or output.
+    """
+    # All checks come before any process is started, so that an error is said once.
+    if manifest_path is None:
+        manifest_path = catalog.choose("pool")
+        console.say(f"no manifest given: taking {manifest_path}")
+    manifest = open_manifest(manifest_path)
+    images = image_set(read_images(manifest, options.limit))
+    labelled = monitor.check()
+    sharding(os.environ)  # raises where Accelerate's settings cannot be followed
+    if config.compile:
+        check_compiler(os.environ)
+    provenance = run_provenance(command, config, options, (manifest.source("images"), *sources))
+    run = Run(Path(output), config, provenance, images, labelled)
+    if monitor.preview is not None and speaks_for_all():
+        draw_preview(monitor.preview, images, config, provenance, options)
+
+    starts_others = num_processes > 1 and not is_launched(os.environ)
+    if not options.dry_run and not starts_others:
+        _train_here(run, options, build, train, resume, monitor.track)
+        return finished_result(output)
+    check_batch(config, num_processes)
+    if not is_finished(run, options, resume):
+        if options.dry_run:
+            _describe_cost(run, build, num_processes)
+            console.say(f"would write {output}")
+            return None
+        launch(num_processes, run.folder)
+    return finished_result(output)
+
+
+def _train_here(
+    run: Run,
+    options: Options,
+    build: Callable[[], TrainedModel],
+    train: Callable[[TrainedModel, Run, Accelerator], dict[str, float]],
+    resume: bool,
+    track: Sequence[str],
+) -> None:
+    """Train in this process, together with the others where a launcher has started several."""
+    accelerator = start_processes(run.config, track, run.folder)
+    is_main = accelerator.is_main_process
+    finished = [is_main and is_finished(run, options, resume)]
+    broadcast_object_list(finished)
+    if finished[0]:
+        return
+    torch.manual_seed(derived_seed(run.config.seed, "weights", 0))
+    model = build()
+    if is_main:
+        describe(run, model, accelerator.num_processes)
+    recording: AbstractContextManager[list[Provenance]] = recorded(run.folder) if is_main else nullcontext([])
+    with own_folder(run, options) if is_main else nullcontext():
+        accelerator.wait_for_everyone()
+        with status_kept(run.folder), recording as records, tracked(accelerator, run.folder, run.config):
+            figures = train(model, run, accelerator)
+            if is_main:
+                made = replace(run.provenance, figures=dict(figures), content_id=model_content_id(run.folder))
+                write_run_provenance(run.folder, made)
+                records.append(made)
+    accelerator.end_training()
 
 
 def run_provenance(command: str, config: TrainConfig, options: Options, sources: tuple[Source, ...]) -> Provenance:
-    """Return what makes a run the run it is: all settings but those that only change its cost."""
+    """Return the provenance of a run: its inputs, and all settings but those that only change its cost."""
     parameters = {name: value for name, value in asdict(config).items() if name not in (*COST_KEYS, "seed")}
     if options.limit is not None:
         parameters["limit"] = options.limit
@@ -66,71 +179,73 @@ def run_provenance(command: str, config: TrainConfig, options: Options, sources:
     return Provenance("run", command, json.loads(json.dumps(parameters)), seed=config.seed, inputs=sources)
 
 
-def is_done(run_folder: Path, provenance: Provenance, options: Options, resume: bool) -> bool:
+def is_finished(run: Run, options: Options, resume: bool) -> bool:
     """Tell whether the folder holds this very run, finished; if so, touch its model.json and say so.
 
     Raises:
         ToolkitError: if something else stands there, or the run is unfinished and `resume` is not given.
     """
-    if not run_folder.exists() or (run_folder.is_dir() and all(entry.name == LOCK for entry in run_folder.iterdir())):
+    folder = run.folder
+    if not folder.exists() or (folder.is_dir() and all(entry.name == LOCK for entry in folder.iterdir())):
         return False
-    there = read_run_provenance(run_folder) if run_folder.is_dir() else None
+    there = read_run_provenance(folder) if folder.is_dir() else None
     if there is None:
-        raise ToolkitError(f"{run_folder} exists and is no run folder; choose another -o")
+        raise ToolkitError(f"{folder} exists and is no run folder; choose another -o")
     if options.force:
         return False
-    if not there.same_work(provenance):
+    if not there.same_work(run.provenance):
         raise ToolkitError(
-            f"{run_folder} was made otherwise ({difference(there, provenance)}); choose another -o, "
+            f"{folder} was made otherwise ({difference(there, run.provenance)}); choose another -o, "
             "or --force to start over"
         )
-    if (run_folder / MODEL_JSON).exists():
-        console.say(f"{run_folder} is up to date")
+    if (folder / MODEL_JSON).exists():
+        console.say(f"{folder} is up to date")
         if not options.dry_run:
-            os.utime(run_folder / MODEL_JSON)
+            os.utime(folder / MODEL_JSON)
         return True
-    saved = checkpoints(run_folder / CHECKPOINTS)
+    saved = checkpoints(folder / CHECKPOINTS)
     if saved and not resume:
         raise ToolkitError(
-            f"{run_folder} holds an unfinished run ({saved[-1].name}); go on with --resume, or --force to start over"
+            f"{folder} holds an unfinished run ({saved[-1].name}); go on with --resume, or --force to start over"
         )
     return False
 
 
 @contextmanager
-def own_folder(run_folder: Path, config: TrainConfig, provenance: Provenance, options: Options) -> Iterator[None]:
-    """Hold the run folder, emptied under --force, with `config.toml` and `provenance.json`.
+def own_folder(run: Run, options: Options) -> Iterator[None]:
+    """Lock the run folder, emptied under --force, and write `config.toml` and `provenance.json`.
 
     Raises ToolkitError when another process trains into it.
     """
-    run_folder.mkdir(parents=True, exist_ok=True)
-    with held(run_folder / LOCK, f"training into {run_folder}"):
-        for entry in run_folder.iterdir() if options.force else ():
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with held(run.folder / LOCK, f"training into {run.folder}"):
+        for entry in run.folder.iterdir() if options.force else ():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             elif entry.name != LOCK:
                 entry.unlink()
-        write_run_provenance(run_folder, provenance)
-        write_config(config, run_folder / CONFIG_FILE, "Every setting of this run; --recipe with this file repeats it.")
+        write_run_provenance(run.folder, run.provenance)
+        header = "Every setting of this run; --recipe with this file repeats it."
+        write_config(run.config, run.folder / CONFIG_FILE, header)
         yield
 
 
 def check_batch(config: TrainConfig, num_processes: int) -> None:
     """Raise ToolkitError when a batch cannot be shared out evenly, at least two images to each process."""
     smallest = 2 if config.koleo_weight else 1
-    unfit = [n for n in batch_sizes(config.batch_size).sizes if n % num_processes or n < 2 * num_processes]
-    if unfit:
-        raise ToolkitError(
-            f"batch_size {unfit[0]} does not give each of {num_processes} processes the same number of "
-            "images, two or more; change one of the two"
-        )
-    size = config.micro_batch_size
-    uneven = [n // num_processes for n in batch_sizes(config.batch_size).sizes if size and n // num_processes % size]
-    if any(n % size < smallest for n in uneven):
-        raise ToolkitError(
-            f"micro_batch_size {size} leaves a single one of the {uneven[0]} images of a process, and KoLeo needs "
-            "two; choose another, or set koleo_weight=0"
-        )
+    sizes, micro_batch_size = batch_sizes(config.batch_size).sizes, config.micro_batch_size
+    for size in sizes:
+        if size % num_processes or size < 2 * num_processes:
+            raise ToolkitError(
+                f"batch_size {size} does not give each of {num_processes} processes the same number of "
+                "images, two or more; change one of the two"
+            )
+    for size in (size // num_processes for size in sizes if micro_batch_size):
+        if 0 < size % micro_batch_size < smallest:
+            raise ToolkitError(
+                f"micro_batch_size {micro_batch_size} leaves a single one of the {size} images of a process, and KoLeo "
+                "needs two; choose another, or set koleo_weight=0"
+            )
 
 
 def finished_result(output: str) -> Result:
@@ -140,7 +255,7 @@ def finished_result(output: str) -> Result:
 
 
 def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path) -> Accelerator:
-    """Return the Accelerator of this process, which knows of all the others that a launcher started.
+    """Return the Accelerator of this process, which knows all others that a launcher started.
 
     Args:
         track: trackers that it logs to, in the run folder where they keep files.
@@ -163,7 +278,7 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
         project_dir=run_folder,
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
         ],
     )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
@@ -179,18 +294,32 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
     return accelerator
 
 
-def describe(config: TrainConfig, images: ImageSet, model: TrainedModel, num_processes: int) -> None:
+def describe(run: Run, model: TrainedModel, num_processes: int) -> None:
     """Say what a run trains on what, and for how long."""
+    config, num_images = run.config, len(run.images)
     backbones = [part for part in model.student.values() if isinstance(part, VisionTransformer)]
     backbone = sum(weight.numel() for part in backbones for weight in part.parameters())
-    everything = sum(weight.numel() for weight in model.student.parameters())
+    heads = sum(weight.numel() for weight in model.student.parameters()) - backbone
     sizes = batch_sizes(config.batch_size)
     samples = sizes.images_until(config.steps)
     batch = f"{sizes.at(0)}" if len(sizes.sizes) == 1 else f"{sizes.at(0)} to {sizes.at(config.steps - 1)}"
     console.say(
-        f"{config.arch}: {backbone / 1e6:.2f} M parameters, {(everything - backbone) / 1e6:.2f} M more in heads; "
+        f"{config.arch}: {backbone / 1e6:.2f} M parameters, {heads / 1e6:.2f} M more in heads; "
         f"{config.steps:,} steps of {batch} images in {num_processes} "
         f"{'process' if num_processes == 1 else 'processes'}: {samples:,} samples, "
-        f"{samples / len(images):.1f} passes over {len(images):,} images; peak learning rate "
+        f"{samples / num_images:.1f} passes over {num_images:,} images; peak learning rate "
         f"{scaled_lr(config.base_lr, sizes.at(0)):.2e} (base_lr * sqrt(batch_size / 1024))"
     )
+
+
+def _describe_cost(run: Run, build: Callable[[], TrainedModel], num_processes: int) -> None:
+    """Say what a run would train, and what time and memory it would take."""
+    config, images = run.config, run.images
+    base_mib = peak_memory_mib(torch.device("cpu"))  # before torch loads what a meta device needs
+    with torch.device("meta"):
+        model = build()
+    describe(run, model, num_processes)
+    decoded = decoded_bytes(images, decoded_side_px(config), config.in_chans, config.bit_depth)
+    num_seen = min(len(images), batch_sizes(config.batch_size).images_until(config.steps))
+    cache_bytes = min(config.cache_mib << 20, num_seen * decoded)
+    say_cost(config, model, num_processes, base_mib * 2**20 + cache_bytes)

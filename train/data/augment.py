@@ -1,7 +1,7 @@
-"""Multi-crop augmentation of whole batches, on torch tensors: drawn in one pure function, applied in another.
+"""Random crops and colours of whole batches: drawn in one pure function, applied in another.
 
 `draw_crops` turns (seed, sample) into numbers, in NumPy; `apply_crops` turns images and those numbers into crops, in
-torch, on any device. Neither looks at the batch: a sample has the same crops in any batch, worker or process.
+torch, on any device. A sample has the same crops in any batch and process.
 
 Shapes: B images, V views of each, C channels, H x W the canvas that images of different sizes are padded to, S the
 side of a crop. Crops are view-major: (V * B, C, S, S), all first views first.
@@ -21,6 +21,7 @@ from .. import counter_rng
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as Pillow's
 BLUR_RADIUS_PX = 4  # the released code's kernel is 9 wide at every crop size
 CROP_ATTEMPTS = 10  # draws of area and aspect before the central crop, as in torchvision's RandomResizedCrop
+ASPECT = (3 / 4, 4 / 3)  # of a crop, width over height, as in RandomResizedCrop
 JITTERS = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -37,7 +38,6 @@ class ViewSettings:
     scale: tuple[float, float]  # area of the crop over area of the image
     blur: tuple[float, ...]
     solarize: tuple[float, ...]
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
     flip: float = 0.5
     jitter: float = 0.8
     strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # of JITTERS
@@ -49,7 +49,7 @@ class ViewSettings:
 
 @dataclass(frozen=True)
 class Crops:
-    """What happens to each crop: arrays of shape (V, B), or (V, B, n). Neutral values mean "leave as it is"."""
+    """What happens to each crop: arrays of shape (V, B), or (V, B, n)."""
 
     size_px: int
     boxes: NDArray[np.int64]  # (V, B, 4): top, left, height, width in pixels of the image
@@ -74,7 +74,7 @@ def draw_crops(
         sizes: (B, 2) height and width of each image in pixels.
     """
     num_views = len(view.blur)
-    # What a crop needs: its box, 2 of place, 4 factors, 4 sort keys, and 7 for the rest.
+    # Random numbers of a crop: area and aspect of each attempt, 2 for its place, 4 factors, 4 sort keys, 7 others.
     slots = 2 * CROP_ATTEMPTS + 2 + 4 + 4 + 7
     numbers = counter_rng.uniform(seed, purpose, samples, num_views * slots)
     numbers = numbers.reshape(len(samples), num_views, slots).transpose(2, 1, 0)  # (B, V * slots) -> (slots, V, B)
@@ -103,18 +103,18 @@ def _random_boxes(
 ) -> NDArray[np.int64]:
     """Return (V, B, 4) top, left, height, width: the first attempt that fits, else the largest central crop allowed.
 
-    Area is uniform in `scale`, aspect log-uniform in `aspect`, as in torchvision's RandomResizedCrop.
+    Area is uniform in `view.scale`, aspect log-uniform in ASPECT, as in torchvision's RandomResizedCrop.
     """
     image_height, image_width = sizes[:, 0], sizes[:, 1]
     area = image_height * image_width * (view.scale[0] + numbers[:CROP_ATTEMPTS] * (view.scale[1] - view.scale[0]))
-    log_aspect = np.log(view.aspect[0]) + numbers[CROP_ATTEMPTS:] * np.log(view.aspect[1] / view.aspect[0])
+    log_aspect = np.log(ASPECT[0]) + numbers[CROP_ATTEMPTS:] * np.log(ASPECT[1] / ASPECT[0])
     widths = np.rint(np.sqrt(area * np.exp(log_aspect))).astype(np.int64)  # (attempts, V, B)
     heights = np.rint(np.sqrt(area / np.exp(log_aspect))).astype(np.int64)
     fits = (widths > 0) & (widths <= image_width) & (heights > 0) & (heights <= image_height)
     first = fits.argmax(axis=0)[None]
     image_aspect = image_width / image_height
-    central_width = np.where(image_aspect > view.aspect[1], np.rint(image_height * view.aspect[1]), image_width)
-    central_height = np.where(image_aspect < view.aspect[0], np.rint(image_width / view.aspect[0]), image_height)
+    central_width = np.where(image_aspect > ASPECT[1], np.rint(image_height * ASPECT[1]), image_width)
+    central_height = np.where(image_aspect < ASPECT[0], np.rint(image_width / ASPECT[0]), image_height)
     found = fits.any(axis=0)
     width = np.where(found, np.take_along_axis(widths, first, 0)[0], np.maximum(central_width, 1))
     height = np.where(found, np.take_along_axis(heights, first, 0)[0], np.maximum(central_height, 1))
@@ -134,18 +134,19 @@ def apply_crops(
 
     Args:
         images: (B, H, W, C) uint8 or uint16, each image in the top left corner of the canvas.
-        mean, std: of each channel, for values in [0, 1]; one number each for all channels is enough.
+        mean, std: of each channel, for values in [0, 1], or one number each for all channels.
 
     Returns:
         (V * B, C, S, S) float32, normalised, view-major, on the device of `images`.
-        Saturation, hue and grayscale happen only to three-channel images. Brightness scales all channels alike, and
-        contrast draws them to one mean, that of all, so that the channels keep their relations; solarize inverts each.
+        Saturation, hue and grayscale need three channels. Brightness scales all channels alike and contrast draws them
+        to one mean, so that the channels keep their relations; solarize inverts each.
     """
     channels = images.shape[3]
     pixels = resized_crops(images, crops).clamp_(0, 1)
     _jitter_(pixels, crops)
-    if channels == 3:
-        _gray_(pixels, crops.gray)
+    rows = _where(crops.gray, pixels.device)
+    if channels == 3 and len(rows):
+        pixels[rows] = luma(pixels[rows]).expand(-1, 3, -1, -1)
     _blur_(pixels, crops.blur_sigma_px)
     rows = _where(crops.solarize, pixels.device)
     if len(rows):
@@ -273,13 +274,6 @@ def shift_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     offsets = pixels.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
     k = (sextant[:, None] + offsets).remainder_(6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
-
-
-def _gray_(pixels: Tensor, gray: NDArray[np.bool_]) -> None:
-    """Replace the chosen crops by their luma in all channels, in place."""
-    rows = _where(gray, pixels.device)
-    if len(rows):
-        pixels[rows] = luma(pixels[rows]).expand(-1, 3, -1, -1)
 
 
 def _blur_(pixels: Tensor, sigma_px: NDArray[np.float64]) -> None:

@@ -1,16 +1,16 @@
 """The images of a manifest in the order that training sees them, decoded ahead of time.
 
 Sample s of a run is always the same image: pass s // n over the data, position s % n of that pass's permutation. So
-batches depend neither on the number of workers nor on that of processes, and going on means starting at another sample.
+batches depend neither on the number of workers nor on that of processes, and a run resumes at any sample.
 """
 
 import math
 import mmap
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import islice, tee
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from ... import console
 from ...errors import ToolkitError
+from ...features.threads import map_in_order
 from ...store.images import UnreadableImage, Values, read_bytes
 from ...store.pixels import decode_picture, values_of
 from .. import counter_rng
 
-LOOK_AHEAD_BATCHES = 2  # being decoded while one is trained on; chosen
-SLAB_BYTES = 8 << 20  # chosen: decoded images that are kept share pieces of memory so large
+LOOK_AHEAD_BATCHES = 2  # chosen: decoded while one is trained on
 MAX_ASPECT = 4  # chosen: every image of a batch takes as much memory as the longest
-SAMPLED_IMAGES = 32  # chosen: are read to foretell what decoded images take
+SAMPLED_IMAGES = 32  # chosen: read to estimate the memory of decoded images
 MAX_UNREADABLE = 1000  # images in a row that cannot be read before the run gives up; chosen
 
 
@@ -94,37 +94,35 @@ def drawn_rows(images: ImageSet, seed: int, samples: NDArray[np.int64]) -> NDArr
 class PixelCache:
     """Decoded images by row, until so many bytes are full.
 
-    They lie in memory of their own, and what says where holds no arrays: of hundreds of thousands of small pieces
-    among a step's tensors the heap would be scattered, and grow.
+    Their memory is mapped at once and taken as it fills: hundreds of thousands of small arrays among a step's tensors
+    would scatter the heap, and it would grow.
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self._room = num_bytes
-        self._slabs: list[mmap.mmap] = []
-        self._used = SLAB_BYTES  # of the last slab
-        self._places: dict[int, tuple[int, int, tuple[int, ...], str]] = {}  # slab, where in it, shape, dtype
+        self._memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._room, self._used = num_bytes, 0
+        self._places: dict[int, tuple[int, tuple[int, ...], str]] = {}  # start, shape, dtype
 
     def __contains__(self, row: int) -> bool:
         return row in self._places
 
     def add(self, row: int, pixels: Values) -> None:
         """Keep an image (H, W, C), where there is room."""
-        if row in self._places or pixels.nbytes > self._room:
+        if row in self._places or pixels.nbytes > self._room - self._used:
             return
-        if self._used + pixels.nbytes > SLAB_BYTES:
-            size = max(SLAB_BYTES, pixels.nbytes)
-            self._slabs.append(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-            self._used = 0
-        self._places[row] = len(self._slabs) - 1, self._used, pixels.shape, pixels.dtype.str
+        place = self._used, pixels.shape, pixels.dtype.str
+        self._at(place)[...] = pixels
+        self._places[row] = place  # last, since other threads read what has a place
         self._used += pixels.nbytes
-        self._room -= pixels.nbytes
-        self.pixels(row)[...] = pixels
 
     def pixels(self, row: int) -> Values:
         """Return a kept image, in place."""
-        slab, start, shape, dtype = self._places[row]
-        pixels: Values = np.frombuffer(self._slabs[slab], dtype, math.prod(shape), start).reshape(shape)
-        return pixels
+        return self._at(self._places[row])
+
+    def _at(self, place: tuple[int, tuple[int, ...], str]) -> Values:
+        start, shape, dtype = place
+        values: Values = np.frombuffer(self._memory, dtype, math.prod(shape), start).reshape(shape)
+        return values
 
 
 def read_batches(
@@ -146,7 +144,7 @@ def read_batches(
         seed: the run's.
         batches: the samples of each, all processes together; this one reads every `num_processes`-th.
         short_side_px: larger images are shrunk to this short side when decoded.
-        num_workers: threads that decode; 0 decodes when asked.
+        num_workers: threads that decode ahead, each its part of every batch; 0 decodes a batch when asked for it.
         cache_bytes: decoded images kept in memory, until that many bytes are full.
         in_chans, bit_depth: of the pixels, 8 or 16 bits.
 
@@ -154,53 +152,41 @@ def read_batches(
         ToolkitError: if a thousand images in a row cannot be read.
     """
     cache = PixelCache(cache_bytes)
-    known_unreadable: dict[int, str] = {}
+    unreadable: set[int] = set()
 
-    def load(sample: int, row: int) -> tuple[int, Values, int]:
-        """Return row, pixels (H, W, C) and how many samples were passed over because they cannot be read."""
-        for passed_over in range(MAX_UNREADABLE):
-            if passed_over:
-                row = int(drawn_rows(images, seed, np.array([sample + passed_over]))[0])
+    def load(sample: int, row: int) -> tuple[int, Values, bool]:
+        """Return row and pixels (H, W, C), and whether they are a later sample's because this one cannot be read."""
+        for skipped in range(MAX_UNREADABLE):
+            if skipped:
+                row = int(drawn_rows(images, seed, np.array([sample + skipped]))[0])
             if row in cache:
-                return row, cache.pixels(row), passed_over
-            if row in known_unreadable:
-                continue
+                return row, cache.pixels(row), skipped > 0
             uri = images.uris[row].as_py()
+            if row in unreadable:
+                continue
             try:
-                return row, read_pixels(uri, short_side_px, in_chans, bit_depth), passed_over
+                return row, read_pixels(uri, short_side_px, in_chans, bit_depth), skipped > 0
             except UnreadableImage as problem:
-                if row not in known_unreadable:
+                if row not in unreadable:
                     console.warn(f"{uri}: {problem.reason}; training goes on with the next image")
-                known_unreadable[row] = problem.reason
+                unreadable.add(row)
         raise ToolkitError(f"{MAX_UNREADABLE} images in a row cannot be read, the last one {uri}; check the manifest")
 
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode") if num_workers else None
-    pending: deque[tuple[NDArray[np.int64], list[int], list[Future[tuple[int, Values, int]]]]] = deque()
+    def load_part(samples: NDArray[np.int64]) -> list[tuple[int, Values, bool]]:
+        rows = drawn_rows(images, seed, samples).tolist()
+        return [load(*pair) for pair in zip(samples.tolist(), rows, strict=True)]
 
-    def finished() -> Batch:
-        numbers, rows, futures = pending.popleft()
-        loaded = [future.result() for future in futures] or [
-            load(*pair) for pair in zip(numbers.tolist(), rows, strict=True)
-        ]
-        for row, pixels, _ in loaded:
-            cache.add(row, pixels)
-        return _batch(numbers, [pixels for _, pixels, _ in loaded], sum(bool(passed) for _, _, passed in loaded))
-
-    try:
-        for samples in batches:
-            numbers = np.array(samples[process::num_processes])
-            rows = drawn_rows(images, seed, numbers).tolist()
-            futures = []
-            if pool is not None and not all(row in cache for row in rows):
-                futures = [pool.submit(load, *pair) for pair in zip(numbers.tolist(), rows, strict=True)]
-            pending.append((numbers, rows, futures))
-            if pool is None or len(pending) > LOOK_AHEAD_BATCHES:
-                yield finished()
-        while pending:
-            yield finished()
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+    num_parts = max(num_workers, 1)
+    own, again = tee(np.array(samples[process::num_processes]) for samples in batches)
+    parts = (part for samples in own for part in np.array_split(samples, num_parts))
+    with ThreadPoolExecutor(num_parts, thread_name_prefix="decode") as pool:
+        ahead = LOOK_AHEAD_BATCHES * num_workers
+        with closing(map_in_order(load_part, parts, pool, ahead)) as loaded:
+            for samples in again:
+                found = [image for part in islice(loaded, num_parts) for image in part]
+                for row, pixels, _ in found:
+                    cache.add(row, pixels)
+                yield _batch(samples, [pixels for _, pixels, _ in found], sum(skipped for *_, skipped in found))
 
 
 def read_pixels(uri: str, short_side_px: int, in_chans: int = 3, bit_depth: int = 8) -> Values:

@@ -38,7 +38,7 @@ def preprocess_of(config: TrainConfig) -> Preprocess:
 def view_settings(config: TrainConfig) -> tuple[ViewSettings, ViewSettings | None]:
     """Return how the two global views are drawn, and how the local ones are, if there are any."""
     preprocess = preprocess_of(config)
-    both = ViewSettings(
+    global_views = ViewSettings(
         size_px=config.global_crop_size_px,
         scale=config.global_crop_scale,
         blur=config.blur[:2],
@@ -52,13 +52,29 @@ def view_settings(config: TrainConfig) -> tuple[ViewSettings, ViewSettings | Non
         std=preprocess.std,
     )
     if not config.num_local_crops:
-        return both, None
-    return both, replace(
-        both,
+        return global_views, None
+    return global_views, replace(
+        global_views,
         size_px=config.local_crop_size_px,
         scale=config.local_crop_scale,
         blur=config.blur[2:] * config.num_local_crops,
         solarize=config.solarize[2:] * config.num_local_crops,
+    )
+
+
+def make_views(
+    batch: Batch, config: TrainConfig, step: int, device: torch.device, process: int = 0, num_processes: int = 1
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return a batch's global crops (2 B, C, S, S), local crops or None, and masks (2 B, N), on the device.
+
+    Crops are view-major: all first views, then all second views.
+    """
+    pixels = batch.images.to(device, non_blocking=True)
+    global_views, local_views = view_settings(config)
+    return (
+        make_crops(batch, pixels, config.seed, "global crops", global_views),
+        make_crops(batch, pixels, config.seed, "local crops", local_views) if local_views else None,
+        make_masks(step, num_processes * len(batch.samples), config, process, num_processes).to(device),
     )
 
 
@@ -73,11 +89,7 @@ def make_masks(step: int, batch_size: int, config: TrainConfig, process: int, nu
     generator = np.random.default_rng(counter_rng.derived_seed(config.seed, "masks", step))
     side = config.global_crop_size_px // config.patch_size
     masks = block_masks(
-        2 * batch_size,
-        (side, side),
-        generator,
-        probability=config.mask_probability,
-        ratio=config.mask_ratio,
+        2 * batch_size, (side, side), generator, probability=config.mask_probability, ratio=config.mask_ratio
     )
     views = masks.reshape(2, batch_size, side * side)[:, process::num_processes]
     return torch.from_numpy(views.reshape(-1, side * side))

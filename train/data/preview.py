@@ -4,11 +4,9 @@ Shapes: B images of a step, N patch tokens of a global crop, S the side of a cro
 """
 
 from dataclasses import replace
-from pathlib import Path
+from itertools import chain, count, islice
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -19,19 +17,18 @@ from ...store.manifest import Provenance
 from ..config import TrainConfig
 from ..engine.schedules import batch_sizes
 from .images import Batch, ImageSet, read_batches
-from .multicrop import decoded_side_px, make_crops, make_masks, preprocess_of, view_settings
+from .multicrop import decoded_side_px, make_views, preprocess_of
 
 NUM_IMAGES, TILE_PX = 12, 112
 MASK_COLOUR = (0.53, 0.33, 0.75)  # of the patches that the student does not see: violet, which is rare in images
 
 
 def draw_preview(output: str, images: ImageSet, config: TrainConfig, provenance: Provenance, options: Options) -> None:
-    """Write the sheet for a run of these settings, unless it is there already.
+    """Write the sheet of a run's first images as a PNG, unless it is up to date.
 
     Args:
-        output: a PNG file.
-        images, config: the run's.
-        provenance: of the run.
+        output: the PNG file.
+        images, config, provenance: of the run.
 
     Raises:
         ToolkitError: if the output is no PNG, or something else stands there and --force was not given.
@@ -40,51 +37,41 @@ def draw_preview(output: str, images: ImageSet, config: TrainConfig, provenance:
     provenance = replace(provenance, kind="picture", command=f"{provenance.command} --preview")
     if is_picture_up_to_date(path, provenance, options):
         return
-    sizes = batch_sizes(config.batch_size)
-    steps = range(-(-NUM_IMAGES // min(sizes.sizes)))
     batches = read_batches(
         images,
         seed=config.seed,
-        batches=map(sizes.images_of, steps),
+        batches=map(batch_sizes(config.batch_size).images_of, count()),
         short_side_px=decoded_side_px(config),
         in_chans=config.in_chans,
         bit_depth=config.bit_depth,
     )
-    rows = []
-    for step, batch in zip(steps, batches, strict=True):
-        rows += _rows(batch, step, sizes.at(step), config)
-        if len(rows) >= NUM_IMAGES:
-            break
+    rows = chain.from_iterable(_rows(batch, step, config) for step, batch in enumerate(batches))
     note = f"image; two global crops of {config.global_crop_size_px} px, violet where the student's patches are masked"
     if config.num_local_crops:
         note += f"; {config.num_local_crops} local crops of {config.local_crop_size_px} px"
-    sheet = draw_sheet(rows[:NUM_IMAGES], title="What training sees", note=note, tile_px=TILE_PX)
-    write_picture(sheet, Path(path), provenance)
+    sheet = draw_sheet(list(islice(rows, NUM_IMAGES)), title="What training sees", note=note, tile_px=TILE_PX)
+    write_picture(sheet, path, provenance)
 
 
-def _rows(batch: Batch, step: int, batch_size: int, config: TrainConfig) -> list[list[list[Tile]]]:
+def _rows(batch: Batch, step: int, config: TrainConfig) -> list[list[list[Tile]]]:
     """Return the tiles of each image of a step: itself, its global crops, its local ones."""
-    global_views, local_views = view_settings(config)
-    num_images = len(batch.samples)
-    global_crops = make_crops(batch, batch.images, config.seed, "global crops", global_views)
-    masks = make_masks(step, batch_size, config, 0, 1)
-    seen = _masked(_pixels(global_crops, config), masks, config.patch_size)
-    groups = [seen.view(2, num_images, *seen.shape[1:])]
-    if local_views is not None:
-        local_crops = _pixels(make_crops(batch, batch.images, config.seed, "local crops", local_views), config)
-        groups.append(local_crops.view(-1, num_images, *local_crops.shape[1:]))
-    rows = []
-    for number, (height, width) in enumerate(batch.sizes):
-        whole = shown(batch.images[number, :height, :width].numpy())
-        crops = [[Tile(Image.fromarray(_bytes(view[number]))) for view in group] for group in groups]
-        rows.append([[Tile(whole)], *crops])
-    return rows
+    global_crops, local_crops, masks = make_views(batch, config, step, batch.images.device)
+    views = [_masked(_pixels(global_crops, config), masks, config.patch_size)]
+    views += [] if local_crops is None else [_pixels(local_crops, config)]
+    groups = [crops.view(-1, len(batch.samples), *crops.shape[1:]) for crops in views]  # (V * B, ...) -> (V, B, ...)
+    return [
+        [
+            [Tile(shown(batch.images[number, :height, :width].numpy()))],
+            *([Tile(_as_image(view[number])) for view in group] for group in groups),
+        ]
+        for number, (height, width) in enumerate(batch.sizes)
+    ]
 
 
 def _pixels(crops: Tensor, config: TrainConfig) -> Tensor:
-    """Return normalised crops (n, C, S, S) as pixels in [0, 1], (n, 3, S, S): the first three channels, or one as grey.
+    """Return normalised crops (n, C, S, S) as RGB in [0, 1], (n, 3, S, S): the first three channels, or one as grey.
 
-    It is how `shown` shows the image itself.
+    `shown` does the same with the image itself.
     """
     preprocess = preprocess_of(config)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
@@ -100,7 +87,5 @@ def _masked(pixels: Tensor, masks: Tensor, patch_size: int) -> Tensor:
     return torch.where(covered, torch.tensor(MASK_COLOUR).view(-1, 1, 1), pixels)
 
 
-def _bytes(pixels: Tensor) -> NDArray[np.uint8]:
-    """Return one image's pixels (3, S, S) in [0, 1] as (S, S, 3) uint8."""
-    array: NDArray[np.uint8] = (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return array
+def _as_image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""Whether a run is well: figures of the teacher's outputs and the student's features, and collapse said in words.
+"""Health of a run: figures of the teacher's outputs and the student's features, and the reason of a collapse.
 
 Shapes: K prototypes, B class tokens of one step, D embed_dim.
 """
@@ -14,13 +14,13 @@ from ..objective.micro_batch import Part
 UNIFORM_SHARE = 0.99  # of the largest entropy ln K; chosen: healthy runs sharpen well below it within their first steps
 MIN_PERPLEXITY = 2.0  # prototypes in use; chosen: below it nearly all images share one
 MIN_FEATURE_STD = 0.05  # of a possible 1; chosen: below it all class tokens point nearly the same way
-PATIENCE_STEPS = 100  # how long a figure must stay bad, since every run starts with all features alike
+PATIENCE_STEPS = 100  # chosen: a collapse is warned of when it lasts, since every run starts with all features alike
 
 
 def teacher_figures(step: Part) -> dict[str, Tensor]:
-    """Return the teacher's mean probabilities of a step's class tokens, (K,), and the mean entropy of one's, ().
+    """Return the mean of a step's teacher probabilities over class tokens, (K,), and their mean entropy, ().
 
-    Nothing where the teacher answers with features, for these are no probabilities.
+    Empty where the teacher's targets are features instead of probabilities.
     """
     if not step.are_probs:
         return {}
@@ -35,14 +35,14 @@ def health_figures(outputs: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the figures of one step.
 
     Args:
-        outputs: `student_cls_tokens` (B, D), of several students with their names before it; and what
-            `teacher_figures` gave, if anything.
+        outputs: `student_cls_tokens` (B, D), or `NAME_student_cls_tokens` of several students; and the output of
+            `teacher_figures`.
 
     Returns:
-        `teacher_entropy` in nats; `teacher_kl_to_uniform` = ln K - entropy, 0 when the teacher says nothing;
-        `prototype_perplexity` in [1, K], how many prototypes the batch uses; `rank_me` in [1, min(B, D)], how many
-        directions the class tokens fill; `feature_std` in [0, 1], 0 when they are all alike. Those of the teacher and
-        its prototypes only where there are any.
+        `teacher_entropy` in nats; `teacher_kl_to_uniform` = ln K - entropy, 0 when all prototypes are equally likely;
+        `prototype_perplexity` in [1, K], the number of prototypes that the batch uses; `rank_me` in [1, min(B, D)], the
+        effective rank of the class tokens; `feature_std` in [0, 1], 0 when they are all alike. The first three only
+        where the teacher has prototypes.
 
     Source: RankMe, Garrido et al. 2023, eq. 1.
     """
@@ -77,22 +77,23 @@ def feature_std(tokens: Tensor) -> float:
     return float(normed.var(dim=0, correction=0).sum().sqrt())
 
 
-def collapse(figures: Mapping[str, float], num_prototypes: int) -> str | None:
+def collapse_reason(figures: Mapping[str, float]) -> str | None:
     """Say how the figures show a collapse and what to change, or return None when they do not.
 
-    `num_prototypes` is 0 where the teacher has none; then only the student's features are looked at.
+    Of a teacher without prototypes there are no figures; then only the student's features tell.
     """
-    if num_prototypes and figures["teacher_kl_to_uniform"] < (1 - UNIFORM_SHARE) * math.log(num_prototypes):
-        return (
-            f"the teacher's outputs are uniform (entropy {figures['teacher_entropy']:.2f} of "
-            f"{math.log(num_prototypes):.2f} nats): lower teacher_temp, or set centering to sinkhorn_knopp, "
-            "or raise base_lr if it is very low"
-        )
-    if num_prototypes and figures["prototype_perplexity"] < MIN_PERPLEXITY:
-        return (
-            f"the teacher gives all images the same prototype ({figures['prototype_perplexity']:.1f} in use): "
-            "set centering to sinkhorn_knopp, lower base_lr, or raise momentum"
-        )
+    if "teacher_entropy" in figures:
+        entropy, to_uniform = figures["teacher_entropy"], figures["teacher_kl_to_uniform"]
+        if to_uniform < (1 - UNIFORM_SHARE) * (entropy + to_uniform):
+            return (
+                f"the teacher's outputs are uniform (entropy {entropy:.2f} of {entropy + to_uniform:.2f} nats): "
+                "lower teacher_temp, or set centering to sinkhorn_knopp, or raise base_lr if it is very low"
+            )
+        if figures["prototype_perplexity"] < MIN_PERPLEXITY:
+            return (
+                f"the teacher gives all images the same prototype ({figures['prototype_perplexity']:.1f} in use): "
+                "set centering to sinkhorn_knopp, lower base_lr, or raise momentum"
+            )
     feature_std = min(value for name, value in figures.items() if name.endswith("feature_std"))
     if feature_std < MIN_FEATURE_STD:
         return (

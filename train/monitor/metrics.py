@@ -1,12 +1,13 @@
-"""The figures of a run: gathered from all processes, one JSON line a logged step, all as Parquet at checkpoints."""
+"""The metrics of a run: reduced over all processes, one JSON line a logged step, all as Parquet at checkpoints."""
 
 import json
 import math
-import os
 import resource
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,22 +15,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ...store.files import write_text
 from ...store.manifest import ManifestWriter, Provenance
 from ..config import TrainConfig
 
-BAR_COLUMNS = 75  # of a terminal, that a progress bar fills by itself
+METRICS_FILE = "metrics.jsonl"  # in a run folder
+BAR_COLUMNS = 75  # of a terminal: the width of a progress bar without its note
 
 
 def append_metrics(run_folder: Path, figures: Mapping[str, float]) -> None:
     """Add one line to `metrics.jsonl`, at once readable by `tail -f`; what is not finite becomes null."""
     values = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-    with (run_folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    with (run_folder / METRICS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     """Return the lines of `metrics.jsonl`, null as not a number; a last one that a crash cut short is left out."""
-    path = run_folder / "metrics.jsonl"
+    path = run_folder / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
@@ -37,19 +40,16 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
 
 def rewind_metrics(run_folder: Path, steps_done: int) -> None:
     """Drop the lines of later steps, which the resumed run will write again."""
-    path, aside = run_folder / "metrics.jsonl", run_folder / ".metrics.jsonl"
+    path = run_folder / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done]
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done))
 
 
 def write_metrics_table(run_folder: Path, provenance: Provenance) -> None:
     """Write `metrics.parquet` with one row a logged step, null where a figure was not taken."""
     rows = read_metrics(run_folder)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: pa.array([row.get(name) for row in rows]) for name in names}
-    table = pa.table(columns)
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
     with ManifestWriter(run_folder / "metrics.parquet", list(table.schema), provenance) as writer:
         writer.write(table)
 
@@ -77,7 +77,7 @@ def averaged(outputs: Mapping[str, Tensor], accelerator: Accelerator) -> dict[st
 def weighted(losses: Mapping[str, Tensor], config: TrainConfig) -> dict[str, float]:
     """Return each loss times its weight, as `NAME_weighted`: they add up to the total.
 
-    Of several students, the losses have their names before.
+    The losses of several students start with the student's name.
     """
     weights = {
         "dino_local": config.dino_weight,
@@ -96,8 +96,31 @@ def weighted(losses: Mapping[str, Tensor], config: TrainConfig) -> dict[str, flo
     }
 
 
+class Throughput:
+    """Clock of the steps since the last logged one."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self.start, self.wait_s, self.num_images = time.monotonic(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting for data."""
+        start = time.monotonic()
+        yield
+        self.wait_s += time.monotonic() - start
+
+    def figures(self) -> dict[str, float]:
+        """Return images per second, and the share of the time that was spent waiting."""
+        seconds = time.monotonic() - self.start
+        return {"images_per_s": self.num_images / seconds, "data_wait": self.wait_s / seconds}
+
+
 def progress_note(figures: Mapping[str, float]) -> str:
-    """Say a step's figures in one line, the most telling first; on a terminal no more than fits beside the bar."""
+    """Return a step's figures in one line, the most important first; on a terminal as many as fit beside the bar."""
     if not figures:
         return ""
     shown = [
@@ -125,7 +148,7 @@ def progress_note(figures: Mapping[str, float]) -> str:
 
 
 def summed(numbers: list[int], accelerator: Accelerator) -> list[int]:
-    """Return the sums of some numbers over the processes; all of them must ask."""
+    """Return the sums of some numbers over the processes; all of them must call it."""
     if accelerator.num_processes == 1:
         return numbers
     total: Tensor = accelerator.reduce(torch.tensor(numbers, device=accelerator.device), reduction="sum")

@@ -1,4 +1,4 @@
-"""A run's figures in TensorBoard, Weights & Biases, MLflow and the like, by Accelerate; nothing unless asked for."""
+"""Metrics sent to TensorBoard, Weights & Biases, MLflow and the like, by Accelerate; nothing unless asked for."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,32 +7,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from ...errors import ToolkitError
 from ..config import TrainConfig
 
-# What `--track` names, the module that each needs, and the package that brings it.
-TRACKERS = {
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "wandb": ("wandb", "wandb"),
-    "mlflow": ("mlflow", "mlflow"),
-    "trackio": ("trackio", "trackio"),
-    "aim": ("aim", "aim"),
-    "comet_ml": ("comet_ml", "comet-ml"),
-    "clearml": ("clearml", "clearml"),
-    "dvclive": ("dvclive", "dvclive"),
-    "swanlab": ("swanlab", "swanlab"),
-}
 PROJECT = "dinov2"  # what a tracker shows the runs under
+RUN_NAME_KEYS = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}  # of a tracker's own arguments
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ToolkitError for a tracker that is unknown, or whose package is missing (Accelerate would say nothing)."""
     for name in names:
-        if name not in TRACKERS:
-            raise ToolkitError(f"--track {name} is unknown; choose from {', '.join(TRACKERS)}")
-        module, package = TRACKERS[name]
-        if find_spec(module) is None:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ToolkitError(f"--track {name} is unknown; choose from {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if find_spec(name) is None:
+            package = name.replace("_", "-")
             raise ToolkitError(f"--track {name} needs a package that is not installed; pip install {package}")
 
 
@@ -45,8 +35,7 @@ def tracked(accelerator: Accelerator, run_folder: Path, config: TrainConfig) -> 
     settings = {
         name: value if isinstance(value, int | float | str) else str(value) for name, value in asdict(config).items()
     }
-    names = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
-    keywords = {tracker: {key: run_folder.name} for tracker, key in names.items()}
+    keywords = {tracker: {key: run_folder.name} for tracker, key in RUN_NAME_KEYS.items()}
     accelerator.init_trackers(PROJECT, config=settings, init_kwargs=keywords)
     try:
         yield

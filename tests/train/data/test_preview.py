@@ -13,7 +13,7 @@ from dinov2_toolkit.train.config import TrainConfig, resolve
 from dinov2_toolkit.train.data.images import image_set, read_batches
 from dinov2_toolkit.train.data.preview import MASK_COLOUR, _masked, _rows
 from dinov2_toolkit.train.pretrain import pretrain
-from dinov2_toolkit.train.run import Watching
+from dinov2_toolkit.train.run import MonitorOptions
 
 SETTINGS = [
     "arch=vit_tiny",
@@ -60,7 +60,7 @@ def test_a_row_holds_an_image_and_all_crops_of_it(manifest: Path) -> None:
     config = settings("jitter=0", "mask_probability=0", "solarize=[0, 0, 0]")
     uris = pq.read_table(manifest)
     (batch,) = read_batches(image_set(uris), seed=0, batches=[range(4)], short_side_px=24)
-    rows = _rows(batch, 0, 4, config)
+    rows = _rows(batch, 0, config)
     assert [[len(group) for group in row] for row in rows] == [[1, 2, 3]] * 4
     for (whole,), global_crops, local_crops in rows:
         grey = np.asarray(whole.image)[0, 0, 0]
@@ -71,13 +71,13 @@ def test_a_row_holds_an_image_and_all_crops_of_it(manifest: Path) -> None:
 
 def test_a_dry_run_with_a_preview_draws_it_and_trains_nothing(manifest: Path) -> None:
     picture = manifest.parent / "crops.png"
-    watching = Watching(preview=str(picture))
+    monitor = MonitorOptions(preview=str(picture))
     run = str(manifest.parent / "run")
-    assert pretrain(manifest, run, settings(), Options(dry_run=True), watching=watching) is None
+    assert pretrain(manifest, run, settings(), Options(dry_run=True), monitor=monitor) is None
     with Image.open(picture) as image:
         assert image.width > 500 and image.height > 1000
     assert not Path(run).exists()
     with pytest.raises(ToolkitError, match="was made otherwise"):
-        pretrain(manifest, run, settings("num_local_crops=2"), Options(dry_run=True), watching=watching)
+        pretrain(manifest, run, settings("num_local_crops=2"), Options(dry_run=True), monitor=monitor)
     with pytest.raises(ToolkitError, match="does not end in .png"):
-        pretrain(manifest, run, settings(), Options(dry_run=True), watching=Watching(preview="crops.jpg"))
+        pretrain(manifest, run, settings(), Options(dry_run=True), monitor=MonitorOptions(preview="crops.jpg"))

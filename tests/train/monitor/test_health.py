@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dinov2_toolkit.train.monitor.health import collapse, feature_std, health_figures, rank_me
+from dinov2_toolkit.train.monitor.health import collapse_reason, feature_std, health_figures, rank_me
 
 
 def outputs(probs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -36,11 +36,11 @@ def test_figures_of_healthy_uniform_and_constant_teachers() -> None:
     assert healthy["teacher_entropy"] == 0
     assert healthy["teacher_kl_to_uniform"] == pytest.approx(math.log(8))
     assert healthy["prototype_perplexity"] == pytest.approx(8)
-    assert collapse(healthy, 8) is None
+    assert collapse_reason(healthy) is None
 
-    flat = collapse(health_figures(outputs(uniform, torch.eye(8))), 8)
+    flat = collapse_reason(health_figures(outputs(uniform, torch.eye(8))))
     assert flat is not None and "uniform (entropy 2.08 of 2.08 nats)" in flat
-    constant = collapse(health_figures(outputs(one_hot[:1].expand(8, -1), torch.eye(8))), 8)
+    constant = collapse_reason(health_figures(outputs(one_hot[:1].expand(8, -1), torch.eye(8))))
     assert constant is not None and "same prototype (1.0 in use)" in constant
-    alike = collapse(health_figures(outputs(one_hot, torch.ones(8, 8))), 8)
+    alike = collapse_reason(health_figures(outputs(one_hot, torch.ones(8, 8))))
     assert alike is not None and "alike" in alike

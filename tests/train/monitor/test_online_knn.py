@@ -15,7 +15,7 @@ from dinov2_toolkit.train.config import TrainConfig, resolve
 from dinov2_toolkit.train.monitor.metrics import read_metrics
 from dinov2_toolkit.train.monitor.online_knn import knn_accuracy, labelled_sets
 from dinov2_toolkit.train.pretrain import pretrain
-from dinov2_toolkit.train.run import NOTHING, Watching
+from dinov2_toolkit.train.run import NO_MONITORING, MonitorOptions
 
 SETTINGS = [
     "arch=vit_tiny",
@@ -85,32 +85,34 @@ def test_a_manifest_with_labels_is_read_and_one_without_is_refused(tmp_path: Pat
     with pytest.raises(ToolkitError, match="--eval-train .*red has no labels"):
         labelled_sets(str(folder / "red"), manifest)
     with pytest.raises(ToolkitError, match="go together"):
-        Watching(eval_train=manifest).open()
+        MonitorOptions(eval_train=manifest).check()
 
 
-def test_a_watched_run_has_knn_in_its_metrics_and_is_otherwise_the_same_resumed_too(tmp_path: Path) -> None:
+def test_a_run_with_labelled_images_has_knn_in_its_metrics_and_is_otherwise_the_same_resumed_too(
+    tmp_path: Path,
+) -> None:
     torch.set_num_threads(1)
     train, test = folder_of(tmp_path / "train", 6), folder_of(tmp_path / "test", 2)
     pq.write_table(pa.table({"uri": sorted(map(str, train.glob("*/*.png")))}), tmp_path / "images.parquet")
     config = resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=SETTINGS)
 
-    def run(name: str, watching: Watching) -> list[dict[str, float]]:
-        pretrain(tmp_path / "images.parquet", str(tmp_path / name), config, Options(), resume=True, watching=watching)
+    def run(name: str, monitor: MonitorOptions) -> list[dict[str, float]]:
+        pretrain(tmp_path / "images.parquet", str(tmp_path / name), config, Options(), resume=True, monitor=monitor)
         return [
             {key: value for key, value in line.items() if key not in CLOCK} for line in read_metrics(tmp_path / name)
         ]
 
-    plain = run("plain", NOTHING)
-    watching = Watching(str(train), str(test))
-    watched = run("watched", watching)
-    assert [line["step"] for line in watched if "knn" in line] == [2, 4, 5]
-    assert all(0 <= line["knn"] <= 1 for line in watched if "knn" in line)
-    assert [{key: value for key, value in line.items() if key != "knn"} for line in watched] == plain
+    plain = run("plain", NO_MONITORING)
+    monitor = MonitorOptions(str(train), str(test))
+    measured = run("measured", monitor)
+    assert [line["step"] for line in measured if "knn" in line] == [2, 4, 5]
+    assert all(0 <= line["knn"] <= 1 for line in measured if "knn" in line)
+    assert [{key: value for key, value in line.items() if key != "knn"} for line in measured] == plain
 
     # Killed after step 4.
-    (tmp_path / "watched" / "model.json").unlink()
-    last = tmp_path / "watched" / "checkpoints" / "step-0000005"
+    (tmp_path / "measured" / "model.json").unlink()
+    last = tmp_path / "measured" / "checkpoints" / "step-0000005"
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
-    assert run("watched", watching) == watched
+    assert run("measured", monitor) == measured
