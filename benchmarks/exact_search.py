@@ -18,7 +18,7 @@ import numpy as np
 
 from dinov2_toolkit.benchmarks.measured import in_a_process, measured, peak_mb, write_result
 from dinov2_toolkit.benchmarks.synthetic import blocks
-from dinov2_toolkit.features.search.exact_search import Identity, exact_neighbors
+from dinov2_toolkit.features.search.exact_search import Identity, KnnTask, exact_neighbors
 from dinov2_toolkit.store.manifest import Source
 from dinov2_toolkit.store.vectors import Vectors
 
@@ -33,7 +33,7 @@ def search(contestant: str, path: Path, k: int) -> dict[str, float]:
         before = peak_mb()
         itself = Identity(vectors.rows, vectors.rows)
         with measured() as took:
-            found = exact_neighbors(vectors, vectors, k, order=vectors.rows, identity=itself, progress=None)
+            found = exact_neighbors(KnnTask(vectors, vectors, k, vectors.rows, itself), progress=None)
         indices = found.indices
     else:
         unit = vectors.unit(0, len(vectors))

@@ -3,8 +3,6 @@
 N training images, M test images, D numbers a feature, C classes.
 """
 
-from contextlib import nullcontext
-
 import numpy as np
 
 from .. import console
@@ -45,8 +43,7 @@ def knn_guesses(
     train, test = in_memory(train_features), in_memory(test_features)
     block_rows = max(1, min(BLOCK_ROWS, BLOCK_VOTES // num_classes))
     guesses: dict[int, list[Int64]] = {k: [] for k in ks}
-    bar = nullcontext(_no_progress) if progress is None else console.progress(progress, len(test), "images")
-    with bar as advance:
+    with console.progress(progress, len(test), "images") as advance:
         for start in range(0, len(test), block_rows):
             block = test.take(test.rows[start : start + block_rows])
             found = nearest(block, train, max_k, order=train.rows, search=EXACT, progress=None)
@@ -57,10 +54,6 @@ def knn_guesses(
                 guesses[k].append(_most_voted(labels[:, :k], weights[:, :k], num_classes, num_guesses))
             advance(len(block))
     return {k: np.concatenate(blocks) for k, blocks in guesses.items()}
-
-
-def _no_progress(count: int) -> None:
-    pass
 
 
 def in_memory(features: Float32) -> Vectors:

@@ -1,12 +1,12 @@
-"""The exact self-join by bounds: a cell that cannot hold a neighbour above the threshold is not visited.
+"""The exact self-join by bounds: a cell that cannot hold a neighbour above the threshold is not probed.
 
 Of two vectors nearer than a chord r, one in cell a and one in cell b, neither is farther than r from the plane half
-way between the two centroids, but for what a vector may be nearer to another centroid than to its own.
+way between the two centroids, except as far as a vector may be nearer to another centroid than to its own.
 
 N rows, D numbers a vector, K cells.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,15 +17,16 @@ from ..threads import map_in_order, workers
 from .cells import Cells
 from .products import product, unit_rows
 from .similarity import tolerance
-from .tasks import Batch, Task
 
-SAMPLE_ROWS = 2_048  # chosen: rows by which it is found how much the bounds leave
+SAMPLE_ROWS = 2_048  # chosen: rows by which it is measured how much the bounds leave
 PRODUCTS = 1 << 23  # numbers a product
-BATCH_CELLS = 64  # chosen: cells whose visitors are found together
+BATCH_CELLS = 64  # chosen: cells whose probing rows are found together
 WORTH_IT = 0.7  # chosen: share of the pairs left by the bounds from which all with all is as quick
 
+Task = tuple[Int64 | slice, slice]  # rows to compare with a run of rows; with those after them if it is the same run
 
-def bounded_batches(vectors: Vectors, cells: Cells, threshold: float) -> list[Batch] | None:
+
+def bounded_batches(vectors: Vectors, cells: Cells, threshold: float) -> list[Iterator[Task]] | None:
     """Return what compares every row with all that can be above the threshold to it; None where that is most.
 
     Args:
@@ -46,21 +47,18 @@ def bounded_batches(vectors: Vectors, cells: Cells, threshold: float) -> list[Ba
         return None
     similarity, slack = _own_similarity(vectors, cells)
 
-    def batch(first: int, last: int) -> Batch:
-        def tasks() -> Iterator[Task]:
-            between = torch.cdist(centroids, centroids[first:last]).cpu().numpy()  # (K, cells of the batch)
-            allowed = chord * between + slack[first:last] + 1e-4 + 2 * tolerance(vectors.dim)  # cdist errs by less
-            visitors = list(_visitors(vectors, cells, similarity, allowed, first, last))
-            for cell in range(first, last):
-                members = cells.members(cell)
-                yield Task(members, members)
-                visiting = np.concatenate([part[cell - first] for part in visitors])
-                if len(visiting) and members.start < members.stop:
-                    yield Task(visiting, members)
+    def tasks(first: int, last: int) -> Iterator[Task]:
+        between = torch.cdist(centroids, centroids[first:last]).cpu().numpy()  # (K, cells of the batch)
+        allowed = chord * between + slack[first:last] + 1e-4 + 2 * tolerance(vectors.dim)  # cdist errs by less
+        probing = list(_probing_rows(vectors, cells, similarity, allowed, first, last))
+        for cell in range(first, last):
+            members = cells.members(cell)
+            yield members, members
+            rows = np.concatenate([part[cell - first] for part in probing])
+            if len(rows) and members.start < members.stop:
+                yield rows, members
 
-        return tasks
-
-    return [batch(first, min(first + BATCH_CELLS, len(sizes))) for first in range(0, len(sizes), BATCH_CELLS)]
+    return [tasks(first, min(first + BATCH_CELLS, len(sizes))) for first in range(0, len(sizes), BATCH_CELLS)]
 
 
 def _own_similarity(vectors: Vectors, cells: Cells) -> tuple[Float32, Float32]:
@@ -86,15 +84,15 @@ def _own_similarity(vectors: Vectors, cells: Cells) -> tuple[Float32, Float32]:
     return similarity, slack
 
 
-def _visitors(
+def _probing_rows(
     vectors: Vectors, cells: Cells, similarity: Float32, allowed: Float32 | Float64, first: int, last: int
-) -> Iterable[list[Int64]]:
-    """Yield for blocks of rows in cells before each of the cells `first` to `last` those that must visit it."""
+) -> Iterator[list[Int64]]:
+    """Yield for blocks of rows in cells before each of the cells `first` to `last` those that must probe it."""
     centroids = unit_rows(cells.centroids[first:last])
     step = max(1, PRODUCTS // (last - first) // 16)
     for start in range(0, int(cells.offsets[last]), step):
         stop = min(start + step, int(cells.offsets[last]))
         own = cells.nearest[start:stop, 0].astype(np.int64)
         farther = similarity[start:stop, None] - product(unit_rows(vectors.array[start:stop]), centroids)
-        visits = (farther <= allowed[own]) & (own[:, None] < np.arange(first, last))
-        yield [np.flatnonzero(column) + start for column in visits.T]
+        probes = (farther <= allowed[own]) & (own[:, None] < np.arange(first, last))
+        yield [np.flatnonzero(column) + start for column in probes.T]

@@ -1,4 +1,4 @@
-"""The cells of a pool: its vectors sorted by their nearest centroid, kept on disk for the next search of that pool.
+"""An inverted file (IVF) of a pool: its vectors sorted into the cells of their nearest centroids, kept on disk.
 
 Centroids are found on two levels, so that assigning a row costs about 2 sqrt(K) products and not K.
 
@@ -8,10 +8,10 @@ N vectors, D numbers a vector, K cells, G groups of cells, P nearest cells of a 
 import hashlib
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,24 +20,26 @@ from torch import Tensor
 
 from ... import console
 from ...store.cache import cache_folder, cache_key, make_room, open_cache
-from ...store.vectors import RELEASED_BYTES, RELEASED_ROWS, Float32, Int64, Stored, Vectors, release
+from ...store.files import replacing
+from ...store.vectors import RELEASED_ROWS, Float32, Int32, Int64, PageRelease, Stored, Vectors, release
+from ..grouping import group_by
 from ..threads import map_in_order, workers
 from .products import product, unit_rows
 
 ROWS_A_CELL = 256  # chosen: rows in a cell, on average
 SAMPLE_A_CELL = 32  # chosen: rows by which a centroid is fitted
 ITERATIONS = 6  # chosen: cells need not be good clusters
-LEAST_NEAREST = 16  # chosen: P, the cells of which a row knows, is at least this
+MIN_NEAREST = 16  # chosen: P, the cells of which a row knows, is at least this
 CELLS_A_GROUP = 4  # chosen: a row looks for its cells in the nearest P / 4 groups, which hold many more
 BLOCK_ROWS = 8_192  # rows assigned at a time
+NAMES = ("stored", "ids", "centroids", "nearest", "gaps", "offsets")  # the last one says that all are there
 
-Int32 = npt.NDArray[np.int32]
 Float16 = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True)
 class Cells:
-    """A pool sorted by cell. Rows are counted in that order here; `ids` tells which vector of the pool each is."""
+    """A pool sorted by cell. Rows are counted in that order; `ids` tells which vector of the pool each is."""
 
     stored: Stored  # (N, D) the vectors as stored
     ids: Int64  # (N,) positions in the pool, rising within a cell
@@ -58,29 +60,25 @@ class Cells:
         return Vectors(self.stored, np.arange(len(self)), pool.base)
 
 
-NAMES = ("stored", "ids", "centroids", "nearest", "gaps", "offsets")  # the last one says that all are there
-
-
-def open_cells(pool: Vectors, seed: int, more: int = 1) -> Cells:
+def open_cells(pool: Vectors, seed: int, times: int = 1) -> Cells:
     """Return the cells of a pool, made now or by an earlier search of the same vectors.
 
     Args:
-        more: how many times the usual number of nearest cells a row is to know.
+        times: so many times the usual number of nearest cells is a row to know.
     """
     num_cells = max(1, len(pool) // ROWS_A_CELL)
-    num_nearest = more * usual_nearest(num_cells)
+    num_nearest = times * usual_nearest(num_cells)
     key = cells_key(pool, seed, num_nearest)
     paths = {name: cache_folder() / f"{key}-{name}.npy" for name in NAMES}
     if all(path.exists() for path in paths.values()):
         console.detail(f"the cells of {Path(pool.base.path).name} are there from an earlier search")
         for path in paths.values():
             os.utime(path)
-        return _mapped(paths)
-    open_cache()
-    make_room(len(pool) * (pool.dim * pool.array.itemsize + 6 * num_nearest + 8) + 4 * num_cells * pool.dim)
-    centroids, groups = fit_centroids(pool, num_cells, seed)
-    _write(pool, centroids, groups, num_nearest, paths)
-    return _mapped(paths)
+    else:
+        open_cache()
+        make_room(len(pool) * (pool.dim * pool.array.itemsize + 6 * num_nearest + 8) + 4 * num_cells * pool.dim)
+        _write(pool, *fit_centroids(pool, num_cells, seed), num_nearest, paths)
+    return Cells(**{name: np.load(path, mmap_mode="r") for name, path in paths.items()})
 
 
 def usual_nearest(num_cells: int) -> int:
@@ -89,7 +87,7 @@ def usual_nearest(num_cells: int) -> int:
     Measured: 16 from 4 groups hold more than 0.99 of the pairs at 3.9e3 cells and 0.987 at 39e3; there, 34 hold 0.994
     from 4 groups and 0.998 from 8 or more.
     """
-    return max(LEAST_NEAREST, round(math.cbrt(num_cells)))
+    return max(MIN_NEAREST, round(math.cbrt(num_cells)))
 
 
 def cells_key(pool: Vectors, seed: int, num_nearest: int) -> str:
@@ -98,13 +96,9 @@ def cells_key(pool: Vectors, seed: int, num_nearest: int) -> str:
     made_by = (ROWS_A_CELL, SAMPLE_A_CELL, ITERATIONS, CELLS_A_GROUP, seed, num_nearest)
     digest.update(repr((cache_key(pool.base), pool.array.shape, pool.array.dtype.str, *made_by)).encode())
     digest.update(np.ascontiguousarray(pool.rows).data)
-    probes = np.linspace(0, len(pool) - 1, min(len(pool), 64)).astype(np.int64)
-    digest.update(np.ascontiguousarray(pool.take(probes).raw(0, len(probes))).data)
+    sample = np.linspace(0, len(pool) - 1, min(len(pool), 64)).astype(np.int64)
+    digest.update(np.ascontiguousarray(pool.take(sample).raw(0, len(sample))).data)
     return digest.hexdigest()
-
-
-def _mapped(paths: dict[str, Path]) -> Cells:
-    return Cells(**{name: np.load(path, mmap_mode="r") for name, path in paths.items()})
 
 
 def fit_centroids(pool: Vectors, num_cells: int, seed: int) -> tuple[Float32, Int64]:
@@ -121,29 +115,27 @@ def fit_centroids(pool: Vectors, num_cells: int, seed: int) -> tuple[Float32, In
     with workers() as threads:
         coarse = spherical_kmeans(unit_rows(_stored(pool, first)), num_groups, [seed % 2**63, 2])
 
-        def group_of(start: int) -> Int64:
+        def nearest(start: int) -> Int64:
             rows = unit_rows(_stored(pool, sample[start : start + BLOCK_ROWS]))
-            nearest: Int64 = product(rows, coarse).argmax(axis=1)
-            return nearest
+            centroids: Int64 = product(rows, coarse).argmax(axis=1)
+            return centroids
 
-        group = np.concatenate(list(map_in_order(group_of, range(0, num_sampled, BLOCK_ROWS), threads)))
-        sizes = np.bincount(group, minlength=num_groups)
-        num_cells_of = np.minimum(np.maximum(np.round(num_cells * sizes / num_sampled).astype(np.int64), 1), sizes)
-        by_group = sample[np.argsort(group, kind="stable")]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+        labels = np.concatenate(list(map_in_order(nearest, range(0, num_sampled, BLOCK_ROWS), threads)))
+        groups = group_by(labels, num_groups)
+        shares = np.round(num_cells * groups.sizes / num_sampled).astype(np.int64)
+        num_cells_of = np.minimum(np.maximum(shares, 1), groups.sizes)
 
-        def fit(number: int) -> Tensor:
-            points = unit_rows(_stored(pool, by_group[starts[number] : starts[number + 1]]))
-            return spherical_kmeans(points, int(num_cells_of[number]), [seed % 2**63, 3, number])
+        def fit(group: int) -> Float32:
+            points = unit_rows(_stored(pool, sample[groups.of(group)]))
+            return spherical_kmeans(points, int(num_cells_of[group]), [seed % 2**63, 3, group]).cpu().numpy()
 
-        filled = np.flatnonzero(sizes).tolist()
+        filled = np.flatnonzero(groups.sizes).tolist()
         parts = []
         with console.progress("fitting cells", len(filled), "groups") as advance:
             for part in map_in_order(fit, filled, threads):
-                parts.append(part.cpu().numpy())
+                parts.append(part)
                 advance()
-    groups = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
-    return np.concatenate(parts), groups
+    return np.concatenate(parts), np.cumsum([0, *map(len, parts)])
 
 
 def spherical_kmeans(points: Tensor, num_centroids: int, seed: list[int]) -> Tensor:
@@ -160,80 +152,70 @@ def spherical_kmeans(points: Tensor, num_centroids: int, seed: list[int]) -> Ten
 
 def _write(pool: Vectors, centroids: Float32, groups: Int64, num_nearest: int, paths: dict[str, Path]) -> None:
     """Assign all rows, sort them by cell, and put the files into place."""
-    count = (len(pool), num_nearest)
-    with _temporary("nearest") as nearest_path, _temporary("gaps") as gaps_path:
-        nearest: Int32 = np.lib.format.open_memmap(nearest_path, mode="w+", dtype=np.int32, shape=count)
-        gaps: Float16 = np.lib.format.open_memmap(gaps_path, mode="w+", dtype=np.float16, shape=count)
+    shape = len(pool), num_nearest
+    with (
+        tempfile.TemporaryFile(dir=cache_folder()) as nearest_file,
+        tempfile.TemporaryFile(dir=cache_folder()) as gaps_file,
+    ):
+        nearest: Int32 = np.memmap(nearest_file, np.int32, "w+", shape=shape)
+        gaps: Float16 = np.memmap(gaps_file, np.float16, "w+", shape=shape)
         _assign(pool, centroids, groups, nearest, gaps)
-        own = np.array(nearest[:, 0])
-        ids = np.argsort(own, kind="stable")
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(own, minlength=len(centroids)))])
-        del own
-        written: dict[str, npt.NDArray[np.generic]] = {"ids": ids, "centroids": centroids, "offsets": offsets}
+        by_cell = group_by(np.array(nearest[:, 0]), len(centroids))
+        whole: dict[str, npt.NDArray[Any]] = {"ids": by_cell.rows, "centroids": centroids, "offsets": by_cell.offsets}
+        gathered = {"stored": pool.array, "nearest": nearest, "gaps": gaps}
         for name in NAMES:
-            temporary = paths[name].with_name(f".{paths[name].name}.{os.getpid()}.tmp")
-            try:
-                if name in written:
+            with replacing(paths[name]) as temporary:
+                if name in whole:
                     with temporary.open("wb") as file:
-                        np.save(file, written[name])
+                        np.save(file, whole[name])
                 else:
-                    source = {"stored": pool.array, "nearest": nearest, "gaps": gaps}[name]
-                    _gather(source, pool.rows[ids] if name == "stored" else ids, temporary)
-                os.replace(temporary, paths[name])
-            finally:
-                temporary.unlink(missing_ok=True)
+                    rows = pool.rows[by_cell.rows] if name == "stored" else by_cell.rows
+                    _gather(gathered[name], rows, temporary)
 
 
 def _assign(pool: Vectors, centroids: Float32, groups: Int64, nearest: Int32, gaps: Float16) -> None:
     """Write the P nearest cells of every row and how much farther they are than the nearest."""
     cells = unit_rows(centroids)
-    heads = torch.stack([part.mean(dim=0) for part in torch.split(cells, np.diff(groups).tolist())])
-    heads = torch.nn.functional.normalize(heads)
+    coarse = torch.stack([part.mean(dim=0) for part in torch.split(cells, np.diff(groups).tolist())])
+    coarse = torch.nn.functional.normalize(coarse)
 
     def assign(start: int) -> int:
-        stop = min(start + BLOCK_ROWS, len(pool))
-        near, similarity = nearest_cells(
-            unit_rows(_stored(pool, slice(start, stop))), cells, heads, groups, nearest.shape[1]
-        )
-        nearest[start:stop] = near
-        gaps[start:stop] = similarity[:, :1] - similarity
-        return stop - start
+        block = slice(start, min(start + BLOCK_ROWS, len(pool)))
+        points = unit_rows(pool.array[pool.rows[block]])
+        nearest[block], similarity = nearest_cells(points, cells, coarse, groups, nearest.shape[1])
+        gaps[block] = similarity[:, :1] - similarity
+        return len(points)
 
+    pages = PageRelease(pool.array, nearest, gaps)
     with workers() as threads, console.progress("assigning to cells", len(pool), "vectors") as advance:
-        passed = 0
         for done in map_in_order(assign, range(0, len(pool), BLOCK_ROWS), threads):
             advance(done)
-            passed += done * pool.dim * pool.array.itemsize
-            if passed > RELEASED_BYTES:
-                passed = 0
-                for array in (pool.array, nearest, gaps):
-                    release(array)
+            pages.add(done * pool.dim * pool.array.itemsize)
 
 
-def nearest_cells(points: Tensor, cells: Tensor, heads: Tensor, groups: Int64, num: int) -> tuple[Int32, Float32]:
-    """Return the P nearest cells of points (B, D) by their nearest groups, (B, P), and the similarity to each."""
-    beam = min(max(1, num // CELLS_A_GROUP), len(heads))
-    near = (points @ heads.T).topk(beam, dim=1).indices.flatten()  # (B * beam,)
-    order = near.argsort(stable=True)
-    row, slot = order // beam, order % beam
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(near.cpu().numpy(), minlength=len(heads)))]).tolist()
-    similarity = points.new_full((len(points), beam, num), -torch.inf)
+def nearest_cells(points: Tensor, cells: Tensor, coarse: Tensor, groups: Int64, num: int) -> tuple[Int32, Float32]:
+    """Return the P nearest cells of points (B, D) by their nearest groups, (B, P), and the similarity to each.
+
+    Args:
+        coarse: (G, D) the coarse quantizer, a centroid of each group of cells.
+    """
+    num_groups = min(max(1, num // CELLS_A_GROUP), len(coarse))  # that are probed
+    probed = (points @ coarse.T).topk(num_groups, dim=1).indices.flatten()  # (B * num_groups,)
+    probes = group_by(probed.cpu().numpy(), len(coarse))
+    similarity = points.new_full((len(points), num_groups, num), -torch.inf)
     number = torch.full(similarity.shape, -1, dtype=torch.int32, device=points.device)
-    for group, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        if start == stop:
-            continue
+    for group in np.flatnonzero(probes.sizes).tolist():
+        row, slot = (torch.from_numpy(part).to(points.device) for part in np.divmod(probes.of(group), num_groups))
         first, last = int(groups[group]), int(groups[group + 1])
-        best = (points[row[start:stop]] @ cells[first:last].T).topk(min(num, last - first), dim=1)
-        place = row[start:stop], slot[start:stop]
-        similarity[place[0], place[1], : best.values.shape[1]] = best.values
-        number[place[0], place[1], : best.values.shape[1]] = best.indices.int() + first
+        best = (points[row] @ cells[first:last].T).topk(min(num, last - first), dim=1)
+        similarity[row, slot, : best.values.shape[1]] = best.values
+        number[row, slot, : best.values.shape[1]] = best.indices.int() + first
     top = similarity.flatten(1).topk(num, dim=1)
     return number.flatten(1).gather(1, top.indices).cpu().numpy(), top.values.cpu().numpy()
 
 
-def _stored(pool: Vectors, positions: Int64 | slice) -> Stored:
-    if isinstance(positions, slice):
-        return pool.array[pool.rows[positions]]
+def _stored(pool: Vectors, positions: Int64) -> Stored:
+    """Return the vectors at `positions` (M,) as stored, (M, D), read here and there."""
     stored = np.empty((len(positions), pool.dim), pool.array.dtype)
     for start in range(0, len(positions), RELEASED_ROWS):
         some = pool.rows[positions[start : start + RELEASED_ROWS]]
@@ -250,13 +232,3 @@ def _gather(source: npt.NDArray[np.generic], rows: Int64, target: Path) -> None:
         release(source)
         release(written)
     written.flush()
-
-
-@contextmanager
-def _temporary(name: str) -> Iterator[Path]:
-    """Yield where a file may be written that is gone afterwards."""
-    path = cache_folder() / f".{name}.{os.getpid()}.tmp"
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
 """Exact nearest neighbours by cosine, whatever the block size, the number of threads or the device.
 
-Products in float32 propose neighbours; what they cannot tell apart is settled by float64 sums in a fixed order.
+Products in float32 propose candidates. Float64 sums in a fixed order rank those that float32 cannot tell apart.
 
 Q queries, N pool vectors, D numbers a vector, k neighbours, C candidates.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,10 +16,10 @@ from .candidates import BLOCK_BYTES, candidates
 from .similarity import first_identical, similarities, tolerance
 
 MARGIN = 16  # candidates beyond k, so that float32 rounding at the k-th place costs no second search
-MOST_EXCLUDED = 1_000  # candidates more, at most, for pool rows that are the query's own image
-SETTLED_QUERIES = 4_096  # queries whose candidates are settled together
+MAX_EXCLUDED = 1_000  # candidates more, at most, for pool rows that are the query's own image
+RERANKED_QUERIES = 4_096  # queries whose candidates are ranked together
 EXACT_PRODUCTS = 1.6e13  # chosen: 200,000 x 200,000 vectors of 384; three minutes on two cores
-SCAN_QUERIES = 256  # queries a tile of `_scan`
+SCANNED_QUERIES = 256  # queries a tile of `scan`
 
 
 @dataclass(frozen=True)
@@ -45,145 +45,139 @@ class Neighbors:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which image every vector belongs to: a pair with equal numbers is the image itself, and never counts."""
+    """The image that every vector belongs to: a pair with equal numbers is one image, and never counts."""
 
     queries: Int64  # (Q,)
     pool: Int64  # (N,)
 
 
+@dataclass(frozen=True)
+class KnnTask:
+    """A search for the k nearest pool vectors of every query."""
+
+    queries: Vectors
+    pool: Vectors
+    k: int  # cut to N
+    order: Int64  # (N,) rank of every pool vector by (image_id, uri, row), by which ties are broken
+    identity: Identity | None = None  # pairs to leave out
+    above: float = -np.inf  # only neighbours with a larger similarity are wanted
+
+    def no_neighbors(self) -> Neighbors:
+        """Return places for the neighbours, all empty."""
+        shape = len(self.queries), min(self.k, len(self.pool))
+        return Neighbors(np.full(shape, -1, np.int64), np.full(shape, -np.inf))
+
+    def num_candidates(self) -> int:
+        """Return how many candidates hold the k nearest but for ties: more, where some are the query's own image."""
+        num_excluded = 0
+        if self.identity is not None:
+            images, counts = np.unique(self.identity.pool, return_counts=True)
+            num_excluded = int(counts[np.isin(images, self.identity.queries)].max(initial=0))
+        return min(self.k + MARGIN + min(num_excluded, MAX_EXCLUDED), len(self.pool))
+
+    def within(self, pool: Vectors, positions: Int64) -> "KnnTask":
+        """Return the same search in another pool (M,), whose vectors are those at `positions` (M,) of this one."""
+        identity = None if self.identity is None else Identity(self.identity.queries, self.identity.pool[positions])
+        return replace(self, pool=pool, order=self.order[positions], identity=identity)
+
+
 def exact_neighbors(
-    queries: Vectors,
-    pool: Vectors,
-    k: int,
-    *,
-    order: Int64,
-    identity: Identity | None = None,
-    above: float = -np.inf,
-    progress: str | None = "searching neighbours",
-    block_bytes: int = BLOCK_BYTES,
+    task: KnnTask, *, progress: str | None = "searching neighbours", block_bytes: int = BLOCK_BYTES
 ) -> Neighbors:
-    """Return the k nearest pool vectors of every query, exactly; k is cut to N.
+    """Return the k nearest pool vectors of every query, exactly.
 
     Args:
-        order: (N,) rank of every pool vector by (image_id, uri, row), by which ties are broken.
-        identity: pairs to leave out.
-        above: only neighbours with a larger similarity are wanted.
+        task: what is searched.
         progress: what the progress line says, None for no line.
+        block_bytes: what the queries that go through the pool together may take.
     """
-    k = min(k, len(pool))
-    num_candidates = num_candidates_for(k, len(pool), identity)
-    neighbors = Neighbors(np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf))
+    neighbors = task.no_neighbors()
 
-    def settle_block(block: tuple[int, Int64, Float32]) -> list[Int64]:
+    def rerank_block(block: tuple[int, Int64, Float32]) -> Int64:
         start, found, approximate = block
-        left = []
-        for part in range(0, len(found), SETTLED_QUERIES):
-            some = slice(part, part + SETTLED_QUERIES)
-            rows = np.arange(start, start + len(found))[some]
-            left.append(settle(neighbors, rows, found[some], approximate[some], queries, pool, order, identity, above))
-        return left
+        return rerank(task, np.arange(start, start + len(found)), found, approximate, neighbors)
 
     with workers() as threads:
-        blocks = candidates(queries, pool, num_candidates, progress, block_bytes)
-        unsettled = [rows for block in map_in_order(settle_block, blocks, threads, threads.count) for rows in block]
-    left = np.concatenate([np.empty(0, np.int64), *unsettled])
-    if len(left):
-        console.detail(f"{len(left):,} of {len(queries):,} queries have ties beyond place {k}: searching them again")
-        _scan(queries, left, pool, neighbors, order, identity, above, block_bytes)
+        blocks = candidates(task.queries, task.pool, task.num_candidates(), progress, block_bytes)
+        unfinished = list(map_in_order(rerank_block, blocks, threads, ahead=threads.count))
+    rows = np.concatenate([np.empty(0, np.int64), *unfinished])
+    if len(rows):
+        console.detail(f"{len(rows):,} of {len(task.queries):,} queries have ties beyond place {task.k}: scanning")
+        scan(task, rows, neighbors, block_bytes)
     return neighbors
 
 
-def settle(
-    neighbors: Neighbors,
-    rows: Int64,
-    found: Int64,
-    approximate: Float32,
-    queries: Vectors,
-    pool: Vectors,
-    order: Int64,
-    identity: Identity | None,
-    above: float,
-) -> Int64:
-    """Write the k best of the candidates (B, C) of the queries at `rows` (B,) to `neighbors`, by exact similarity.
+def rerank(task: KnnTask, rows: Int64, found: Int64, approximate: Float32, neighbors: Neighbors) -> Int64:
+    """Write the k best candidates of the queries at `rows` (B,) to `neighbors`, by exact similarity.
 
-    Similarities are -inf where there is no candidate. Returns the rows that could have a neighbour more
-    beyond the last candidate.
+    Args:
+        found: (B, C) candidates, in no order.
+        approximate: (B, C) their float32 similarities; -inf where there is no candidate.
+
+    Returns:
+        The rows that could have a neighbour more beyond the last candidate.
     """
+    parts = [slice(start, start + RERANKED_QUERIES) for start in range(0, len(rows), RERANKED_QUERIES)]
+    return np.concatenate([_rerank(task, rows[part], found[part], approximate[part], neighbors) for part in parts])
+
+
+def _rerank(task: KnnTask, rows: Int64, found: Int64, approximate: Float32, neighbors: Neighbors) -> Int64:
     k = neighbors.indices.shape[1]
-    error = tolerance(pool.dim)
+    error = tolerance(task.pool.dim)
     # What the search left out is at most this similar.
-    is_part = found.shape[1] < len(pool)
+    is_part = found.shape[1] < len(task.pool)
     others = approximate.min(axis=1) + error if is_part else np.full(len(found), -np.inf, np.float32)
     is_candidate = found >= 0
-    if identity is not None:
-        is_candidate &= identity.queries[rows][:, None] != identity.pool[found]
+    if task.identity is not None:
+        is_candidate &= task.identity.queries[rows][:, None] != task.identity.pool[found]
     if not is_candidate.all():
         approximate = np.where(is_candidate, approximate, -np.inf)
     kth = -np.partition(-approximate, k - 1, axis=1)[:, k - 1 : k]
-    query, column = np.nonzero((approximate >= kth - 2 * error) & (approximate > above - error))
+    query, column = np.nonzero((approximate >= kth - 2 * error) & (approximate > task.above - error))
     exact = np.full(found.shape, -np.inf)
-    exact[query, column] = similarities(queries, rows[query], pool, found[query, column])
-    exact[exact <= above] = -np.inf
+    exact[query, column] = similarities(task.queries, rows[query], task.pool, found[query, column])
+    exact[exact <= task.above] = -np.inf
     places = np.argsort(-exact, axis=1, kind="stable")  # (B, C)
     ranked = np.take_along_axis(exact, places, axis=1)
     tied = np.flatnonzero(((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] > -np.inf)).any(axis=1))
-    places[tied] = np.lexsort((order[found[tied]], -exact[tied]))
+    places[tied] = np.lexsort((task.order[found[tied]], -exact[tied]))
     best = ranked[:, :k]
     neighbors.similarities[rows] = best
     neighbors.indices[rows] = np.where(best > -np.inf, np.take_along_axis(found, places[:, :k], axis=1), -1)
-    return rows[(others > above) & (best[:, -1] <= others)]
+    return rows[(others > task.above) & (best[:, -1] <= others)]
 
 
-def num_candidates_for(k: int, num_pool: int, identity: Identity | None) -> int:
-    """Return how many candidates hold the k nearest but for ties: more, where some are the query's own image."""
-    return min(k + MARGIN + (0 if identity is None else _most_excluded(identity)), num_pool)
-
-
-def _most_excluded(identity: Identity) -> int:
-    """Return how many pool vectors at most are the image of one query."""
-    found, counts = np.unique(identity.pool, return_counts=True)
-    return min(int(counts[np.isin(found, identity.queries)].max(initial=0)), MOST_EXCLUDED)
-
-
-def _scan(
-    queries: Vectors,
-    left: Int64,
-    pool: Vectors,
-    neighbors: Neighbors,
-    order: Int64,
-    identity: Identity | None,
-    above: float,
-    block_bytes: int,
-) -> None:
-    """Search the whole pool for the queries at `left`, with all that could reach their k-th place in float64."""
-    k = neighbors.indices.shape[1]
+def scan(task: KnnTask, rows: Int64, neighbors: Neighbors, block_bytes: int = BLOCK_BYTES) -> None:
+    """Search the whole pool for the queries at `rows`, with all that could reach their k-th place in float64."""
+    k, pool = neighbors.indices.shape[1], task.pool
     error = tolerance(pool.dim)
-    pool_rows = max(1, block_bytes // 4 // max(4 * pool.dim, 16 * SCAN_QUERIES))
-    for start in range(0, len(left), SCAN_QUERIES):
-        rows = left[start : start + SCAN_QUERIES]
-        query_block = queries.take(rows).unit(0, len(rows))
-        kth = np.maximum(neighbors.similarities[rows, -1], above)
+    pool_rows = max(1, block_bytes // 4 // max(4 * pool.dim, 16 * SCANNED_QUERIES))
+    for start in range(0, len(rows), SCANNED_QUERIES):
+        some = rows[start : start + SCANNED_QUERIES]
+        query_block = task.queries.take(some).unit(0, len(some))
+        kth = np.maximum(neighbors.similarities[some, -1], task.above)
         query, position, exact = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
         for pool_start in range(0, len(pool), pool_rows):
             pool_block = pool.unit(pool_start, min(pool_start + pool_rows, len(pool)))
             near, column = np.nonzero(query_block @ pool_block.T >= (kth - error)[:, None])
             column += pool_start
-            if identity is not None:
-                others = identity.queries[rows[near]] != identity.pool[column]
+            if task.identity is not None:
+                others = task.identity.queries[some[near]] != task.identity.pool[column]
                 near, column = near[others], column[others]
-            new = _similarities_of_copies(queries, rows[near], pool, column)
-            query = np.concatenate([query, near[new > above]])
-            position = np.concatenate([position, column[new > above]])
-            exact = np.concatenate([exact, new[new > above]])
-            ranked = np.lexsort((order[position], -exact, query))
+            new = _similarities_of_copies(task.queries, some[near], pool, column)
+            is_above = new > task.above
+            query = np.concatenate([query, near[is_above]])
+            position = np.concatenate([position, column[is_above]])
+            exact = np.concatenate([exact, new[is_above]])
+            ranked = np.lexsort((task.order[position], -exact, query))
             query, position, exact = query[ranked], position[ranked], exact[ranked]
             place = np.arange(len(query)) - np.searchsorted(query, query)  # 0 for a query's nearest
             kth[query[place == k - 1]] = exact[place == k - 1]
             kept = place < k
             query, position, exact, place = query[kept], position[kept], exact[kept], place[kept]
-        neighbors.indices[rows], neighbors.similarities[rows] = -1, -np.inf
-        neighbors.indices[rows[query], place] = position
-        neighbors.similarities[rows[query], place] = exact
+        neighbors.indices[some], neighbors.similarities[some] = -1, -np.inf
+        neighbors.indices[some[query], place] = position
+        neighbors.similarities[some[query], place] = exact
 
 
 def _similarities_of_copies(queries: Vectors, query_positions: Int64, pool: Vectors, pool_positions: Int64) -> Float64:

@@ -1,4 +1,4 @@
-"""The self-join: which vectors hang together by similarities above a threshold, and how many are above it to each.
+"""The self-join: components of the graph of similarities above a threshold, and every vector's degree in it.
 
 N vectors, D numbers a vector, K cells, P nearest cells of a row, E pairs.
 """
@@ -6,36 +6,37 @@ N vectors, D numbers a vector, K cells, P nearest cells of a row, E pairs.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from ... import console
-from ...store.cache import cache_folder
-from ...store.vectors import RELEASED_BYTES, RELEASED_ROWS, Bools, Int64, Vectors, release
+from ...store.manifest import Provenance
+from ...store.progress import Progress
+from ...store.vectors import RELEASED_BYTES, RELEASED_ROWS, Bools, Int64, PageRelease, Vectors, release
 from ..threads import map_in_order, workers
-from .bounds import bounded_batches
+from .bounds import Task, bounded_batches
 from .cells import Cells, cells_key, open_cells
 from .exact_search import DEFAULTS, EXACT_PRODUCTS, SearchSettings
 from .graph import Graph
-from .probes import join_width
+from .probes import probe_radius
 from .products import TILE, tile_above, unit_rows
-from .tasks import Batch, Task
 
 MORE = 3  # chosen: so many times the usual number of nearest cells, where that is too few
 EXACT_ROWS = 4_096  # rows a block of the exact join
 OWN_ROWS = 256  # rows a tile where a run meets itself: half of the products are the other half's
-VISIT_ROWS = 65_536  # rows whose visits are looked up at a time
-VISITORS = 4_096  # chosen: of a task, so that no task takes long and no thread waits long for another's
+PROBE_ROWS = 65_536  # rows whose probed cells are looked up at a time
+TASK_ROWS = 4_096  # chosen: rows of a task, so that no task takes long and no thread waits long for another's
 AHEAD = 32  # chosen: tasks that wait for each thread, for they differ in size
-BATCHES = 100  # chosen: into so many parts the cells are divided; after each the join can be continued
+BATCHES = 100  # chosen: into so many parts the cells are divided; after each the join can be resumed
+
+Once = Callable[[Int64, Int64], Bools]
 
 
 @dataclass(frozen=True)
-class Joined:
-    """What hangs together."""
+class Components:
+    """Connected components."""
 
     labels: Int64  # (N,) the smallest position of every vector's component
     degree: Int64  # (N,) the weight of the others above the threshold; where it is `enough` or more, at least that
@@ -44,16 +45,15 @@ class Joined:
 
 def components_above(
     vectors: Vectors, threshold: float, *, weights: Int64, enough: int, search: SearchSettings = DEFAULTS
-) -> Joined:
+) -> Components:
     """Return the connected components of the graph of similarities above a threshold.
 
-    Compares all with all where that takes a few minutes at most, else cell by cell. Two vectors that both have
-    `enough` others already and are of one component need not be compared, it would change nothing: a crowd of
-    near-copies costs a strip of its pairs, not all of them. A join that is stopped goes on where it was when it is
-    called again.
+    Compares all with all where that takes a few minutes at most, else cell by cell. Two vectors of one component that
+    both have `enough` others are not compared, for it would change nothing: a crowd of near-copies costs a strip of its
+    pairs, not all of them. A join that was stopped resumes when it is called again.
 
     Args:
-        weights: (N,) for how many images a vector stands.
+        weights: (N,) how many images a vector stands for.
     """
     num = len(vectors)
     products = num * num * vectors.dim
@@ -61,25 +61,25 @@ def components_above(
         tell = console.say if products > EXACT_PRODUCTS / 100 else console.detail
         tell(f"comparing all {num:,} vectors with all: {products:.1e} products are a matter of minutes at most")
         graph = Graph(weights, enough)
-        _join(graph, vectors, threshold, exact_batches(num), None, (vectors.array,), None)
-        return Joined(graph.components(), graph.degree, 1.0)
+        _join(graph, vectors, threshold, exact_batches(num), mapped=(vectors.array,))
+        return Components(graph.components(), graph.degree, 1.0)
 
     cells = open_cells(vectors, search.seed)
     by_cell = cells.vectors(vectors)
-    keep = None
+    once: Once | None = None
     if search.recall >= 1:
-        width, recall = np.inf, 1.0
+        radius, recall = np.inf, 1.0
         bounded = bounded_batches(by_cell, cells, threshold)
         how = "all with all" if bounded is None else "all that bounds do not exclude"
         console.say(f"{num:,} vectors, {products:.1e} products: comparing {how}, as --recall 1 asks")
         batches = exact_batches(num) if bounded is None else bounded
     else:
-        width, recall = join_width(by_cell, cells, threshold, search)
+        radius, recall = probe_radius(by_cell, cells, threshold, search)
         if recall < search.recall:
-            console.say(f"{cells.nearest.shape[1]} cells a vector hold {recall:.4f} of the pairs: looking in more")
+            console.say(f"{cells.nearest.shape[1]} cells a vector hold {recall:.4f} of the pairs: probing more")
             cells = open_cells(vectors, search.seed, MORE)
             by_cell = cells.vectors(vectors)
-            width, recall = join_width(by_cell, cells, threshold, search)
+            radius, recall = probe_radius(by_cell, cells, threshold, search)
         console.say(
             f"comparing {num:,} vectors cell by cell, for all with all would be {products:.1e} products: measured on a"
             f" sample, this finds {recall:.4f} of the pairs above {threshold:.4g} (--recall {search.recall:g})"
@@ -88,15 +88,14 @@ def components_above(
             console.warn(
                 f"--recall {search.recall:g} is not reached, {recall:.4f} is the most; --recall 1 compares all"
             )
-        batches = visit_batches(cells, width)
-        keep = _once(cells, width)
+        batches = probe_batches(cells, radius)
+        once = _once(cells, radius)
     graph = Graph(weights[cells.ids], enough)
-    settings = repr(
-        (cells_key(vectors, search.seed, cells.nearest.shape[1]), threshold, enough, search.recall >= 1, width)
-    )
-    digest = hashlib.blake2b(settings.encode() + weights.tobytes(), digest_size=16)
-    mapped = (by_cell.array, cells.nearest, cells.gaps)
-    _join(graph, by_cell, threshold, batches, keep, mapped, cache_folder() / f"{digest.hexdigest()}-join.npy")
+    key = cells_key(vectors, search.seed, cells.nearest.shape[1])
+    weights_key = hashlib.blake2b(weights.tobytes(), digest_size=16).hexdigest()
+    details = key, weights_key, threshold, enough, search.recall >= 1, radius
+    progress = Progress(Provenance("graph", "join", {}, search.seed), *details)
+    _join(graph, by_cell, threshold, batches, (by_cell.array, cells.nearest, cells.gaps), once, progress)
 
     smallest = np.full(num, num)
     components = graph.components()
@@ -104,129 +103,119 @@ def components_above(
     labels, degree = np.empty(num, np.int64), np.empty(num, np.int64)
     labels[cells.ids] = smallest[components]
     degree[cells.ids] = graph.degree
-    return Joined(labels, degree, recall)
+    return Components(labels, degree, recall)
 
 
-def exact_batches(num: int) -> list[Batch]:
+def exact_batches(num: int) -> list[Iterator[Task]]:
     """Return what compares every row with every other, a block of rows with all after it at a time."""
     blocks = [slice(start, min(start + EXACT_ROWS, num)) for start in range(0, num, EXACT_ROWS)]
 
-    def batch(number: int) -> Batch:
-        return lambda: (Task(blocks[number], right) for right in blocks[number:])
+    def tasks(number: int) -> Iterator[Task]:
+        for right in blocks[number:]:
+            yield blocks[number], right
 
-    return [batch(number) for number in range(len(blocks))]
+    return [tasks(number) for number in range(len(blocks))]
 
 
-def visit_batches(cells: Cells, width: float) -> list[Batch]:
-    """Return what compares the rows of every cell with each other and with those that visit it."""
+def probe_batches(cells: Cells, radius: float) -> list[Iterator[Task]]:
+    """Return what compares the rows of every cell with each other and with those that probe it."""
     num_cells = len(cells.centroids)
     bounds = np.unique(np.linspace(0, num_cells, BATCHES + 1).astype(np.int64)).tolist()
-    visitors, offsets = _visitors(cells, width)
+    probing, offsets = _probing_rows(cells, radius)
 
-    def batch(first: int, last: int) -> Batch:
-        def tasks() -> Iterator[Task]:
-            for cell in range(first, last):
-                members = cells.members(cell)
-                yield Task(members, members)
-                for start in range(offsets[cell], offsets[cell + 1], VISITORS):
-                    visiting = visitors[start : min(start + VISITORS, offsets[cell + 1])]
-                    yield Task(visiting.astype(np.int64), members)
+    def tasks(first: int, last: int) -> Iterator[Task]:
+        for cell in range(first, last):
+            members = cells.members(cell)
+            yield members, members
+            for start in range(offsets[cell], offsets[cell + 1], TASK_ROWS):
+                yield probing[start : min(start + TASK_ROWS, offsets[cell + 1])].astype(np.int64), members
 
-        return tasks
-
-    return [batch(first, last) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [tasks(first, last) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def _visitors(cells: Cells, width: float) -> tuple[Int64, Int64]:
-    """Return the rows that visit each cell but their own, rising, one cell after the other, and where each begins.
+def _probing_rows(cells: Cells, radius: float) -> tuple[Int64, Int64]:
+    """Return the rows that probe each cell but their own, rising, one cell after the other, and where each begins.
 
-    Counted first and put in place then, or they would be in memory several times.
+    They are counted first and then put in place, or they would be in memory several times.
     """
     num_cells = len(cells.centroids)
     counts = np.zeros(num_cells, np.int64)
-    for visited, _ in _visits(cells, width):
-        counts += np.bincount(visited, minlength=num_cells)
+    for probed, _ in _probes(cells, radius):
+        counts += np.bincount(probed, minlength=num_cells)
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    visitors = np.empty(offsets[-1], np.int32 if len(cells) < 2**31 else np.int64)
+    probing = np.empty(offsets[-1], np.int32 if len(cells) < 2**31 else np.int64)
     free = offsets[:-1].copy()
-    for visited, rows in _visits(cells, width):
-        by_cell = np.argsort(visited, kind="stable")
-        visited, rows = visited[by_cell], rows[by_cell]
-        visitors[free[visited] + np.arange(len(visited)) - np.searchsorted(visited, visited)] = rows
-        free += np.bincount(visited, minlength=num_cells)
-    return visitors, offsets
+    for probed, rows in _probes(cells, radius):
+        by_cell = np.argsort(probed, kind="stable")
+        probed, rows = probed[by_cell], rows[by_cell]
+        probing[free[probed] + np.arange(len(probed)) - np.searchsorted(probed, probed)] = rows
+        free += np.bincount(probed, minlength=num_cells)
+    return probing, offsets
 
 
-def _visits(cells: Cells, width: float) -> Iterator[tuple[Int64, Int64]]:
-    """Yield visited cells (E,) and the rows that visit them (E,), some thousand rows at a time."""
-    for start in range(0, len(cells), VISIT_ROWS):
-        rows = slice(start, start + VISIT_ROWS)
-        row, place = np.nonzero(cells.gaps[rows, 1:] <= width)
+def _probes(cells: Cells, radius: float) -> Iterator[tuple[Int64, Int64]]:
+    """Yield probed cells (E,) and the rows that probe them (E,), some thousand rows at a time."""
+    for start in range(0, len(cells), PROBE_ROWS):
+        rows = slice(start, start + PROBE_ROWS)
+        row, place = np.nonzero(cells.gaps[rows, 1:] <= radius)
         yield cells.nearest[rows, 1:][row, place].astype(np.int64), row + start
         release(cells.gaps)
         release(cells.nearest)
 
 
-def _once(cells: Cells, width: float) -> Callable[[Int64, Int64], Bools]:
-    """Return what tells which pairs (visitor, member) are not found the other way round as well, in a cell before."""
+def _once(cells: Cells, radius: float) -> Once:
+    """Return what tells which pairs (probing row, member) are not found the other way round in an earlier cell too."""
 
-    def keep(visitor: Int64, member: Int64) -> Bools:
-        own, visited = cells.nearest[visitor, 0], cells.nearest[member, 0]
-        back = (cells.nearest[member, 1:] == own[:, None]) & (cells.gaps[member, 1:] <= width)
-        once: Bools = (own <= visited) | ~back.any(axis=1)
-        return once
+    def once(row: Int64, member: Int64) -> Bools:
+        own, probed = cells.nearest[row, 0], cells.nearest[member, 0]
+        back = (cells.nearest[member, 1:] == own[:, None]) & (cells.gaps[member, 1:] <= radius)
+        is_once: Bools = (own <= probed) | ~back.any(axis=1)
+        return is_once
 
-    return keep
+    return once
 
 
 def _join(
     graph: Graph,
     vectors: Vectors,
     threshold: float,
-    batches: list[Batch],
-    keep: Callable[[Int64, Int64], Bools] | None,
+    batches: list[Iterator[Task]],
     mapped: Sequence[npt.NDArray[np.generic]],
-    kept: Path | None,
+    once: Once | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Do all tasks, and keep in the file `kept` how far they are; of what is `mapped`, pages are given back."""
-    done = 0 if kept is None else graph.load(kept)
-    if done:
-        console.say(f"going on with an earlier search: {done / len(batches):.0%} is done")
+    """Do all tasks; `progress` keeps how far they are, and pages of what is `mapped` are given back."""
+    done = 0
+    if progress is not None and (kept := progress.load("graph")) is not None:
+        graph.parent, graph.degree, done = kept["parent"], kept["degree"], int(kept["done"])
+        console.say(f"resuming an earlier search: {done / len(batches):.0%} is done")
 
     def compare(task: Task) -> int:
-        _compare(graph, vectors, threshold, task, keep)
-        in_sequence = (task.right.stop - task.right.start) * vectors.dim * vectors.array.itemsize
-        visiting = 0 if isinstance(task.left, slice) else len(task.left)
-        return int(in_sequence + visiting * (RELEASED_BYTES // RELEASED_ROWS))
+        _compare(graph, vectors, threshold, task, once)
+        left, right = task
+        in_sequence = (right.stop - right.start) * vectors.dim * vectors.array.itemsize
+        here_and_there = 0 if isinstance(left, slice) else len(left) * (RELEASED_BYTES // RELEASED_ROWS)
+        return int(in_sequence + here_and_there)
 
-    passed = 0
+    pages = PageRelease(*mapped)
     with workers() as threads, console.progress("comparing", len(batches) - done, "parts") as advance:
         for number in range(done, len(batches)):
-            for read in map_in_order(compare, batches[number](), threads, AHEAD * threads.count):
-                passed += read
-                if passed > RELEASED_BYTES:
-                    passed = 0
-                    for array in mapped:
-                        release(array)
+            for num_bytes in map_in_order(compare, batches[number], threads, AHEAD * threads.count):
+                pages.add(num_bytes)
             advance()
-            if kept is not None:
-                graph.save(kept, number + 1)
-    if kept is not None:
-        kept.unlink(missing_ok=True)
+            if progress is not None and progress.due():
+                progress.save("graph", parent=graph.parent, degree=graph.degree, done=number + 1)
+    if progress is not None:
+        progress.remove()
 
 
-def _compare(
-    graph: Graph,
-    vectors: Vectors,
-    threshold: float,
-    task: Task,
-    keep: Callable[[Int64, Int64], Bools] | None,
-) -> None:
-    """Enter the pairs above the threshold of a task's rows, a tile at a time."""
-    right = unit_rows(vectors.array[vectors.rows[task.right]])
-    right_rows = np.arange(task.right.start, task.right.stop)
-    is_same = isinstance(task.left, slice) and task.left == task.right
-    left_rows = np.arange(task.left.start, task.left.stop) if isinstance(task.left, slice) else task.left
+def _compare(graph: Graph, vectors: Vectors, threshold: float, task: Task, once: Once | None) -> None:
+    """Add the pairs above the threshold of a task's rows, a tile at a time."""
+    left_run, right_run = task
+    right = unit_rows(vectors.array[vectors.rows[right_run]])
+    right_rows = np.arange(right_run.start, right_run.stop)
+    is_same = isinstance(left_run, slice) and left_run == right_run
+    left_rows = np.arange(left_run.start, left_run.stop) if isinstance(left_run, slice) else left_run
     step = OWN_ROWS if is_same else TILE[0]
     for start in range(0, len(left_rows), step):
         rows = left_rows[start : start + step]
@@ -240,9 +229,9 @@ def _compare(
                 if is_same:
                     after = other > one
                     one, other = one[after], other[after]
-                elif keep is not None and len(one):
-                    once = keep(one, other)
-                    one, other = one[once], other[once]
+                elif once is not None and len(one):
+                    is_once = once(one, other)
+                    one, other = one[is_once], other[is_once]
                 graph.add(one, other)
 
 
@@ -254,9 +243,9 @@ def _open(
     if not left_closed.any() or not right_closed.any():
         yield left, left_rows, right, right_rows
         return
-    is_open = np.flatnonzero(~right_closed)
-    for rows, columns in ((np.flatnonzero(left_closed), is_open), (np.flatnonzero(~left_closed), None)):
-        if len(rows) and columns is None:
-            yield left[rows], left_rows[rows], right, right_rows
-        elif len(rows) and columns is not None and len(columns):
-            yield left[rows], left_rows[rows], right[columns], right_rows[columns]
+    rows, columns = np.flatnonzero(left_closed), np.flatnonzero(~right_closed)
+    if len(columns):
+        yield left[rows], left_rows[rows], right[columns], right_rows[columns]
+    if not left_closed.all():
+        rows = np.flatnonzero(~left_closed)
+        yield left[rows], left_rows[rows], right, right_rows

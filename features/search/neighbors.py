@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine: exact where that takes a few minutes at most, else by the cells of the pool.
+"""Nearest neighbours by cosine: exact where that takes a few minutes at most, else by an index of the pool.
 
 Q queries, N pool vectors, D numbers a vector, k neighbours.
 """
@@ -9,7 +9,7 @@ from ... import console
 from ...store.vectors import Int64, Vectors
 from .candidates import BLOCK_BYTES
 from .cell_search import cell_neighbors
-from .exact_search import DEFAULTS, exact_neighbors
+from .exact_search import DEFAULTS, KnnTask, exact_neighbors
 from .exact_search import EXACT_PRODUCTS as EXACT_PRODUCTS  # all of these are for those who search
 from .exact_search import Identity as Identity
 from .exact_search import Neighbors as Neighbors
@@ -18,7 +18,7 @@ from .similarity import first_identical as first_identical
 from .similarity import similarities as similarities
 from .similarity import tolerance as tolerance
 
-SORTED_FOR = 13_000  # measured: comparing so many queries with a whole pool takes as long as sorting it into cells
+INDEXED_FOR = 13_000  # measured: comparing so many queries with a whole pool takes as long as sorting it into cells
 
 
 def nearest(
@@ -34,9 +34,9 @@ def nearest(
 ) -> Neighbors:
     """Return the k nearest pool vectors of every query; k is cut to N.
 
-    Exactly, where comparing all with all is a matter of minutes or quicker than sorting the pool into cells, or where
-    `search.recall` is 1. That an earlier search has left its cells does not count, or it would show in the result. Else
-    each query visits as many cells of the pool as hold the share `search.recall` of the true neighbours of a sample.
+    The search is exact where comparing all with all takes minutes at most, where it is quicker than sorting the pool
+    into cells, or where `search.recall` is 1. Cells left by an earlier search do not count, or they would show in the
+    result. Else each query probes as many cells as hold the share `search.recall` of a sample's true neighbours.
 
     Args:
         order: (N,) rank of every pool vector by (image_id, uri, row), by which ties are broken.
@@ -44,22 +44,12 @@ def nearest(
         above: only neighbours with a larger similarity are wanted.
         progress: what the progress line says, None for no line.
     """
+    task = KnnTask(queries, pool, k, order, identity, above)
     products = len(queries) * len(pool) * pool.dim
-    few = len(queries) < SORTED_FOR
-    if products <= EXACT_PRODUCTS or search.recall >= 1 or few:
-        if products > EXACT_PRODUCTS:
-            why = "--recall 1" if search.recall >= 1 else "so few are not worth sorting the pool into cells"
-            console.say(f"comparing {len(queries):,} with all of {len(pool):,} vectors, {products:.1e} products: {why}")
-        return exact_neighbors(
-            queries,
-            pool,
-            k,
-            order=order,
-            identity=identity,
-            above=above,
-            progress=progress,
-            block_bytes=BLOCK_BYTES if search.memory is None else min(BLOCK_BYTES, search.memory // 8),
-        )
-    return cell_neighbors(
-        queries, pool, k, order=order, identity=identity, above=above, search=search, progress=progress
-    )
+    if products > EXACT_PRODUCTS and search.recall < 1 and len(queries) >= INDEXED_FOR:
+        return cell_neighbors(task, search, progress)
+    if products > EXACT_PRODUCTS:
+        why = "--recall 1" if search.recall >= 1 else "so few are not worth sorting the pool into cells"
+        console.say(f"comparing {len(queries):,} with all of {len(pool):,} vectors, {products:.1e} products: {why}")
+    block_bytes = BLOCK_BYTES if search.memory is None else min(BLOCK_BYTES, search.memory // 8)
+    return exact_neighbors(task, progress=progress, block_bytes=block_bytes)

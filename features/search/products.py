@@ -52,7 +52,7 @@ def tile_above(
 ) -> tuple[Int64, Int64]:
     """Return places (E,) in left and (E,) in right of the pairs above the threshold, in the order of left, then right.
 
-    What float32 cannot tell from the threshold is settled exactly.
+    Float64 decides where float32 cannot tell a similarity from the threshold.
 
     Args:
         left: (B, D) the vectors at `left_rows` (B,), at length 1; `right` (C, D) likewise.
@@ -66,10 +66,11 @@ def tile_above(
         products = product(left, right).reshape(-1)
         found = np.flatnonzero(products > threshold - error)
         values = products[found]
-    sure = values > threshold + error
+    is_above = values > threshold + error
     row, column = np.divmod(found, max(len(right), 1))
-    if not sure.all():
-        unsure = np.flatnonzero(~sure)
-        sure[unsure] = similarities(vectors, left_rows[row[unsure]], vectors, right_rows[column[unsure]]) > threshold
-        row, column = row[sure], column[sure]
+    unsure = np.flatnonzero(~is_above)
+    if len(unsure):
+        exact = similarities(vectors, left_rows[row[unsure]], vectors, right_rows[column[unsure]])
+        is_above[unsure] = exact > threshold
+        row, column = row[is_above], column[is_above]
     return row, column

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from dinov2_toolkit.curate.dedup.groups import Groups, duplicate_groups, first_independent
-from dinov2_toolkit.features.search import cells, graph, join, products
+from dinov2_toolkit.features.search import cells, join, products
 from dinov2_toolkit.features.search.exact_search import SearchSettings
 from dinov2_toolkit.features.search.graph import Graph
 from dinov2_toolkit.features.search.join import components_above
@@ -169,18 +169,18 @@ def test_a_recall_of_one_compares_all_where_bounds_leave_most(by_cells: None) ->
     assert found.labels.tolist() == slow_components(cosines(vectors) > 0.5)
 
 
-def test_visitors_of_a_cell_are_those_near_enough_to_it(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rows_that_probe_a_cell_are_those_near_enough(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
     made = cells.open_cells(in_memory(concepts(900, 15)), 0)
-    monkeypatch.setattr(join, "VISIT_ROWS", 100)
-    visitors, offsets = join._visitors(made, 0.3)
+    monkeypatch.setattr(join, "PROBE_ROWS", 100)
+    probing, offsets = join._probing_rows(made, 0.3)
     for cell in range(len(made.centroids)):
         near = [
             row
             for row in range(len(made))
             if cell in made.nearest[row, 1:] and made.gaps[row, made.nearest[row].tolist().index(cell)] <= 0.3
         ]
-        assert visitors[offsets[cell] : offsets[cell + 1]].tolist() == near
-    assert len(visitors) > 900
+        assert probing[offsets[cell] : offsets[cell + 1]].tolist() == near
+    assert len(probing) > 900
 
 
 def test_threads_and_memory_do_not_show(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_threads_and_memory_do_not_show(by_cells: None, monkeypatch: pytest.Monk
 def test_a_join_that_was_stopped_goes_on(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, ones = in_memory(concepts(2_000, 11)), np.ones(2_000, np.int64)
     whole = components_above(vectors, 0.9, weights=ones, enough=8)
-    monkeypatch.setattr(graph, "SAVE_S", 0.0)
+    monkeypatch.setattr("dinov2_toolkit.store.progress.SAVE_EVERY_S", 0.0)
     compare, calls = join._compare, 0
 
     def stopping(*arguments: object) -> None:
@@ -211,11 +211,11 @@ def test_a_join_that_was_stopped_goes_on(by_cells: None, monkeypatch: pytest.Mon
     monkeypatch.setattr(join, "_compare", stopping)
     with pytest.raises(KeyboardInterrupt):
         components_above(vectors, 0.9, weights=ones, enough=8)
-    assert len(list(cache_folder().glob("*-join.npy"))) == 1
+    assert len(list(cache_folder().glob("progress-*/graph.npz"))) == 1
     again = components_above(vectors, 0.9, weights=ones, enough=8)
     np.testing.assert_array_equal(again.labels, whole.labels)
     np.testing.assert_array_equal(again.degree >= 8, whole.degree >= 8)
-    assert not list(cache_folder().glob("*-join.npy"))
+    assert not list(cache_folder().glob("progress-*"))
 
 
 @pytest.mark.parametrize("linkage", ["components", "star"])
@@ -265,4 +265,4 @@ def test_where_few_cells_are_too_few_more_are_looked_in(
     monkeypatch.setattr(join, "MORE", 48)
     search = SearchSettings(recall=0.999)
     found = components_above(in_memory(vectors), 0.98, weights=np.ones(2_000, np.int64), enough=8, search=search)
-    assert "looking in more" in capsys.readouterr().err and found.recall >= 0.999
+    assert "probing more" in capsys.readouterr().err and found.recall >= 0.999

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dinov2_toolkit.features.search import cells, neighbors
-from dinov2_toolkit.features.search.candidates import Best
+from dinov2_toolkit.features.search.candidates import TopK
 from dinov2_toolkit.features.search.cell_search import cell_neighbors
 from dinov2_toolkit.features.search.cells import cells_key, open_cells
-from dinov2_toolkit.features.search.exact_search import exact_neighbors
+from dinov2_toolkit.features.search.exact_search import KnnTask, exact_neighbors
 from dinov2_toolkit.features.search.neighbors import Identity, Neighbors, SearchSettings, nearest
 from dinov2_toolkit.store.cache import cache_folder, cached
 from dinov2_toolkit.store.manifest import Source
@@ -28,9 +28,22 @@ def drawn(num: int, seed: int, dim: int = 24) -> Stored:
     return (centres[rng.integers(0, 20, num)] + 0.7 * rng.normal(size=(num, dim))).astype(np.float16)
 
 
-def by_cells(queries: Vectors, pool: Vectors, k: int, order: Int64, **settings: object) -> Neighbors:
-    given = {"identity": None, "above": -np.inf, "search": SURE, "progress": None, **settings}
-    return cell_neighbors(queries, pool, k, order=order, **given)  # type: ignore[arg-type]
+def by_cells(
+    queries: Vectors,
+    pool: Vectors,
+    k: int,
+    order: Int64,
+    identity: Identity | None = None,
+    above: float = -np.inf,
+    search: SearchSettings = SURE,
+) -> Neighbors:
+    return cell_neighbors(KnnTask(queries, pool, k, order, identity, above), search, None)
+
+
+def exactly(
+    queries: Vectors, pool: Vectors, k: int, order: Int64, identity: Identity | None = None, above: float = -np.inf
+) -> Neighbors:
+    return exact_neighbors(KnnTask(queries, pool, k, order, identity, above))
 
 
 def assert_same(found: Neighbors, expected: Neighbors) -> None:
@@ -96,7 +109,7 @@ def test_all_neighbours_are_found_where_the_sample_asks_for_all(k: int) -> None:
     queries, pool = in_memory(drawn(200, 6)), in_memory(drawn(3_000, 7))
     order = np.random.default_rng(8).permutation(3_000)
     found = by_cells(queries, pool, k, order)
-    assert_same(found, exact_neighbors(queries, pool, k, order=order))
+    assert_same(found, exactly(queries, pool, k, order))
     assert found.recall == 1
 
 
@@ -104,7 +117,7 @@ def test_the_measured_recall_holds_for_queries_that_were_not_measured() -> None:
     queries, pool = in_memory(drawn(2_000, 9)), in_memory(drawn(6_000, 10))
     order = np.arange(6_000)
     found = by_cells(queries, pool, 10, order, search=SearchSettings(recall=0.9))
-    exact = exact_neighbors(queries, pool, 10, order=order)
+    exact = exactly(queries, pool, 10, order)
     share = np.mean(
         [len(np.intersect1d(one, other)) / 10 for one, other in zip(found.indices, exact.indices, strict=True)]
     )
@@ -119,7 +132,7 @@ def test_copies_by_the_hundred_come_in_the_given_order_and_the_image_itself_neve
     order, identity = np.random.default_rng(12).permutation(2_000), Identity(np.arange(40), np.arange(2_000))
     for above in (-np.inf, 0.8):
         found = by_cells(queries, pool, 5, order, identity=identity, above=above)
-        assert_same(found, exact_neighbors(queries, pool, 5, order=order, identity=identity, above=above))
+        assert_same(found, exactly(queries, pool, 5, order, identity, above))
 
 
 def test_zero_vectors_and_a_k_beyond_the_pool() -> None:
@@ -127,7 +140,7 @@ def test_zero_vectors_and_a_k_beyond_the_pool() -> None:
     array[::3] = 0
     queries, pool = in_memory(array[:20]), in_memory(array)
     order = np.arange(300)
-    assert_same(by_cells(queries, pool, 1_000, order), exact_neighbors(queries, pool, 1_000, order=order))
+    assert_same(by_cells(queries, pool, 1_000, order), exactly(queries, pool, 1_000, order))
 
 
 def test_threads_and_blocks_of_queries_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,25 +170,25 @@ def test_the_size_decides_how_it_is_searched(
     monkeypatch.setattr(neighbors, "EXACT_PRODUCTS", 1_000)
     assert_same(nearest(queries, pool, 4, order=order, search=SearchSettings(recall=0.7)), exact)
     assert "comparing 100 with all of 2,000 vectors, 4.8e+06 products: so few" in said(capsys)
-    monkeypatch.setattr(neighbors, "SORTED_FOR", 100)
+    monkeypatch.setattr(neighbors, "INDEXED_FOR", 100)
     assert nearest(queries, pool, 4, order=order, search=SearchSettings(recall=0.7)).recall < 1
-    assert "by cells" in said(capsys)
+    assert "cells probed each" in said(capsys)
     assert_same(nearest(queries, pool, 4, order=order, search=SearchSettings(recall=1)), exact)
     assert "products: --recall 1" in said(capsys)
 
 
-def test_the_best_of_visits_in_any_order_are_the_best_of_all() -> None:
+def test_the_largest_of_probes_in_any_order_are_the_largest_of_all() -> None:
     """Queries come by turns, some never; of each the largest stay, or all where it saw too few."""
     rng = np.random.default_rng(18)
     num_queries, num, width = 40, 5, 30
-    best = Best(num_queries, num)
+    best = TopK(num_queries, num)
     seen: list[dict[int, float]] = [{} for _ in range(num_queries)]
     for start in range(0, 600, width):
-        visiting = np.sort(rng.choice(num_queries - 1, 12, replace=False))
+        probing = np.sort(rng.choice(num_queries - 1, 12, replace=False))
         products = rng.normal(size=(12, width if start else 3)).astype(np.float32)
-        query, column = best.near(visiting, products)
-        best.add_of(visiting, query, products[query, column], column + start)
-        for row, values in zip(visiting.tolist(), products.tolist(), strict=True):
+        query, column = best.passing(probing, products)
+        best.add_pairs(probing, query, products[query, column], column + start)
+        for row, values in zip(probing.tolist(), products.tolist(), strict=True):
             seen[row] |= {start + place: value for place, value in enumerate(values)}
     values, positions = best.found()
     for row in range(num_queries):

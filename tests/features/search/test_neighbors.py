@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2_toolkit.features.search.candidates import _by_gpu, _by_tiles, candidates, no_progress
-from dinov2_toolkit.features.search.exact_search import exact_neighbors
+from dinov2_toolkit.features.search.candidates import _by_gpu, _by_tiles, candidates
+from dinov2_toolkit.features.search.exact_search import KnnTask, exact_neighbors
 from dinov2_toolkit.features.search.neighbors import Identity, Neighbors, first_identical, nearest, tolerance
 from dinov2_toolkit.features.threads import workers
 from dinov2_toolkit.store.manifest import Source
@@ -121,8 +121,8 @@ def test_vectors_among_themselves_are_multiplied_once(
     vectors, copies, order = as_vectors(array), as_vectors(array.copy()), shuffled(900)
     assert vectors.are(vectors) and not vectors.are(copies)
     monkeypatch.setattr("dinov2_toolkit.features.search.candidates.TILE", tile)
-    found = exact_neighbors(vectors, vectors, 20, order=order, block_bytes=block_bytes)
-    assert_same(found, exact_neighbors(vectors, copies, 20, order=order, block_bytes=block_bytes))
+    found = exact_neighbors(KnnTask(vectors, vectors, 20, order), block_bytes=block_bytes)
+    assert_same(found, exact_neighbors(KnnTask(vectors, copies, 20, order), block_bytes=block_bytes))
     assert_same(found, brute_force(vectors, vectors, 20, order))
 
 
@@ -135,7 +135,7 @@ def test_blocks_and_threads_do_not_show(threads: int, block_bytes: int, monkeypa
     order, itself = shuffled(1_500), Identity(np.arange(1_500), np.arange(1_500))
     whole = nearest(vectors, vectors, 20, order=order, identity=itself)
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
-    assert_same(exact_neighbors(vectors, vectors, 20, order=order, identity=itself, block_bytes=block_bytes), whole)
+    assert_same(exact_neighbors(KnnTask(vectors, vectors, 20, order, itself), block_bytes=block_bytes), whole)
 
 
 def test_float32_is_as_near_as_the_tolerance_says() -> None:
@@ -173,8 +173,8 @@ def test_the_search_for_a_gpu_proposes_the_same(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("dinov2_toolkit.features.search.candidates.GPU_TILE_POOL", 700)
     queries, pool = as_vectors(drawn(70, 24, 20)), as_vectors(drawn(3_000, 24, 21))
     with workers() as threads:
-        one = next(_by_gpu(queries, 0, 70, pool, 12, threads, no_progress))
-        other = next(_by_tiles(queries, 0, 70, pool, 12, threads, no_progress))
+        one = next(_by_gpu(queries, 0, 70, pool, 12, threads, lambda count: None))
+        other = next(_by_tiles(queries, 0, 70, pool, 12, threads, lambda count: None))
     first, second = np.argsort(one[1], axis=1), np.argsort(other[1], axis=1)  # candidates come in no order
     np.testing.assert_array_equal(np.take_along_axis(one[1], first, 1), np.take_along_axis(other[1], second, 1))
     one_sorted, other_sorted = np.take_along_axis(one[0], first, 1), np.take_along_axis(other[0], second, 1)
