@@ -20,10 +20,9 @@ import numpy.typing as npt
 
 from dinov2_toolkit import console
 from dinov2_toolkit.benchmarks.synthetic import NUM_CONCEPTS, blocks
-from dinov2_toolkit.curate.cluster.cluster import Hierarchy, cluster_levels
-from dinov2_toolkit.curate.cluster.kmeans import KMeansSettings
-from dinov2_toolkit.curate.cluster.metrics import grouping
-from dinov2_toolkit.curate.cluster.sampling import balanced_sample, normalised_entropy, seeded_keys
+from dinov2_toolkit.curate.cluster.kmeans import Hierarchy, cluster_levels
+from dinov2_toolkit.curate.cluster.metrics import grouping, normalized_entropy
+from dinov2_toolkit.curate.cluster.sampling import balanced_sample, seeded_keys
 from dinov2_toolkit.store.manifest import Source
 from dinov2_toolkit.store.vectors import Vectors
 
@@ -46,26 +45,26 @@ def measure(name: str, positions: Int64, concepts: Int64, found: str = "") -> Ro
     counts = np.bincount(concepts[positions], minlength=NUM_CONCEPTS)
     above = counts.reshape(SUPERS, -1).sum(axis=1)
     top = float(np.sort(counts)[-20:].sum() / counts.sum())
-    return name, normalised_entropy(counts), normalised_entropy(above), int((counts > 0).sum()), top, found
+    return name, normalized_entropy(counts), normalized_entropy(above), int((counts > 0).sum()), top, found
 
 
-def sampled(made: Hierarchy, num_levels: int, num_wanted: int, seed: int) -> Int64:
+def sampled(made: Hierarchy, num_levels: int, num_images: int, seed: int) -> Int64:
     """Return a balanced sample through the finest levels."""
     keys = seeded_keys(len(made.distances), seed, 0)
-    return balanced_sample(made.levels[:num_levels], num_wanted, keys, seed)
+    return balanced_sample(made.assignments[:num_levels], num_images, [keys], seed)
 
 
 def compare(vectors: Vectors, concepts: Int64, num_clusters: list[int], resample: int, seed: int) -> list[Row]:
     """Return a row for every way to take a tenth of the pool."""
-    num_wanted = len(concepts) // 10
-    rows = [measure("random", np.argsort(seeded_keys(len(concepts), seed, 1))[:num_wanted], concepts)]
+    num_images = len(concepts) // 10
+    rows = [measure("random", np.argsort(seeded_keys(len(concepts), seed, 1))[:num_images], concepts)]
     for times in (0, resample):
-        made = cluster_levels(vectors, num_clusters, KMeansSettings(resample=times), seed)
-        upper = grouping(made.centroids[0], np.asarray(made.levels[1], np.int64), num_clusters[1])
-        warned = "no hierarchy" if upper.is_hub(num_clusters[1]) or upper.is_loose() else "a hierarchy"
+        made = cluster_levels(vectors, num_clusters, num_resamplings=times, seed=seed)
+        upper = grouping(made.centroids[0], made.assignments[1], num_clusters[1])
+        found = "a hierarchy" if upper.is_hierarchy else "no hierarchy"
         suffix = f", {times} resamplings" if times else ""
-        rows.append(measure(f"one level{suffix}", sampled(made, 1, num_wanted, seed), concepts))
-        rows.append(measure(f"two levels{suffix}", sampled(made, 2, num_wanted, seed), concepts, warned))
+        rows.append(measure(f"one level{suffix}", sampled(made, 1, num_images, seed), concepts))
+        rows.append(measure(f"two levels{suffix}", sampled(made, 2, num_images, seed), concepts, found))
     return rows
 
 

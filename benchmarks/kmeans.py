@@ -24,13 +24,13 @@ import numpy.typing as npt
 
 from dinov2_toolkit import console
 from dinov2_toolkit.benchmarks.synthetic import blocks
-from dinov2_toolkit.curate.cluster.kmeans import KMeansSettings, cluster_vectors, read_points, sample_rows
+from dinov2_toolkit.curate.cluster.kmeans import cluster_vectors, read_points, sample_rows
 from dinov2_toolkit.curate.cluster.lloyd import EARLY_STOP, NUM_ITERATIONS, POINTS_A_CENTROID
 from dinov2_toolkit.store.manifest import Source
 from dinov2_toolkit.store.vectors import Vectors
 
 RESULTS = Path(__file__).parent / "results" / "kmeans.md"
-CONTESTANTS = ("dinov2, k-means++", "dinov2, sampled", "FAISS, AFK-MC2", "FAISS, random")
+CONTESTANTS = ("dinov2, k-means++", "FAISS, AFK-MC2", "FAISS, random")
 DIM = 384
 BLOCK_ROWS = 16_384
 
@@ -47,15 +47,15 @@ def write_vectors(path: Path, num_rows: int) -> None:
 
 def by_toolkit(vectors: Vectors, num_clusters: int, init: str) -> tuple[npt.NDArray[np.float32], float]:
     """Return centroids and the objective over all rows."""
-    settings = KMeansSettings(init="sampled" if init == "sampled" else "k-means++")
-    made = cluster_vectors(vectors, num_clusters, num_resamplings=0, seed=0, settings=settings)
+    assert init == "k-means++"
+    made = cluster_vectors(vectors, num_clusters, num_resamplings=0, seed=0)
     return made.centroids, float(made.distances.sum(dtype=np.float64))
 
 
 def by_faiss(vectors: Vectors, num_clusters: int, init: str) -> tuple[npt.NDArray[np.float32], float]:
     """Return the same by FAISS: its k-means on the sample, then its exact search for all rows."""
     num_points = min(len(vectors), POINTS_A_CENTROID * num_clusters)
-    points = read_points(vectors, sample_rows(len(vectors), num_points, 0), "cosine")
+    points = read_points(vectors, sample_rows(len(vectors), num_points, 0))
     methods = {"AFK-MC2": faiss.ClusteringInitMethod_AFK_MC2, "random": faiss.ClusteringInitMethod_RANDOM}
     fitted = faiss.Kmeans(
         DIM,

@@ -194,33 +194,27 @@ def cluster(
     where: options.Where = None,
     output: Annotated[str, options.output_option("clusters.parquet")] = "clusters.parquet",
     resample: Annotated[
-        int, option(METHOD, "Times that k-means is run again on the same number of images of every cluster.")
+        int, option(METHOD, "Times that k-means is run again, on equally many images of every cluster.")
     ] = 10,
     sample: Annotated[
-        int | None, option(METHOD, "Keep a balanced subset of exactly N images.", metavar="N", default="all")
+        int | None, option(METHOD, "Select a balanced subset of exactly N images.", metavar="N", default="all")
     ] = None,
     pick: Annotated[
         Literal["random", "closest"], option(METHOD, "Which images of a cluster --sample takes.")
     ] = "random",
     allocation: Annotated[
-        str,
+        Literal["water", "flat", "proportional"],
         option(
             METHOD,
-            "How --sample is shared out: as evenly as can be through all levels, or the finest alone (flat), or by"
-            " sizes to the power A, or by sizes.",
-            metavar="water|flat|power:A|proportional",
+            "How --sample is allocated: equally through all levels (water) or to the finest clusters alone (flat), as"
+            " far as they have images; or in proportion to their sizes.",
         ),
     ] = "water",
-    metric: Annotated[Literal["cosine", "euclidean"], option(METHOD, "What centroids are near by.")] = "cosine",
-    init: Annotated[
-        Literal["k-means++", "sampled"], option(METHOD, "Where centroids start: apart from each other, or anywhere.")
-    ] = "k-means++",
-    polish: Annotated[int, option(METHOD, "Iterations over all images, beyond those over 256 a cluster.")] = 0,
     report: Annotated[
         Path | None, option(OUTPUT, "Write how the balance changed, as a page.", metavar="REPORT.html")
     ] = None,
     sheet: Annotated[
-        Path | None, option(OUTPUT, "Draw large, middling, small and suspected clusters.", metavar="SHEET.png")
+        Path | None, option(OUTPUT, "Draw large, medium, small and suspected clusters.", metavar="SHEET.png")
     ] = None,
     memory: options.Memory = None,
     recall: options.Recall = 0.99,
@@ -256,7 +250,7 @@ def retrieve(
         bool,
         option(
             METHOD,
-            "An image that several queries want goes to one; fill the others' places by their next nearest.",
+            "An image goes to one of the queries that want it; the others get their next nearest instead.",
             "--fill",
         ),
     ] = False,
@@ -272,19 +266,21 @@ def retrieve(
         int | None,
         option(
             METHOD,
-            "For --per-cluster: make so many clusters.",
+            "For --per-cluster: cluster the pool into this many.",
             default="the pool's own, else the root of its size",
         ),
     ] = None,
     max_images: Annotated[
         int | None,
-        option(METHOD, "Images a query set brings at most; the paper: 1000000.", metavar="N", default="no limit"),
+        option(
+            METHOD, "Images that a query set retrieves at most; the paper: 1000000.", metavar="N", default="no limit"
+        ),
     ] = None,
     min_similarity: Annotated[
         float | None,
-        option(METHOD, "Only images at least so similar to a query, by cosine.", metavar="S", default="any"),
+        option(METHOD, "Only images that are at least this similar to a query, by cosine.", metavar="S", default="any"),
     ] = None,
-    include_queries: Annotated[bool, option(OUTPUT, "The queries come along as rows.", "--include-queries")] = False,
+    include_queries: Annotated[bool, option(OUTPUT, "Write the queries as rows, too.", "--include-queries")] = False,
     memory: options.Memory = None,
     recall: options.Recall = 0.99,
     *,

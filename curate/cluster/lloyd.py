@@ -1,272 +1,214 @@
-"""k-means of points in memory: Lloyd's iterations in which a point looks only at centroids near its own.
+"""Spherical k-means of points in memory: Lloyd's iterations in which a point searches only near its present centroid.
 
 After the first assignment, a point of cluster a is compared with the 64 centroids nearest to a's, however many there
-are; it wanders further from iteration to iteration. Source: Agustsson et al. 2017 (k²-means).
+are; over the iterations it moves further. Source: Agustsson et al. 2017 (k²-means).
 
-S points, K clusters, D numbers a point.
+S points and K centroids of length 1, D numbers each.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ...features.search.products import device, product
+from ...features.grouping import Groups, group_by
+from ...features.search.centroids import (
+    EXACT_CENTROIDS,
+    neighbors_of_centroids,
+    on_device,
+    search_candidates,
+    search_centroids,
+    train_coarse_quantizer,
+)
+from ...features.search.products import product
 from ...features.search.similarity import tolerance
 from ...features.threads import Workers, map_in_order
-from ...store.vectors import Float32, Float64, Int64, unit_length
-from .allocation import Int32, allocate
-from .centroid_search import EXACT_CENTROIDS, Centroids, Metric, make_lists, neighbours_of, search_points
-from .sampling import seeded_keys
+from ...store.vectors import Float32, Float64, Int32, Int64, unit_length
+from .sampling import allocate, seeded_keys
 
-Init = Literal["k-means++", "sampled"]
-
-NUM_NEIGHBOURS = 64  # measured: the objective of comparing with all, within 0.1 %
+NUM_NEIGHBORS = 64  # measured: the objective is within 0.1 % of comparing with all centroids
 NUM_ITERATIONS = 20  # chosen
 EARLY_STOP = 1e-4  # relative gain below which iterations end
-UNGROUPED_CENTROIDS = 128  # with more, starting centroids are drawn group by group
+UNGROUPED_CENTROIDS = 128  # more are initialized group by group
 GROUPS_FACTOR = 4  # groups = this times the root of K; chosen: as much work for the groups as within them
 GROUP_ITERATIONS = 5  # chosen: groups need no good clusters
-SPREAD_POINTS = 64  # points a centroid among which starting ones are looked for, as the cost is their product
+DRAWN_POINTS = 64  # points a centroid from which k-means++ draws, as its cost is their product
 ROUNDING = 1e-6  # of squared distances, relative: below it two points are the same
 POINTS_A_CENTROID = 256  # FAISS's own limit: more points move a centroid little
 JOB_POINTS = 4_096  # points a job of a thread
-FIRST_LISTED = 256  # lists by which points first find their centroids
+FIRST_CANDIDATES = 256  # of the coarse quantizer that makes the first assignment
 
 
 @dataclass(frozen=True)
 class State:
-    """Iterations on their way: all that the next one depends on."""
+    """All that the next iteration depends on."""
 
     iteration: int  # done
     centroids: Float32  # (K, D)
     assignments: Int32  # (S,)
     sums: Float64  # (K, D) of the points of each cluster
-    objective: float  # the sum of all distances before these centroids, 1 - cosine or half the squared ones
+    objective: float  # sum of all distances, 1 - cosine, to the centroids before these
     gain: float  # of the last iteration, relative to the objective
 
 
-Keep = Callable[[State], None]
-
-
-def fit(points: Float32, num_clusters: int, metric: Metric, init: Init, seed: int, threads: Workers) -> State:
-    """Return where iterations on points (S, D), at least K of them, start: centroids and who is nearest to which.
-
-    For cosine the points have length 1.
-    """
-    vectors = starting_points(points, num_clusters, metric, init, seed, threads)
-    centroids = Centroids(vectors, metric)
-    lists = None
+def initial_state(points: Float32, num_clusters: int, seed: int, threads: Workers) -> State:
+    """Return the state before the first iteration on points (S, D), at least K of them."""
+    initial = initial_centroids(points, num_clusters, seed, threads)
+    coarse = None
     if num_clusters > EXACT_CENTROIDS:
-        lists = make_lists(centroids, FIRST_LISTED, threads, seed)
-    assignments, _ = search_points(points, centroids, threads, lists)
-    sums = np.zeros(vectors.shape)
+        coarse = train_coarse_quantizer(initial, FIRST_CANDIDATES, threads, seed)
+    assignments, _ = search_centroids(points, initial, threads, coarse)
+    sums = np.zeros(initial.shape)
     add_points(sums, points, np.arange(len(points)), assignments, threads)
-    sizes = np.bincount(assignments, minlength=num_clusters)
-    return State(0, centroid_means(sums, sizes, vectors, metric), assignments, sums, np.inf, np.inf)
+    centroids = mean_centroids(sums, np.bincount(assignments, minlength=num_clusters), initial)
+    return State(0, centroids, assignments, sums, np.inf, np.inf)
 
 
 def iterate(
     state: State,
     points: Float32,
-    metric: Metric,
     threads: Workers,
     *,
     num_iterations: int = NUM_ITERATIONS,
-    keep: Keep = lambda state: None,
+    keep: Callable[[State], None] = lambda state: None,
 ) -> State:
-    """Return the state after so many iterations, or when they gain less than 0.01 %; `keep` sees every one."""
+    """Return the state after `num_iterations`, or when one gains less than 0.01 %; `keep` is given every state."""
     while state.iteration < num_iterations and state.gain >= EARLY_STOP:
-        state = _iteration(state, points, metric, threads)
+        assignments, distances = reassign(points, state.assignments, state.centroids, threads)
+        objective = float(distances.sum(dtype=np.float64))
+        relocate_empty_clusters(assignments, distances, len(state.centroids), points.shape[1])
+        moved = np.flatnonzero(assignments != state.assignments)
+        sums = state.sums.copy()
+        add_points(sums, points, moved, assignments[moved], threads)
+        add_points(sums, points, moved, state.assignments[moved], threads, sign=-1)
+        gain = (state.objective - objective) / max(objective, np.finfo(float).tiny)
+        centroids = mean_centroids(sums, np.bincount(assignments, minlength=len(sums)), state.centroids)
+        state = State(state.iteration + 1, centroids, assignments, sums, objective, gain)
         keep(state)
     return state
 
 
-def _iteration(state: State, points: Float32, metric: Metric, threads: Workers) -> State:
-    assignments, distances = near_assignments(points, state.assignments, Centroids(state.centroids, metric), threads)
-    objective = float(distances.sum(dtype=np.float64))
-    fill_empty(assignments, distances, len(state.centroids), points.shape[1])
-    moved = np.flatnonzero(assignments != state.assignments)
-    sums = state.sums.copy()
-    add_points(sums, points, moved, assignments[moved], threads)
-    add_points(sums, points, moved, state.assignments[moved], threads, sign=-1)
-    sizes = np.bincount(assignments, minlength=len(sums))
-    centroids = centroid_means(sums, sizes, state.centroids, metric)
-    gain = (state.objective - objective) / max(objective, np.finfo(float).tiny)
-    return State(state.iteration + 1, centroids, assignments, sums, objective, gain)
+def reassign(points: Float32, assignments: Int32, centroids: Float32, threads: Workers) -> tuple[Int32, Float32]:
+    """Return the nearest of the centroids near the present one of every point, and 1 - cosine to it, (S,) each."""
+    if len(centroids) <= 2 * NUM_NEIGHBORS:  # a product with all of them costs less than grouping points by cluster
+        nearest, cosines = search_centroids(points, centroids, threads)
+        return nearest, np.maximum(1 - cosines, 0)
+    targets = on_device(centroids)
+    neighbors = neighbors_of_centroids(centroids, NUM_NEIGHBORS, threads)
+    groups = group_by(assignments, len(centroids))
+    nearest, cosines = np.empty(len(points), np.int32), np.empty(len(points), np.float32)
 
-
-def near_assignments(
-    points: Float32, assignments: Int32, centroids: Centroids, threads: Workers
-) -> tuple[Int32, Float32]:
-    """Return the nearest of the centroids near the present one for every point (S,), and its distance to it.
-
-    Distances are 1 - cosine, or half the squared Euclidean.
-    """
-    if len(centroids) <= 2 * NUM_NEIGHBOURS:  # a product with all of them costs less than sorting points by cluster
-        nearest, scores = search_points(points, centroids, threads)
-        squares = 1.0 if centroids.metric == "cosine" else np.einsum("nd,nd->n", points, points) / 2
-        return nearest, np.maximum(squares - scores, 0).astype(np.float32)
-    targets, offsets = torch.from_numpy(centroids.vectors).to(device()), centroids.offsets()
-    near = neighbour_lists(centroids, threads)
-    by = np.argsort(assignments, kind="stable")
-    ends = np.cumsum(np.bincount(assignments, minlength=len(centroids)))
-    starts = np.append(0, ends[:-1])
-    found, distances = np.empty(len(points), np.int32), np.empty(len(points), np.float32)
-
-    def look(clusters: Int64) -> None:
+    def search(clusters: Int64) -> None:
         for cluster in clusters.tolist():
-            listed = near[cluster]
-            chosen = targets[torch.from_numpy(listed).to(targets.device)]
-            for start in range(int(starts[cluster]), int(ends[cluster]), JOB_POINTS):
-                rows = by[start : min(start + JOB_POINTS, int(ends[cluster]))]
-                members = points[rows]
-                scores = product(torch.from_numpy(members).to(targets.device), chosen)
-                own = 1.0 if offsets is None else np.einsum("nd,nd->n", members, members) / 2
-                if offsets is not None:
-                    scores -= offsets[listed]
-                best = scores.argmax(axis=1)
-                found[rows] = listed[best]
-                distances[rows] = own - scores[np.arange(len(rows)), best]
+            rows = groups.of(cluster)
+            search_candidates(points, rows, targets, neighbors[cluster], JOB_POINTS, nearest, cosines)
 
-    filled = np.flatnonzero(ends > starts)
-    jobs = np.split(filled, np.flatnonzero(np.diff(ends[filled] // JOB_POINTS)) + 1)
-    for _ in map_in_order(look, jobs, threads):
+    for _ in map_in_order(search, _jobs(groups), threads):
         pass
-    return found, np.maximum(distances, 0)
+    return nearest, np.maximum(1 - cosines, 0)
 
 
-def neighbour_lists(centroids: Centroids, threads: Workers) -> Int64:
-    """Return the centroids near each, (K, 64) and itself among them: of very many, the near ones that a list holds."""
-    if len(centroids) <= 2 * EXACT_CENTROIDS:
-        return neighbours_of(centroids.vectors, centroids, NUM_NEIGHBOURS, threads)
-    lists = make_lists(centroids, 4 * NUM_NEIGHBOURS, threads, 0)
-    heads, _ = search_points(centroids.vectors, lists.coarse, threads)
-    near = np.empty((len(centroids), NUM_NEIGHBOURS), np.int64)
-    targets, offsets = torch.from_numpy(centroids.vectors).to(device()), centroids.offsets()
-
-    def look(head: int) -> None:
-        members = np.flatnonzero(heads == head)
-        listed = np.union1d(lists.listed[head], members)
-        chosen = torch.from_numpy(listed).to(targets.device)
-        scores = product(targets[torch.from_numpy(members).to(targets.device)], targets[chosen])
-        if offsets is not None:
-            scores -= offsets[listed]
-        best = np.argpartition(scores, len(listed) - NUM_NEIGHBOURS, axis=1)[:, len(listed) - NUM_NEIGHBOURS :]
-        near[members] = np.sort(listed[best], axis=1)
-
-    for _ in map_in_order(look, np.unique(heads).tolist(), threads):
-        pass
-    return near
+def _jobs(groups: Groups) -> list[Int64]:
+    """Return the clusters that have points, divided into jobs of about JOB_POINTS points."""
+    filled = np.flatnonzero(groups.sizes)
+    bounds = np.flatnonzero(np.diff(groups.offsets[filled] // JOB_POINTS)) + 1
+    return np.split(filled, bounds) if len(filled) else []
 
 
-def fill_empty(assignments: Int32, distances: Float32, num_clusters: int, dim: int) -> None:
-    """Give every empty cluster, in place, the farthest member of one of the costliest clusters, while these have any.
+def relocate_empty_clusters(assignments: Int32, distances: Float32, num_clusters: int, dim: int) -> None:
+    """Give every empty cluster, in place, the farthest point of one of the costliest clusters, while there are any.
 
     Clusters of one and the same point give nothing.
     """
     sizes = np.bincount(assignments, minlength=num_clusters)
-    empty = np.flatnonzero(sizes == 0)
+    empty, filled = np.flatnonzero(sizes == 0), np.flatnonzero(sizes)
     if not len(empty):
         return
+    groups = group_by(assignments, num_clusters, -distances)
+    farthest = groups.rows[groups.offsets[filled]]  # of each cluster that has points
     costs = np.bincount(assignments, distances, num_clusters)
-    by = np.lexsort((-distances, assignments))
-    farthest = by[(np.cumsum(sizes) - sizes)[sizes > 0]]  # of each cluster that has points
-    farthest = farthest[np.argsort(-costs[sizes > 0], kind="stable")]
+    farthest = farthest[np.argsort(-costs[filled], kind="stable")]
     farthest = farthest[distances[farthest] > tolerance(dim) * max(1.0, float(distances.mean()))][: len(empty)]
     assignments[farthest] = empty[: len(farthest)]
 
 
 def add_points(sums: Float64, points: Float32, rows: Int64, clusters: Int32, threads: Workers, sign: int = 1) -> None:
-    """Add points (S, D) at `rows` (M,) to the sums of their clusters (M,), or take them away, in a fixed order."""
-    by = np.argsort(clusters, kind="stable")
-    ranked = clusters[by]
-    firsts = np.flatnonzero(np.diff(ranked, prepend=-1))
-    jobs = np.split(firsts, np.flatnonzero(np.diff(firsts // JOB_POINTS)) + 1) if len(firsts) else []
-    bounds = [int(job[0]) for job in jobs] + [len(by)]
+    """Add points (S, D) at `rows` (M,) to the sums of their clusters (M,), or subtract them, in a fixed order."""
+    groups = group_by(clusters, len(sums))
 
-    def add(job: int) -> None:
-        for start in range(bounds[job], bounds[job + 1], JOB_POINTS):
-            part = slice(start, min(start + JOB_POINTS, bounds[job + 1]))
-            present, places = np.unique(ranked[part], return_index=True)
-            members = points[rows[by[part]]]
-            sums[present] += sign * np.add.reduceat(members, places, axis=0, dtype=np.float64)
+    def add(job: Int64) -> None:
+        stop = int(groups.offsets[job[-1] + 1])
+        for start in range(int(groups.offsets[job[0]]), stop, JOB_POINTS):
+            part = groups.rows[start : min(start + JOB_POINTS, stop)]
+            present, places = np.unique(clusters[part], return_index=True)
+            sums[present] += sign * np.add.reduceat(points[rows[part]], places, axis=0, dtype=np.float64)
 
-    for _ in map_in_order(add, range(len(jobs)), threads):
+    for _ in map_in_order(add, _jobs(groups), threads):
         pass
 
 
-def centroid_means(sums: Float64, sizes: Int64, before: Float32, metric: Metric) -> Float32:
+def mean_centroids(sums: Float64, sizes: Int64, previous: Float32) -> Float32:
     """Return the centroids (K, D) of clusters with these sums and sizes; an empty one stays where it was."""
-    if metric == "cosine":
-        means = unit_length(sums.astype(np.float32))
-        is_none = (sizes == 0) | ~means.any(axis=1)
-    else:
-        means = (sums / np.maximum(sizes, 1)[:, None]).astype(np.float32)
-        is_none = sizes == 0
-    means[is_none] = before[is_none]
+    means = unit_length(sums.astype(np.float32))
+    stays = (sizes == 0) | ~means.any(axis=1)
+    means[stays] = previous[stays]
     return means
 
 
-def starting_points(
-    points: Float32, num_clusters: int, metric: Metric, init: Init, seed: int, threads: Workers
-) -> Float32:
-    """Return K of the points (S, D), (K, D): any ("sampled"), or those that are far from each other ("k-means++").
+def initial_centroids(points: Float32, num_clusters: int, seed: int, threads: Workers) -> Float32:
+    """Return K of the points (S, D) by k-means++, (K, D).
 
-    More than 128 are drawn in groups of points around fewer centroids; a group gets as many as its share of the
-    squared distances. So the cost grows with S sqrt(K), not with S K.
+    More than 128 are drawn within groups of points, those around fewer centroids. A group gets centroids by its share
+    of the squared distances. So the cost grows with S sqrt(K), not with S K.
     """
     rng = np.random.default_rng([seed, 5])
-    if init == "sampled":
-        return points[np.sort(rng.choice(len(points), num_clusters, replace=False))]
     if num_clusters <= UNGROUPED_CENTROIDS:
-        return points[spread_members(points, np.arange(len(points)), num_clusters, rng)]
+        return points[_draw(points, np.arange(len(points)), num_clusters, rng)]
     num_groups = round(GROUPS_FACTOR * num_clusters**0.5)
-    few = np.sort(rng.choice(len(points), min(len(points), POINTS_A_CENTROID * num_groups), replace=False))
-    first = fit(points[few], num_groups, metric, init, seed, threads)
-    coarse = iterate(first, points[few], metric, threads, num_iterations=GROUP_ITERATIONS)
-    groups, scores = search_points(points, Centroids(coarse.centroids, metric), threads)
-    squares = np.einsum("nd,nd->n", points, points)
-    distances = np.maximum(1 - scores if metric == "cosine" else squares / 2 - scores, 0)
-    sizes = np.bincount(groups, minlength=num_groups)
-    counts = allocate(
-        sizes,
-        np.array([num_clusters]),
-        seeded_keys(num_groups, seed, 5),
-        weights=np.bincount(groups, distances, num_groups).astype(np.float64),
-    )
-    by = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+    num_sampled = min(len(points), POINTS_A_CENTROID * num_groups)
+    sample = points[np.sort(rng.choice(len(points), num_sampled, replace=False))]
+    coarse = iterate(initial_state(sample, num_groups, seed, threads), sample, threads, num_iterations=GROUP_ITERATIONS)
+    labels, cosines = search_centroids(points, coarse.centroids, threads)
+    groups = group_by(labels, num_groups)
+    costs = np.bincount(labels, np.maximum(1 - cosines, 0), num_groups).astype(np.float64)
+    counts = allocate(groups.sizes, np.array([num_clusters]), seeded_keys(num_groups, seed, 5), weights=costs)
 
     def draw(group: int) -> Int64:
-        return spread_members(points, by[group], int(counts[group]), np.random.default_rng([seed, 6, group]))
+        return _draw(points, groups.of(group), int(counts[group]), np.random.default_rng([seed, 6, group]))
 
-    started: Float32 = points[np.concatenate(list(map_in_order(draw, np.flatnonzero(counts).tolist(), threads)))]
-    return started
-
-
-def spread_members(points: Float32, members: Int64, num: int, rng: np.random.Generator) -> Int64:
-    """Return `num` of the rows `members` (M,) whose points (S, D) are far from each other; of a crowd, among some."""
-    if len(members) > SPREAD_POINTS * num:
-        members = np.sort(rng.choice(members, SPREAD_POINTS * num, replace=False))
-    drawn: Int64 = members[spread_points(points[members], num, rng)]
+    drawn: Float32 = points[np.concatenate(list(map_in_order(draw, np.flatnonzero(counts).tolist(), threads)))]
     return drawn
 
 
-def spread_points(points: Float32, num: int, rng: np.random.Generator) -> Int64:
+def _draw(points: Float32, rows: Int64, num: int, rng: np.random.Generator) -> Int64:
+    """Return `num` of the `rows` by k-means++; where there are very many, among a sample of them."""
+    if len(rows) > DRAWN_POINTS * num:
+        rows = np.sort(rng.choice(rows, DRAWN_POINTS * num, replace=False))
+    drawn: Int64 = rows[kmeans_plus_plus(points[rows], num, rng)]
+    return drawn
+
+
+def kmeans_plus_plus(points: Float32, num: int, rng: np.random.Generator) -> Int64:
     """Return different places of `num` of the points (S, D), far from each other. One thread.
 
-    Greedy k-means++ (Arthur and Vassilvitskii 2007): of a few points that are drawn by their squared distance to the
-    chosen ones, the one that lessens the sum of these distances most.
+    Greedy k-means++ (Arthur and Vassilvitskii 2007): draws a few points by their squared distance to the chosen ones,
+    and chooses the one that reduces the sum of these distances most.
     """
     squares = np.einsum("nd,nd->n", points, points)
-    targets = torch.from_numpy(points).to(device())
+    targets = on_device(points)
+
+    def squared_distances(places: Int64) -> Float32:
+        """Return those of all points to the ones at `places` (M,), (S, M), with zero where rounding leaves a little."""
+        products = product(targets, targets[places])
+        sums = squares[:, None] + squares[places]
+        distances: Float32 = sums - 2 * products
+        distances[distances < ROUNDING * sums] = 0
+        return distances
+
     num_drawn = 2 + int(np.log(num))
     chosen = np.empty(num, np.int64)
     chosen[0] = rng.integers(len(points))
-    nearest = _squared_distances(targets, squares, chosen[:1])[:, 0]
+    nearest = squared_distances(chosen[:1])[:, 0]
     nearest[chosen[0]] = 0
     for count in range(1, num):
         running = np.cumsum(nearest, dtype=np.float64)
@@ -276,18 +218,9 @@ def spread_points(points: Float32, num: int, rng: np.random.Generator) -> Int64:
             break
         drawn = np.searchsorted(running, rng.random(num_drawn) * running[-1], side="right")
         drawn = np.minimum(drawn, len(points) - 1)
-        lessened = np.minimum(_squared_distances(targets, squares, drawn), nearest[:, None])
-        best = int(lessened.sum(axis=0, dtype=np.float64).argmin())
+        reduced = np.minimum(squared_distances(drawn), nearest[:, None])
+        best = int(reduced.sum(axis=0, dtype=np.float64).argmin())
         chosen[count] = drawn[best]
-        nearest = lessened[:, best].copy()
+        nearest = reduced[:, best].copy()
         nearest[drawn[best]] = 0
     return chosen
-
-
-def _squared_distances(targets: Tensor, squares: Float32, places: Int64) -> Float32:
-    """Return those of all points (S, D) to the ones at `places` (M,), (S, M), without what rounding makes of zero."""
-    products = product(targets, targets[torch.from_numpy(places).to(targets.device)])
-    sums = squares[:, None] + squares[places]
-    distances = sums - 2 * products
-    distances[distances < ROUNDING * sums] = 0
-    return distances

@@ -1,52 +1,27 @@
 """A sheet of clusters to look at: the largest, some of the middle, the smallest and the suspected ones."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ... import console
-from ...errors import ToolkitError
 from ...features.sheet import Tile, draw_sheet, is_picture_up_to_date, read_tile, write_picture
 from ...store import tables
 from ...store.artifact import Options
 from ...store.manifest import Provenance, open_manifest
-from .table import table_path
+from .table import checked_table_path
 
 CLUSTERS = 6  # chosen: of each kind, so that a sheet fits on two screens
 MEMBERS = 10
 TILE_PX = 88
 
-SHOWN = """
-    with filled as (
-        select cluster, images, sampled, label, purity, suspected,
-               row_number() over (order by images desc, cluster) as place, count(*) over () as number
-        from read_parquet($clusters) where level = 0 and sampled > 0
-    ), kinds as (
-        select *, case when place <= $count then 0
-                       when suspected then 3
-                       when place > number - $count then 2
-                       when place > (number - $count) // 2 and place <= (number - $count) // 2 + $count then 1 end
-                  as kind
-        from filled
-    )
-    select kind, cluster, images, sampled, label, purity from kinds where kind is not null
-    qualify row_number() over (partition by kind order by place) <= $count order by kind, place
-"""
 CENTRAL = """
-    select cluster_0, uri from read_parquet($selection) where cluster_0 in (select unnest($wanted))
+    select cluster_0, uri from read_parquet($selection) where list_contains($clusters, cluster_0)
     qualify row_number() over (partition by cluster_0 order by distance, image_id, uri, row) <= $members
     order by cluster_0, distance, image_id, uri, row
 """
-KINDS = ("large", "middle", "small", "suspected junk")
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A cluster on its way to the sheet."""
-
-    cluster: int
-    heading: str
 
 
 def draw_clusters(path: Path, sheet: Path, options: Options) -> None:
@@ -58,42 +33,43 @@ def draw_clusters(path: Path, sheet: Path, options: Options) -> None:
     provenance = Provenance("picture", "curate cluster", {}, options.seed, (selection.source("manifest"),))
     if is_picture_up_to_date(sheet, provenance, options):
         return
-    clusters = checked_table_path(path)
+    headings = _headings(checked_table_path(path))
+    tiles: dict[int, list[Tile]] = {cluster: [] for cluster in headings}
     with tables.connect() as connection:
-        shown = _shown(connection, clusters)
-        wanted = {"selection": str(path), "wanted": [each.cluster for each in shown], "members": MEMBERS}
-        central = connection.execute(CENTRAL, wanted).fetchall()
-    tiles: dict[int, list[Tile]] = {each.cluster: [] for each in shown}
+        parameters = {"selection": str(path), "clusters": list(headings), "members": MEMBERS}
+        central = connection.execute(CENTRAL, parameters).fetchall()
     for cluster, uri in central:
         tiles[cluster].append(read_tile(uri, "", TILE_PX))
     picture = draw_sheet(
-        [[tiles[each.cluster]] for each in shown],
+        [[tiles[cluster]] for cluster in headings],
         title=f"Clusters: {path.name}",
-        note="of each cluster the images nearest to its centroid, among those taken",
-        headings=[each.heading for each in shown],
+        note="of each cluster the selected images that are nearest to its centroid",
+        headings=list(headings.values()),
         tile_px=TILE_PX,
     )
     write_picture(picture, sheet, provenance)
-    console.say(f"{sheet}: {len(shown)} clusters")
+    console.say(f"{sheet}: {len(headings)} clusters")
 
 
-def checked_table_path(path: Path) -> Path:
-    """Return where the cluster table of the selection at `path` is.
-
-    Raises ToolkitError when it is gone.
-    """
-    clusters = table_path(path)
-    if not clusters.exists():
-        raise ToolkitError(f"no {clusters}, which `curate cluster` wrote beside {path}; make it again by --force")
-    return clusters
-
-
-def _shown(connection: duckdb.DuckDBPyConnection, clusters: Path) -> list[Shown]:
-    found = connection.execute(SHOWN, {"clusters": str(clusters), "count": CLUSTERS}).fetchall()
-    shown = []
-    for kind, cluster, images, sampled, label, purity in found:
-        taken = "" if sampled == images else f", {sampled:,} of them taken"
-        named = "" if label is None else f"; {purity:.0%} {label}"
-        size = "1 image" if images == 1 else f"{images:,} images"
-        shown.append(Shown(cluster, f"{KINDS[kind]}: cluster {cluster}, {size}{taken}{named}"))
-    return shown
+def _headings(clusters: Path) -> dict[int, str]:
+    """Return the clusters to draw, in that order, and what to write above each."""
+    columns = ["cluster", "images", "sampled", "label", "purity", "suspected"]
+    drawable = (pc.field("level") == 0) & (pc.field("sampled") > 0)
+    table = pq.read_table(clusters, columns=columns, filters=drawable)
+    table = table.sort_by([("images", "descending"), ("cluster", "ascending")])
+    place, num = np.arange(len(table)), len(table)
+    is_kind = {
+        "large": place < CLUSTERS,
+        "suspected junk": table.column("suspected").to_numpy(),
+        "small": place >= num - CLUSTERS,
+        "middle": (place - (num - CLUSTERS) // 2) // CLUSTERS == 0,
+    }
+    kinds = np.select(list(is_kind.values()), list(is_kind), "")
+    headings = {}
+    for kind in ("large", "middle", "small", "suspected junk"):
+        for row in table.take(np.flatnonzero(kinds == kind)[:CLUSTERS]).to_pylist():
+            size = "1 image" if row["images"] == 1 else f"{row['images']:,} images"
+            taken = "" if row["sampled"] == row["images"] else f", {row['sampled']:,} of them sampled"
+            label = "" if row["label"] is None else f"; {row['purity']:.0%} {row['label']}"
+            headings[row["cluster"]] = f"{kind}: cluster {row['cluster']}, {size}{taken}{label}"
+    return headings

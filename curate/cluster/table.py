@@ -1,12 +1,12 @@
-"""The clusters of a selection as a table of their own, NAME.clusters.parquet beside NAME.parquet, and what they tell.
+"""The table of clusters, NAME.clusters.parquet beside NAME.parquet, and what a person should know of them.
 
 A row is a cluster, with its centroid in the column `embedding`: so it is an embedding manifest too.
 
 N images, K_l clusters at level l.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +14,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ... import console
+from ...errors import ToolkitError
 from ...store.manifest import ManifestWriter, Provenance, embedding_field
-from ...store.vectors import Float32, Int64
+from ...store.vectors import Float32, Float64, Int32, Int64
 from ..inputs import EmbeddedImages
-from .allocation import Int32
-from .centroid_search import Metric
+from .kmeans import Hierarchy
 from .metrics import (
-    class_sizes,
+    contingency,
     grouping,
     isolation,
-    joint_above,
-    joint_counts,
     majority,
-    normalised_information,
+    normalized_mutual_information,
     purity,
-    read_classes,
     size_figures,
     suspected_junk,
 )
@@ -45,21 +42,22 @@ TABLE_FIELDS = (
     pa.field("purity", pa.float32()),  # its share of the images with a label
     pa.field("suspected", pa.bool_()),  # tiny and far from all others: perhaps junk
 )
+LEVEL_FIGURES = ("clusters", "empty", "smallest", "median", "largest", "entropy", "sample_entropy", "purity", "nmi")
+FIGURES_HEADER = ["", "number", "empty", "smallest", "median", "largest", "entropy", "of the sample", "purity", "NMI"]
 LISTED_JUNK = 10  # clusters named on stderr
-
-
-@dataclass(frozen=True)
-class Level:
-    """A level of clusters."""
-
-    centroids: Float32  # (K, D)
-    parents: Int64 | Int32 | None  # (K,) clusters of the next level; None at the coarsest
-    metric: Metric
 
 
 def table_path(path: Path) -> Path:
     """Return where the clusters of a selection are listed: NAME.clusters.parquet beside NAME.parquet."""
     return path.with_name(path.name.removesuffix(".parquet") + ".clusters.parquet")
+
+
+def checked_table_path(path: Path) -> Path:
+    """Return the same; raises ToolkitError when the table is gone."""
+    clusters = table_path(path)
+    if not clusters.exists():
+        raise ToolkitError(f"no {clusters}, which `curate cluster` wrote beside {path}; make it again by --force")
+    return clusters
 
 
 def write_cluster_table(path: Path, table: pa.Table, provenance: Provenance) -> None:
@@ -69,68 +67,84 @@ def write_cluster_table(path: Path, table: pa.Table, provenance: Provenance) -> 
         writer.write(table)
 
 
-def describe_levels(
-    images: EmbeddedImages,
-    levels: Sequence[Level],
-    clusters: Int64 | Int32,
-    distances: Float32,
-    positions: Int64,
-) -> tuple[pa.Table, dict[str, object]]:
+def describe_levels(images: EmbeddedImages, made: Hierarchy, positions: Int64) -> tuple[pa.Table, dict[str, object]]:
     """Return the table of clusters and the figures of all levels, and say on stderr what a person should know.
 
-    Args:
-        clusters: (N,) of every image the cluster of level 0; `distances` (N,) to its centroid.
-        positions: (R,) of the images in the selection.
+    `positions` (R,) are those of the images in the selection.
     """
     figures: dict[str, object] = {}
-    classes = read_classes(images)
-    joint = joint_counts(clusters, classes)
-    sizes = np.bincount(clusters, minlength=len(levels[0].centroids))
-    sampled = np.bincount(clusters[positions], minlength=len(sizes))
     tables: list[pa.Table] = []
-    lines: list[list[object]] = []
-    for number, level in enumerate(levels):
-        count = len(level.centroids)
-        isolated = isolation(level.centroids, level.metric)
-        is_junk = suspected_junk(sizes, isolated) if number == 0 else np.zeros(count, bool)
-        labels, purities = majority(joint, count)
-        mean = np.bincount(clusters, distances, count) / np.maximum(sizes, 1) if number == 0 else None
+    classes, names = _read_classes(images)
+    clusters, has_label = made.assignments[0], classes >= 0
+    counts = contingency(clusters[has_label], classes[has_label])
+    sizes = np.bincount(clusters, minlength=len(made.centroids[0]))
+    sampled = np.bincount(clusters[positions], minlength=len(sizes))
+    mean_distance: pa.Array = pa.array(np.bincount(clusters, made.distances, len(sizes)) / np.maximum(sizes, 1))
+    for level, centroids in enumerate(made.centroids):
+        num, parents = len(centroids), made.parents(level)
+        isolated = isolation(centroids)
+        is_junk = suspected_junk(sizes, isolated) if level == 0 else np.zeros(num, bool)
+        labels, purities = np.full(num, -1), np.zeros(num)
+        most = majority(counts)
+        labels[most.clusters] = most.classes
+        purities[most.clusters] = most.counts / np.bincount(counts.clusters, counts.counts)[most.clusters]
         columns = {
-            "level": pa.array(np.full(count, number)),
-            "cluster": pa.array(np.arange(count)),
-            "parent": pa.nulls(count) if level.parents is None else pa.array(level.parents),
+            "level": pa.array(np.full(num, level)),
+            "cluster": pa.array(np.arange(num)),
+            "parent": pa.nulls(num) if parents is None else pa.array(parents),
             "images": pa.array(sizes),
             "sampled": pa.array(sampled),
-            "mean_distance": pa.nulls(count) if mean is None else pa.array(mean),
+            "mean_distance": mean_distance if level == 0 else pa.nulls(num),
             "isolation": pa.array(isolated),
-            "label": pa.array(classes.names, pa.string()).take(pa.array(labels, mask=labels < 0)),
+            "label": pa.array(names, pa.string()).take(pa.array(labels, mask=labels < 0)),
             "purity": pa.array(purities, mask=labels < 0),
             "suspected": pa.array(is_junk),
         }
-        tables.append(_table(columns, level.centroids))
+        tables.append(_table(columns, centroids))
         measured = size_figures(sizes, sampled)
-        known = [purity(joint, count), normalised_information(joint)] if len(joint.counts) else []
-        lines.append([f"cluster_{number}", *measured.values(), *known])
-        figures |= {f"{name}_{number}": value for name, value in measured.items()}
-        figures |= {f"{name}_{number}": value for name, value in zip(("purity", "nmi"), known, strict=False)}
-        if number == 0:
+        if names:
+            measured |= {"purity": purity(counts), "nmi": normalized_mutual_information(counts)}
+        figures |= {f"{name}_{level}": value for name, value in measured.items()}
+        if level == 0:
             figures |= {"junk_clusters": int(is_junk.sum()), "junk_images": int(sizes[is_junk].sum())}
-            _say_junk(images, clusters, distances, sizes, isolated, is_junk)
-        if level.parents is not None:
-            figures |= _say_grouping(level, levels[number + 1], number + 1)
-            above = len(levels[number + 1].centroids)
-            joint = joint_above(joint, np.asarray(level.parents, np.int64))
-            sizes, sampled = (np.bincount(level.parents, part, above).astype(np.int64) for part in (sizes, sampled))
-    if classes.names:
-        measured = size_figures(*class_sizes(classes, positions))
+            _say_junk(images, made, sizes, isolated, is_junk)
+        if parents is not None:
+            num_above = len(made.centroids[level + 1])
+            figures |= _say_grouping(centroids, parents, num_above, level + 1)
+            counts = contingency(parents[counts.clusters], counts.classes, counts.counts)
+            sizes, sampled = (np.bincount(parents, part, num_above).astype(np.int64) for part in (sizes, sampled))
+    if names:
+        of_all, of_sample = (
+            np.bincount(part[part >= 0], minlength=len(names)) for part in (classes, classes[positions])
+        )
+        measured = size_figures(of_all, of_sample)
         figures |= {"class_entropy": measured["entropy"], "sample_class_entropy": measured["sample_entropy"]}
         figures |= {f"class_{name}": measured[name] for name in ("smallest", "median", "largest")}
-        figures["classes"] = len(classes.names)
-        lines.append(["label", *measured.values(), "", ""])
+        figures["classes"] = len(names)
     title = f"{len(positions):,} of {len(images):,} images; entropy 1 is all alike"
-    header = ["", "number", "empty", "smallest", "median", "largest", "entropy", "of the sample", "purity", "nmi"]
-    console.table(title, header if classes.names else header[:-2], [line[: len(header)] for line in lines])
+    rows = [["" if value is None else value for value in row] for row in figure_rows(figures, len(tables))]
+    shown = len(FIGURES_HEADER) if names else -2
+    console.table(title, FIGURES_HEADER[:shown], [row[:shown] for row in rows])
     return pa.concat_tables(tables), figures
+
+
+def figure_rows(figures: Mapping[str, object], num_levels: int) -> list[list[object]]:
+    """Return the rows below FIGURES_HEADER: one a level, then that of the labels where there are any."""
+    rows = [
+        [f"cluster_{level}", *(figures.get(f"{name}_{level}") for name in LEVEL_FIGURES)] for level in range(num_levels)
+    ]
+    if "classes" in figures:
+        names = ("class_smallest", "class_median", "class_largest", "class_entropy", "sample_class_entropy")
+        rows.append(["label", figures["classes"], None, *(figures.get(name) for name in names), None, None])
+    return rows
+
+
+def _read_classes(images: EmbeddedImages) -> tuple[Int32, list[str]]:
+    """Return the labels of all images as numbers (N,), -1 where there is none, and what they stand for."""
+    encoded = [table.column("label").combine_chunks().dictionary_encode() for table in images.batches(["label"])]
+    labels = pa.chunked_array(encoded).unify_dictionaries()
+    classes = [chunk.indices.fill_null(-1).to_numpy() for chunk in labels.chunks]
+    return np.concatenate(classes), labels.chunk(0).dictionary.to_pylist()
 
 
 def _table(columns: dict[str, pa.Array], centroids: Float32) -> pa.Table:
@@ -141,55 +155,43 @@ def _table(columns: dict[str, pa.Array], centroids: Float32) -> pa.Table:
 
 
 def _say_junk(
-    images: EmbeddedImages,
-    clusters: Int64 | Int32,
-    distances: Float32,
-    sizes: Int64,
-    isolated: npt.NDArray[np.float64],
-    is_junk: npt.NDArray[np.bool_],
+    images: EmbeddedImages, made: Hierarchy, sizes: Int64, isolated: Float64, is_junk: npt.NDArray[np.bool_]
 ) -> None:
-    """List tiny far-away clusters, each with the image nearest to its centroid."""
+    """List tiny clusters far from all others, each with the image nearest to its centroid."""
     suspected = np.flatnonzero(is_junk)
     if not len(suspected):
         return
-    shown = suspected[np.argsort(-isolated[suspected], kind="stable")][:LISTED_JUNK]
-    members = np.flatnonzero(np.isin(clusters, shown))
-    by = members[np.lexsort((distances[members], clusters[members]))]
-    _, first = np.unique(clusters[by], return_index=True)
-    nearest = dict(zip(np.sort(shown).tolist(), by[first].tolist(), strict=True))
-    uris = images.uris(np.array([nearest[cluster] for cluster in shown.tolist()])).to_pylist()
-    rows = [
-        [cluster, int(sizes[cluster]), float(isolated[cluster]), uri or ""]
-        for cluster, uri in zip(shown.tolist(), uris, strict=True)
-    ]
+    shown = suspected[np.argsort(-isolated[suspected], kind="stable")][:LISTED_JUNK].tolist()
+    members = [np.flatnonzero(made.assignments[0] == cluster) for cluster in shown]
+    uris = images.uris(np.array([rows[made.distances[rows].argmin()] for rows in members])).to_pylist()
     console.warn(
         f"{len(suspected):,} tiny clusters far from all others, {sizes[suspected].sum():,} images: perhaps junk, which"
         " balancing favours; look at them (--sheet)"
     )
+    rows = [
+        [cluster, int(sizes[cluster]), float(isolated[cluster]), uri or ""]
+        for cluster, uri in zip(shown, uris, strict=True)
+    ]
     console.table("", ["cluster_0", "images", "isolation", "its central image"], rows)
 
 
-def _say_grouping(below: Level, above: Level, number: int) -> dict[str, object]:
-    """Return how well a level groups the clusters below it, and warn of a hub, or where there is nothing to group."""
-    assert below.parents is not None
-    count = len(above.centroids)
-    made = grouping(below.centroids, np.asarray(below.parents, np.int64), count)
-    is_hub = made.is_hub(count)
-    num_below = len(below.centroids)
-    if count > 1 and (is_hub or made.is_loose()):
+def _say_grouping(children: Float32, parents: Int32, num_nodes: int, level: int) -> dict[str, object]:
+    """Return how well a level groups the clusters below it, and warn where it finds no hierarchy."""
+    made = grouping(children, parents, num_nodes)
+    if not made.is_hierarchy:
         what = (
-            f"its cluster {made.hub} is a hub: {made.share:.0%} of the {num_below:,} clusters below, with little in"
+            f"its cluster {made.hub} is a hub: {made.share:.0%} of the {len(children):,} clusters below, with little in"
             f" common (their mean has length {made.norm:.2f}, the median node's {made.median_norm:.2f})"
-            if is_hub
+            if made.is_hub
             else f"clusters that it puts together are hardly more alike (cosine {made.cosine:+.2f}) than any two"
         )
         console.warn(
-            f"level {number} finds no hierarchy: {what}; leave it out (--num-clusters of the levels below), or"
-            " --allocation flat, or --metric cosine if it was not"
+            f"level {level} finds no hierarchy: {what}; leave it out (--num-clusters of the levels below), or"
+            " --allocation flat"
         )
     return {
-        f"hub_share_{number}": made.share,
-        f"hub_norm_{number}": made.norm,
-        f"grouping_{number}": made.cosine,
-        f"hub_{number}": bool(count > 1 and (is_hub or made.is_loose())),
+        f"hub_share_{level}": made.share,
+        f"hub_norm_{level}": made.norm,
+        f"grouping_{level}": made.cosine,
+        f"hub_{level}": not made.is_hierarchy,
     }

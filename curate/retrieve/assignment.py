@@ -1,20 +1,20 @@
-"""Which query gets a pool image that several want.
+"""Candidates of queries, and the assignment of each pool image to one query.
 
-Q queries of all sets, N pool images, R pairs of them.
+Q queries of all sets, N pool images, R pairs of a query and a pool image.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
 from ... import console
-from ...features.search.neighbors import Identity, Neighbors, SearchSettings, nearest
+from ...features.search.neighbors import Neighbors
 from ...store.vectors import Float64, Int64
 from ..inputs import EmbeddedImages
 
-FILL_PAIRS = 1 << 23  # neighbours held while places are filled; chosen: 128 MB
+FILL_PAIRS = 1 << 23  # neighbours in memory while places are filled; chosen: 128 MB
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,21 @@ class QuerySet:
 
     name: str
     images: EmbeddedImages
-    number: int  # images wanted, of every query or every cluster
+    number: int  # images for every query, or from every cluster
     start: int  # place of its first query among those of all sets
 
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def places(self) -> Int64:
+        """Return the places of its queries among those of all sets."""
+        return np.arange(self.start, self.start + len(self))
+
 
 @dataclass(frozen=True)
-class Retrieved:
-    """Pool images with the query that each came by."""
+class Pairs:
+    """Pairs of a query and a pool image: candidates, or assignments in which each image occurs once."""
 
     pool: Int64  # (R,) positions in the pool
     query: Int64  # (R,) places among the queries of all sets
@@ -42,180 +47,153 @@ class Retrieved:
     def __len__(self) -> int:
         return len(self.pool)
 
-    def take(self, indices: Int64) -> "Retrieved":
+    def take(self, indices: Int64) -> "Pairs":
         """Return some of them."""
-        return Retrieved(self.pool[indices], self.query[indices], self.rank[indices], self.similarity[indices])
+        return Pairs(self.pool[indices], self.query[indices], self.rank[indices], self.similarity[indices])
 
-    def ordered(self) -> "Retrieved":
-        """Return the same by query, then rank."""
+    def ordered(self) -> "Pairs":
+        """Return them by query, then rank."""
         return self.take(np.lexsort((self.rank, self.query)))
 
-    def of(self, part: QuerySet) -> "Retrieved":
-        """Return what came by the queries of a set."""
+    def of(self, part: QuerySet) -> "Pairs":
+        """Return those of a set's queries."""
         return self.take(np.flatnonzero((self.query >= part.start) & (self.query < part.start + len(part))))
 
 
-def together(parts: Sequence[Retrieved]) -> Retrieved:
+def concatenate(parts: Sequence[Pairs]) -> Pairs:
     """Return several as one."""
-    pool, query, rank = (np.concatenate([getattr(part, name) for part in parts]) for name in ("pool", "query", "rank"))
-    return Retrieved(pool, query, rank, np.concatenate([part.similarity for part in parts]))
+    return Pairs(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Pairs)))
 
 
-def neighbors_of(
-    part: QuerySet,
-    pool: EmbeddedImages,
-    identity: Identity,
-    min_similarity: float | None,
-    search: SearchSettings,
-    depth: int,
-    queries: Int64 | None = None,
-) -> Neighbors:
-    """Return the `depth` nearest pool images of a set's queries, or of those at the places `queries` (B,)."""
-    queries = np.arange(part.start, part.start + len(part)) if queries is None else queries
-    return nearest(
-        part.images.vectors.take(queries - part.start),
-        pool.vectors,
-        depth,
-        order=pool.order,
-        identity=Identity(identity.queries[queries], identity.pool),
-        above=-np.inf if min_similarity is None else float(np.nextafter(min_similarity, -np.inf)),
-        search=search,
-        progress=f"searching neighbours of {part.name}",
-    )
-
-
-def wanted(part: QuerySet, neighbors: Neighbors) -> Retrieved:
-    """Return all that a set's queries found."""
+def candidates(part: QuerySet, neighbors: Neighbors) -> Pairs:
+    """Return all pairs of a set's queries and the neighbours found of them."""
     query, column = np.nonzero(neighbors.indices >= 0)
     similarity = neighbors.similarities[query, column]
-    return Retrieved(neighbors.indices[query, column], query + part.start, column + 1, similarity)
+    return Pairs(neighbors.indices[query, column], query + part.start, column + 1, similarity)
 
 
-def best_of_each(found: Retrieved) -> Retrieved:
-    """Return every pool image once, with the query it is most similar to, of ties with the earlier; by query, rank."""
-    by = np.lexsort((found.query, -found.similarity, found.pool))
-    _, first = np.unique(found.pool[by], return_index=True)
-    return found.take(by[first]).ordered()
+def assign_to_most_similar(pairs: Pairs) -> Pairs:
+    """Return every pool image once, with its most similar query, of ties the earlier; by query, rank."""
+    by = np.lexsort((pairs.query, -pairs.similarity, pairs.pool))
+    _, first = np.unique(pairs.pool[by], return_index=True)
+    return pairs.take(by[first]).ordered()
 
 
-def at_most(found: Retrieved, max_images: int | None) -> Retrieved:
-    """Return no more than so many: every query's first, then every query's second, and so on, by similarity."""
-    if max_images is None or len(found) <= max_images:
-        return found
-    by = np.lexsort((found.query, -found.similarity, found.rank))
-    return found.take(by[:max_images]).ordered()
+def cap(pairs: Pairs, max_images: int | None) -> Pairs:
+    """Return `max_images` at most: every query's first, then every query's second, and so on, by similarity."""
+    if max_images is None or len(pairs) <= max_images:
+        return pairs
+    by = np.lexsort((pairs.query, -pairs.similarity, pairs.rank))
+    return pairs.take(by[:max_images]).ordered()
 
 
 @dataclass(frozen=True)
 class Filled:
-    """An assignment in which every query has what it asked for, where the pool allows."""
+    """An assignment in which every query has its number of images, where the pool allows."""
 
-    found: Retrieved
+    pairs: Pairs
     rounds: int  # searches, the first included
-    depth: int  # most neighbours of a query looked at
+    depth: int  # neighbours of a query, at most
     recall: float  # the lowest of these searches
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What every pool image is held by, changed in place."""
+class _Current:
+    """The current query of each pool image, changed in place."""
 
     query: Int64  # (N,) -1: none
-    similarity: Float64  # (N,) -inf: none; inf: not to be had
+    similarity: Float64  # (N,) -inf: none; inf: the image is unavailable
     rank: npt.NDArray[np.int32]  # (N,)
-    count: Int64  # (Q,) images that each query holds
+    count: Int64  # (Q,) images of each query
 
 
 def fill(
     sets: Sequence[QuerySet],
     first: Sequence[Neighbors],
-    pool: EmbeddedImages,
-    identity: Identity,
-    *,
-    taken: Int64,
-    min_similarity: float | None,
-    search: SearchSettings,
+    num_pool: int,
+    search: Callable[[QuerySet, Int64, int], Neighbors],
+    unavailable: Int64,
 ) -> Filled:
-    """Give every query as many images as its set asks for, each pool image to one, while the pool lasts.
+    """Give every query as many images as its set asks for, each pool image to one query, while the pool lasts.
 
-    The pairs of all queries and pool images are gone through by falling similarity (of ties by query, then by the
-    pool's order), and a pair is taken when the image is free and the query not yet served. This is found without all
-    pairs: queries ask for their nearest, an image stays with the most similar that asked, and who was refused or
-    loses one asks for its next nearest (deferred acceptance, Gale and Shapley 1962; as both sides rank by one number,
-    there is one stable outcome). Only queries that run out of known neighbours are searched again, twice as deep.
+    The result is that of a greedy pass over all pairs, by falling similarity (of ties by query, then by the pool's
+    order), which takes a pair when its image is free and its query still lacks images. Deferred acceptance (Gale and
+    Shapley 1962) finds it without all pairs: queries propose to their nearest images; an image keeps the most similar
+    query that proposed; a query that is refused or loses an image proposes to its next nearest. As both sides rank by
+    one number, there is one stable outcome. Only queries that run out of neighbours are searched again, twice as deep.
 
     Args:
-        first: what every set's queries found.
-        taken: positions of pool images that nobody gets.
+        first: the neighbours found of every set's queries.
+        num_pool: N.
+        search: returns the neighbours of a set's queries at the places (B,) given, to the depth given.
+        unavailable: positions of pool images that no query may get.
     """
     num_queries = sum(len(part) for part in sets)
-    held = _Held(
-        np.full(len(pool), -1), np.full(len(pool), -np.inf), np.zeros(len(pool), np.int32), np.zeros(num_queries, int)
+    current = _Current(
+        np.full(num_pool, -1), np.full(num_pool, -np.inf), np.zeros(num_pool, np.int32), np.zeros(num_queries, int)
     )
-    held.similarity[taken] = np.inf
+    current.similarity[unavailable] = np.inf
     capacity = np.concatenate([np.full(len(part), part.number) for part in sets])
     is_done = np.zeros(num_queries, bool)
     depths = [part.number for part in sets]
     recall = min(neighbors.recall for neighbors in first)
     for part, neighbors in zip(sets, first, strict=True):
-        queries = np.arange(part.start, part.start + len(part))
-        is_done[queries] = _ask(held, queries, capacity, neighbors, part.number >= len(pool))
+        is_done[part.places] = _propose(current, part.places, capacity, neighbors, part.number >= num_pool)
 
     rounds = 1
-    while len(left := np.flatnonzero((held.count < capacity) & ~is_done)):
+    while len(lacking := np.flatnonzero((current.count < capacity) & ~is_done)):
         rounds += 1
         for number, part in enumerate(sets):
-            mine = left[(left >= part.start) & (left < part.start + len(part))]
-            if not len(mine):
+            of_set = lacking[np.isin(lacking, part.places)]
+            if not len(of_set):
                 continue
-            depths[number] = depth = min(2 * depths[number], len(pool))
-            console.detail(f"{len(mine):,} queries of {part.name} lack images: looking at their {depth:,} nearest")
+            depths[number] = depth = min(2 * depths[number], num_pool)
+            console.detail(f"{len(of_set):,} queries of {part.name} lack images: searching their {depth:,} nearest")
             size = max(1, FILL_PAIRS // depth)
-            for start in range(0, len(mine), size):
-                queries = mine[start : start + size]
-                neighbors = neighbors_of(part, pool, identity, min_similarity, search, depth, queries)
+            for start in range(0, len(of_set), size):
+                queries = of_set[start : start + size]
+                neighbors = search(part, queries, depth)
                 recall = min(recall, neighbors.recall)
-                is_done[queries] = _ask(held, queries, capacity, neighbors, depth >= len(pool))
-    images = np.flatnonzero(held.query >= 0)
-    rank = held.rank[images].astype(np.int64)
-    found = Retrieved(images, held.query[images], rank, held.similarity[images]).ordered()
-    return Filled(found, rounds, min(max(depths), len(pool)), recall)
+                is_done[queries] = _propose(current, queries, capacity, neighbors, depth >= num_pool)
+    images = np.flatnonzero(current.query >= 0)
+    rank = current.rank[images].astype(np.int64)
+    pairs = Pairs(images, current.query[images], rank, current.similarity[images]).ordered()
+    return Filled(pairs, rounds, min(max(depths), num_pool), recall)
 
 
-def _ask(held: _Held, queries: Int64, capacity: Int64, neighbors: Neighbors, is_all: bool) -> npt.NDArray[np.bool_]:
-    """Let queries (B,) ask down their lists of neighbours until each has its number or has asked all.
+def _propose(
+    current: _Current, queries: Int64, capacity: Int64, neighbors: Neighbors, is_whole_pool: bool
+) -> npt.NDArray[np.bool_]:
+    """Let queries (B,) propose to their neighbours in turn until each has its number of images or no neighbour is left.
 
-    Returns which of them have asked all that there are, (B,): `is_all` says that the lists are the whole pool, a list
-    with free places at its end is all in any case. What an image is held by only becomes more similar, so that asking
-    again from the start of a longer list asks nothing that was answered otherwise before.
+    Returns which of them have proposed to the whole pool, (B,): their neighbours are all of it (`is_whole_pool`), or
+    end with an empty place. The query of an image only becomes more similar. So proposing again from the start of a
+    longer list changes nothing that was decided.
     """
     depth = neighbors.indices.shape[1]
-    asked = np.zeros(len(queries), np.int64)
+    proposed = np.zeros(len(queries), np.int64)
     while True:
-        free = capacity[queries] - held.count[queries]
-        active = np.flatnonzero((free > 0) & (asked < depth))
+        free = capacity[queries] - current.count[queries]
+        active = np.flatnonzero((free > 0) & (proposed < depth))
         if not len(active):
             break
         window = np.arange(free[active].max())
-        columns = asked[active][:, None] + window  # (A, W)
+        columns = proposed[active][:, None] + window  # (A, W)
         row, offset = np.nonzero((window < free[active][:, None]) & (columns < depth))
-        asker, column = active[row], columns[row, offset]
-        asked[active] = np.minimum(asked[active] + free[active], depth)
-        image, similarity, query = (
-            neighbors.indices[asker, column],
-            neighbors.similarities[asker, column],
-            queries[asker],
-        )
-        holder, level = held.query[image], held.similarity[image]
-        is_better = (image >= 0) & ((similarity > level) | ((similarity == level) & (query < holder)))
-        image, similarity, query, rank = (each[is_better] for each in (image, similarity, query, column + 1))
+        proposer, column = active[row], columns[row, offset]
+        proposed[active] = np.minimum(proposed[active] + free[active], depth)
+        image, similarity = neighbors.indices[proposer, column], neighbors.similarities[proposer, column]
+        query, rank = queries[proposer], column + 1
+        present = current.similarity[image]
+        is_better = (similarity > present) | ((similarity == present) & (query < current.query[image]))
+        is_better &= image >= 0
+        image, similarity, query, rank = (each[is_better] for each in (image, similarity, query, rank))
         by = np.lexsort((query, -similarity, image))
         image, first = np.unique(image[by], return_index=True)
         best = by[first]
-        loser = held.query[image]
-        np.subtract.at(held.count, loser[loser >= 0], 1)
-        np.add.at(held.count, query[best], 1)
-        held.query[image], held.similarity[image], held.rank[image] = query[best], similarity[best], rank[best]
-    is_list_all = is_all | (neighbors.indices[:, -1] < 0)
-    done: npt.NDArray[np.bool_] = is_list_all & (asked >= depth)
+        loser = current.query[image]
+        np.subtract.at(current.count, loser[loser >= 0], 1)
+        np.add.at(current.count, query[best], 1)
+        current.query[image], current.similarity[image], current.rank[image] = query[best], similarity[best], rank[best]
+    done: npt.NDArray[np.bool_] = (is_whole_pool | (neighbors.indices[:, -1] < 0)) & (proposed >= depth)
     return done

@@ -6,40 +6,38 @@ N pool images, K clusters, D numbers a vector.
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.compute as pc
 
 from ... import console
+from ...features.grouping import group_by
 from ...features.search.neighbors import Identity, SearchSettings, nearest
 from ...store.vectors import Float32, Int64, Vectors, unit_length
 from ..cluster.kmeans import cluster_vectors
 from ..inputs import EmbeddedImages
-from .assignment import QuerySet, Retrieved
+from .assignment import Pairs, QuerySet, concatenate
 
 CLUSTER_COLUMN = "cluster_0"  # the finest clusters of a pool that `cluster` made
-NUM_RESAMPLINGS = 10  # of the clusters that a pool without any is put into
+NUM_RESAMPLINGS = 10  # where clusters are made here
 SUM_ROWS = 16_384  # vectors summed at a time; fixed, so that sums do not depend on anything else
 
 
-def num_own_clusters(pool: EmbeddedImages) -> int | None:
-    """Return how many clusters the pool's own column has, None where there is no such column."""
-    if CLUSTER_COLUMN not in pool.source.manifest.names():
-        return None
-    return len(pc.unique(pc.drop_null(pool.column(CLUSTER_COLUMN))))
-
-
 def clusters_of(pool: EmbeddedImages, num_clusters: int | None, seed: int) -> tuple[Int64, Float32]:
-    """Return the cluster of every pool image, (N,), and the centroids (K, D): the pool's own, else made here."""
-    if num_clusters is None and num_own_clusters(pool):
-        clusters = pc.fill_null(pool.column(CLUSTER_COLUMN), -1).to_numpy().astype(np.int64)
-        return clusters, mean_directions(pool.vectors, clusters)
-    why = "the pool has no column cluster_0: " if num_clusters is None else ""
-    num_clusters = num_clusters or max(1, round(len(pool) ** 0.5))
+    """Return the cluster of every pool image, (N,), and the centroids (K, D): the pool's own, else made here.
+
+    An image in no cluster has -1.
+    """
+    why = ""
+    if num_clusters is None:
+        if CLUSTER_COLUMN in pool.source.manifest.names():
+            clusters = pool.column(CLUSTER_COLUMN).fill_null(-1).to_numpy().astype(np.int64)
+            if clusters.max() >= 0:
+                return clusters, spherical_centroids(pool.vectors, clusters)
+        why, num_clusters = f"the pool has no column {CLUSTER_COLUMN}: ", max(1, round(len(pool) ** 0.5))
     console.say(f"{why}making {num_clusters:,} clusters of its images")
     made = cluster_vectors(pool.vectors, num_clusters, num_resamplings=NUM_RESAMPLINGS, seed=seed)
     return made.assignments.astype(np.int64), made.centroids
 
 
-def mean_directions(vectors: Vectors, clusters: Int64) -> Float32:
+def spherical_centroids(vectors: Vectors, clusters: Int64) -> Float32:
     """Return the mean of each cluster's unit vectors at length 1, (K, D), zero where it is empty; -1 is no cluster."""
     sums = np.zeros((int(clusters.max()) + 1, vectors.dim))
     for start in range(0, len(vectors), SUM_ROWS):
@@ -52,53 +50,49 @@ def mean_directions(vectors: Vectors, clusters: Int64) -> Float32:
     return unit_length(sums.astype(np.float32))
 
 
-def some_of_each_cluster(
+def nearest_in_clusters(
     part: QuerySet,
     pool: EmbeddedImages,
     clusters: Int64,
     centroids: Float32,
     identity: Identity,
-    *,
     min_queries: int,
-    min_similarity: float | None,
+    above: float,
     search: SearchSettings,
-) -> tuple[Retrieved, int]:
+) -> tuple[Pairs, int]:
     """Return up to the set's number of pool images of every cluster that enough of its queries fall into.
 
     Also returns the number of these clusters. A query falls into the cluster of the most similar centroid. Of a
     cluster come the images that are most similar to any of its queries; each stays with that query, and its rank is its
-    place among those that came with it.
+    place among those that came with it. Only images with a similarity above `above` come.
     """
-    exactly = replace(search, recall=1.0)  # few centroids, and few queries a cluster
+    exact = replace(search, recall=1.0)  # few centroids, and few queries a cluster
     filled = np.unique(clusters[clusters >= 0])
     offered = Vectors(centroids[filled], np.arange(len(filled)), pool.vectors.base)
-    of_all = np.arange(len(filled))
-    fallen = filled[nearest(part.images.vectors, offered, 1, order=of_all, search=exactly).indices[:, 0]]
-    by_cluster = np.argsort(clusters, kind="stable")
-    hit, counts = np.unique(fallen, return_counts=True)
-    hit = hit[counts >= min_queries]
-    parts = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
+    found = nearest(part.images.vectors, offered, 1, order=np.arange(len(filled)), search=exact)
+    queries = group_by(filled[found.indices[:, 0]], len(centroids))
+    images = group_by(clusters + 1, len(centroids) + 1)  # 0: in no cluster
+    hit = np.flatnonzero(queries.sizes >= min_queries)
+    nothing = np.empty(0, np.int64)
+    pairs = [Pairs(nothing, nothing, nothing, np.empty(0))]
     with console.progress(f"comparing within clusters of {part.name}", len(hit), "clusters") as advance:
         for cluster in hit.tolist():
-            start, stop = np.searchsorted(clusters, [cluster, cluster + 1], sorter=by_cluster)
-            members, mine = by_cluster[start:stop], np.flatnonzero(fallen == cluster)
+            members, mine = images.of(cluster + 1), queries.of(cluster)
             found = nearest(
                 pool.vectors.take(members),
                 part.images.vectors.take(mine),
                 1,
                 order=mine,
                 identity=Identity(identity.pool[members], identity.queries[mine + part.start]),
-                search=exactly,
+                above=above,
+                search=exact,
                 progress=None,
             )
-            similarity = found.similarities[:, 0]
+            similarity, place = found.similarities[:, 0], found.indices[:, 0]
             best = np.lexsort((pool.order[members], -similarity))[: part.number]
-            best = best[found.indices[best, 0] >= 0]
-            if min_similarity is not None:
-                best = best[similarity[best] >= min_similarity]
-            parts.append((members[best], mine[found.indices[best, 0]] + part.start, similarity[best]))
+            best = best[place[best] >= 0]
+            pairs.append(Pairs(members[best], mine[place[best]] + part.start, best, similarity[best]))
             advance()
-    images, query, similarity = (np.concatenate(column) for column in zip(*parts, strict=True))
-    by = np.lexsort((pool.order[images], -similarity, query))
-    rank = np.arange(len(by)) - np.searchsorted(query[by], query[by]) + 1
-    return Retrieved(images[by], query[by], rank, similarity[by]), len(hit)
+    made = concatenate(pairs)
+    ranks = group_by(made.query, part.start + len(part), -made.similarity, pool.order[made.pool]).ranks() + 1
+    return replace(made, rank=ranks).ordered(), len(hit)

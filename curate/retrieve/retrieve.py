@@ -4,7 +4,7 @@ Source: section 3 and appendix A.4 of Oquab et al. 2023 (DINOv2).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 
 from ... import console
 from ...errors import ToolkitError
-from ...features.search.neighbors import SearchSettings
+from ...features.search.neighbors import Identity, Neighbors, SearchSettings, nearest
 from ...store import catalog
-from ...store.artifact import Options, Result, check_manifest_name, is_up_to_date, recorded
-from ...store.manifest import OPTIONAL_IMAGE_FIELDS, ROW_FIELD, SELECTION_FIELDS, Provenance, open_manifest
+from ...store.artifact import Options, Result, check_manifest_name, make
+from ...store.manifest import OPTIONAL_IMAGE_FIELDS, ROW_FIELD, SELECTION_FIELDS, Provenance
 from ...store.memory import memory_budget
 from ...store.vectors import Int64
 from ..inputs import (
@@ -30,8 +30,8 @@ from ..inputs import (
 )
 from ..selection import Selection, selection_provenance, write_table
 from ..weighted_parts import distinct_names, split_number
-from .assignment import QuerySet, Retrieved, at_most, best_of_each, fill, neighbors_of, together, wanted
-from .by_cluster import clusters_of, num_own_clusters, some_of_each_cluster
+from .assignment import Pairs, QuerySet, assign_to_most_similar, candidates, cap, concatenate, fill
+from .by_cluster import clusters_of, nearest_in_clusters
 from .same_image import identity_of
 
 DEFAULT_K = 4
@@ -104,41 +104,33 @@ def retrieve_images(
     if settings.num_clusters is not None and settings.num_clusters > num_images:
         raise ToolkitError(f"--num-clusters {settings.num_clusters} is more than {num_images} images; give fewer")
 
-    usual = settings.per_cluster or settings.k or DEFAULT_K
-    numbers = [part.number or usual for part in sets] or [usual]
-    provenance = selection_provenance(
-        "curate retrieve", _parameters(settings, numbers), path, options, pool_input, *query_inputs
-    )
-    is_made = is_up_to_date(path, provenance, options)
-    if not is_made:
+    default = settings.per_cluster or settings.k or DEFAULT_K
+    numbers = [part.number or default for part in sets] or [default]
+    parameters = _parameters(settings, numbers)
+    provenance = selection_provenance("curate retrieve", parameters, path, options, pool_input, *query_inputs)
+
+    def describe_work() -> None:
         warn_of_plain_features(pool_input)
-    if options.dry_run:
-        if not is_made:
-            num_products = sum(part.manifest.num_rows for part in query_inputs) * num_images
-            describe(path, [pool_input, *query_inputs], num_products, "compare them", options)
-        return None
-    if not is_made:
-        with recorded(path) as finished:
-            images = [read_embedded(part) for part in query_inputs]
-            starts = np.cumsum([0, *(len(part) for part in images)]).tolist()
-            parts = [QuerySet(*of) for of in zip(names, images, numbers, starts[:-1], strict=True)]
-            finished.append(_retrieve(parts, read_embedded(pool_input, options.limit), path, settings, provenance))
-    made = open_manifest(path)
-    return Result(output, {} if made.provenance is None else made.provenance.figures)
+        num_products = sum(part.manifest.num_rows for part in query_inputs) * num_images
+        describe(path, [pool_input, *query_inputs], num_products, "compare them", options)
+
+    def work() -> Provenance:
+        warn_of_plain_features(pool_input)
+        images = [read_embedded(part) for part in query_inputs]
+        starts = np.cumsum([0, *(len(part) for part in images)])[:-1].tolist()
+        parts = [QuerySet(*values) for values in zip(names, images, numbers, starts, strict=True)]
+        return _retrieve(parts, read_embedded(pool_input, options.limit), path, settings, provenance)
+
+    return make(output, provenance, options, describe=describe_work, work=work)
 
 
 def _check(settings: RetrieveSettings) -> None:
     if settings.k is not None and settings.per_cluster is not None:
         raise ToolkitError(f"--k {settings.k} and --per-cluster {settings.per_cluster} exclude each other; give one")
-    for name, value in (
-        ("--k", settings.k),
-        ("--per-cluster", settings.per_cluster),
-        ("--num-clusters", settings.num_clusters),
-        ("--min-queries", settings.min_queries),
-        ("--max-images", settings.max_images),
-    ):
+    for name in ("k", "per_cluster", "num_clusters", "min_queries", "max_images"):
+        value = getattr(settings, name)
         if value is not None and value < 1:
-            raise ToolkitError(f"{name} {value} would retrieve nothing; give 1 or more")
+            raise ToolkitError(f"--{name.replace('_', '-')} {value} would retrieve nothing; give 1 or more")
     for name, value in (("--num-clusters", settings.num_clusters), ("--min-queries", settings.min_queries)):
         if settings.per_cluster is None and value not in (None, 1):
             raise ToolkitError(f"{name} {value} belongs to --per-cluster; give that too")
@@ -152,162 +144,131 @@ def _check(settings: RetrieveSettings) -> None:
 
 
 def _parameters(settings: RetrieveSettings, numbers: list[int]) -> dict[str, object]:
-    """Return what the rows depend on."""
-    alike = numbers[0] if len(set(numbers)) == 1 else numbers
-    return {
-        "k": alike if settings.per_cluster is None else None,
-        "per_cluster": None if settings.per_cluster is None else alike,
-        "num_clusters": settings.num_clusters,
-        "include_queries": settings.include_queries,
-        "fill": settings.fill,
-        "min_queries": settings.min_queries,
-        "max_images": settings.max_images,
-        "min_similarity": settings.min_similarity,
-        "recall": settings.recall,
-    }
+    """Return what the rows depend on; `numbers` are those of the query sets."""
+    without = ("features", "where", "memory")
+    parameters = {name: value for name, value in asdict(settings).items() if name not in without}
+    number = numbers[0] if len(set(numbers)) == 1 else numbers
+    return {**parameters, "k" if settings.per_cluster is None else "per_cluster": number}
 
 
 def _retrieve(
     sets: list[QuerySet], pool: EmbeddedImages, path: Path, settings: RetrieveSettings, provenance: Provenance
 ) -> Provenance:
     identity = identity_of([part.images for part in sets], pool)
-    search = SearchSettings(memory_budget(settings.memory), settings.recall, provenance.seed)
+    searching = SearchSettings(memory_budget(settings.memory), settings.recall, provenance.seed)
+    above = -np.inf if settings.min_similarity is None else float(np.nextafter(settings.min_similarity, -np.inf))
+    are_queries = np.flatnonzero(identity.pool >= 0) if settings.include_queries else np.empty(0, np.int64)
     num_queries = sum(len(part) for part in sets)
     figures: dict[str, object] = {"queries": num_queries, "pool": len(pool)}
-    note, filled = "", None
+
+    def search(part: QuerySet, queries: Int64, k: int) -> Neighbors:
+        return nearest(
+            part.images.vectors.take(queries - part.start),
+            pool.vectors,
+            k,
+            order=pool.order,
+            identity=Identity(identity.queries[queries], identity.pool),
+            above=above,
+            search=searching,
+            progress=f"searching neighbours of {part.name}",
+        )
+
     if settings.per_cluster is None:
-        _say_limits(sets, pool)
-        lists = [neighbors_of(part, pool, identity, settings.min_similarity, search, part.number) for part in sets]
-        asked = [wanted(part, neighbors) for part, neighbors in zip(sets, lists, strict=True)]
-        figures["recall"] = min(neighbors.recall for neighbors in lists)
-        if settings.fill:
-            are_queries = np.flatnonzero(identity.pool >= 0) if settings.include_queries else np.empty(0, np.int64)
-            filled = fill(
-                sets,
-                lists,
-                pool,
-                identity,
-                taken=are_queries,
-                min_similarity=settings.min_similarity,
-                search=search,
+        most = sum(len(part) * part.number for part in sets)
+        if most < len(pool):
+            console.say(
+                f"{num_queries:,} queries give at most {most:,} of {len(pool):,} images by --k; --per-cluster M would"
+                " give up to M of each cluster that they fall into"
             )
+        lists = [search(part, part.places, part.number) for part in sets]
+        found = [candidates(part, neighbors) for part, neighbors in zip(sets, lists, strict=True)]
+        assigned = [assign_to_most_similar(pairs) for pairs in found]
+        figures["recall"] = min(neighbors.recall for neighbors in lists)
+        note = ""
+        if settings.fill:
+            filled = fill(sets, lists, len(pool), search, are_queries)
+            assigned = [filled.pairs.of(part) for part in sets]
             figures |= {"recall": filled.recall, "fill_rounds": filled.rounds, "fill_depth": filled.depth}
             note = f"; places filled in {filled.rounds} rounds from up to {filled.depth:,} neighbours of a query"
     else:
         clusters, centroids = clusters_of(pool, settings.num_clusters, provenance.seed)
-        asked, num_hit = [], 0
+        found, num_hit = [], 0
         for part in sets:
-            some, num_of_set = some_of_each_cluster(
-                part,
-                pool,
-                clusters,
-                centroids,
-                identity,
-                min_queries=settings.min_queries,
-                min_similarity=settings.min_similarity,
-                search=search,
+            pairs, num_of_set = nearest_in_clusters(
+                part, pool, clusters, centroids, identity, settings.min_queries, above, searching
             )
-            asked.append(some)
+            found.append(pairs)
             num_hit += num_of_set
             if not num_of_set:
                 console.warn(f"no cluster holds {settings.min_queries} queries of {part.name}; lower --min-queries")
+        assigned = [assign_to_most_similar(pairs) for pairs in found]
         figures |= {"clusters": len(centroids), "clusters_hit": num_hit}
         note = f" from {num_hit:,} of {len(centroids):,} clusters"
-    own = [best_of_each(each) for each in asked] if filled is None else [filled.found.of(part) for part in sets]
-    found = best_of_each(together([at_most(each, settings.max_images) for each in own]))
-    if settings.include_queries:  # a pool image that is a query comes once, as the query
-        found = found.take(np.flatnonzero(identity.pool[found.pool] < 0))
+    retrieved = assign_to_most_similar(concatenate([cap(pairs, settings.max_images) for pairs in assigned]))
+    retrieved = retrieved.take(np.flatnonzero(~np.isin(retrieved.pool, are_queries)))  # these come once, as queries
 
-    num_wanted = sum(len(each) for each in asked)
-    num_distinct = len(np.unique(np.concatenate([each.pool for each in asked])))
-    rows = _rows(sets, pool, found, identity.queries if settings.include_queries else None)
-    figures |= {
-        "images": rows.num_rows,
-        "retrieved": len(found),
-        "wanted": num_wanted,
-        "distinct": num_distinct,
-        "collisions": num_wanted - num_distinct,
-        "composition": _composition(sets, asked, found),
-    }
-    again = f"; {num_wanted:,} were wanted, {num_wanted - num_distinct:,} of them by several queries"
-    console.say(f"{num_queries:,} queries brought {len(found):,} of {len(pool):,} pool images{note}{again}")
-    _say_composition(figures["composition"], "k" if settings.per_cluster is None else "per cluster")
-    return write_table(path, rows, provenance, figures)
-
-
-def _say_limits(sets: list[QuerySet], pool: EmbeddedImages) -> None:
-    """Say how much --k can give at most where that is not the pool, and how --per-cluster would give more."""
-    num_images, num_queries = len(pool), sum(len(part) for part in sets)
-    most = sum(len(part) * part.number for part in sets)
-    if min(part.number for part in sets) >= num_images:
-        console.say(f"the pool has {num_images:,} images: every query ranks all of them")
-    elif most < num_images:
-        num_clusters = num_own_clusters(pool) or round(num_images**0.5)
-        num_hit = min(num_queries, num_clusters)
-        numbers = ", ".join(dict.fromkeys(str(part.number) for part in sets))
-        console.say(
-            f"{num_queries:,} queries with --k {numbers} give at most {most:,} of {num_images:,} images;"
-            f" --per-cluster M would give up to M from each of the at most {num_hit:,} of {num_clusters:,} clusters"
-            f" they fall into, of {num_images / num_clusters:,.0f} images on average"
-        )
-
-
-def _composition(sets: list[QuerySet], asked: list[Retrieved], found: Retrieved) -> list[dict[str, object]]:
-    """Return what every query set wanted and brought."""
-    return [
+    num_wanted = sum(len(pairs) for pairs in found)
+    num_distinct = len(np.unique(concatenate(found).pool))
+    rows = _rows(sets, pool, retrieved, identity.queries if settings.include_queries else None)
+    composition = [
         {
             "source": part.name,
             "queries": len(part),
             "number": part.number,
-            "wanted": len(of_set),
-            "distinct": len(np.unique(of_set.pool)),
-            "images": len(brought := found.of(part)),
-            "share": len(brought) / max(len(found), 1),
+            "wanted": len(pairs),
+            "distinct": len(np.unique(pairs.pool)),
+            "images": len(retrieved.of(part)),
+            "share": len(retrieved.of(part)) / max(len(retrieved), 1),
         }
-        for part, of_set in zip(sets, asked, strict=True)
+        for part, pairs in zip(sets, found, strict=True)
     ]
+    figures |= {
+        "images": rows.num_rows,
+        "retrieved": len(retrieved),
+        "wanted": num_wanted,
+        "distinct": num_distinct,
+        "collisions": num_wanted - num_distinct,
+        "composition": composition,
+    }
+    console.say(
+        f"{num_queries:,} queries retrieved {len(retrieved):,} of {len(pool):,} pool images{note};"
+        f" {num_wanted:,} candidates, {num_wanted - num_distinct:,} of them already those of another query"
+    )
+    number = "k" if settings.per_cluster is None else "per cluster"
+    header = ["query set", "queries", number, "candidates", "distinct", "retrieved", "share"]
+    console.table("what every query set retrieved", header, [list(part.values()) for part in composition])
+    return write_table(path, rows, provenance, figures)
 
 
-def _say_composition(composition: object, number: str) -> None:
-    assert isinstance(composition, list)
-    header = ["query set", "queries", number, "wanted", "distinct", "brought", "share"]
-    console.table("what every query set brought", header, [list(part.values()) for part in composition])
-
-
-def _rows(sets: list[QuerySet], pool: EmbeddedImages, found: Retrieved, firsts: Int64 | None) -> Selection:
+def _rows(sets: list[QuerySet], pool: EmbeddedImages, retrieved: Pairs, firsts: Int64 | None) -> Selection:
     """Return the rows to write, by query, then rank.
 
-    With `firsts` (Q,), the place of the first query that is the same image, queries come along, each image once: with
-    rank 0 and no row, for that counts in the pool's embeddings.
+    With `firsts` (Q,), the place of the first query that is the same image, queries are rows too, each image once. They
+    have rank 0 and no `row`, for that counts in the pool's embeddings.
     """
-    parts = [(pool, found.pool)]
-    themselves = []
+    parts, pairs = [(pool, retrieved.pool)], [retrieved]
     for part in sets if firsts is not None else ():
-        every = np.arange(part.start, part.start + len(part))
-        mine = every[firsts[every] == every] if firsts is not None else every
+        places = part.places[firsts[part.places] == part.places] if firsts is not None else part.places
         images = replace(part.images, rows=pa.nulls(len(part), ROW_FIELD.type))
-        parts.append((images, mine - part.start))
-        themselves.append(Retrieved(mine, mine, np.zeros(len(mine), np.int64), np.ones(len(mine))))
-    every_row = together([found, *themselves])
-    order = np.lexsort((every_row.rank, every_row.query))
+        parts.append((images, places - part.start))
+        pairs.append(Pairs(places, places, np.zeros(len(places), np.int64), np.ones(len(places))))
+    every = concatenate(pairs)
+    order = np.lexsort((every.rank, every.query))
     places = np.empty(len(order), np.int64)
     places[order] = np.arange(len(order))
-    every_row = every_row.take(order)
+    every = every.take(order)
 
     # Strings are kept once, and repeated only where they are written.
     ids = [pc.coalesce(part.images.image_column("image_id"), part.images.uris()) for part in sets]
     query_ids = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string()).combine_chunks()
-    came_by = np.searchsorted([part.start for part in sets], every_row.query, side="right") - 1
-    came_by[every_row.rank == 0] = len(sets)
-    names = pa.array([*(part.name for part in sets), QUERY_SOURCE])
-    source = next(field for field in OPTIONAL_IMAGE_FIELDS if field.name == "source")
-    query_id, rank, similarity = (
-        next(field for field in SELECTION_FIELDS if field.name == name) for name in ("query_id", "rank", "similarity")
-    )
+    source = np.searchsorted([part.start for part in sets], every.query, side="right") - 1
+    source[every.rank == 0] = len(sets)
+    sources = pa.array([*(part.name for part in sets), QUERY_SOURCE])
+    field = pa.schema([*OPTIONAL_IMAGE_FIELDS, *SELECTION_FIELDS]).field
     added = {
-        source: pa.DictionaryArray.from_arrays(pa.array(came_by), names),
-        query_id: pa.DictionaryArray.from_arrays(pa.array(every_row.query), query_ids),
-        rank: pa.array(every_row.rank),
-        similarity: pa.array(every_row.similarity),
+        field("source"): pa.DictionaryArray.from_arrays(pa.array(source), sources),
+        field("query_id"): pa.DictionaryArray.from_arrays(pa.array(every.query), query_ids),
+        field("rank"): pa.array(every.rank),
+        field("similarity"): pa.array(every.similarity),
     }
     return Selection(tuple(parts), places, added)

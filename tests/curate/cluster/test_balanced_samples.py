@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2_toolkit.curate.cluster.allocation import allocate
 from dinov2_toolkit.curate.cluster.cluster import ClusterSettings, cluster_images
 from dinov2_toolkit.curate.cluster.kmeans import cluster_vectors
-from dinov2_toolkit.curate.cluster.sampling import normalised_entropy, seeded_keys
+from dinov2_toolkit.curate.cluster.metrics import normalized_entropy
+from dinov2_toolkit.curate.cluster.sampling import allocate, seeded_keys
 from dinov2_toolkit.curate.dedup.dedup import DedupSettings, dedup_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store.artifact import Options
@@ -69,14 +69,14 @@ def test_the_distance_is_one_less_the_cosine_to_the_nearest_centroid(tmp_path: P
     assert [row["distance"] for row in rows] == pytest.approx((1 - cosines.max(axis=1)).tolist(), abs=1e-7)
 
 
-@pytest.mark.parametrize("num_wanted", [1, 37, 600])
+@pytest.mark.parametrize("num_images", [1, 37, 600])
 @pytest.mark.parametrize("pick", ["random", "closest"])
-def test_a_sample_is_that_many_rows_of_what_all_images_would_give(tmp_path: Path, num_wanted: int, pick: str) -> None:
+def test_a_sample_is_that_many_rows_of_what_all_images_would_give(tmp_path: Path, num_images: int, pick: str) -> None:
     pool = write_embeddings(tmp_path / "pool.parquet", long_tail(2)[0])
     every = cluster(pool, "20,5", resample=1)
-    rows = cluster(pool, "20,5", resample=1, sample=num_wanted, pick=pick)
+    rows = cluster(pool, "20,5", resample=1, sample=num_images, pick=pick)
     kept = {row["row"] for row in rows}
-    assert len(kept) == num_wanted and rows == [row for row in every if row["row"] in kept]
+    assert len(kept) == num_images and rows == [row for row in every if row["row"] in kept]
 
 
 def test_a_sample_repeats_by_its_seed(tmp_path: Path) -> None:
@@ -92,10 +92,10 @@ def test_a_sample_of_one_level_is_filled_like_water_and_takes_the_closest_when_t
     pool = write_embeddings(tmp_path / "pool.parquet", vectors, image_ids=image_ids)
     every = cluster(pool, "20", resample=1)
     sizes = np.bincount([int(str(row["cluster_0"])) for row in every], minlength=20)
-    wanted = allocate(sizes, np.array([150]), seeded_keys(20, 0, 1))
-    assert wanted.min() < wanted.max()
+    counts = allocate(sizes, np.array([150]), seeded_keys(20, 0, 1))
+    assert counts.min() < counts.max()
     expected: list[object] = []
-    for number, count in enumerate(wanted.tolist()):
+    for number, count in enumerate(counts.tolist()):
         members = [row for row in every if row["cluster_0"] == number]
         ranked = sorted(members, key=lambda row: (float(str(row["distance"])), str(row["image_id"])))
         expected += [row["row"] for row in ranked[:count]]
@@ -109,7 +109,7 @@ def test_a_sample_is_more_balanced_than_the_pool(tmp_path: Path) -> None:
     rows = cluster(pool, "40", sample=300)
     figures = provenance_of(tmp_path / "clusters.parquet").figures
     entropies = [
-        normalised_entropy(np.array([among.count(name) for name in sorted(set(labels))]))
+        normalized_entropy(np.array([among.count(name) for name in sorted(set(labels))]))
         for among in (labels, [str(row["label"]) for row in rows])
     ]
     assert [figures["class_entropy"], figures["sample_class_entropy"]] == pytest.approx(entropies)

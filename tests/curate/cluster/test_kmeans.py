@@ -6,12 +6,19 @@ import faiss
 import numpy as np
 import pytest
 
-from dinov2_toolkit.curate.cluster import centroid_search, kmeans, lloyd
-from dinov2_toolkit.curate.cluster.centroid_search import Centroids, Metric, make_lists, nearest_centroids, suited_lists
-from dinov2_toolkit.curate.cluster.cluster import cluster_levels
-from dinov2_toolkit.curate.cluster.kmeans import Clustering, KMeansSettings, cluster_vectors
-from dinov2_toolkit.curate.cluster.lloyd import add_points, fill_empty, iterate, near_assignments, spread_points
+from dinov2_toolkit.curate.cluster import kmeans, lloyd
+from dinov2_toolkit.curate.cluster.kmeans import Clustering, cluster_levels, cluster_vectors
+from dinov2_toolkit.curate.cluster.lloyd import (
+    add_points,
+    initial_state,
+    iterate,
+    kmeans_plus_plus,
+    reassign,
+    relocate_empty_clusters,
+)
 from dinov2_toolkit.errors import Stopped, ToolkitError
+from dinov2_toolkit.features.search import centroids as centroid_search
+from dinov2_toolkit.features.search.centroids import nearest_centroids
 from dinov2_toolkit.features.threads import workers
 from dinov2_toolkit.store.manifest import Provenance, Source
 from dinov2_toolkit.store.progress import Progress
@@ -31,18 +38,17 @@ def mixture(num: int = 3_000, dim: int = 16, num_concepts: int = 40, seed: int =
     return (rng.normal(size=(num_concepts, dim))[concepts] + 0.4 * rng.normal(size=(num, dim))).astype(np.float32)
 
 
-def slow_lloyd(points: Float64, centroids: Float64, num_iterations: int, metric: Metric) -> Float64:
+def slow_lloyd(points: Float64, centroids: Float64, num_iterations: int) -> Float64:
     """Compare all with all, and average, so many times."""
     for _ in range(num_iterations):
-        nearest = slow_nearest(points, centroids, metric)
+        nearest = slow_nearest(points, centroids)
         means = np.stack([points[nearest == cluster].mean(axis=0) for cluster in range(len(centroids))])
-        centroids = means / np.linalg.norm(means, axis=1, keepdims=True) if metric == "cosine" else means
+        centroids = means / np.linalg.norm(means, axis=1, keepdims=True)
     return centroids
 
 
-def slow_nearest(points: Float64, centroids: Float64, metric: Metric) -> Int64:
-    if metric == "cosine":
-        points, centroids = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (points, centroids))
+def slow_nearest(points: Float64, centroids: Float64) -> Int64:
+    points, centroids = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (points, centroids))
     squares: Float64 = ((points[:, None] - centroids[None]) ** 2).sum(axis=2)
     nearest: Int64 = squares.argmin(axis=1)
     return nearest
@@ -52,38 +58,29 @@ def cost(vectors: Stored, made: Clustering) -> float:
     return float(made.distances.sum(dtype=np.float64))
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_iterations_among_all_neighbours_are_those_of_lloyd(metric: Metric) -> None:
-    points = mixture(600)
-    points = unit(points).astype(np.float32) if metric == "cosine" else points
+def test_iterations_among_all_neighbors_are_those_of_lloyd() -> None:
+    points = unit(mixture(600)).astype(np.float32)
     with workers() as threads:
-        start = lloyd.fit(points, 12, metric, "sampled", 0, threads)
-        state = iterate(start, points, metric, threads, num_iterations=4)
-    expected = slow_lloyd(points.astype(np.float64), start.centroids.astype(np.float64), state.iteration, metric)
+        start = initial_state(points, 12, 0, threads)
+        state = iterate(start, points, threads, num_iterations=4)
+    expected = slow_lloyd(points.astype(np.float64), start.centroids.astype(np.float64), state.iteration)
     np.testing.assert_allclose(state.centroids, expected, atol=2e-6)
     assert state.iteration == 4
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("init", ["k-means++", "sampled"])
-def test_every_vector_has_its_nearest_centroid_and_the_distance_to_it(metric: Metric, init: lloyd.Init) -> None:
+def test_every_vector_has_its_nearest_centroid_and_the_distance_to_it() -> None:
     vectors = mixture(1_000).astype(np.float16)
-    settings = KMeansSettings(metric=metric, init=init)
-    made = cluster_vectors(in_memory(vectors), 150, num_resamplings=1, seed=3, settings=settings)
+    made = cluster_vectors(in_memory(vectors), 150, num_resamplings=1, seed=3)
     exact, centroids = vectors.astype(np.float64), made.centroids.astype(np.float64)
-    assert made.assignments.tolist() == slow_nearest(exact, centroids, metric).tolist()
-    if metric == "cosine":
-        expected = 1 - (unit(vectors) * unit(made.centroids)[made.assignments]).sum(axis=1)
-    else:
-        expected = np.sqrt(((exact - centroids[made.assignments]) ** 2).sum(axis=1))
+    assert made.assignments.tolist() == slow_nearest(exact, centroids).tolist()
+    expected = 1 - (unit(vectors) * unit(made.centroids)[made.assignments]).sum(axis=1)
     np.testing.assert_allclose(made.distances, expected, atol=1e-6)
     assert np.bincount(made.assignments, minlength=150).min() >= 1
 
 
-def test_looking_near_the_present_centroid_loses_next_to_nothing() -> None:
+def test_searching_near_the_present_centroid_loses_next_to_nothing() -> None:
     points = unit(mixture(3_000, 24, 150)).astype(np.float32)
-    settings = KMeansSettings()
-    made = cluster_vectors(in_memory(points), 150, num_resamplings=0, seed=0, settings=settings)
+    made = cluster_vectors(in_memory(points), 150, num_resamplings=0, seed=0)
     best = min(
         (1 - (points @ faiss_centroids(points, 150, seed).T).max(axis=1)).sum(dtype=np.float64) for seed in range(2)
     )
@@ -105,55 +102,34 @@ def faiss_centroids(points: Float32, num_clusters: int, seed: int) -> Float32:
     return fitted.centroids
 
 
-def test_greedy_starting_points_hit_every_group_that_lies_apart() -> None:
+def test_greedy_kmeans_plus_plus_hits_every_group_that_lies_apart() -> None:
     rng = np.random.default_rng(0)
     sizes = (200, 60, 20, 12, 8)
     belongs = np.repeat(np.arange(5), sizes)
     for seed in range(20):
         points = (np.eye(16)[belongs] + 0.01 * rng.normal(size=(300, 16))).astype(np.float32)
-        chosen = spread_points(points, 5, np.random.default_rng(seed))
+        chosen = kmeans_plus_plus(points, 5, np.random.default_rng(seed))
         assert sorted(belongs[chosen].tolist()) == [0, 1, 2, 3, 4]
 
 
-def test_starting_points_are_different_rows_even_among_copies() -> None:
+def test_initial_centroids_are_different_rows_even_among_copies() -> None:
     points = np.ones((50, 4), np.float32)
     points[7] = 2
-    chosen = spread_points(points, 50, np.random.default_rng(0))
+    chosen = kmeans_plus_plus(points, 50, np.random.default_rng(0))
     assert sorted(chosen.tolist()) == list(range(50))
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_lists_find_the_share_of_nearest_centroids_that_was_asked_for(
-    metric: Metric, monkeypatch: pytest.MonkeyPatch
+def test_many_clusters_by_a_coarse_quantizer_are_as_good_as_by_comparing_with_all(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(centroid_search, "EXACT_CENTROIDS", 100)
-    monkeypatch.setattr(centroid_search, "COARSE_FACTOR", 4)
-    monkeypatch.setattr(centroid_search, "FIRST_LISTED", 4)
-    points = mixture(4_000, 16, 400)
-    points = unit(points).astype(np.float32) if metric == "cosine" else points
-    centroids = Centroids(points[:600], metric)
-    truth, scores = nearest_centroids(points, centroids)
-    with workers() as threads:
-        lists, measured = suited_lists(centroids, points[1_000:], 0.9, threads, 0)
-        assert lists is not None and measured >= 0.9 and lists.listed.shape[1] < 600
-        found, found_scores = nearest_centroids(points, centroids, lists)
-        assert (found[1_000:] == truth[1_000:]).mean() == pytest.approx(measured)
-        assert (found_scores <= scores + 1e-5).all()
-        np.testing.assert_allclose(found_scores[found == truth], scores[found == truth], rtol=1e-5, atol=1e-5)
-        assert suited_lists(centroids, points, 1.0, threads, 0) == (None, 1.0)
-        every = make_lists(centroids, 600, threads, 0)
-        assert nearest_centroids(points, centroids, every)[0].tolist() == truth.tolist()
-
-
-def test_many_clusters_by_lists_come_out_as_good_as_by_comparing_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = mixture(1_500, 8, 100).astype(np.float16)
     costs = []
     for exact in (4_000, 60):
         for module in (centroid_search, lloyd):
             monkeypatch.setattr(module, "EXACT_CENTROIDS", exact)
         monkeypatch.setattr(centroid_search, "COARSE_FACTOR", 2)
-        monkeypatch.setattr(centroid_search, "FIRST_LISTED", 32)
-        made = cluster_vectors(in_memory(vectors), 150, num_resamplings=1, seed=0, settings=KMeansSettings(recall=0.8))
+        monkeypatch.setattr(centroid_search, "FIRST_CANDIDATES", 32)
+        made = cluster_vectors(in_memory(vectors), 150, num_resamplings=1, seed=0, recall=0.8)
         costs.append(cost(vectors, made))
         assert (made.agreement == 1) is (exact == 4_000) and made.agreement >= 0.8
         assert np.bincount(made.assignments, minlength=150).min() >= 1
@@ -183,13 +159,13 @@ def test_blocks_and_mapped_files_do_not_show(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(kmeans, "BLOCK_ROWS", 512)
     monkeypatch.setattr(kmeans, "RELEASED_ROWS", 1_024)
     parts = cluster_vectors(
-        Vectors(mapped, rows, Source("base", "disk", "0")), 50, num_resamplings=1, seed=0, saved=saved("blocks")
+        Vectors(mapped, rows, Source("base", "disk", "0")), 50, num_resamplings=1, seed=0, progress=kept("blocks")
     )
     np.testing.assert_array_equal(whole.assignments, parts.assignments)
     np.testing.assert_array_equal(whole.centroids, parts.centroids)
 
 
-def saved(name: str) -> Progress:
+def kept(name: str) -> Progress:
     return Progress(Provenance("selection", f"test {name}", {}))
 
 
@@ -202,10 +178,9 @@ def test_a_killed_clustering_goes_on_and_ends_with_the_same_bits(
     num_done: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors = in_memory(mixture(1_500).astype(np.float16))
-    settings = KMeansSettings(resample=1, polish=1)
     monkeypatch.setattr(kmeans, "BLOCK_ROWS", 256)
     monkeypatch.setattr(kmeans, "RELEASED_ROWS", 1_024)
-    whole = cluster_levels(vectors, [25, 4], settings, 0)
+    whole = cluster_levels(vectors, [25, 4], num_resamplings=1, seed=0)
 
     monkeypatch.setattr("dinov2_toolkit.store.progress.SAVE_EVERY_S", 0.0)
     keep = Progress.save
@@ -220,12 +195,12 @@ def test_a_killed_clustering_goes_on_and_ends_with_the_same_bits(
 
     monkeypatch.setattr(Progress, "save", save_and_die)
     with pytest.raises(Killed):
-        cluster_levels(vectors, [25, 4], settings, 0, saved("killed"))
+        cluster_levels(vectors, [25, 4], num_resamplings=1, seed=0, progress=kept("killed"))
     num_saved = count
     count = 1_000  # the second run lives
-    again = cluster_levels(vectors, [25, 4], settings, 0, saved("killed"))
+    again = cluster_levels(vectors, [25, 4], num_resamplings=1, seed=0, progress=kept("killed"))
     assert num_saved == num_done + 1 and count > 1_000
-    for one, other in zip(whole.levels, again.levels, strict=True):
+    for one, other in zip(whole.assignments, again.assignments, strict=True):
         np.testing.assert_array_equal(one, other)
     for before, after in zip(whole.centroids, again.centroids, strict=True):
         np.testing.assert_array_equal(before, after)
@@ -235,35 +210,25 @@ def test_a_killed_clustering_goes_on_and_ends_with_the_same_bits(
 def test_a_signal_ends_at_the_next_save_and_the_work_goes_on() -> None:
     vectors = in_memory(mixture(1_000).astype(np.float16))
     whole = cluster_vectors(vectors, 20, num_resamplings=1, seed=0)
-    stopped = saved("stopped")
+    stopped = kept("stopped")
     stopped.signals.append(15)
     with pytest.raises(Stopped, match="goes on"):
-        cluster_vectors(vectors, 20, num_resamplings=1, seed=0, saved=stopped)
-    again = saved("stopped")
+        cluster_vectors(vectors, 20, num_resamplings=1, seed=0, progress=stopped)
+    again = kept("stopped")
     assert again.load("fit-0") is not None
     np.testing.assert_array_equal(
-        cluster_vectors(vectors, 20, num_resamplings=1, seed=0, saved=again).assignments, whole.assignments
+        cluster_vectors(vectors, 20, num_resamplings=1, seed=0, progress=again).assignments, whole.assignments
     )
     again.remove()
     assert again.load("fit-0") is None
 
 
-def test_polishing_lowers_the_objective_of_all_rows() -> None:
-    vectors = in_memory(mixture(30_000, 8, 200).astype(np.float16))
-    costs = [
-        cost(
-            vectors.array,
-            cluster_vectors(vectors, 10, num_resamplings=0, seed=0, settings=KMeansSettings(polish=passes)),
-        )
-        for passes in (0, 2)
-    ]
-    assert costs[1] < costs[0]
-
-
 def test_empty_clusters_take_the_farthest_of_the_costliest() -> None:
     assignments = np.array([0, 0, 0, 1, 1, 3], np.int32)
     distances = np.array([0.1, 0.5, 0.2, 0.9, 0.3, 0.0], np.float32)
-    fill_empty(assignments, distances, 6, 4)  # 2, 4 and 5 are empty; 0 and 1 have something to give, 3 has not
+    relocate_empty_clusters(
+        assignments, distances, 6, 4
+    )  # 2, 4 and 5 are empty; 0 and 1 have something to give, 3 has not
     assert assignments.tolist() == [0, 4, 0, 2, 1, 3]
 
 
@@ -281,34 +246,31 @@ def test_sums_are_those_of_the_members_and_can_be_taken_away() -> None:
 
 def test_a_point_moves_to_the_nearest_of_the_centroids_near_its_own() -> None:
     points = unit(mixture(2_000)).astype(np.float32)
-    centroids = Centroids(points[:150], "cosine")
+    centroids = points[:150]
     exact, _ = nearest_centroids(points, centroids)
     with workers() as threads:
-        found, distances = near_assignments(points, exact.astype(np.int32), centroids, threads)
+        found, distances = reassign(points, exact.astype(np.int32), centroids, threads)
     assert found.tolist() == exact.tolist()
     np.testing.assert_allclose(distances, 1 - (points @ points[:150].T).max(axis=1), atol=1e-6)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_copies_by_the_hundred_thousand_zero_vectors_one_row_and_one_cluster(metric: Metric) -> None:
-    settings = KMeansSettings(metric=metric)
+def test_copies_by_the_hundred_thousand_zero_vectors_one_row_and_one_cluster() -> None:
     rng = np.random.default_rng(0)
     few = rng.normal(size=(5, 4)).astype(np.float32)
     vectors = np.repeat(few, [100_000, 50_000, 3, 2, 1], axis=0)
-    made = cluster_vectors(in_memory(vectors), 5, num_resamplings=2, seed=0, settings=settings)
+    made = cluster_vectors(in_memory(vectors), 5, num_resamplings=2, seed=0)
     assert sorted(np.bincount(made.assignments, minlength=5).tolist()) == [1, 2, 3, 50_000, 100_000]
-    made = cluster_vectors(in_memory(vectors[99_990:]), 9, num_resamplings=2, seed=0, settings=settings)
+    made = cluster_vectors(in_memory(vectors[99_990:]), 9, num_resamplings=2, seed=0)
     assert (np.bincount(made.assignments, minlength=9) > 0).sum() == 5
-    made = cluster_vectors(in_memory(np.zeros((10, 4), np.float16)), 3, num_resamplings=1, seed=0, settings=settings)
+    made = cluster_vectors(in_memory(np.zeros((10, 4), np.float16)), 3, num_resamplings=1, seed=0)
     assert set(made.assignments.tolist()) == {0} and np.isfinite(made.distances).all()
-    made = cluster_vectors(in_memory(few[:1]), 1, num_resamplings=3, seed=0, settings=settings)
+    made = cluster_vectors(in_memory(few[:1]), 1, num_resamplings=3, seed=0)
     assert made.assignments.tolist() == [0] and made.distances[0] == pytest.approx(0, abs=1e-6)
-    made = cluster_vectors(in_memory(few), 5, num_resamplings=3, seed=0, settings=settings)
+    made = cluster_vectors(in_memory(few), 5, num_resamplings=3, seed=0)
     assert sorted(made.assignments.tolist()) == [0, 1, 2, 3, 4]
-    made = cluster_vectors(in_memory(few), 1, num_resamplings=0, seed=0, settings=settings)
-    mean = unit(few).mean(axis=0, keepdims=True) if metric == "cosine" else few.mean(axis=0, keepdims=True)
-    expected = unit(mean.astype(np.float32)) if metric == "cosine" else mean
-    np.testing.assert_allclose(made.centroids, expected, atol=1e-6)
+    made = cluster_vectors(in_memory(few), 1, num_resamplings=0, seed=0)
+    mean = unit(few).mean(axis=0, keepdims=True).astype(np.float32)
+    np.testing.assert_allclose(made.centroids, unit(mean), atol=1e-6)
 
 
 def test_the_sample_is_as_large_as_memory_allows_and_too_little_is_said() -> None:
@@ -323,14 +285,14 @@ def test_the_sample_is_as_large_as_memory_allows_and_too_little_is_said() -> Non
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(kmeans, "fit_centroids", watched)
         for memory in (1 << 30, 3 * 4 * 64 * 300):
-            cluster_vectors(vectors, 5, num_resamplings=0, seed=0, settings=KMeansSettings(memory=memory))
+            cluster_vectors(vectors, 5, num_resamplings=0, seed=0, memory=memory)
     assert sizes == [5 * 256, 300]
     with pytest.raises(ToolkitError, match="--memory"):
-        cluster_vectors(vectors, 500, num_resamplings=0, seed=0, settings=KMeansSettings(memory=3 * 4 * 64 * 300))
+        cluster_vectors(vectors, 500, num_resamplings=0, seed=0, memory=3 * 4 * 64 * 300)
 
 
 def test_four_levels_each_group_the_one_below() -> None:
-    made = cluster_levels(in_memory(mixture(800, 16, 100)), [80, 30, 10, 3], KMeansSettings(resample=1), 0)
-    assert [len(level) for level in made.levels] == [800, 80, 30, 10]
-    for level, count in zip(made.levels, (80, 30, 10, 3), strict=True):
+    made = cluster_levels(in_memory(mixture(800, 16, 100)), [80, 30, 10, 3], num_resamplings=1, seed=0)
+    assert [len(level) for level in made.assignments] == [800, 80, 30, 10]
+    for level, count in zip(made.assignments, (80, 30, 10, 3), strict=True):
         assert set(level.tolist()) == set(range(count))  # none is empty

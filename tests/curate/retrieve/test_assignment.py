@@ -1,4 +1,4 @@
-"""Places filled by the next nearest, several query sets, caps: against going through all pairs."""
+"""Filling by the next nearest, several query sets, caps: against a greedy pass over all pairs."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2_toolkit.curate.retrieve import assignment
-from dinov2_toolkit.curate.retrieve.assignment import Retrieved, at_most
+from dinov2_toolkit.curate.retrieve.assignment import Pairs, cap
 from dinov2_toolkit.curate.retrieve.retrieve import Queries, RetrieveSettings, parse_queries, retrieve_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store.artifact import Options
@@ -60,7 +60,7 @@ def found_in(rows: list[Row], names: list[str]) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("k", "num_pool", "fill_pairs"), [(1, 120, 64), (3, 120, 64), (4, 70, 1 << 23), (50, 60, 64)])
-def test_filled_places_are_those_of_going_through_all_pairs(
+def test_filling_gives_what_a_greedy_pass_over_all_pairs_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int, num_pool: int, fill_pairs: int
 ) -> None:
     monkeypatch.setattr(assignment, "FILL_PAIRS", fill_pairs)  # few: queries are searched in many blocks
@@ -93,7 +93,7 @@ def test_filling_changes_nothing_where_nobody_collides(tmp_path: Path) -> None:
     assert (figures["fill_rounds"], figures["fill_depth"], figures["collisions"]) == (1, 1, 0)
 
 
-def test_filled_places_leave_out_what_is_unlike_and_the_queries_themselves(tmp_path: Path) -> None:
+def test_filling_leaves_out_what_is_unlike_and_the_queries_themselves(tmp_path: Path) -> None:
     queries, pool = drawn(6, 3), drawn(40, 4)
     pool[:3] = queries[:3]
     ids = [*(f"q{row}" for row in range(3)), *(f"p{row:02}" for row in range(3, 40))]
@@ -147,10 +147,10 @@ def test_several_sets_are_filled_as_one(tmp_path: Path) -> None:
 
 def test_a_cap_takes_the_nearest_of_every_query_first() -> None:
     query, rank = np.array([0, 0, 0, 1, 2, 2]), np.array([1, 2, 3, 1, 1, 2])
-    found = Retrieved(np.arange(6), query, rank, np.array([0.9, 0.8, 0.7, 0.3, 0.5, 0.4]))
-    assert at_most(found, 4).pool.tolist() == [0, 1, 3, 4]  # the three nearest, then the best of the second ones
-    assert at_most(found, 2).pool.tolist() == [0, 4]
-    assert at_most(found, 6) is found and at_most(found, None) is found
+    pairs = Pairs(np.arange(6), query, rank, np.array([0.9, 0.8, 0.7, 0.3, 0.5, 0.4]))
+    assert cap(pairs, 4).pool.tolist() == [0, 1, 3, 4]  # the three nearest, then the best of the second ones
+    assert cap(pairs, 2).pool.tolist() == [0, 4]
+    assert cap(pairs, 6) is pairs and cap(pairs, None) is pairs
 
 
 def test_max_images_holds_for_every_set(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_sets_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> Non
         retrieve([sets[0], sets[0]], manifest, tmp_path / "o.parquet", k=2)
 
 
-def test_a_query_of_two_sets_comes_along_once(tmp_path: Path) -> None:
+def test_a_query_of_two_sets_is_written_once(tmp_path: Path) -> None:
     vectors = drawn(4, 12)
     manifest = write_embeddings(tmp_path / "pool.parquet", drawn(50, 13))
     sets = [query_set(tmp_path / "q.parquet", vectors)]
