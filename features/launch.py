@@ -1,27 +1,25 @@
-"""Several processes by one command, each with its share of the work: started here, or by torchrun or srun.
-
-They meet at the start and at the end only, and nothing that they exchange lies on a GPU: hence gloo, always.
-"""
+"""Several processes by one command: started here, or by torchrun or srun; and how a process is asked to stop."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-
 from .. import console
 from ..errors import ToolkitError
-from .launched import SIGNALS, adopt_slurm, is_launched
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LAUNCHED = "DINOV2_LAUNCHED"  # set in the processes that `launch` starts
 PATIENCE = timedelta(days=30)  # chosen: how long one process waits for the others' shares
+KILL_AFTER_S = 30.0  # chosen: what has not ended so long after another has failed is killed
 
 
 @dataclass(frozen=True)
@@ -38,16 +36,18 @@ class Group:
 
     def decide(self, decision: Callable[[], bool]) -> bool:
         """Return in every process what the first one decides; where it raises an error, the others just end."""
-        told: list[bool | None] = [None]
+        from accelerate.utils import broadcast_object_list
+
+        decided: list[bool | None] = [None]
         try:
             if self.is_first:
-                told = [decision()]
+                decided = [decision()]
         finally:
             if self.count > 1:
-                broadcast_object_list(told)
-        if told[0] is None:
+                broadcast_object_list(decided)
+        if decided[0] is None:
             raise SystemExit(1)
-        return told[0]
+        return decided[0]
 
     def wait(self) -> None:
         """Wait until all processes are here.
@@ -56,6 +56,8 @@ class Group:
         """
         if self.count == 1:
             return
+        from accelerate import PartialState
+
         try:
             PartialState().wait_for_everyone()
         except RuntimeError as problem:  # torch has no other name for a connection that broke
@@ -63,18 +65,17 @@ class Group:
             raise ToolkitError(f"another process ended ({reason}); run the same command again") from None
 
 
-def local_count() -> int:
-    """Return how many of the processes share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
-
-
 def join_group() -> Group:
     """Return the processes that work together: this one alone, or those that a launcher has started.
 
-    Each takes the GPU of its local rank, and all but the first are silent.
+    They meet at the start and at the end only, and nothing that they exchange lies on a GPU: hence gloo, always. Each
+    takes the GPU of its local rank, and all but the first are silent.
     """
     if not is_launched(os.environ):
         return Group()
+    import torch
+    from accelerate import PartialState
+
     adopt_slurm(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     state = PartialState(cpu=True, timeout=PATIENCE)
@@ -90,6 +91,41 @@ def join_group() -> Group:
     return Group(state.process_index, state.num_processes)
 
 
+def local_count() -> int:
+    """Return how many of the processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Tell whether a launcher (ours, torchrun, srun) started this process, so that it works in place."""
+    return "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def adopt_slurm(environment: MutableMapping[str, str]) -> None:
+    """Set what torch.distributed reads (RANK, WORLD_SIZE, ...) from the variables of an `srun` step with many tasks."""
+    if "WORLD_SIZE" in environment or not is_launched(environment):
+        return
+    port = 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
+    environment.update(
+        RANK=environment["SLURM_PROCID"],
+        WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"],
+        LOCAL_RANK=environment["SLURM_LOCALID"],
+        MASTER_ADDR=first_host(environment["SLURM_STEP_NODELIST"]),
+        MASTER_PORT=environment.get("MASTER_PORT", str(port)),
+    )
+
+
+def first_host(node_list: str) -> str:
+    """Return the first name of a SLURM node list, such as `gpu-07` of `gpu-[07-09,12],cpu-1`.
+
+    Raises ToolkitError when it names none.
+    """
+    first = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", node_list)
+    if first is None:
+        raise ToolkitError(f"SLURM_STEP_NODELIST is {node_list!r}, no list of nodes; set MASTER_ADDR and WORLD_SIZE")
+    return "".join(part or "" for part in first.groups())
+
+
 def launch(num_processes: int) -> None:
     """Run this very command line in `num_processes` processes on this machine, and wait for them.
 
@@ -97,19 +133,20 @@ def launch(num_processes: int) -> None:
 
     Raises:
         SystemExit: with the first exit code that is not 0; whoever ended with it has said why.
+        KeyboardInterrupt: if a signal ended a process that had nothing to save.
     """
     processes: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         for process in processes:
             process.send_signal(number)
 
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    environment.update(WORLD_SIZE=str(num_processes), LOCAL_WORLD_SIZE=str(num_processes))
-    environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    previous = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)), **os.environ}
+    environment |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes), LAUNCHED: "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with _handled_signals(pass_on):
         for rank in range(num_processes):
             processes.append(
                 subprocess.Popen(
@@ -119,27 +156,28 @@ def launch(num_processes: int) -> None:
                     start_new_session=True,  # a terminal's Ctrl-C comes through `pass_on`, once
                 )
             )
-        codes = _ended(processes)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if failed := [code for code in codes if code]:
-        raise SystemExit(failed[0])
+        code = next((code for code in _exit_codes(processes) if code), 0)
+    if code < 0 and -code in received:
+        raise KeyboardInterrupt
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)  # as a shell tells of a signal
 
 
-def _ended(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+def _exit_codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
     """Wait for all processes, stopping those that are left when one has failed; return exit codes as they came."""
     codes: list[int] = []
     running = list(processes)
+    deadline = float("inf")
     while running:
-        for process in list(running):
-            try:
-                code = process.wait(timeout=0.1)
-            except subprocess.TimeoutExpired:
-                continue
+        time.sleep(0.1)
+        if time.monotonic() > deadline:
+            for process in running:
+                process.kill()
+        for process in [process for process in running if process.poll() is not None]:
             running.remove(process)
-            codes.append(code if code >= 0 else 128 - code)  # as a shell tells of a signal
-            if code not in (0, 75):
+            codes.append(process.returncode)
+            if process.returncode not in (0, 75) and deadline == float("inf"):
+                deadline = time.monotonic() + KILL_AFTER_S
                 for other in running:
                     other.terminate()
     return codes
@@ -149,3 +187,35 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def caught_signals(unit: str) -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGINT and SIGUSR1 in the yielded list instead of dying; a second one acts as usual.
+
+    `unit` says what is finished first, such as "step".
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        console.say(f"{signal.Signals(number).name}: saving after this {unit}; once more to end at once")
+        restore()
+
+    with _handled_signals(note) as restore:
+        yield received
+
+
+@contextmanager
+def _handled_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], None]]:
+    """Set a handler of the signals that stop a command; yields what sets the previous ones again, done at the end."""
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+    try:
+        yield restore
+    finally:
+        restore()

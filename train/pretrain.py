@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from .. import console
 from ..errors import Stopped, ToolkitError
-from ..features.launched import caught_signals
+from ..features.launch import caught_signals
 from ..models.weights import model_content_id
 from ..store.artifact import Options, Result
 from ..store.manifest import Source

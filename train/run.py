@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.launched import adopt_slurm, is_launched
+from ..features.launch import adopt_slurm, is_launched, launch
 from ..models.saved import MODEL_JSON
 from ..models.vit import VisionTransformer
 from ..models.weights import model_content_id
@@ -34,7 +34,7 @@ from .engine.checkpoint import TrainedModel, checkpoints
 from .engine.fsdp import sharding
 from .engine.parallelize import check_compiler
 from .engine.schedules import batch_sizes, scaled_lr
-from .launch import check_launch, launch, speaks_for_all, status_kept
+from .launch import check_launch, speaks_for_all, status_kept
 from .monitor.estimate import say_cost
 from .monitor.metrics import peak_memory_mib
 from .monitor.online_knn import LabelledSets, labelled_sets
@@ -135,7 +135,7 @@ def run_training(
             _describe_cost(run, build, num_processes)
             console.say(f"would write {output}")
             return None
-        launch(num_processes, run.folder)
+        launch(num_processes)
     return finished_result(output)
 
 

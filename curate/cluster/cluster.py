@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ...errors import ToolkitError
-from ...features.launched import caught_signals
+from ...features.launch import caught_signals
 from ...features.sheet import check_sheet
 from ...store.artifact import Options, Result, check_manifest_name, make
 from ...store.manifest import SELECTION_FIELDS, Provenance, cluster_field

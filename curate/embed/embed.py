@@ -20,8 +20,7 @@ import pyarrow as pa
 from ... import console
 from ...errors import Stopped, ToolkitError
 from ...features.extract.extract import FeatureBatch, FeatureModel, best_device, precision
-from ...features.launch import Group, join_group, launch
-from ...features.launched import caught_signals, is_launched
+from ...features.launch import Group, caught_signals, is_launched, join_group, launch
 from ...store import catalog
 from ...store.artifact import Options, Result, check_manifest_name, recorded
 from ...store.manifest import Provenance, open_manifest, removed_path

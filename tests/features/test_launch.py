@@ -1,14 +1,24 @@
-"""Several processes by one command: who speaks, and how they end."""
+"""Several processes by one command: who speaks, how they end, and what a signal does."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.features.launch import Group, join_group, launch, local_count
-from dinov2_toolkit.features.launched import is_launched
+from dinov2_toolkit.features import launch as module
+from dinov2_toolkit.features.launch import (
+    Group,
+    adopt_slurm,
+    caught_signals,
+    first_host,
+    is_launched,
+    join_group,
+    launch,
+    local_count,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +78,66 @@ def test_a_signal_reaches_all_of_them_and_their_code_comes_back(program: Path) -
     with pytest.raises(SystemExit) as end:
         launch(2)
     assert end.value.code == 75
+
+
+def test_a_signal_to_processes_with_nothing_to_save_is_an_interruption(program: Path) -> None:
+    program.write_text(
+        HEAD + "time.sleep(1)\nos.kill(os.getppid(), signal.SIGTERM) if rank == 1 else None\ntime.sleep(60)\n"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        launch(2)
+
+
+def test_what_does_not_end_though_another_has_failed_is_killed(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KILL_AFTER_S", 0.5)
+    ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN) if rank == 0 else time.sleep(1) or sys.exit(3)\n"
+    program.write_text(HEAD + ignore + "time.sleep(60)\n")
+    with pytest.raises(SystemExit) as end:
+        launch(2)
+    assert end.value.code == 3
+
+
+def test_the_first_host_of_a_slurm_node_list() -> None:
+    assert first_host("gpu-7") == "gpu-7"
+    assert first_host("gpu-7,gpu-9") == "gpu-7"
+    assert first_host("gpu-[07-09,12],cpu-1") == "gpu-07"
+    assert first_host("rack[2,4]n.site") == "rack2n.site"
+    assert [first_host(nodes) for nodes in ("n[3-5]x", "n[03]")] == ["n3x", "n03"]
+    with pytest.raises(ToolkitError, match="no list of nodes"):
+        first_host("")
+
+
+def test_srun_with_several_tasks_is_a_launcher_and_a_single_task_is_not() -> None:
+    step = {
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+    }
+    assert is_launched(step) and is_launched({"WORLD_SIZE": "1"})
+    assert not is_launched({}) and not is_launched(step | {"SLURM_STEP_NUM_TASKS": "1"})
+    environment = dict(step)
+    adopt_slurm(environment)
+    added = {name: value for name, value in environment.items() if name not in step}
+    assert added == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "n1",
+        "MASTER_PORT": str(20_000 + 123_456 % 20_000),
+    }
+    torchrun = step | {"WORLD_SIZE": "2", "RANK": "1"}
+    adopt_slurm(torchrun)
+    assert torchrun == step | {"WORLD_SIZE": "2", "RANK": "1"}
+
+
+def test_a_first_signal_is_noted_and_a_second_one_acts(capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        before = signal.getsignal(number)
+        with caught_signals("step") as received:
+            os.kill(os.getpid(), number)
+            assert received == [number]
+            assert signal.getsignal(number) == before
+        assert signal.getsignal(number) == before
+    assert "SIGTERM: saving after this step" in capsys.readouterr().err

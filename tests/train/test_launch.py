@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dinov2_toolkit.errors import Stopped, ToolkitError
-from dinov2_toolkit.train.launch import check_launch, read_status, status_kept
+from dinov2_toolkit.train.launch import check_launch, read_status, speaks_for_all, status_kept
 
 
 def test_the_status_file_carries_the_exit_code(tmp_path: Path) -> None:
@@ -19,12 +19,26 @@ def test_the_status_file_carries_the_exit_code(tmp_path: Path) -> None:
     assert read_status(tmp_path) == {"exit_code": 1, "message": "bad"}
 
 
-def test_under_our_launcher_a_stopped_process_ends_with_code_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processes_end_as_the_main_one_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ToolkitError), status_kept(tmp_path):
+        raise ToolkitError("bad")
+    monkeypatch.setenv("RANK", "1")
+    problems: list[tuple[Stopped | ToolkitError, int]] = [(Stopped("at step 3"), 75), (ToolkitError("bad"), 1)]
+    for problem, code in problems:
+        with pytest.raises(SystemExit) as ended, status_kept(tmp_path):
+            raise problem
+        assert ended.value.code == code
+    with pytest.raises(ToolkitError, match="of its own"), status_kept(tmp_path):
+        raise ToolkitError("of its own")
+    assert read_status(tmp_path) == {"exit_code": 1, "message": "bad"}
+
+
+def test_the_process_that_the_user_started_prints_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert speaks_for_all()
+    monkeypatch.setenv("RANK", "0")
+    assert speaks_for_all()
     monkeypatch.setenv("DINOV2_LAUNCHED", "1")
-    with pytest.raises(SystemExit) as ended, status_kept(tmp_path):
-        raise Stopped("at step 3")
-    assert ended.value.code == 0
-    assert read_status(tmp_path)["exit_code"] == 75
+    assert not speaks_for_all()
 
 
 def test_launches_that_accelerate_would_silently_misunderstand_are_errors() -> None:
