@@ -100,7 +100,7 @@ def main() -> None:
         dinov2(folder, "train", "pretrain", "train.parquet", "-o", "run", "--recipe", "tiny", "--resume")
         took.write_text(json.dumps(round(time.monotonic() - start)))
     seconds = json.loads(took.read_text())
-    config = resolve(TrainConfig, recipe="tiny", environment={}, flags={}, assignments=[])
+    config = resolve(TrainConfig, recipe="tiny")
     if not (folder / "labels" / "model.json").exists():
         backbone, num_seen = supervise(config, splits["train"], seconds)
         side, ratio = config.global_crop_size_px, config.crop_ratio

@@ -42,7 +42,7 @@ def _one_thread() -> None:
 
 def settings(in_chans: int, bit_depth: int, *more: str) -> TrainConfig:
     assignments = [*SETTINGS, f"in_chans={in_chans}", f"bit_depth={bit_depth}", *more]
-    return resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=assignments)
+    return resolve(TrainConfig, assignments=assignments)
 
 
 def write_images(folder: Path, in_chans: int, bit_depth: int) -> Path:
@@ -163,7 +163,7 @@ def test_a_teacher_teaches_images_of_its_own_channels_only(tmp_path: Path) -> No
     pretrain(images, teacher, settings(5, 16, means), Options())
 
     def config(*more: str) -> DistillConfig:
-        return resolve(DistillConfig, recipe=None, environment={}, flags={}, assignments=[*SETTINGS, *more])
+        return resolve(DistillConfig, assignments=[*SETTINGS, *more])
 
     with pytest.raises(ToolkitError, match="takes 5 channels, the recipe 3; set in_chans=5, or name another teacher"):
         distill(images, str(tmp_path / "student"), config(), Options(), teacher=teacher)

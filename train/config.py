@@ -39,6 +39,7 @@ class CostConfig:
     compile: bool = False  # torch.compile of each block but the last; rounds otherwise, as another machine does
 
 
+AT_LEAST_ONE = ("steps", "patch_size", "in_chans", "checkpoint_every", "keep_checkpoints", "log_every", "eval_every")
 COST_KEYS = tuple(field.name for field in fields(CostConfig))
 
 
@@ -66,7 +67,7 @@ class TrainConfig(CostConfig):
     drop_path: float = 0.3
     pos_embed_antialias: bool = False
     pos_embed_offset: float = 0.1
-    crop_ratio: float = 224 / 256  # centre crop over short side, for whoever uses the finished model
+    crop_ratio: float = 224 / 256  # centre crop over short side, where the finished model is used
 
     # The heads. The ibot_ keys count only with separate heads.
     separate_heads: bool = False
@@ -76,17 +77,17 @@ class TrainConfig(CostConfig):
     ibot_num_prototypes: int = 65_536
     ibot_bottleneck_dim: int = 256
 
-    # The pixels. Three channels of 8 bits are RGB and one is grey, whatever an image is; of other channels, and of 16
-    # bits, an image must have just as many, and they stay as they are. Mean and std are a number a channel, of values
-    # that lie in 0 to 1 whatever the depth; [] = ImageNet's for three channels, else 0.5 and 0.25.
+    # The pixels. Images are converted to three channels of 8 bits (RGB) or one (grey); other channels, and 16 bits, an
+    # image must have itself. Mean and std are a number a channel, for values in 0 to 1; [] = ImageNet's for three
+    # channels, else 0.5 and 0.25.
     in_chans: int = 3
     bit_depth: Literal[8, 16] = 8
     pixel_mean: tuple[float, ...] = ()
     pixel_std: tuple[float, ...] = ()
 
-    # Crops. Blur and solarize are the chances of the first global, second global and each local crop; the released
-    # code blurs with (0.0, 0.9, 0.5), where (1.0, 0.1, 0.5) was intended. Saturation, hue and grayscale happen only to
-    # three channels.
+    # Crops. Blur and solarize are probabilities of the first global, second global and each local crop; the released
+    # code blurs with (0.0, 0.9, 0.5), where (1.0, 0.1, 0.5) was intended. Saturation, hue and grayscale need three
+    # channels.
     global_crop_size_px: int = 224
     global_crop_scale: tuple[float, float] = (0.32, 1.0)
     num_local_crops: int = 8
@@ -104,7 +105,7 @@ class TrainConfig(CostConfig):
     mask_probability: float = 0.5
     mask_ratio: tuple[float, float] = (0.1, 0.5)
 
-    # Losses and the teacher. A pair of values is start and end.
+    # Losses and the teacher. A pair is the first and the last value of a schedule.
     dino_weight: float = 1.0
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
@@ -117,7 +118,7 @@ class TrainConfig(CostConfig):
 
     # The optimizer. The learning rate is base_lr * sqrt(batch_size / 1024), of the first batch where it grows.
     base_lr: float = 4e-3
-    hold_lr: bool = False  # after the warm-up it stays; false: half a cosine down to min_lr
+    hold_lr: bool = False  # constant after the warm-up; false: half a cosine down to min_lr
     min_lr: float = 1e-6
     warmup_steps: int = 12_500
     weight_decay: tuple[float, float] = (0.04, 0.4)
@@ -125,12 +126,12 @@ class TrainConfig(CostConfig):
     layerwise_decay: float = 0.9
     patch_embed_lr_mult: float = 0.2
     freeze_last_layer_steps: int = 1250
-    freeze_backbone_steps: int = 0  # new heads on trained weights learn alone for so long
-    max_skipped_steps: int = 10  # steps in a row with a gradient that is not finite before the run gives up
+    freeze_backbone_steps: int = 0  # in which only the heads are trained, when the backbone has other weights
+    max_skipped_steps: int = 10  # in a row with a gradient that is not finite; one more ends the run
     mixed_precision: Literal["no", "bf16"] = "bf16"
 
-    # How a step is cut: it costs time or memory, and changes no more than which random numbers stochastic depth draws;
-    # KoLeo compares the images of a micro-batch.
+    # Less memory for more time. They change only which random numbers stochastic depth draws, and that KoLeo compares
+    # the images of a micro-batch.
     sequential_views: bool = False  # half of the local crops, the others, each global view: a third of the memory
     micro_batch_size: int = 0  # images of a process at a time; 0 = all
     # What backward computes again instead of keeping it; selective: norms, activations and short attention.
@@ -138,16 +139,12 @@ class TrainConfig(CostConfig):
 
     def __post_init__(self) -> None:
         batch_sizes(self.batch_size)  # raises when it is none
-        for name in ("steps", "checkpoint_every", "patch_size", "log_every", "keep_checkpoints", "eval_every"):
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ToolkitError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("global_crop_size_px", "local_crop_size_px"):
-            if getattr(self, name) % self.patch_size or getattr(self, name) < self.patch_size:
-                raise ToolkitError(
-                    f"{name} {getattr(self, name)} is not a multiple of patch_size {self.patch_size}; change one"
-                )
-        if self.in_chans < 1:
-            raise ToolkitError(f"in_chans is {self.in_chans}; it must be at least 1")
+            if (side := getattr(self, name)) % self.patch_size or side < self.patch_size:
+                raise ToolkitError(f"{name} {side} is not a multiple of patch_size {self.patch_size}; change one")
         for name in ("pixel_mean", "pixel_std"):
             if len(numbers := getattr(self, name)) not in (0, self.in_chans):
                 raise ToolkitError(f"{name} has {len(numbers)} numbers; give {self.in_chans}, one a channel, or []")
@@ -159,26 +156,25 @@ class TrainConfig(CostConfig):
 
 Config = TypeVar("Config", bound=TrainConfig)
 
-# Lengths of schedules: `steps` set without them scales them with it.
+# Lengths of schedules: whatever sets `steps` scales those that it does not set itself.
 SCHEDULE_KEYS = ("warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps", "freeze_backbone_steps")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def resolve(
     kind: type[Config],
+    recipe: str | None = None,
     *,
-    recipe: str | None,
-    environment: Mapping[str, str],
-    flags: Mapping[str, object],
-    assignments: Sequence[str],
+    environment: Mapping[str, str] = NOTHING,
+    flags: Mapping[str, object] = NOTHING,
+    assignments: Sequence[str] = (),
 ) -> Config:
     """Return the settings of a run: defaults < recipe < DINOV2_KEY in the environment < flags < key=value.
-
-    A layer that sets `steps` scales the schedule lengths of the layers below that it does not set itself.
 
     Args:
         kind: `TrainConfig`, or a dataclass derived from it.
         recipe: the name of a recipe that ships with the toolkit, a TOML file, or None for the defaults alone.
-        environment: such as `os.environ`; variables that name no key are left alone.
+        environment: such as `os.environ`; other variables are ignored.
         flags: values from the command line.
         assignments: "key=value" texts.
 
@@ -186,25 +182,22 @@ def resolve(
         ToolkitError: for an unknown recipe or key (with the nearest right name), or a value of the wrong type.
     """
     values: dict[str, Any] = asdict(kind())  # each key has a type of its own
-    names = list(values)
+    types = get_type_hints(kind)
     layers: list[Mapping[str, object]] = [
         read_recipe(recipe) if recipe else {},
-        {name: environment[key] for name in (*names, *RECIPE_KEYS) if (key := f"DINOV2_{name.upper()}") in environment},
+        {name: environment[key] for name in (*types, *RECIPE_KEYS) if (key := f"DINOV2_{name.upper()}") in environment},
         flags,
         dict(_assignment(text) for text in assignments),
     ]
-    types = get_type_hints(kind)
     for layer in map(with_present_settings, layers):
         for name in layer:
             if name not in types:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+                near = difflib.get_close_matches(name, types, n=1, cutoff=0.0)
                 raise ToolkitError(f"unknown setting {name!r}; the nearest known one is {near[0]!r}")
-        typed = {name: _typed(name, value, types[name]) for name, value in layer.items()}
-        steps = typed.get("steps")
-        if isinstance(steps, int):
-            for name in SCHEDULE_KEYS:
-                values[name] = round(values[name] * steps / values["steps"])
-        values.update(typed)
+        typed: dict[str, Any] = {name: _typed(name, value, types[name]) for name, value in layer.items()}
+        if "steps" in typed:
+            values |= {name: round(values[name] * typed["steps"] / values["steps"]) for name in SCHEDULE_KEYS}
+        values |= typed
     return kind(**values)
 
 
@@ -217,7 +210,7 @@ def command_config(
     resume: bool,
     seed: int | None,
     default_recipe: str = "tiny",
-    flags: Mapping[str, object] = MappingProxyType({}),
+    flags: Mapping[str, object] = NOTHING,
 ) -> Config:
     """Return the settings of a command, as `resolve` does.
 

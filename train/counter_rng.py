@@ -1,9 +1,9 @@
-"""Random numbers that are a pure function of (seed, purpose, sample), so they do not depend on workers or processes.
+"""Counter-based random numbers: a pure function of (seed, purpose, sample), whatever the workers and processes.
 
-Every sample a run ever sees has one index, counted from 0; what is drawn for it is a hash of that index. Nothing is
-consumed in order, so a resumed run needs only the number of samples seen, and several processes agree without talking.
-The hash is splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): one generator
-per (seed, purpose, sample), read at position `slot`.
+A sample is an index, counted from 0 over a whole run; its random numbers are a hash of that index. So a resumed run
+needs only the number of samples seen, and several processes agree without communication. The hash is splitmix64
+(Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): one generator per (seed, purpose,
+sample), read at position `slot`.
 """
 
 from hashlib import blake2b
@@ -20,7 +20,7 @@ def hashed(seed: int, purpose: str, samples: ArrayLike, slots: int) -> NDArray[n
 
     Args:
         seed: any integer; the run's.
-        purpose: names what is drawn ("crops", "order", ...), so that two uses never share numbers.
+        purpose: what the numbers are for ("crops", "order", ...), so that two uses never share them.
         samples: non-negative integers of any shape.
         slots: how many numbers each sample needs.
 
@@ -44,10 +44,10 @@ def derived_seed(seed: int, purpose: str, index: int) -> int:
 
 
 def permuted(seed: int, purpose: str, rounds: ArrayLike, positions: ArrayLike, length: int) -> NDArray[np.int64]:
-    """Return where a random permutation of 0..length-1 sends each position, without making the permutation.
+    """Return the images of positions under a random permutation of 0..length-1, which is never stored.
 
-    A Feistel network over the next power of four, repeated for those that fall outside (Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains"): no memory and no sorting, whatever the length.
+    A Feistel network over the next power of four, repeated for values outside (Black and Rogaway 2002, "Ciphers with
+    arbitrary finite domains").
 
     Args:
         rounds: which permutation, such as the pass over the data; broadcast against `positions`.

@@ -158,11 +158,8 @@ def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | F
         # As `run_training` does, so that each student starts as it would alone.
         torch.manual_seed(derived_seed(config.seed, "weights", 0))
         backbone = build_backbone(replace(config, arch=arch))
-        model = (
-            partial(DistillModel, student_temp=config.student_temp)
-            if config.objective == "heads"
-            else FeatureDistillModel
-        )
+        by_heads = partial(DistillModel, student_temp=config.student_temp)
+        model = by_heads if config.objective == "heads" else FeatureDistillModel
         models[arch] = model(
             backbone,
             frozen,
@@ -192,13 +189,9 @@ def load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
             f"the teacher {teacher} takes {model.in_chans} channels, the recipe {config.in_chans}; "
             f"set in_chans={model.in_chans}, or name another teacher"
         )
-    teacher_patch_size, side = model.backbone.patch_size, config.global_crop_size_px // config.patch_size
-    if teacher_patch_size != config.patch_size:
-        console.say(
-            f"the teacher's patches are {teacher_patch_size} px, the student's {config.patch_size}: global crops of "
-            f"{config.global_crop_size_px} px are resized to {side * teacher_patch_size} px for the teacher, so that "
-            f"both see {side} x {side} patches"
-        )
+    if (patch_size := model.backbone.patch_size) != config.patch_size:
+        side_px = config.global_crop_size_px // config.patch_size * patch_size
+        console.say(f"the teacher's patches are {patch_size} px: it is given the global crops at {side_px} px")
     crops = preprocess_of(config)
     return FrozenTeacher(
         {"backbone": model.backbone, **heads},

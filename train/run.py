@@ -1,4 +1,4 @@
-"""A run around its training loop: inputs checked, processes started, the run folder made and recorded."""
+"""What surrounds the training loop: checks before it, processes, the run folder, and its record afterwards."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.launch import adopt_slurm, is_launched, launch
+from ..features.launch import Group, adopt_slurm, is_launched, launch
 from ..models.saved import MODEL_JSON
 from ..models.vit import VisionTransformer
 from ..models.weights import model_content_id
@@ -125,49 +125,39 @@ def run_training(
     if monitor.preview is not None and speaks_for_all():
         draw_preview(monitor.preview, images, config, provenance, options)
 
-    starts_others = num_processes > 1 and not is_launched(os.environ)
-    if not options.dry_run and not starts_others:
-        _train_here(run, options, build, train, resume, monitor.track)
-        return finished_result(output)
-    check_batch(config, num_processes)
-    if not is_finished(run, options, resume):
+    launches = num_processes > 1 and not is_launched(os.environ)
+    if options.dry_run or launches:
+        check_batch(config, num_processes)
+        if is_finished(run, options, resume):
+            return finished_result(output)
         if options.dry_run:
-            _describe_cost(run, build, num_processes)
+            describe_cost(run, build, num_processes)
             console.say(f"would write {output}")
             return None
         launch(num_processes)
-    return finished_result(output)
+        return finished_result(output)
 
-
-def _train_here(
-    run: Run,
-    options: Options,
-    build: Callable[[], TrainedModel],
-    train: Callable[[TrainedModel, Run, Accelerator], dict[str, float]],
-    resume: bool,
-    track: Sequence[str],
-) -> None:
-    """Train in this process, together with the others where a launcher has started several."""
-    accelerator = start_processes(run.config, track, run.folder)
+    # In this process, together with the others where a launcher has started several.
+    accelerator = start_processes(config, monitor.track, run.folder)
     is_main = accelerator.is_main_process
-    finished = [is_main and is_finished(run, options, resume)]
-    broadcast_object_list(finished)
-    if finished[0]:
-        return
-    torch.manual_seed(derived_seed(run.config.seed, "weights", 0))
+    processes = Group(accelerator.process_index, accelerator.num_processes)
+    if processes.decide(lambda: is_finished(run, options, resume)):
+        return finished_result(output)
+    torch.manual_seed(derived_seed(config.seed, "weights", 0))
     model = build()
     if is_main:
         describe(run, model, accelerator.num_processes)
     recording: AbstractContextManager[list[Provenance]] = recorded(run.folder) if is_main else nullcontext([])
     with own_folder(run, options) if is_main else nullcontext():
         accelerator.wait_for_everyone()
-        with status_kept(run.folder), recording as records, tracked(accelerator, run.folder, run.config):
+        with status_kept(run.folder), recording as records, tracked(accelerator, run.folder, config):
             figures = train(model, run, accelerator)
             if is_main:
-                made = replace(run.provenance, figures=dict(figures), content_id=model_content_id(run.folder))
+                made = replace(provenance, figures=dict(figures), content_id=model_content_id(run.folder))
                 write_run_provenance(run.folder, made)
                 records.append(made)
     accelerator.end_training()
+    return finished_result(output)
 
 
 def run_provenance(command: str, config: TrainConfig, options: Options, sources: tuple[Source, ...]) -> Provenance:
@@ -312,7 +302,7 @@ def describe(run: Run, model: TrainedModel, num_processes: int) -> None:
     )
 
 
-def _describe_cost(run: Run, build: Callable[[], TrainedModel], num_processes: int) -> None:
+def describe_cost(run: Run, build: Callable[[], TrainedModel], num_processes: int) -> None:
     """Say what a run would train, and what time and memory it would take."""
     config, images = run.config, run.images
     base_mib = peak_memory_mib(torch.device("cpu"))  # before torch loads what a meta device needs

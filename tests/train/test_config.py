@@ -123,14 +123,14 @@ def test_every_shipped_recipe_is_valid_and_states_the_shared_keys() -> None:
 
 def test_a_batch_that_grows_survives_the_run_folder(tmp_path: Path) -> None:
     growth = ["batch_size=[[0, 8], [100, 16]]"]
-    config = resolve(TrainConfig, recipe="tiny", environment={}, flags={}, assignments=growth)
+    config = resolve(TrainConfig, recipe="tiny", assignments=growth)
     assert config.batch_size == ((0, 8), (100, 16))
     write_config(config, tmp_path / "config.toml", "header")
-    repeated = resolve(TrainConfig, recipe=str(tmp_path / "config.toml"), environment={}, flags={}, assignments=[])
+    repeated = resolve(TrainConfig, recipe=str(tmp_path / "config.toml"))
     assert repeated == config
 
 
 @pytest.mark.parametrize("value", ["[]", "[8, 16]", "[[8]]", "[[10, 8]]", "[[0, 8], [0, 16]]", "[[0, 0]]", "0", "much"])
 def test_what_is_no_batch_size_is_refused_with_an_example(value: str) -> None:
     with pytest.raises(ToolkitError, match=r"batch_size is .*|\[\[0, 256\], \[100000, 512\]\]"):
-        resolve(TrainConfig, recipe="tiny", environment={}, flags={}, assignments=[f"batch_size={value}"])
+        resolve(TrainConfig, recipe="tiny", assignments=[f"batch_size={value}"])

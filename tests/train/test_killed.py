@@ -60,9 +60,6 @@ def run(manifest: Path, folder: Path, num_workers: int, steps: int) -> None:
     torch.set_num_threads(1)
     config = resolve(
         TrainConfig,
-        recipe=None,
-        environment={},
-        flags={},
         assignments=[*SETTINGS, f"num_workers={num_workers}", f"steps={steps}"],
     )
     pretrain(manifest, str(folder), config, Options(), resume=True)

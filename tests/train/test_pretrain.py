@@ -76,7 +76,7 @@ def manifest(tmp_path: Path) -> Path:
 
 
 def settings(*changes: str) -> TrainConfig:
-    return resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=[*SETTINGS, *changes])
+    return resolve(TrainConfig, assignments=[*SETTINGS, *changes])
 
 
 def run(manifest: Path, name: str, *changes: str, resume: bool = False, **options: bool) -> Result | None:
@@ -122,7 +122,7 @@ def test_a_run_leaves_a_model_metrics_settings_and_a_catalog_row(manifest: Path)
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert pq.read_table(folder / "metrics.parquet").column("total").to_pylist() == [line["total"] for line in lines]
     assert lines[-1]["samples"] == 48 and lines[-1]["epoch"] == 48 / 20
-    again = resolve(TrainConfig, recipe=str(folder / "config.toml"), environment={}, flags={}, assignments=[])
+    again = resolve(TrainConfig, recipe=str(folder / "config.toml"))
     assert again == settings()
     (row,) = catalog.artifacts("kind = 'run'")
     assert row.path == str(folder)

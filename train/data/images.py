@@ -23,6 +23,7 @@ from ... import console
 from ...errors import ToolkitError
 from ...features.threads import map_in_order
 from ...store.images import UnreadableImage, Values, read_bytes
+from ...store.memory import machine_memory
 from ...store.pixels import decode_picture, values_of
 from .. import counter_rng
 
@@ -34,7 +35,7 @@ MAX_UNREADABLE = 1000  # images in a row that cannot be read before the run give
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What training draws from: where the images are, and how often each is drawn."""
+    """The images to train on, and how often each is drawn."""
 
     uris: pa.ChunkedArray  # (n,) strings
     cumulative_weights: NDArray[np.float64] | None  # (n,) running sum, or None for equal weights
@@ -45,12 +46,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's share of a batch: B images in the top left corners of one canvas."""
+    """This process's part of a batch: B images in the top left corners of one canvas."""
 
     images: Tensor  # (B, H, W, C) uint8 or uint16
     sizes: NDArray[np.int64]  # (B, 2): height and width of each in pixels
     samples: NDArray[np.int64]  # (B,): index of each in the run
-    num_replaced: int  # images that could not be read, so that the next sample's stands in
+    num_replaced: int  # images that could not be read, each replaced by the next sample's
 
 
 def image_set(images: pa.Table) -> ImageSet:
@@ -75,10 +76,10 @@ def image_set(images: pa.Table) -> ImageSet:
 
 
 def drawn_rows(images: ImageSet, seed: int, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the row of the manifest that each sample of a run is.
+    """Return the manifest's row of each sample of a run.
 
     With equal weights every pass visits each image once. Otherwise position p of a pass, permuted, is a quantile of the
-    weights: each image is drawn as often as its share of the pass says, rounded down or up.
+    weights: an image is drawn n times its share of the weights, rounded down or up.
     """
     num_images = len(images)
     passes, positions = np.divmod(samples, num_images)
@@ -94,13 +95,13 @@ def drawn_rows(images: ImageSet, seed: int, samples: NDArray[np.int64]) -> NDArr
 class PixelCache:
     """Decoded images by row, until so many bytes are full.
 
-    Their memory is mapped at once and taken as it fills: hundreds of thousands of small arrays among a step's tensors
-    would scatter the heap, and it would grow.
+    They have a mapping of their own, whose pages count once written: hundreds of thousands of small arrays among a
+    step's tensors would fragment the heap, and it would grow.
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self._memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._room, self._used = num_bytes, 0
+        self._room, self._used = min(num_bytes, machine_memory()), 0
+        self._memory = mmap.mmap(-1, max(self._room, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._places: dict[int, tuple[int, tuple[int, ...], str]] = {}  # start, shape, dtype
 
     def __contains__(self, row: int) -> bool:
@@ -190,7 +191,7 @@ def read_batches(
 
 
 def read_pixels(uri: str, short_side_px: int, in_chans: int = 3, bit_depth: int = 8) -> Values:
-    """Return an image as (H, W, C), shrunk to the short side where it is larger; a very long one loses its ends.
+    """Return an image as (H, W, C), shrunk to the short side where it is larger, its ends cut off beyond MAX_ASPECT.
 
     Raises:
         UnreadableImage: if there is none, or none of so many channels.
@@ -206,7 +207,7 @@ def read_pixels(uri: str, short_side_px: int, in_chans: int = 3, bit_depth: int 
 
 
 def decoded_bytes(images: ImageSet, short_side_px: int, in_chans: int = 3, bit_depth: int = 8) -> float:
-    """Return what an image takes once read as above: the mean of some that are read for it; 0 if none can be."""
+    """Return the mean bytes of a decoded image, measured on a few; 0 if none can be read."""
     taken = []
     for row in np.linspace(0, len(images) - 1, min(SAMPLED_IMAGES, len(images))).astype(int).tolist():
         with suppress(UnreadableImage):

@@ -1,4 +1,4 @@
-"""Which patches of the global crops the student does not see: random blocks, exact in number."""
+"""Masks of the global crops: random blocks of patches that the student does not see, exact in number."""
 
 import math
 
@@ -20,18 +20,18 @@ def block_masks(
 ) -> NDArray[np.bool_]:
     """Return masks (num_crops, N) bool, True = masked, exactly int(num_crops * probability) of them not empty.
 
-    The masked crops share the range of ratios out among them: the i-th of n covers int(N * u) patches with u drawn
-    from the i-th of n equal parts of the range. Which crops are masked is random.
+    The i-th of n masked crops has int(N * u) masked patches, u drawn from the i-th of n equal parts of the range of
+    ratios. Which crops are masked is random.
 
     Args:
         num_crops: global crops of a batch, 2 B.
         grid: rows and columns of patches, N = rows * columns.
-        generator: the only source of chance.
+        generator: of all random numbers.
         probability: share of crops that are masked.
         ratio: least and greatest share of a masked crop's patches.
 
-    Source: dinov2/data/collate.py and masking.py (after BEiT). Deviation: where blocks fall short of a crop's number,
-    single patches fill it up, so counts are exact.
+    Source: dinov2/data/collate.py and masking.py (after BEiT). Deviation: single patches are added where blocks mask
+    too few, so counts are exact.
     """
     num_masked_crops = int(num_crops * probability)
     masks = np.zeros((num_crops, grid[0] * grid[1]), dtype=bool)
@@ -43,9 +43,9 @@ def block_masks(
 
 
 def block_mask(grid: tuple[int, int], num_masked: int, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Return one mask (rows, columns) bool of exactly `num_masked` patches, made of blocks as far as they fit.
+    """Return one mask (rows, columns) bool of exactly `num_masked` patches, in blocks as far as they fit.
 
-    A block has about 4 patches up to what is missing, at most half the grid, and adds at least one.
+    A block has between 4 patches and the number still missing, at most half the grid, and adds at least one.
     """
     rows, columns = grid
     mask = np.zeros(grid, dtype=bool)

@@ -1,11 +1,11 @@
 """k-NN accuracy of a run's features on labelled images while it trains; the training never sees the labels."""
 
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ... import console
 from ...errors import ToolkitError
@@ -15,22 +15,20 @@ from ...models.preprocess import Preprocess
 from ...models.vit import VisionTransformer
 from ...store.manifest import Source
 from ...store.sources import entries, open_source
-from ...store.vectors import Float32, Int64
+from ...store.vectors import Float32
 from ..config import TrainConfig
 from ..data.multicrop import preprocess_of
 from ..engine.checkpoint import TrainedModel
 
 K = 20  # neighbours; the protocol's temperature of 0.07 is in `features.knn`
-UNKNOWN_CLASS = -1  # of a test image whose class no training image has: every guess is wrong
 BATCH_SIZE = 64  # images of a forward pass; chosen
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """Images whose classes are known, as numbers from 0."""
+class LabelledImages(NamedTuple):
+    """Images and the names of their classes."""
 
     uris: list[str]  # (n,)
-    classes: Int64  # (n,)
+    labels: NDArray[np.str_]  # (n,)
 
 
 class LabelledSets(NamedTuple):
@@ -46,24 +44,18 @@ def labelled_sets(train: str, test: str) -> LabelledSets:
     Raises:
         ToolkitError: if one has no labels, or the images that vote are all of one class.
     """
-    voting, guessed = _labelled("--eval-train", train), _labelled("--eval-test", test)
-    numbers = {label: number for number, label in enumerate(sorted({label for _, label in voting}))}
-    if len(numbers) < 2:
-        raise ToolkitError(f"all labels of --eval-train {train} are {min(numbers)!r}; k-NN needs two classes or more")
-
-    def numbered(images: list[tuple[str, str]]) -> LabelledImages:
-        classes = np.array([numbers.get(label, UNKNOWN_CLASS) for _, label in images])
-        return LabelledImages([uri for uri, _ in images], classes)
-
-    return LabelledSets(numbered(voting), numbered(guessed))
+    sets = LabelledSets(_labelled("--eval-train", train), _labelled("--eval-test", test))
+    if len(labels := set(sets.train.labels.tolist())) < 2:
+        raise ToolkitError(f"all labels of --eval-train {train} are {min(labels)!r}; k-NN needs two classes or more")
+    return sets
 
 
-def _labelled(option: str, name: str) -> list[tuple[str, str]]:
+def _labelled(option: str, name: str) -> LabelledImages:
     found = entries(open_source(name), "folder", lambda path: False)
     images = [(entry.uri, entry.label) for entry in found if entry.label is not None]
     if not images:
         raise ToolkitError(f"{option} {name} has no labels; give a manifest with a label column, or a folder a class")
-    return images
+    return LabelledImages([uri for uri, _ in images], np.array([label for _, label in images]))
 
 
 def knn_figures(model: TrainedModel | None, sets: LabelledSets, config: TrainConfig) -> dict[str, float]:
@@ -89,24 +81,25 @@ def knn_accuracy(backbone: VisionTransformer, sets: LabelledSets, preprocess: Pr
     Features are the class tokens; no random number is drawn. Images that cannot be read are left out, said on stderr.
     """
     model = FeatureModel(Source("model", "teacher", ""), backbone.embed_dim, preprocess, backbone)
-    train_features, train_classes = _features(model, sets.train, num_workers)
-    test_features, test_classes = _features(model, sets.test, num_workers)
+    train_features, train_labels = _features(model, sets.train, num_workers)
+    test_features, test_labels = _features(model, sets.test, num_workers)
+    names, train_classes = np.unique(train_labels, return_inverse=True)
     k = min(K, len(train_classes))
     guesses = knn_guesses(train_features, train_classes, test_features, (k,))[k]
-    return float((guesses[:, 0] == test_classes).mean())
+    return float((names[guesses[:, 0]] == test_labels).mean())
 
 
-def _features(model: FeatureModel, images: LabelledImages, num_workers: int) -> tuple[Float32, Int64]:
-    """Return the features (n, D) and classes (n,) of the images that can be read."""
-    features, places, failures = [np.empty((0, model.dim), np.float32)], [], []
+def _features(model: FeatureModel, images: LabelledImages, num_workers: int) -> tuple[Float32, NDArray[np.str_]]:
+    """Return the features (n, D) and labels (n,) of the images that can be read."""
+    features, rows, failures = [np.empty((0, model.dim), np.float32)], [], []
     with closing(extract(model, images.uris, batch_size=BATCH_SIZE, num_workers=max(1, num_workers))) as batches:
         for batch in batches:
             features.append(batch.features.numpy())
-            places += batch.indices
+            rows += batch.indices
             failures += batch.failures
     if failures:
-        place, reason = failures[0]
-        console.warn(f"k-NN: {len(failures):,} images left out, first {images.uris[place]} ({reason})")
-    if not places:
+        row, reason = failures[0]
+        console.warn(f"k-NN: {len(failures):,} images left out, first {images.uris[row]} ({reason})")
+    if not rows:
         raise ToolkitError(f"no labelled image can be read, first {images.uris[0]}; check --eval-train and --eval-test")
-    return np.concatenate(features), images.classes[places]
+    return np.concatenate(features), images.labels[rows]

@@ -33,7 +33,7 @@ SETTINGS = [
 
 
 def settings(*changes: str) -> TrainConfig:
-    return resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=[*SETTINGS, *changes])
+    return resolve(TrainConfig, assignments=[*SETTINGS, *changes])
 
 
 @pytest.fixture

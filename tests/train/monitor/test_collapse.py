@@ -47,7 +47,7 @@ def warnings_of(folder: Path, capsys: pytest.CaptureFixture[str], *changes: str)
         Image.fromarray(generator.integers(0, 256, (14, 14, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     uris = [str(folder / f"{number}.png") for number in range(40)]
     pq.write_table(pa.table({"uri": uris}), folder / "images.parquet")
-    config = resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=[*SETTINGS, *changes])
+    config = resolve(TrainConfig, assignments=[*SETTINGS, *changes])
     pretrain(folder / "images.parquet", str(folder / "run"), config, Options())
     assert len(read_metrics(folder / "run")) == 12
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]

@@ -78,7 +78,7 @@ def test_a_manifest_with_labels_is_read_and_one_without_is_refused(tmp_path: Pat
     pq.write_table(pa.table({"uri": uris, "label": [Path(uri).parent.name for uri in uris]}), tmp_path / "a.parquet")
     manifest = str(tmp_path / "a.parquet")
     sets = labelled_sets(manifest, manifest)
-    assert sets.train.uris == uris and sets.train.classes.tolist() == [0, 0, 1, 1]
+    assert sets.train.uris == uris and sets.train.labels.tolist() == ["blue", "blue", "red", "red"]
     pq.write_table(pa.table({"uri": uris}), tmp_path / "none.parquet")
     with pytest.raises(ToolkitError, match="--eval-test .*none.parquet has no labels; give a manifest"):
         labelled_sets(manifest, str(tmp_path / "none.parquet"))
@@ -94,7 +94,7 @@ def test_a_run_with_labelled_images_has_knn_in_its_metrics_and_is_otherwise_the_
     torch.set_num_threads(1)
     train, test = folder_of(tmp_path / "train", 6), folder_of(tmp_path / "test", 2)
     pq.write_table(pa.table({"uri": sorted(map(str, train.glob("*/*.png")))}), tmp_path / "images.parquet")
-    config = resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=SETTINGS)
+    config = resolve(TrainConfig, assignments=SETTINGS)
 
     def run(name: str, monitor: MonitorOptions) -> list[dict[str, float]]:
         pretrain(tmp_path / "images.parquet", str(tmp_path / name), config, Options(), resume=True, monitor=monitor)
