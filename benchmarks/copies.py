@@ -5,15 +5,14 @@
     python benchmarks/copies.py --untouched --write
 
 For each set of distinct pictures the threshold is the lowest at which deduplication (connected components) of the
-distinct pictures alone loses at most 2 % of them. Then a copy of some of them is altered in one way, and compared
-with all: recall is the share of copies above the threshold to their original, precision the share of these pairs
-among all pairs of a copy and a picture above the threshold (distinct clip art has true look-alikes: the same card,
-clock or flag in other colours). `copy` is the descriptor alone; with pixels it proposes the pairs that `dedup` looks
-at (each picture and the 24 most like it, 8 of them closely), and what is limited is the difference of their pixels,
-times that of their descriptors. The last two columns are the recall by what `dedup` takes by itself: the descriptor's
-threshold with --no-verify, and the limit that it sets with --verify, the default. Sets: Fashion-MNIST's test images,
-clip art from folders that training never saw, and, where folders are named, photographs in tiles and other drawings,
-unlike the training data.
+distinct pictures alone loses at most 2 % of them. Then a copy of some of them is altered in one way, and compared with
+all: recall is the share of copies above the threshold to their original, precision the share of these pairs among all
+pairs of a copy and a picture above the threshold (distinct clip art has true look-alikes: the same card, clock or flag
+in other colours). `copy` is the descriptor alone; with pixels it proposes the pairs that `dedup` verifies (each picture
+and its 24 nearest, the contents of 8 of them aligned), and the limit is one of `pixel_difference`. The last two columns
+are the recall by what `dedup` takes by itself: the descriptor's threshold with --no-verify, and the limit that it sets
+with --verify, the default. Sets: Fashion-MNIST's test images, clip art from folders that training never saw, and, where
+folders are named, photographs in tiles and other drawings, unlike the training data.
 
 The settings of the descriptor's linear map were chosen by these very pictures and copies, those of its network by other
 clip art and Fashion-MNIST images beside them, so the figures flatter it; `--untouched` measures on Fashion-MNIST's
@@ -25,7 +24,7 @@ those 16 among the pictures 0.77 and 0.83 of crops of 90 % of each side are foun
 0.98 or more of those re-encoded, resized, blurred or relit as well); pairs that differ in anything drawn (a plus for a
 minus, a club for a spade, the hands of a clock) stay.
 
-The constants of the second look were chosen by the same shown pictures and copies; nothing of it was learnt.
+The constants of the pixel verification were chosen by the same shown pictures and copies; nothing of it was learnt.
 
 What stays low are turned pictures and large crops that the descriptor does not propose among the eight.
 """
@@ -47,8 +46,16 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
-from dinov2_toolkit.curate.dedup.registration import Plates, plates, unexplained
-from dinov2_toolkit.curate.dedup.verify import LAID_OVER, LEAST_ALIKE, LOOKED_AT, crowded_limit, difference
+from dinov2_toolkit.curate.dedup.groups import distinct_pairs
+from dinov2_toolkit.curate.dedup.registration import residual
+from dinov2_toolkit.curate.dedup.thumbnails import Thumbnails, make_thumbnails
+from dinov2_toolkit.curate.dedup.verify import (
+    MIN_COSINE,
+    NUM_ALIGNED,
+    NUM_VERIFIED,
+    crowded_limit,
+    pixel_difference,
+)
 from dinov2_toolkit.features.search.neighbors import Identity, nearest
 from dinov2_toolkit.models.copy_descriptor import PREPROCESS, THRESHOLD, CopyDescriptor, load_copy_descriptor
 from dinov2_toolkit.models.preprocess import crop_picture, normalise
@@ -320,57 +327,63 @@ def measure(vectors: Floats, copies: Floats, originals: Ints, threshold: float) 
     return found / len(copies), found / max((similarities > threshold).sum(), 1)
 
 
-def plates_of(pictures: list[Image.Image]) -> Plates:
+def thumbnails_of(pictures: list[Image.Image]) -> Thumbnails:
     parts = []
     for start in range(0, len(pictures), BATCH):
         some = pictures[start : start + BATCH]
         pixels = torch.stack([crop_picture(picture, PREPROCESS) for picture in some])
         with torch.inference_mode():
-            parts.append(plates(pixels, torch.tensor([picture.size for picture in some])))
-    return Plates(*map(torch.cat, zip(*parts, strict=True)))
+            parts.append(make_thumbnails(pixels, torch.tensor([picture.size for picture in some])))
+    return Thumbnails(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class Pool:
     """Distinct pictures by their descriptors (N, D) and pixels, and how different those are that are most alike."""
 
-    def __init__(self, vectors: Floats, shown: Plates) -> None:
-        self.vectors, self.shown = vectors, shown
+    def __init__(self, vectors: Floats, thumbnails: Thumbnails) -> None:
+        self.vectors, self.thumbnails = vectors, thumbnails
         rows = np.arange(len(vectors))
         searched = Vectors(vectors.astype(np.float16), rows, Source("base", "memory", "0"))
         near = nearest(
-            searched, searched, LOOKED_AT, order=rows, identity=Identity(rows, rows), above=LEAST_ALIKE, progress=None
+            searched, searched, NUM_VERIFIED, order=rows, identity=Identity(rows, rows), above=MIN_COSINE, progress=None
         )
         query, place = np.nonzero(near.indices >= 0)
-        one, other = query, near.indices[query, place]
-        pairs, number = np.unique(np.minimum(one, other) * len(rows) + np.maximum(one, other), return_inverse=True)
+        found = near.indices[query, place]
+        pairs, _, _, align = distinct_pairs(query, found, len(rows), place < NUM_ALIGNED)
         self.left, self.right = np.divmod(pairs, len(rows))
-        are_near = np.bincount(number[place < LAID_OVER], minlength=len(pairs)) > 0
-        self.differences = self.difference(vectors, shown, self.left, self.right, are_near)
-        self.last = {k: np.maximum(near.similarities[:, k - 1], LEAST_ALIKE) for k in (LOOKED_AT, LAID_OVER)}  # (N,)
+        self.differences = self.difference(vectors, thumbnails, self.left, self.right, align)
+        self.last = {
+            k: np.maximum(near.similarities[:, k - 1], MIN_COSINE) for k in (NUM_VERIFIED, NUM_ALIGNED)
+        }  # (N,)
 
     def difference(
-        self, vectors: Floats, shown: Plates, left: Ints, right: Ints, are_near: npt.NDArray[np.bool_]
+        self, vectors: Floats, thumbnails: Thumbnails, left: Ints, right: Ints, align: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.float64]:
         """Return how different the pictures at `left` (E,) of others are from those at `right` (E,) of the pool."""
-        seen = []
+        residuals = [np.empty(0, np.float32)]
         for start in range(0, len(left), BATCH):
             some = slice(start, start + BATCH)
             with torch.inference_mode():
-                pair = shown.at(torch.from_numpy(left[some])), self.shown.at(torch.from_numpy(right[some]))
-                seen.append(unexplained(*pair, torch.from_numpy(are_near[some])).numpy())
+                one, other = (
+                    thumbnails.at(torch.from_numpy(left[some])),
+                    self.thumbnails.at(torch.from_numpy(right[some])),
+                )
+                residuals.append(residual(one, other, torch.from_numpy(align[some])).numpy())
         cosines = np.einsum("ij,ij->i", vectors[left], self.vectors[right], dtype=np.float64)
-        return difference(np.concatenate([np.empty(0, np.float32), *seen]), cosines)
+        return pixel_difference(np.concatenate(residuals), cosines)
 
-    def found(self, copies: Floats, shown: Plates, originals: Ints, limits: list[float]) -> list[tuple[float, float]]:
+    def found(
+        self, copies: Floats, thumbnails: Thumbnails, originals: Ints, limits: list[float]
+    ) -> list[tuple[float, float]]:
         """Return recall and precision of copies (Q, D) of the originals (Q,) within each limit.
 
-        A copy is looked at with what is nearest to it, and with what it is nearest to.
+        A copy is compared with its nearest neighbours, and with those of which it is one.
         """
         cosines = copies @ self.vectors.T
         ranked = np.sort(cosines, axis=1)
         among = {k: (cosines >= ranked[:, -k, None]) | (cosines > last) for k, last in self.last.items()}
-        left, right = np.nonzero(among[LOOKED_AT] & (cosines > LEAST_ALIKE))
-        differences = self.difference(copies, shown, left, right, among[LAID_OVER][left, right])
+        left, right = np.nonzero(among[NUM_VERIFIED] & (cosines > MIN_COSINE))
+        differences = self.difference(copies, thumbnails, left, right, among[NUM_ALIGNED][left, right])
         is_found = originals[left] == right
         within = [differences <= limit for limit in limits]
         numbers = [((is_found & each).sum(), each.sum()) for each in within]
@@ -391,18 +404,18 @@ def table(name: str, pictures: list[Image.Image], model: CopyDescriptor, num_cop
         hash_rule = f"hash none that does (equal hashes alone, taken here, lose {num_equal / len(pictures):.1%})"
     own = sum(similarity > THRESHOLD for similarity in falling[0])
     more = "at least " if own == len(falling[0]) else ""
-    looked = Pool(pools[0], plates_of(pictures))
-    edges = zip(-looked.differences, looked.left.tolist(), looked.right.tolist(), strict=True)
+    verified = Pool(pools[0], thumbnails_of(pictures))
+    edges = zip(-verified.differences, verified.left.tolist(), verified.right.tolist(), strict=True)
     rising = [-lost for lost in joined(len(pictures), sorted(edges, reverse=True))]
     limit = rising[int(LOSS * len(pictures))] * (1 - 1e-9) if len(rising) > LOSS * len(pictures) else np.inf
-    own_limit = crowded_limit(looked.differences, LOSS * len(pictures))
+    own_limit = crowded_limit(verified.differences, LOSS * len(pictures))
     own_lost = sum(lost <= own_limit for lost in rising)
     lines = [
         f"## {name}: {len(pictures):,} distinct pictures, {len(originals):,} copies of each kind",
         "",
         f"Thresholds that lose 2 %: `copy` above {thresholds[0]:.4f}; {hash_rule}. The"
         f" descriptor's own threshold, {THRESHOLD}, loses {more}{own / len(pictures):.1%}. With pixels:"
-        f" {len(looked.left):,} pairs looked at, differences up to {limit:.4f}; {own_limit}, which `dedup` sets, loses"
+        f" {len(verified.left):,} pairs verified, differences up to {limit:.4f}; {own_limit}, which `dedup` sets, loses"
         f" {own_lost / len(pictures):.1%}.",
         "",
         "| copy | with pixels: recall | precision | `copy` recall | precision | hash recall | precision"
@@ -417,7 +430,7 @@ def table(name: str, pictures: list[Image.Image], model: CopyDescriptor, num_cop
             for pool, altered, threshold in zip(pools, found, thresholds, strict=True)
             for number in measure(pool, altered, originals, threshold)
         ]
-        by_pixels, by_default = looked.found(found[0], plates_of(copies), originals, [limit, own_limit])
+        by_pixels, by_default = verified.found(found[0], thumbnails_of(copies), originals, [limit, own_limit])
         numbers = [*by_pixels, *numbers, measure(pools[0], found[0], originals, THRESHOLD)[0], by_default[0]]
         lines.append(f"| {kind} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
         print(lines[-1], flush=True)

@@ -49,7 +49,10 @@ def strip_heads(run: Path, folder: Path) -> None:
         folder,
         backbone=model.backbone,
         heads={},
-        preprocess=model.preprocess,
+        image_size=model.image_size,
+        crop_ratio=model.crop_ratio,
+        mean=model.mean,
+        std=model.std,
     )
 
 

@@ -176,7 +176,8 @@ def dedup(
 ) -> "Result | None":
     """Keep one image of every group of near-duplicates; the others are listed with what they duplicate."""
     from .dedup.calibrate import CalibrateSettings, calibrate_threshold
-    from .dedup.dedup import DedupSettings, dedup_images
+    from .dedup.dedup import dedup_images
+    from .dedup.settings import DedupSettings
 
     if calibrate is not None:
         return calibrate_threshold(manifest, calibrate, options.settings_of(CalibrateSettings, locals()), shared)

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 COLUMNS: dict[str, str] = {  # of manifests
+    "weakest": "min_similarity_to_kept",
 }
 PARAMETERS: dict[str, str] = {  # of a command, in the provenance
 }
 FIGURES: dict[str, str] = {  # that a command measured, in the provenance
+    "limit": "max_difference",
+    "looked_at": "pairs_verified",
+    "unread": "pairs_unreadable",
 }
 RECIPE_KEYS: dict[str, str] = {  # of a run's config.toml, recipes and --set
     "koleo_gather": "koleo_distributed",

@@ -1,6 +1,6 @@
 """A threshold to look at before it is used: what every one would remove, pairs around it, and one suggested.
 
-N images, M of them with numbers of their own, S sampled, k neighbours, T thresholds.
+N images, M of them with different vectors, S sampled, k neighbours, P pairs, R radii.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ import numpy as np
 
 from ... import console
 from ...errors import ToolkitError
-from ...features.search.neighbors import Identity, SearchSettings, first_identical, nearest
+from ...features.search.neighbors import SearchSettings, first_identical
 from ...features.sheet import check_picture_name, is_picture_up_to_date, picture_provenance, write_picture
 from ...store.artifact import Options, Result
 from ...store.manifest import Provenance
@@ -18,9 +18,18 @@ from ...store.memory import memory_budget
 from ...store.vectors import Float64, Int64
 from ..inputs import EmbeddedImages, open_input, read_embedded
 from .calibrate_picture import Candidate, Pair, draw_calibration, show_histogram
-from .threshold import FAR_NEIGHBOR, FIXED_THRESHOLD, MIN_FAR_NEIGHBOR, chance, own_threshold, sample_rows
+from .threshold import (
+    FAR_NEIGHBOR,
+    FIXED_THRESHOLD,
+    MIN_FAR_NEIGHBOR,
+    ChanceModel,
+    chance_model,
+    own_threshold,
+    sample_neighbors,
+    sample_rows,
+)
 
-PRECISIONS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)  # chosen: what is tabled beside the precision asked for
+PRECISIONS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)  # chosen: shown beside the precision asked for
 PAIRS = 3  # shown on either side of a threshold
 
 
@@ -35,17 +44,6 @@ class CalibrateSettings:
     recall: float = 0.99
 
 
-@dataclass(frozen=True)
-class Curve:
-    """What thresholds would do, from the strictest on, (T,) each."""
-
-    thresholds: Float64
-    observed: Float64  # sampled images whose nearest neighbour is above it
-    expected: Float64  # how many would be so by chance
-    removed: Float64  # share of the distinct images that would be removed
-    dimension: float  # of the images' neighbourhoods
-
-
 def calibrate_threshold(
     manifest: Path | None, output: str, settings: CalibrateSettings, options: Options
 ) -> Result | None:
@@ -57,17 +55,9 @@ def calibrate_threshold(
     if not 0 < settings.precision < 1:
         raise ToolkitError(f"--precision {settings.precision} is no share that can be reached; give one such as 0.98")
     pool = open_input("manifest", manifest, path, settings.features, settings.where)
+    parameters = {"precision": settings.precision, "recall": settings.recall, "where": settings.where}
     provenance = Provenance(
-        kind="picture",
-        command="curate dedup --calibrate",
-        parameters={
-            "precision": settings.precision,
-            "recall": settings.recall,
-            "where": settings.where,
-            "limit": options.limit,
-        },
-        seed=options.seed,
-        inputs=pool.sources(),
+        "picture", "curate dedup --calibrate", {**parameters, "limit": options.limit}, options.seed, pool.sources()
     )
     is_made = is_picture_up_to_date(path, provenance, options)
     if options.dry_run:
@@ -104,46 +94,46 @@ def _calibrate(
             f"all {len(images):,} vectors of {images.source.manifest.path} are the same; nothing to learn"
         )
     vectors = images.vectors.take(distinct)
-    sample = np.linspace(0, len(distinct) - 1, sample_rows(len(distinct))).astype(np.int64)  # (S,) rising, no two same
-    places = np.arange(len(distinct))
-    found = nearest(
-        vectors.take(sample),
-        vectors,
-        min(FAR_NEIGHBOR, len(distinct) - 1),
-        order=places,
-        identity=Identity(sample, places),
-        search=search,
-        progress="comparing a sample",
+    k = min(FAR_NEIGHBOR, len(distinct) - 1)
+    sample, near = sample_neighbors(
+        vectors, sample_rows(len(distinct)), k, search=search, progress="comparing a sample"
     )
-    curve = threshold_curve(found.similarities)
+    chance = chance_model(near.similarities)
+    removed = removed_share(chance)
 
     def candidate(asked: float | None, threshold: float) -> Candidate:
-        share = np.interp(-threshold, -curve.thresholds, curve.removed)
-        return Candidate(asked, threshold, num_identical + round(float(share) * len(distinct)))
+        share = float(np.interp(-threshold, -chance.thresholds, removed))
+        return Candidate(asked, threshold, num_identical + round(share * len(distinct)))
 
-    if found.similarities.shape[1] < min(FAR_NEIGHBOR, 3 * MIN_FAR_NEIGHBOR):
+    if k < min(FAR_NEIGHBOR, 3 * MIN_FAR_NEIGHBOR):
         console.warn(f"{len(distinct)} distinct images are too few to learn from; {FIXED_THRESHOLD} is a guess")
         suggested = candidate(None, FIXED_THRESHOLD)
         candidates = [suggested]
     else:
         asked = sorted({*PRECISIONS, precision})
-        candidates = [candidate(each, threshold_at(curve, each)) for each in asked]
+        candidates = [candidate(each, chance.threshold_at(1 - each)) for each in asked]
         suggested = candidates[asked.index(precision)]
     own = own_threshold(vectors.base)
     if own is not None and own > suggested.threshold:
         console.say(f"the descriptor `copy` has a threshold of its own, {own}: a pool may raise it and not lower it")
         suggested = candidate(None, own)
         candidates = sorted([*candidates, suggested], key=lambda each: each.threshold)
-    scale = len(distinct) / len(sample)
-    show_histogram(found.similarities[:, 0], curve.thresholds, curve.expected, scale)
+    nearest = near.similarities[:, 0]
+    left, right, similarity = nearest_pairs(sample, near.indices[:, 0], nearest, len(distinct))
+    uris = images.uris(distinct[np.concatenate([left, right])]).to_pylist()
+    pairs = [Pair(*each) for each in zip(uris[: len(left)], uris[len(left) :], similarity.tolist(), strict=True)]
+
+    def pairs_around(threshold: float) -> tuple[list[Pair], list[Pair]]:
+        num_above = int((similarity > threshold).sum())
+        return pairs[max(num_above - PAIRS, 0) : num_above], pairs[num_above : num_above + PAIRS]
+
+    show_histogram(nearest, chance, len(distinct) / len(sample))
     _say_candidates(candidates, suggested, len(images), num_identical, len(sample))
-    pairs = nearest_pairs(sample, found.indices[:, 0], found.similarities[:, 0])
-    rows = [(each, _around(images, distinct, pairs, each.threshold)) for each in candidates]
     picture = draw_calibration(
         images.source.manifest.path.name,
-        found.similarities[:, 0],
-        (curve.thresholds, curve.expected),
-        rows,
+        nearest,
+        chance,
+        [(each, *pairs_around(each.threshold)) for each in candidates],
         suggested,
         len(images),
     )
@@ -154,71 +144,35 @@ def _calibrate(
         "sampled": len(sample),
         "identical": num_identical,
         "removed": suggested.removed,
-        "local_dimension": curve.dimension,
-        "recall": found.recall,
+        "local_dimension": chance.dimension,
+        "recall": near.recall,
     }
     write_picture(picture, path, replace(provenance, figures=figures))
 
 
-def threshold_curve(similarities: Float64) -> Curve:
-    """Return what thresholds would do to a pool, by the neighbours of a sample of it.
+def removed_share(chance: ChanceModel) -> Float64:
+    """Return the share of the distinct images that a threshold at each radius would remove, (R,), from a sample.
 
-    Chance is that of `threshold.chance`. Removed: of a group of m + 1 images that are all above the threshold to one
-    another, m go. So every image with m neighbours above it counts m / (m + 1).
-
-    Args:
-        similarities: (S, k) cosines of images to their k nearest others, falling.
+    Of a group of m + 1 images that are all above the threshold to one another, m are removed. So every image with m
+    neighbours above it counts m / (m + 1).
     """
-    model = chance(similarities)
-    distances, chords = model.distances, model.chords
-    k = distances.shape[1]
+    num, k = chance.distances.shape
     # With its j-th neighbour an image's m / (m + 1) grows by 1 / (j (j + 1)).
-    steps = np.broadcast_to(1 / (np.arange(1, k + 1) * np.arange(2, k + 2)), distances.shape).ravel()
-    ranked = np.argsort(distances, axis=None)
-    total = np.concatenate([[0.0], np.cumsum(steps[ranked])])
-    removed = total[np.searchsorted(distances.ravel()[ranked], chords)] / len(distances)
-    return Curve(1 - chords**2 / 2, model.observed(), model.expected, removed, model.dimension)
+    steps = np.broadcast_to(1 / (np.arange(1, k + 1) * np.arange(2, k + 2)), (num, k)).ravel()
+    order = np.argsort(chance.distances, axis=None)
+    total = np.concatenate([[0.0], np.cumsum(steps[order])])
+    share: Float64 = total[np.searchsorted(chance.distances.ravel()[order], chance.radii)] / num
+    return share
 
 
-def threshold_at(curve: Curve, precision: float) -> float:
-    """Return the lowest threshold above which chance explains no more than 1 - `precision` of the nearest neighbours.
+def nearest_pairs(sample: Int64, found: Int64, similarity: Float64, num: int) -> tuple[Int64, Int64, Float64]:
+    """Return the pairs of sampled images (S,) of `num` and their nearest ones, the most similar first.
 
-    1 - threshold is rounded to three digits, so that the last bits of similarities do not show.
+    Every pair stands once: the smaller index, the larger, and the similarity, (P,) each.
     """
-    passing = np.flatnonzero(curve.expected <= (1 - precision) * np.maximum(curve.observed, 1))
-    return 1 - float(f"{1 - curve.thresholds[passing.max(initial=0)]:.2e}")
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Images and their nearest ones, from the most similar on, every pair once."""
-
-    left: Int64  # (P,)
-    right: Int64
-    similarity: Float64
-
-
-def nearest_pairs(sample: Int64, found: Int64, similarity: Float64) -> Pairs:
-    """Return the pairs of sampled images (S,) and their nearest ones."""
-    low, high = np.minimum(sample, found), np.maximum(sample, found)
-    _, once = np.unique(np.stack([low, high], axis=1), axis=0, return_index=True)
-    ranked = once[np.lexsort((high[once], low[once], -similarity[once]))]
-    return Pairs(low[ranked], high[ranked], similarity[ranked])
-
-
-def _around(images: EmbeddedImages, distinct: Int64, pairs: Pairs, threshold: float) -> tuple[list[Pair], list[Pair]]:
-    """Return the pairs just above the threshold, and those just below."""
-    above = int((pairs.similarity > threshold).sum())
-    shown = np.arange(max(above - PAIRS, 0), min(above + PAIRS, len(pairs.left)))
-    uris = images.uris(distinct[np.concatenate([pairs.left[shown], pairs.right[shown]])]).to_pylist()
-    found = [
-        Pair(left, right, similarity)
-        for left, right, similarity in zip(
-            uris[: len(shown)], uris[len(shown) :], pairs.similarity[shown].tolist(), strict=True
-        )
-    ]
-    num_above = int((shown < above).sum())
-    return found[:num_above], found[num_above:]
+    pairs, once = np.unique(np.minimum(sample, found) * num + np.maximum(sample, found), return_index=True)
+    order = np.lexsort((pairs, -similarity[once]))
+    return *np.divmod(pairs[order], num), similarity[once[order]]
 
 
 def _say_candidates(
@@ -236,6 +190,6 @@ def _say_candidates(
     ]
     console.table("thresholds", ("expected precision", "threshold", "images removed", "share", ""), rows)
     console.say(
-        f"by {num_sampled:,} of {num_images:,} images; {num_identical:,} have the very numbers of another and go at any"
-        f" threshold; use it by --threshold {suggested.threshold:.{_digits(suggested.threshold)}f}"
+        f"from {num_sampled:,} of {num_images:,} images; {num_identical:,} have exactly the vector of another and are"
+        f" removed at any threshold; use it by --threshold {suggested.threshold:.{_digits(suggested.threshold)}f}"
     )

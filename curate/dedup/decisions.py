@@ -1,10 +1,11 @@
-"""What becomes of every image of a pool, written: those that stay, and those that go with their reasons.
+"""What is decided about every image of a pool, and how it is written: which are kept, which removed and why.
 
 N images, R of them at a time.
 """
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,151 +23,149 @@ from ...store.manifest import (
     removed_path,
 )
 from ...store.vectors import Float64, Int64
-from ..inputs import EmbeddedImages
+from ..inputs import EmbeddedImages, Input
 from ..selection import selected, write_table
+from .reference_sets import ImageSets
 
-DUPLICATE = "near-duplicate"
-SAME_BYTES = "same bytes"
-SAME_PIXELS = "same pixels"
-RESEMBLES = "resembles an evaluation image"
-GROUPED = "near-duplicate of an image that resembles an evaluation image"
-REASONS = (DUPLICATE, SAME_BYTES, SAME_PIXELS, RESEMBLES, GROUPED)
-STAYS = -1
+REASONS = (
+    "near-duplicate",
+    "same bytes",
+    "same pixels",
+    "resembles an evaluation image",
+    "near-duplicate of an image that resembles an evaluation image",
+)
+NEAR_DUPLICATE, SAME_BYTES, SAME_PIXELS, RESEMBLES_EVALUATION, GROUPED_WITH_EVALUATION = range(len(REASONS))
+KEPT = -1
 
-REMOVED_ROWS = 64 * ROW_GROUP_ROWS  # chosen: rows put together at a time, whose names take some 200 MB
+REMOVED_ROWS = 64 * ROW_GROUP_ROWS  # chosen: rows written at a time, whose names take some 200 MB
 SHOWN_GROUPS = 5
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What becomes of every image."""
+class Decisions:
+    """What is decided about every image of a pool, (N,) each."""
 
-    images: EmbeddedImages  # N
-    others: list[EmbeddedImages]  # the sets that they were compared with
-    reason: Int64  # (N,) place in REASONS, or STAYS
-    part: Int64  # (N,) where the image is that it goes for: -1 among the images themselves, else which other set
-    target: Int64  # (N,) position of that image there
-    similarity: Float64  # (N,) cosine to it
-    labels: Int64  # (N,) the group of every image, named by any of its members
-    weakest: Float64  # (N,) lowest similarity in its group to the image that stays
+    sets: ImageSets  # the pool, then the sets that it was compared with
+    reason: Int64  # index into REASONS, or KEPT
+    duplicate_of: Int64  # position in `sets` of the image that it duplicates; its own where it is kept
+    similarity: Float64  # cosine to that image
+    labels: Int64  # its group, named by any member
+    min_similarity_to_kept: Float64  # lowest in its group
     figures: dict[str, object]  # what was measured on the way
 
+    @property
+    def images(self) -> EmbeddedImages:
+        """The pool's images."""
+        return self.sets.sets[0]
+
+    @cached_property
     def group_sizes(self) -> Int64:
-        """Return how many images are in every one's group, (N,)."""
+        """The number of images in the group of every image, (N,)."""
         sizes: Int64 = np.bincount(self.labels, minlength=len(self.labels))[self.labels]
         return sizes
 
+    def removed_for_sets(self) -> list[tuple[Input, int]]:
+        """Return how many images each of the other sets removed."""
+        numbers = np.bincount(self.sets.set_of(self.duplicate_of), minlength=len(self.sets.sets))
+        return [(images.source, int(num)) for images, num in zip(self.sets.sets, numbers, strict=True)][1:]
+
     def counts(self) -> dict[str, object]:
-        """Return how many images stay and how many go for what."""
-        reasons = np.bincount(self.reason + 1, minlength=len(REASONS) + 1).tolist()
-        stays, of = reasons[0], dict(zip(REASONS, reasons[1:], strict=True))
-        gone = self.reason != STAYS
-        sets: Counter[str] = Counter()
-        roles: Counter[str] = Counter()
-        for number, other in enumerate(self.others):
-            num = int((gone & (self.part == number)).sum())
-            sets[str(other.source.manifest.path)] += num
-            roles[other.source.role] += num
-        sizes = np.bincount(self.labels)
+        """Return how many images are kept, and how many are removed for what."""
+        kept, *removed = np.bincount(self.reason + 1, minlength=len(REASONS) + 1).tolist()
+        by_set: Counter[str] = Counter()
+        by_role: Counter[str] = Counter()
+        for source, num in self.removed_for_sets():
+            by_set[str(source.manifest.path)] += num
+            by_role[source.role] += num
         return {
-            "images": stays,
-            "removed": len(self.reason) - stays,
-            "near_duplicates": of[DUPLICATE],
-            "same_bytes": of[SAME_BYTES],
-            "same_pixels": of[SAME_PIXELS],
-            "against": roles["against"],
-            "known": roles["known"],
-            **({"removed_for": dict(sets)} if sets else {}),
-            "groups": int((sizes > 1).sum()),
-            "largest_group": int(sizes.max()),
+            "images": kept,
+            "removed": sum(removed),
+            "near_duplicates": removed[NEAR_DUPLICATE],
+            "same_bytes": removed[SAME_BYTES],
+            "same_pixels": removed[SAME_PIXELS],
+            "against": by_role["against"],
+            "known": by_role["known"],
+            **({"removed_for": dict(by_set)} if by_set else {}),
+            "groups": int((np.bincount(self.labels) > 1).sum()),
+            "largest_group": int(self.group_sizes.max()),
         }
 
+    def num_chained(self, threshold: float) -> int:
+        """Return how many groups hold an image that is not above the threshold to the kept one."""
+        return len(np.unique(self.labels[self.min_similarity_to_kept <= threshold]))
 
-def write_verdict(path: Path, verdict: Verdict, provenance: Provenance) -> Provenance:
+
+def write_decisions(path: Path, decisions: Decisions, provenance: Provenance) -> Provenance:
     """Write the selection at `path` and beside it what was removed, in row order; return the selection's provenance."""
-    # The list of what went is put in its place first: whoever sees the selection finds it beside.
-    sizes = verdict.group_sizes()
+    # The removed rows come first: whoever sees the selection finds them beside it.
     fields = [*REMOVED_FIELDS, *GROUP_FIELDS]
     with ManifestWriter(removed_path(path), fields, replace(provenance, kind="removed", base=None)) as removed:
-        gone = np.flatnonzero(verdict.reason != STAYS)
-        for start in range(0, max(len(gone), 1), REMOVED_ROWS):
-            removed.write(_removed(verdict, sizes, gone[start : start + REMOVED_ROWS]))
-    stays = np.flatnonzero(verdict.reason == STAYS)
+        rows = np.flatnonzero(decisions.reason != KEPT)
+        for start in range(0, max(len(rows), 1), REMOVED_ROWS):
+            removed.write(_removed(decisions, rows[start : start + REMOVED_ROWS]))
+    rows = np.flatnonzero(decisions.reason == KEPT)
     duplicates = next(field for field in SELECTION_FIELDS if field.name == "duplicates")
-    kept = selected(verdict.images, stays).append_column(duplicates, pa.array(sizes[stays] - 1, pa.int32()))
-    for field, column in zip(GROUP_FIELDS, _group_columns(verdict, sizes, stays), strict=True):
+    num_duplicates = pa.array(decisions.group_sizes[rows] - 1, pa.int32())
+    kept = selected(decisions.images, rows).append_column(duplicates, num_duplicates)
+    for field, column in zip(GROUP_FIELDS, _group_columns(decisions, rows), strict=True):
         kept = kept.append_column(field, column)
-    made = write_table(path, kept, provenance, {**verdict.counts(), **verdict.figures})
+    made = write_table(path, kept, provenance, {**decisions.counts(), **decisions.figures})
     catalog.record(removed_path(path), removed.provenance, None)
     return made
 
 
-def _removed(verdict: Verdict, sizes: Int64, rows: Int64) -> pa.Table:
-    """Return uri, reason, duplicate_of, similarity and the group of the images at `rows` (R,)."""
-    part, target = verdict.part[rows], verdict.target[rows]
-    taken = [images.uris(target[part == number]) for number, images in enumerate([verdict.images, *verdict.others], -1)]
-    place = np.empty(len(rows), np.int64)
-    place[np.argsort(part, kind="stable")] = np.arange(len(rows))
+def _removed(decisions: Decisions, rows: Int64) -> pa.Table:
+    """Return the removed images at `rows` (R,) with REMOVED_FIELDS and GROUP_FIELDS."""
+    split = [*decisions.sets.split(decisions.duplicate_of[rows])]
+    names = pa.chunked_array([chunk for images, _, which in split for chunk in images.uris(which).chunks], pa.string())
+    places = np.concatenate([places for _, places, _ in split])
     columns = [
-        verdict.images.uris(rows),
-        pa.array(REASONS).take(pa.array(verdict.reason[rows])),
-        pa.chunked_array([chunk for column in taken for chunk in column.chunks], pa.string()).take(pa.array(place)),
-        pa.array(verdict.similarity[rows], pa.float32()),
-        *_group_columns(verdict, sizes, rows),
+        decisions.images.uris(rows),
+        pa.array(REASONS).take(pa.array(decisions.reason[rows])),
+        names.take(pa.array(np.argsort(places))),
+        pa.array(decisions.similarity[rows], pa.float32()),
+        *_group_columns(decisions, rows),
     ]
     return pa.table(columns, schema=pa.schema([*REMOVED_FIELDS, *GROUP_FIELDS]))
 
 
-def _group_columns(verdict: Verdict, sizes: Int64, rows: Int64) -> list[pa.Array]:
-    """Return `group_id` and `weakest` of the images at `rows` (R,)."""
-    first = np.empty(len(verdict.labels), np.int64)
-    first[verdict.labels[::-1]] = np.arange(len(verdict.labels))[::-1]  # of equal labels the last one counts
-    group = verdict.images.rows.take(pa.array(first[verdict.labels[rows]]))
-    return [group, pa.array(verdict.weakest[rows], pa.float32(), mask=sizes[rows] == 1)]
+def _group_columns(decisions: Decisions, rows: Int64) -> list[pa.Array]:
+    """Return `group_id` and `min_similarity_to_kept` of the images at `rows` (R,)."""
+    first = np.empty(len(decisions.labels), np.int64)
+    first[decisions.labels[::-1]] = np.arange(len(decisions.labels))[::-1]  # of equal labels the last one counts
+    group_id = decisions.images.rows.take(pa.array(first[decisions.labels[rows]]))
+    is_alone = decisions.group_sizes[rows] == 1
+    return [group_id, pa.array(decisions.min_similarity_to_kept[rows], pa.float32(), mask=is_alone)]
 
 
-def say_verdict(verdict: Verdict) -> None:
-    """Say how many images stay and why the others go, for which set, and what the largest and loosest groups are."""
-    counts = verdict.counts()
+def say_decisions(decisions: Decisions) -> None:
+    """Say how many images are kept and why the others are removed, and show the largest and the loosest groups."""
+    counts = decisions.counts()
     parts = [f"{counts['images']:,} kept", f"{counts['near_duplicates']:,} near-duplicates"]
     for name, words in (
-        ("same_bytes", "of the same bytes"),
-        ("same_pixels", "of the same pixels"),
+        ("same_bytes", "with the same bytes"),
+        ("same_pixels", "with the same pixels"),
         ("against", "like evaluation images"),
     ):
         if counts[name]:
             parts.append(f"{counts[name]:,} {words}")
     console.say(
-        f"{len(verdict.reason):,} images: {', '.join(parts)}; {counts['groups']:,} groups, the largest of"
+        f"{len(decisions.reason):,} images: {', '.join(parts)}; {counts['groups']:,} groups, the largest of"
         f" {counts['largest_group']:,}"
     )
     if not counts["images"]:
         console.warn("no image is left; raise --threshold or --against-threshold")
-    for_sets = [
-        (str(other.source.manifest.path), other.source.role, int((verdict.part == number).sum()))
-        for number, other in enumerate(verdict.others)
-    ]
-    if for_sets:
+    if for_sets := [(str(each.manifest.path), each.role, num) for each, num in decisions.removed_for_sets()]:
         console.table("removed for images of other sets", ("set", "given as", "removed"), for_sets)
-    _say_groups(verdict)
 
-
-def _say_groups(verdict: Verdict) -> None:
-    sizes = verdict.group_sizes()
-    heads = np.flatnonzero((sizes > 1) & (verdict.target == np.arange(len(sizes))) & (verdict.reason == STAYS))
-    if not len(heads):
-        return
-    largest = heads[np.lexsort((heads, -sizes[heads]))[:SHOWN_GROUPS]]
-    loose = heads[verdict.weakest[heads] < 1]
-    loosest = loose[np.lexsort((loose, verdict.weakest[loose]))[:SHOWN_GROUPS]]
-    for title, rows in (("the largest groups", largest), ("the loosest groups", loosest)):
-        if not len(rows):
-            continue
-        names = verdict.images.uris(rows).to_pylist()
-        shown = zip(names, sizes[rows].tolist(), verdict.weakest[rows].tolist(), strict=True)
-        console.table(title, ("kept image", "images", "lowest similarity to it"), [*shown])
-
-
-def chained(verdict: Verdict, threshold: float) -> int:
-    """Return how many groups hold an image that is not above the threshold to the one that stays."""
-    return len(np.unique(verdict.labels[verdict.weakest <= threshold]))
+    sizes, similarity = decisions.group_sizes, decisions.min_similarity_to_kept
+    kept = np.flatnonzero((sizes > 1) & (decisions.reason == KEPT))
+    loose = kept[similarity[kept] < 1]
+    for title, rows in (
+        ("the largest groups", kept[np.argsort(-sizes[kept], kind="stable")]),
+        ("the loosest groups", loose[np.argsort(similarity[loose], kind="stable")]),
+    ):
+        if len(shown := rows[:SHOWN_GROUPS]):
+            names = decisions.images.uris(shown).to_pylist()
+            columns = zip(names, sizes[shown].tolist(), similarity[shown].tolist(), strict=True)
+            console.table(title, ("kept image", "images", "lowest similarity to it"), [*columns])

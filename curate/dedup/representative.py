@@ -1,4 +1,4 @@
-"""Which image of a group stays: every image gets a rank, the preferred one the lowest.
+"""Which image of a group is kept: every image gets a rank, the preferred one the lowest.
 
 N images.
 """
@@ -22,7 +22,7 @@ class Keep:
 
     text: str  # as it was given
     column: str | None = None  # whose value decides; None: the size in pixels, or for `first` the row
-    values: tuple[str, ...] = ()  # the column's values, best first; empty: the largest
+    values: tuple[str, ...] = ()  # of the column, best first; empty: the largest is best
 
 
 def parse_keep(text: str, manifest: Manifest) -> Keep:
@@ -49,10 +49,10 @@ def parse_keep(text: str, manifest: Manifest) -> Keep:
 
 
 def preference(keep: Keep, images: EmbeddedImages) -> Int64:
-    """Return the rank of every image, (N,), 0 for the one that every other yields to.
+    """Return the rank of every image, (N,); 0 = most preferred.
 
-    Unknown sizes count as the smallest. Of a column's listed values the first is best; values that are not listed come
-    after these, null last, and images of one value go by size. What is still equal goes by (image_id, uri, row).
+    Unknown sizes count as the smallest. Of a column's listed values the first is best, then come values that are not
+    listed, then null; images with the same value are ranked by size. Ties are broken by (image_id, uri, row).
     Raises ToolkitError when the column cannot be compared.
     """
     if keep.text == "first":
@@ -60,11 +60,12 @@ def preference(keep: Keep, images: EmbeddedImages) -> Int64:
     keys: dict[str, pa.ChunkedArray | Int64] = {}
     if keep.column is not None:
         column = images.column(keep.column)
-        keys["value"] = _places(keep, column) if keep.values else column
+        keys["value"] = _scores(keep, column) if keep.values else column
     if keep.column is None or keep.values:
-        keys["pixels"] = _pixels(images)
+        width, height = (pc.cast(images.image_column(name), pa.int64()) for name in ("width", "height"))
+        keys["pixels"] = pc.fill_null(pc.multiply(width, height), 0)
     try:
-        ranked = pc.sort_indices(
+        order = pc.sort_indices(
             pa.table({**keys, "order": images.order}),
             sort_keys=[*((name, "descending") for name in keys), ("order", "ascending")],
         ).to_numpy()
@@ -72,39 +73,37 @@ def preference(keep: Keep, images: EmbeddedImages) -> Int64:
         raise ToolkitError(
             f"--keep {keep.text}: a column of {column.type} has no largest value; name another"
         ) from None
-    rank = np.empty(len(ranked), np.int64)
-    rank[ranked] = np.arange(len(ranked))
-    return rank
+    return inverse(order)
 
 
-def _pixels(images: EmbeddedImages) -> Int64:
-    pixels = np.zeros(len(images), np.int64)
-    start = 0
-    for table in images.batches(["width", "height"]):
-        width, height = (pc.fill_null(pc.cast(column, pa.int64()), 0).to_numpy() for column in table.columns)
-        pixels[start : start + table.num_rows] = width * height
-        start += table.num_rows
-    return pixels
-
-
-def _places(keep: Keep, column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _scores(keep: Keep, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return how good every value is: 1 and more for the listed ones, 0 for others, -1 for null."""
     try:
         values = pc.cast(column, pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ToolkitError(f"--keep {keep.text}: a column of {column.type} cannot be listed; name another") from None
     best_last = pa.array(keep.values[::-1])
-    there = pc.is_in(best_last, value_set=values.unique())
-    if missing := [value for value, is_there in zip(keep.values[::-1], there.to_pylist(), strict=True) if not is_there]:
+    if missing := best_last.filter(pc.invert(pc.is_in(best_last, value_set=values.unique()))).to_pylist():
         console.warn(f"--keep {keep.text}: no image has {keep.column} {', '.join(reversed(missing))}")
-    places = pc.add(pc.fill_null(pc.index_in(values, value_set=best_last), -1), 1)
-    return pc.if_else(pc.is_null(values), -1, places)
+    scores = pc.add(pc.fill_null(pc.index_in(values, value_set=best_last), -1), 1)
+    return pc.if_else(pc.is_null(values), -1, scores)
+
+
+def inverse(order: Int64) -> Int64:
+    """Return the place of each number in a permutation, (N,)."""
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    return places
 
 
 def preferred(labels: Int64, rank: Int64) -> Int64:
-    """Return for every image the one of the lowest rank with the same label, (N,); labels are from 0 to N - 1."""
+    """Return for every image the one of the lowest rank with the same label, (N,).
+
+    Args:
+        labels: (N,) from 0 to N - 1.
+        rank: (N,) no two the same.
+    """
     best = np.empty(len(labels), np.int64)
-    falling = np.empty(len(labels), np.int64)
-    falling[len(labels) - 1 - rank] = np.arange(len(labels))
-    best[labels[falling]] = falling  # of equal labels the last one counts, which is the one of the lowest rank
+    worst_first = np.argsort(rank)[::-1]
+    best[labels[worst_first]] = worst_first  # of equal labels the last one counts
     return best[labels]

@@ -2,27 +2,20 @@
 
 import os
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
+
+import duckdb
+import pyarrow as pa
 
 from ... import console
 from ...features.sheet import Tile, draw_sheet, is_picture_up_to_date, read_tile, write_picture
 from ...store import tables
 from ...store.artifact import Options
-from ...store.manifest import Provenance, open_manifest, removed_path
+from ...store.manifest import Manifest, Provenance, open_manifest, removed_path
 
 GROUPS = 10  # chosen: of the largest and of the loosest, as many fit on a screen or two
-MEMBERS = 8  # beside the one that stays
+MEMBERS = 8  # removed images shown of a group
 TILE_PX = 96
-
-
-@dataclass(frozen=True)
-class Group:
-    """A group on its way to the sheet."""
-
-    heading: str
-    uri: str | None  # of the image that stays
-    group_id: int
 
 
 def draw_groups(path: Path, sheet: Path, options: Options) -> None:
@@ -31,66 +24,72 @@ def draw_groups(path: Path, sheet: Path, options: Options) -> None:
     provenance = Provenance("picture", "curate dedup", {}, options.seed, (selection.source("manifest"),))
     if is_picture_up_to_date(sheet, provenance, options):
         return
-    groups = _groups(path)
-    members = _members(removed_path(path), [group.group_id for group in groups])
-    rows = [[[read_tile(group.uri, "stays", TILE_PX)], members[group.group_id]] for group in groups]
-    if not rows:
+    groups = shown_groups(selection)
+    if not groups:
         console.warn(f"{path} has no group of several images; {sheet} is not drawn")
         return
+    members = shown_members(open_manifest(removed_path(path)), list(groups))
     picture = draw_sheet(
-        rows,
+        [[[read_tile(uri, "kept", TILE_PX)], members[group]] for group, (_, uri) in groups.items()],
         title=f"Groups of duplicates: {path.name}",
-        note="left the image that stays, then others of its group from the most to the least similar to it",
-        headings=[group.heading for group in groups],
+        note="left the kept image, then removed ones of its group from the most to the least similar to it",
+        headings=[heading for heading, _ in groups.values()],
         tile_px=TILE_PX,
     )
     write_picture(picture, sheet, provenance)
-    console.say(f"{sheet}: {len(rows)} groups")
+    console.say(f"{sheet}: {len(groups)} groups")
 
 
-def _groups(path: Path) -> list[Group]:
-    """Return the largest groups, and then the loosest of the others."""
+def shown_groups(selection: Manifest) -> dict[int, tuple[str, str | None]]:
+    """Return the heading of the largest groups, then of the loosest others, and the uri of the kept image, by group."""
     with tables.connect() as connection:
+        _register(connection, selection, ["uri", "group_id", "min_similarity_to_kept", "duplicates"])
         found = connection.execute(
             """
-            with several as (
-                select uri, group_id, weakest, duplicates + 1 as images,
-                    row_number() over (order by duplicates desc, group_id) as by_size
-                from read_parquet($path) where duplicates > 0
+            with groups as (
+                select *, row_number() over (order by duplicates desc, group_id) as by_size
+                from rows where duplicates > 0
             ), ranked as (
-                select *, row_number() over (order by by_size <= $num, weakest, group_id) as by_weakest from several
+                select *, by_size <= $num as is_large,
+                    row_number() over (order by by_size <= $num, min_similarity_to_kept, group_id) as by_similarity
+                from groups
             )
-            select if(by_size <= $num, 'large', 'loose'), uri, group_id, weakest, images from ranked
-            where by_size <= $num or by_weakest <= $num
-            order by by_size > $num, if(by_size <= $num, by_size, by_weakest)
+            select if(is_large, 'large', 'loose'), uri, group_id, min_similarity_to_kept, duplicates + 1 from ranked
+            where is_large or by_similarity <= $num
+            order by not is_large, if(is_large, by_size, by_similarity)
             """,
-            {"path": str(path), "num": GROUPS},
+            {"num": GROUPS},
         ).fetchall()
-    return [
-        Group(f"{kind}: {images:,} images, lowest similarity {weakest:.4f}, {os.path.basename(uri or '')}", uri, number)
-        for kind, uri, number, weakest, images in found
-    ]
+    return {
+        group: (f"{kind}: {num:,} images, lowest similarity {lowest:.4f}, {os.path.basename(uri or '')}", uri)
+        for kind, uri, group, lowest, num in found
+    }
 
 
-def _members(path: Path, group_ids: list[int]) -> dict[int, list[Tile]]:
-    """Return some of each group's removed images, evenly from the most to the least similar."""
+def shown_members(removed: Manifest, groups: list[int]) -> dict[int, list[Tile]]:
+    """Return tiles of some removed images of each group, evenly from the most to the least similar."""
     with tables.connect() as connection:
+        _register(connection, removed, ["uri", "group_id", "similarity", "reason"])
         found = connection.execute(
             """
-            with member as (
-                select group_id, uri, similarity, reason,
-                    row_number() over (partition by group_id order by similarity desc, uri) as place,
+            with members as (
+                select *, row_number() over (partition by group_id order by similarity desc, uri) as place,
                     greatest(count(*) over (partition by group_id) - 1, 1) as last
-                from read_parquet($path) where list_contains($groups, group_id)
+                from rows where list_contains($groups, group_id)
             )
-            select group_id, uri, similarity, reason from member
+            select group_id, uri, similarity, reason from members
             where place = 1 or (place - 1) * $steps // last > (place - 2) * $steps // last
             order by group_id, place
             """,
-            {"path": str(path), "groups": group_ids, "steps": MEMBERS - 1},
+            {"groups": groups, "steps": MEMBERS - 1},
         ).fetchall()
     members: dict[int, list[Tile]] = defaultdict(list)
-    for group_id, uri, similarity, reason in found:
+    for group, uri, similarity, reason in found:
         caption = f"{similarity:.4f}" if reason.startswith("near") else reason
-        members[group_id].append(read_tile(uri, caption, TILE_PX))
+        members[group].append(read_tile(uri, caption, TILE_PX))
     return members
+
+
+def _register(connection: duckdb.DuckDBPyConnection, manifest: Manifest, columns: list[str]) -> None:
+    schema = pa.schema([manifest.schema.field(name) for name in columns])
+    connection.register("rows", pa.RecordBatchReader.from_batches(schema, manifest.batches(columns)))

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2_toolkit.curate.cluster.cluster import ClusterSettings, cluster_images
-from dinov2_toolkit.curate.dedup.dedup import DedupSettings, dedup_images
+from dinov2_toolkit.curate.dedup.dedup import dedup_images
+from dinov2_toolkit.curate.dedup.settings import DedupSettings
 from dinov2_toolkit.curate.inputs import open_input
 from dinov2_toolkit.curate.retrieve.retrieve import RetrieveSettings, retrieve_images
 from dinov2_toolkit.curate.union import Part, UnionSettings, parse_parts, union_manifests

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from dinov2_toolkit.curate.cluster.cluster import ClusterSettings, cluster_images
-from dinov2_toolkit.curate.dedup.dedup import DedupSettings, dedup_images
+from dinov2_toolkit.curate.dedup.dedup import dedup_images
+from dinov2_toolkit.curate.dedup.settings import DedupSettings
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store.artifact import Options

@@ -10,7 +10,8 @@ from dinov2_toolkit.curate.cluster.cluster import ClusterSettings, cluster_image
 from dinov2_toolkit.curate.cluster.kmeans import cluster_vectors
 from dinov2_toolkit.curate.cluster.metrics import normalized_entropy
 from dinov2_toolkit.curate.cluster.sampling import allocate, seeded_keys
-from dinov2_toolkit.curate.dedup.dedup import DedupSettings, dedup_images
+from dinov2_toolkit.curate.dedup.dedup import dedup_images
+from dinov2_toolkit.curate.dedup.settings import DedupSettings
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import Provenance, Source, open_manifest

@@ -13,11 +13,10 @@ from dinov2_toolkit.curate.dedup.calibrate import (
     CalibrateSettings,
     calibrate_threshold,
     nearest_pairs,
-    threshold_at,
-    threshold_curve,
+    removed_share,
 )
 from dinov2_toolkit.curate.dedup.calibrate_picture import histogram, nines
-from dinov2_toolkit.curate.dedup.threshold import FIXED_THRESHOLD
+from dinov2_toolkit.curate.dedup.threshold import FIXED_THRESHOLD, chance_model
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.sheet import picture_provenance
 from dinov2_toolkit.models.copy_descriptor import THRESHOLD
@@ -46,19 +45,20 @@ def test_the_curve_counts_what_has_a_neighbour_above_and_what_would_be_removed()
     vectors = pool_of(0, 300, 40, 0.02)
     vectors[340 - 6 :] = vectors[10] + 1e-3 * np.random.default_rng(1).normal(size=(6, 32))  # seven of a kind
     found = neighbors_of(vectors, 32)
-    curve = threshold_curve(found)
+    chance = chance_model(found)
+    removed = removed_share(chance)
     for place in (5, 100, 300, 400):
-        threshold = curve.thresholds[place]
+        threshold = chance.thresholds[place]
         above = (found > threshold).sum(axis=1)
-        assert curve.observed[place] == (above > 0).sum()
-        assert curve.removed[place] == pytest.approx((above / (above + 1)).mean(), abs=1e-12)
+        assert chance.observed[place] == (above > 0).sum()
+        assert removed[place] == pytest.approx((above / (above + 1)).mean(), abs=1e-12)
 
 
 def test_of_cliques_exactly_all_but_one_are_counted_as_removed() -> None:
     centres = np.eye(40, dtype=np.float32)
     vectors = np.repeat(centres, 5, axis=0) + 1e-3 * np.random.default_rng(2).normal(size=(200, 40)).astype(np.float32)
-    curve = threshold_curve(neighbors_of(vectors, 32))
-    assert np.interp(-0.9, -curve.thresholds, curve.removed) * 200 == pytest.approx(160)
+    chance = chance_model(neighbors_of(vectors, 32))
+    assert np.interp(-0.9, -chance.thresholds, removed_share(chance)) * 200 == pytest.approx(160)
 
 
 def test_the_suggested_threshold_has_the_precision_that_was_asked_for() -> None:
@@ -68,8 +68,8 @@ def test_the_suggested_threshold_has_the_precision_that_was_asked_for() -> None:
     np.fill_diagonal(cosines, -2)
     nearest = cosines.argmax(axis=1)
     is_copy = np.abs(nearest - np.arange(3_300)) == 3_000
-    curve = threshold_curve(neighbors_of(vectors, 32))
-    found = [threshold_at(curve, precision) for precision in (0.8, 0.95, 0.99)]
+    chance = chance_model(neighbors_of(vectors, 32))
+    found = [chance.threshold_at(1 - precision) for precision in (0.8, 0.95, 0.99)]
     assert found == sorted(found)
     for threshold, precision in zip(found, (0.8, 0.95, 0.99), strict=True):
         above = cosines.max(axis=1) > threshold
@@ -78,17 +78,19 @@ def test_the_suggested_threshold_has_the_precision_that_was_asked_for() -> None:
 
 
 def test_pairs_come_once_from_the_most_similar_on() -> None:
-    found = nearest_pairs(np.array([0, 1, 2, 5]), np.array([1, 0, 5, 2]), np.array([0.5, 0.5, 0.9, 0.9]))
-    assert found.left.tolist() == [2, 0] and found.right.tolist() == [5, 1] and found.similarity.tolist() == [0.9, 0.5]
+    left, right, similarity = nearest_pairs(
+        np.array([0, 1, 2, 5]), np.array([1, 0, 5, 2]), np.array([0.5, 0.5, 0.9, 0.9]), 6
+    )
+    assert left.tolist() == [2, 0] and right.tolist() == [5, 1] and similarity.tolist() == [0.9, 0.5]
 
 
 def test_the_histogram_holds_every_image_and_all_that_chance_expects() -> None:
     assert nines(np.array([0.0, 0.9, 0.999, 1.0])) == pytest.approx([0, 1, 3, 7])
     found = neighbors_of(pool_of(4, 400, 50, 0.01), 32)
-    curve = threshold_curve(found)
-    edges, counts, by_chance = histogram(found[:, 0], curve.thresholds, curve.expected, 30)
+    chance = chance_model(found)
+    edges, counts, by_chance = histogram(found[:, 0], chance, 30)
     assert len(edges) == 31 and counts.sum() == len(found)
-    below = np.interp(edges[0], nines(curve.thresholds)[::-1], curve.expected[::-1])
+    below = np.interp(edges[0], nines(chance.thresholds)[::-1], chance.expected[::-1])
     assert by_chance.sum() == pytest.approx(below, rel=0.01)
 
 
@@ -112,7 +114,7 @@ def test_calibrating_draws_a_picture_and_prints_the_threshold(tmp_path: Path) ->
     assert CliRunner().invoke(app, unique).exit_code == 0
 
 
-def test_what_a_threshold_removes_is_foretold(tmp_path: Path) -> None:
+def test_what_a_threshold_removes_is_estimated(tmp_path: Path) -> None:
     vectors = pool_of(6, 800, 100, 0.005)
     pool = write_embeddings(tmp_path / "pool.parquet", np.concatenate([vectors, vectors[:50]]))
     result = calibrate_threshold(pool, str(tmp_path / "t.png"), CalibrateSettings(), Options())

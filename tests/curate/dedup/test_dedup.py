@@ -7,12 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2_toolkit.curate.dedup.decisions import DUPLICATE, GROUPED, RESEMBLES, SAME_BYTES
-from dinov2_toolkit.curate.dedup.dedup import DedupSettings, dedup_images
-from dinov2_toolkit.curate.dedup.groups import duplicate_groups
-from dinov2_toolkit.curate.dedup.threshold import FIXED_THRESHOLD, chance_threshold
+from dinov2_toolkit.curate.dedup.decisions import REASONS, SAME_BYTES
+from dinov2_toolkit.curate.dedup.dedup import dedup_images
+from dinov2_toolkit.curate.dedup.groups import group_duplicates
+from dinov2_toolkit.curate.dedup.settings import DedupSettings
+from dinov2_toolkit.curate.dedup.threshold import CHANCE, FIXED_THRESHOLD, chance_model
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.features.search.neighbors import first_identical, similarities, tolerance
+from dinov2_toolkit.features.search.neighbors import similarities, tolerance
 from dinov2_toolkit.manage.query import sql
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options
@@ -21,6 +22,8 @@ from dinov2_toolkit.store.vectors import Float64, Int64, Stored, Vectors
 from dinov2_toolkit.tests.embedded import similarity, unit, write_embeddings
 
 Row = dict[str, object]
+
+DUPLICATE, _, _, RESEMBLES, GROUPED = REASONS
 
 
 def planted(seed: int = 0, num_rows: int = 600, dim: int = 32) -> Stored:
@@ -50,7 +53,7 @@ def in_memory(vectors: Stored) -> Vectors:
 
 def groups_of(vectors: Stored, threshold: float, k: int) -> tuple[list[int], int]:
     searched = in_memory(vectors)
-    groups = duplicate_groups(searched, first_identical(searched), threshold, k, priority=np.arange(len(vectors)))
+    groups = group_duplicates(searched, threshold, k, priority=np.arange(len(vectors)))
     return groups.labels.tolist(), groups.num_saturated
 
 
@@ -227,7 +230,8 @@ def test_star_keeps_no_two_above_the_threshold_and_removes_none_below_it(tmp_pat
     kept, removed = dedup(pool, threshold=threshold, linkage="components")
     assert [(row["row"], row["duplicates"]) for row in kept] == [(0, 14), (15, 1), (17, 0)]
     assert [row["group_id"] for row in kept] == [0, 15, 17]
-    assert kept[0]["weakest"] == pytest.approx(np.cos(np.radians(56)), abs=1e-6) and kept[2]["weakest"] is None
+    assert kept[0]["min_similarity_to_kept"] == pytest.approx(np.cos(np.radians(56)), abs=1e-6)
+    assert kept[2]["min_similarity_to_kept"] is None
     assert figures_of(tmp_path / "unique.parquet")["chained_groups"] == 1
     assert {row["group_id"] for row in removed[:14]} == {0} and removed[14]["group_id"] == 15
 
@@ -267,10 +271,10 @@ def test_the_same_bytes_go_at_any_threshold_and_the_preferred_copy_stays(tmp_pat
     pool = write_embeddings(tmp_path / "pool.parquet", vectors, image_ids=image_ids, sizes=sizes)
     kept, removed = dedup(pool, threshold=1.0)
     assert [(row["uri"], row["duplicate_of"], row["reason"]) for row in removed] == [
-        ("/pool/10.png", "/pool/12.png", SAME_BYTES),
-        ("/pool/11.png", "/pool/12.png", SAME_BYTES),
-        ("/pool/21.png", "/pool/20.png", SAME_BYTES),
-        ("/pool/31.png", "/pool/30.png", SAME_BYTES),
+        ("/pool/10.png", "/pool/12.png", REASONS[SAME_BYTES]),
+        ("/pool/11.png", "/pool/12.png", REASONS[SAME_BYTES]),
+        ("/pool/21.png", "/pool/20.png", REASONS[SAME_BYTES]),
+        ("/pool/31.png", "/pool/30.png", REASONS[SAME_BYTES]),
     ]
     assert [row["duplicates"] for row in kept if row["row"] in (12, 20, 30)] == [2, 1, 1]
     assert figures_of(tmp_path / "unique.parquet")["same_bytes"] == 4
@@ -413,9 +417,9 @@ def test_without_duplicates_the_learnt_threshold_removes_next_to_nothing() -> No
     points = np.random.default_rng(11).normal(size=(2_000, 5))
     exact = points / np.linalg.norm(points, axis=1, keepdims=True)
     similarities: Float64 = -np.sort(-(exact @ exact.T), axis=1)[:, 1:33]
-    threshold, dimension = chance_threshold(similarities)
-    assert (similarities[:, 0] > threshold).sum() <= 2
-    assert dimension == pytest.approx(4, abs=0.5)  # directions in five dimensions
+    chance = chance_model(similarities)
+    assert (similarities[:, 0] > chance.threshold_at(CHANCE)).sum() <= 2
+    assert chance.dimension == pytest.approx(4, abs=0.5)  # directions in five dimensions
 
 
 def test_of_too_few_images_no_threshold_is_learnt(tmp_path: Path) -> None:

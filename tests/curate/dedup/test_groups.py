@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from dinov2_toolkit.curate.dedup.groups import Groups, duplicate_groups, first_independent
+from dinov2_toolkit.curate.dedup.groups import DuplicateGroups, first_independent, group_duplicates
 from dinov2_toolkit.features.search import cells, join, products
 from dinov2_toolkit.features.search.exact_search import SearchSettings
 from dinov2_toolkit.features.search.graph import Graph
 from dinov2_toolkit.features.search.join import components_above
-from dinov2_toolkit.features.search.similarity import first_identical
 from dinov2_toolkit.store.cache import cache_folder
 from dinov2_toolkit.store.manifest import Source
 from dinov2_toolkit.store.vectors import Float64, Int64, Stored, Vectors
@@ -57,14 +56,14 @@ def slow_star(near: np.ndarray, priority: Int64) -> list[int]:
     return of
 
 
-def groups_of(vectors: Stored, threshold: float, k: int, **settings: object) -> Groups:
+def groups_of(vectors: Stored, threshold: float, k: int, **settings: object) -> DuplicateGroups:
     searched = in_memory(vectors)
     settings.setdefault("priority", np.arange(len(vectors)))
-    return duplicate_groups(searched, first_identical(searched), threshold, k, **settings)  # type: ignore[arg-type]
+    return group_duplicates(searched, threshold, k, **settings)  # type: ignore[arg-type]
 
 
-def assert_same(one: Groups, other: Groups) -> None:
-    for name in ("labels", "kept", "weakest", "num_saturated"):
+def assert_same(one: DuplicateGroups, other: DuplicateGroups) -> None:
+    for name in ("labels", "kept", "min_similarity_to_kept", "num_saturated"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
@@ -98,12 +97,12 @@ def test_a_star_equals_going_through_the_images_by_priority(threshold: float) ->
     found = groups_of(vectors, threshold, 8, priority=priority, linkage="star")
     expected = np.array(slow_star(near, priority))
     assert found.kept.tolist() == expected.tolist()
-    for stays in set(expected.tolist()):
-        members = np.flatnonzero(expected == stays)
+    for kept in set(expected.tolist()):
+        members = np.flatnonzero(expected == kept)
         assert (found.labels[members] == members.min()).all()
 
 
-def test_the_weakest_pair_of_each_group_is_the_lowest_similarity_to_what_stays() -> None:
+def test_the_lowest_similarity_in_each_group_is_that_to_the_kept_image() -> None:
     vectors = concepts(300, 4)
     exact = cosines(vectors)
     for linkage in ("components", "star"):
@@ -111,8 +110,8 @@ def test_the_weakest_pair_of_each_group_is_the_lowest_similarity_to_what_stays()
         for label in set(found.labels.tolist()):
             members = np.flatnonzero(found.labels == label)
             lowest = exact[members, found.kept[members]].min()
-            assert found.weakest[members] == pytest.approx(np.full(len(members), lowest), abs=1e-12)
-            assert linkage == "components" or len(members) == 1 or found.weakest[members[0]] > 0.8
+            assert found.min_similarity_to_kept[members] == pytest.approx(np.full(len(members), lowest), abs=1e-12)
+            assert linkage == "components" or len(members) == 1 or found.min_similarity_to_kept[members[0]] > 0.8
 
 
 def test_large_and_small_components_give_the_same_star(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +245,7 @@ def test_identical_copies_by_the_thousand_are_one_group() -> None:
 
 def test_one_vector_and_none() -> None:
     one = groups_of(np.ones((1, 4), np.float32), 0.5, 4)
-    assert one.labels.tolist() == [0] and one.kept.tolist() == [0] and one.weakest.tolist() == [1.0]
+    assert one.labels.tolist() == [0] and one.kept.tolist() == [0] and one.min_similarity_to_kept.tolist() == [1.0]
     for linkage in ("components", "star"):
         assert groups_of(np.ones((0, 4), np.float32), 0.5, 4, linkage=linkage).labels.tolist() == []
 

@@ -1,4 +1,4 @@
-"""What one picture leaves unexplained of another: little of copies, much of look-alikes."""
+"""The residual of registration: little for copies, much for look-alikes."""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -10,15 +10,8 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinov2_toolkit.curate.dedup.registration import (
-    CONTENT,
-    CONTENT_PX,
-    UNLIKE,
-    Plates,
-    _shrinking,
-    plates,
-    unexplained,
-)
+from dinov2_toolkit.curate.dedup.registration import UNALIGNED, _resize_matrices, residual
+from dinov2_toolkit.curate.dedup.thumbnails import CONTENT, CONTENT_PX, Thumbnails, make_thumbnails
 from dinov2_toolkit.models.copy_descriptor import PREPROCESS, content_bounds
 from dinov2_toolkit.models.preprocess import crop_picture
 from dinov2_toolkit.tests.models import test_copy_descriptor
@@ -31,13 +24,13 @@ def scene(number: int) -> Image.Image:
     return test_copy_descriptor.scene(number, SIDE).point(lambda level: 40 + 0.7 * level)
 
 
-def shown(*pictures: Image.Image) -> Plates:
+def thumbnails_of(*pictures: Image.Image) -> Thumbnails:
     pixels = torch.stack([crop_picture(picture, PREPROCESS) for picture in pictures])
-    return plates(pixels, torch.tensor([picture.size for picture in pictures]))
+    return make_thumbnails(pixels, torch.tensor([picture.size for picture in pictures]))
 
 
-def left_of(one: Image.Image, other: Image.Image) -> float:
-    return unexplained(shown(one), shown(other)).item()
+def residual_of(one: Image.Image, other: Image.Image) -> float:
+    return residual(thumbnails_of(one), thumbnails_of(other)).item()
 
 
 def reencoded(picture: Image.Image) -> Image.Image:
@@ -59,34 +52,34 @@ COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def test_nothing_is_left_of_the_same_pixels() -> None:
-    one = shown(*(scene(number) for number in range(6)))
-    assert one.pixels.shape == (6, 3, 2 * CONTENT_PX, 2 * CONTENT_PX) and one.pixels.dtype == torch.uint8
-    assert unexplained(one, one).max() < 1e-4
+def test_the_same_pixels_have_no_residual() -> None:
+    one = thumbnails_of(*(scene(number) for number in range(6)))
+    assert one.content.shape == (6, 3, 2 * CONTENT_PX, 2 * CONTENT_PX) and one.content.dtype == torch.uint8
+    assert residual(one, one).max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", COPIES)
-def test_little_is_left_of_copies_and_much_of_other_pictures(kind: str) -> None:
+def test_copies_have_a_small_residual_and_other_pictures_a_large_one(kind: str) -> None:
     pictures = [scene(number) for number in range(6)]
-    originals, copies = shown(*pictures), shown(*map(COPIES[kind], pictures))
+    originals, copies = thumbnails_of(*pictures), thumbnails_of(*map(COPIES[kind], pictures))
     for one, other in ((originals, copies), (copies, originals)):
-        left = unexplained(one, other)
-        assert left.max() < 0.06, left
-        others = unexplained(one, other.at(torch.arange(6).roll(1)))
+        found = residual(one, other)
+        assert found.max() < 0.06, found
+        others = residual(one, other.at(torch.arange(6).roll(1)))
         assert others.min() > 0.2, others
 
 
-def test_what_is_drawn_otherwise_is_left() -> None:
+def test_what_is_drawn_differently_leaves_a_residual() -> None:
     picture = scene(0)
     changed = picture.copy()
     ImageDraw.Draw(changed).rectangle((60, 60, 95, 95), fill=(0, 255, 0))
     recoloured = Image.merge("RGB", [picture.split()[channel] for channel in (1, 2, 0)])
-    copies = [left_of(picture, COPIES[kind](picture)) for kind in COPIES]
+    copies = [residual_of(picture, COPIES[kind](picture)) for kind in COPIES]
     for other in (changed, recoloured, ImageOps.invert(picture), ImageOps.mirror(picture)):
-        assert left_of(picture, other) > 2 * max(copies)
+        assert residual_of(picture, other) > 2 * max(copies)
 
 
-def test_left_over_is_the_share_of_contrast_at_the_same_place() -> None:
+def test_the_residual_is_the_share_of_variance_at_the_same_place() -> None:
     """Noise on a picture that neither light nor a map explains, against the definition."""
     generator = torch.Generator().manual_seed(0)
 
@@ -96,44 +89,44 @@ def test_left_over_is_the_share_of_contrast_at_the_same_place() -> None:
     base = smooth(0.2 + 0.6 * torch.rand(1, 3, 9, 9, generator=generator))
     added = (base + 0.12 * (smooth(torch.rand(1, 3, 9, 9, generator=generator)) - 0.5)).clamp(0, 1)
     sizes = torch.tensor([[128, 128]])
-    one, other = (plates((255 * each).round().byte(), sizes) for each in (base, added))
-    x, y = (each.images()[:, :, CONTENT, CONTENT].double() for each in (one, other))
+    one, other = (make_thumbnails((255 * each).round().byte(), sizes) for each in (base, added))
+    x, y = (each.levels()[:, :, CONTENT, CONTENT].double() for each in (one, other))
     gain = ((x * y).mean() - x.mean() * y.mean()) / x.var(correction=0)
     rest = (y - y.mean() - gain * (x - x.mean())).square().sum()
-    contrast = (y - y.mean((2, 3), keepdim=True)).square().sum()
-    left = unexplained(one, other).item()
-    assert 0.5 * (rest / contrast).item() < left < 1.2 * (rest / contrast).item()
+    total = (y - y.mean((2, 3), keepdim=True)).square().sum()
+    found = residual(one, other).item()
+    assert 0.5 * (rest / total).item() < found < 1.2 * (rest / total).item()
 
 
-def test_pictures_that_hardly_meet_are_unlike() -> None:
+def test_pictures_that_hardly_overlap_are_no_copies() -> None:
     """A detail that fills the whole of one picture and a hundredth of another is no copy of it."""
     picture = scene(3)
     detail = picture.crop((40, 40, 72, 72)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    assert left_of(picture, detail) == UNLIKE or left_of(picture, detail) > 0.2
+    assert residual_of(picture, detail) == UNALIGNED or residual_of(picture, detail) > 0.2
 
 
-def test_plates_hold_the_content_in_their_middle() -> None:
+def test_thumbnails_hold_the_content_in_their_middle() -> None:
     coarse = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
     picture = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     framed = ImageOps.expand(picture, 40, "white")
     pixels = crop_picture(framed, PREPROCESS)[None]
-    plate = shown(framed)
-    assert torch.allclose(plate.bounds, content_bounds(pixels.float() / 255) / 128)
-    assert torch.allclose(plate.bounds, torch.tensor([1 / 6, 5 / 6, 1 / 6, 5 / 6]), atol=2 / 128)
-    around = plate.images()[0]
+    thumbnails = thumbnails_of(framed)
+    assert torch.allclose(thumbnails.bounds, content_bounds(pixels.float() / 255) / 128)
+    assert torch.allclose(thumbnails.bounds, torch.tensor([1 / 6, 5 / 6, 1 / 6, 5 / 6]), atol=2 / 128)
+    around = thumbnails.levels()[0]
     assert torch.allclose(around[:, 2, 2], torch.ones(3), atol=0.01)  # of a content half as large again, the frame
     assert around[:, CONTENT, CONTENT].std() > 0.1
-    assert unexplained(plate, shown(picture)).item() < 0.01
+    assert residual(thumbnails, thumbnails_of(picture)).item() < 0.01
 
 
-def test_contents_are_compared_of_those_that_are_looked_at_closely() -> None:
+def test_contents_are_aligned_only_where_asked() -> None:
     pictures = [scene(number) for number in range(6)]
-    one, other = shown(*pictures), shown(*map(COPIES["cropped"], pictures))
-    closely = torch.tensor([True, False] * 3)
-    left = unexplained(one, other, closely)
-    assert torch.equal(left[closely], unexplained(one.at(closely), other.at(closely)))
-    assert left[closely].max() < 0.06 and left[~closely].min() > 0.2
-    assert torch.equal(left[~closely], unexplained(one, other, torch.zeros(6, dtype=torch.bool))[~closely])
+    one, other = thumbnails_of(*pictures), thumbnails_of(*map(COPIES["cropped"], pictures))
+    align = torch.tensor([True, False] * 3)
+    found = residual(one, other, align)
+    assert torch.equal(found[align], residual(one.at(align), other.at(align)))
+    assert found[align].max() < 0.06 and found[~align].min() > 0.2
+    assert torch.equal(found[~align], residual(one, other, torch.zeros(6, dtype=torch.bool))[~align])
 
 
 @pytest.mark.gpu
@@ -142,10 +135,10 @@ def test_a_gpu_sees_what_a_cpu_sees() -> None:
     copies = [COPIES["cropped"](picture) for picture in pictures]
     pixels = [torch.stack([crop_picture(each, PREPROCESS) for each in side]) for side in (pictures, copies)]
     sizes = torch.tensor([[SIDE, 48]] * 6)
-    one, other = (plates(side, sizes) for side in pixels)
-    on_cpu = unexplained(one, other)
-    one, other = (plates(side.cuda(), sizes.cuda()) for side in pixels)
-    on_gpu = unexplained(one, other)
+    one, other = (make_thumbnails(side, sizes) for side in pixels)
+    on_cpu = residual(one, other)
+    one, other = (make_thumbnails(side.cuda(), sizes.cuda()) for side in pixels)
+    on_gpu = residual(one, other)
     assert torch.allclose(on_gpu.cpu(), on_cpu, atol=2e-3)
 
 
@@ -156,19 +149,20 @@ def small(number: int) -> Image.Image:
 
 
 def test_a_picture_is_made_as_small_as_the_other() -> None:
-    """Much is lost of 28 pixels a side when 14 are left; what is left is explained in full."""
+    """Of 28 pixels a side much is lost at 14; the rest has no residual."""
     pictures = [small(number) for number in range(6)]
-    one, other = shown(*pictures), shown(*(picture.resize((14, 14), Image.Resampling.BICUBIC) for picture in pictures))
+    smaller = [picture.resize((14, 14), Image.Resampling.BICUBIC) for picture in pictures]
+    one, other = thumbnails_of(*pictures), thumbnails_of(*smaller)
     of_unknown_size = other._replace(sizes=torch.full((6, 2), 64))
-    assert unexplained(one, other).max() < 0.001 and unexplained(other, one).max() < 0.001
-    assert unexplained(one, of_unknown_size).min() > 0.01
-    assert unexplained(one, other.at(torch.arange(6).roll(1))).min() > 0.5
+    assert residual(one, other).max() < 0.001 and residual(other, one).max() < 0.001
+    assert residual(one, of_unknown_size).min() > 0.01
+    assert residual(one, other.at(torch.arange(6).roll(1))).min() > 0.5
 
 
-def test_shrinking_is_what_pillow_does() -> None:
+def test_resizing_is_what_pillow_does() -> None:
     picture = small(0).resize((64, 64), Image.Resampling.BICUBIC)
     pixels = torch.tensor(np.asarray(picture, np.float32)).permute(2, 0, 1)
-    maps = _shrinking(torch.device("cpu"))
+    maps = _resize_matrices(torch.device("cpu"))
     for across, down in ((20, 33), (64, 14)):
         smaller = picture.resize((across, down), Image.Resampling.BICUBIC)
         again = np.asarray(smaller.resize((64, 64), Image.Resampling.BICUBIC), np.float32)
@@ -191,5 +185,5 @@ def drawing(disc: tuple[int, int, int]) -> Image.Image:
 def test_what_turns_white_is_no_difference() -> None:
     pale, brown = drawing((240, 215, 200)), drawing((150, 130, 100))
     brighter = ImageEnhance.Brightness(pale).enhance(1.3)
-    assert left_of(pale, brighter) < 0.001 and left_of(brighter, pale) < 0.001
-    assert left_of(brown, brighter) > 0.2
+    assert residual_of(pale, brighter) < 0.001 and residual_of(brighter, pale) < 0.001
+    assert residual_of(brown, brighter) > 0.2

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_toolkit.curate.dedup.dedup import DedupSettings, dedup_images
-from dinov2_toolkit.curate.dedup.sheet import GROUPS, MEMBERS, _groups, _members
+from dinov2_toolkit.curate.dedup.dedup import dedup_images
+from dinov2_toolkit.curate.dedup.settings import DedupSettings
+from dinov2_toolkit.curate.dedup.sheet import GROUPS, MEMBERS, shown_groups, shown_members
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.sheet import BLANK, Tile, draw_sheet, picture_provenance, read_tile
 from dinov2_toolkit.store.artifact import Options
@@ -34,21 +35,22 @@ def test_the_largest_groups_come_first_then_the_loosest_of_the_others(tmp_path: 
     sizes = [1, *range(2, 30)]
     pool = crowds(tmp_path, sizes)
     dedup_images(pool, str(tmp_path / "unique.parquet"), DedupSettings(0.5), Options())
-    groups = _groups(tmp_path / "unique.parquet")
+    groups = shown_groups(open_manifest(tmp_path / "unique.parquet"))
     starts = np.cumsum([0, *sizes])
     largest = [int(starts[number]) for number in range(28, 28 - GROUPS, -1)]
     loosest = [int(starts[number]) for number in range(28 - GROUPS, 28 - 2 * GROUPS, -1)]  # each looser than the last
-    assert [group.group_id for group in groups[:GROUPS]] == largest
-    assert sorted(group.group_id for group in groups[GROUPS:]) == sorted(loosest)
-    assert [group.heading.split(":")[0] for group in groups] == ["large"] * GROUPS + ["loose"] * GROUPS
+    assert list(groups)[:GROUPS] == largest
+    assert sorted(list(groups)[GROUPS:]) == sorted(loosest)
+    assert [heading.split(":")[0] for heading, _ in groups.values()] == ["large"] * GROUPS + ["loose"] * GROUPS
 
-    members = _members(removed_path(tmp_path / "unique.parquet"), [group.group_id for group in groups])
+    removed = open_manifest(removed_path(tmp_path / "unique.parquet"))
+    members = shown_members(removed, list(groups))
     assert {len(members[group]) for group in largest} == {MEMBERS}
     nine = int(starts[8])
-    assert len(_members(removed_path(tmp_path / "unique.parquet"), [nine])[nine]) == 8  # all the others
+    assert len(shown_members(removed, [nine])[nine]) == 8  # all the others
     captions = [float(tile.caption) for tile in members[largest[0]]]
     assert captions == sorted(captions, reverse=True)
-    assert groups[0].heading.split("similarity ")[1].split(",")[0] == f"{captions[-1]:.4f}"  # down to the weakest
+    assert groups[largest[0]][0].split("similarity ")[1].split(",")[0] == f"{captions[-1]:.4f}"  # down to the lowest
 
 
 def test_the_sheet_is_drawn_with_the_result_or_later_and_shows_missing_images_empty(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinov2_toolkit.curate.dedup.threshold import FIXED_THRESHOLD, LOSS, crowded_threshold, threshold_from_pool
+from dinov2_toolkit.curate.dedup.threshold import FIXED_THRESHOLD, LOSS, chance_model, threshold_from_pool
 from dinov2_toolkit.models.copy_descriptor import THRESHOLD
 from dinov2_toolkit.store.manifest import open_manifest
 from dinov2_toolkit.store.vectors import Float64, Vectors, open_vectors
@@ -54,7 +54,7 @@ def test_the_threshold_of_a_crowd_does_not_see_pairs_of_copies() -> None:
         similarities = each @ each.T
         np.fill_diagonal(similarities, -1)
         nearest: Float64 = -np.sort(-similarities, axis=1)[:, :32]
-        thresholds.append(crowded_threshold(np.minimum(nearest, 1.0), 0.02))
+        thresholds.append(chance_model(np.minimum(nearest, 1.0)).threshold(0.02 * len(nearest)))
     assert 1 - thresholds[1] == pytest.approx(1 - thresholds[0], rel=0.35)
 
 

@@ -1,4 +1,4 @@
-"""The second look of dedup: pixels decide on pairs that descriptors call alike."""
+"""Pixel verification: pixels decide on pairs that descriptors find alike."""
 
 import errno
 import tempfile
@@ -13,9 +13,10 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
 from dinov2_toolkit.curate.dedup import thumbnails
-from dinov2_toolkit.curate.dedup.dedup import DedupSettings, dedup_images
-from dinov2_toolkit.curate.dedup.groups import Linkage, copies_above, duplicate_groups
-from dinov2_toolkit.curate.dedup.verify import LEAST_ALIKE, LIMIT, crowded_limit, difference
+from dinov2_toolkit.curate.dedup.dedup import dedup_images
+from dinov2_toolkit.curate.dedup.groups import group_copies, group_duplicates
+from dinov2_toolkit.curate.dedup.settings import DedupSettings, Linkage
+from dinov2_toolkit.curate.dedup.verify import MAX_DIFFERENCE, MIN_COSINE, crowded_limit, pixel_difference
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.extract.decoding import ImageBatch, load_batches
@@ -23,11 +24,9 @@ from dinov2_toolkit.features.search.exact_search import DEFAULTS
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.cache import cached
 from dinov2_toolkit.store.manifest import Source, open_manifest, removed_path
-from dinov2_toolkit.store.vectors import Float64, Int64, Vectors
+from dinov2_toolkit.store.vectors import Bools, Float64, Int64, Vectors
 from dinov2_toolkit.tests.curate.dedup.test_registration import scene
 from dinov2_toolkit.tests.embedded import write_embeddings
-
-Bools = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
 def in_memory(vectors: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> Vectors:
@@ -71,7 +70,7 @@ def embedded(folder: Path, name: str = "pool.parquet") -> Path:
 
 
 def deduplicated(pool: Path, **settings: object) -> tuple[dict[str, str], dict[str, object]]:
-    """Return what goes by the name of what it goes for, and the figures."""
+    """Return the removed images with what each duplicates, by name, and the figures."""
     output = pool.with_name("unique.parquet")
     dedup_images(pool, str(output), DedupSettings(**settings), Options(force=True))  # type: ignore[arg-type]
     removed = pq.read_table(removed_path(output)).to_pylist()
@@ -83,19 +82,21 @@ def deduplicated(pool: Path, **settings: object) -> tuple[dict[str, str], dict[s
 PLANTED = {"copy-00": "scene-00", "copy-01": "scene-01", "copy-02": "scene-02"}
 
 
-def test_copies_go_and_look_alikes_stay(folder: Path) -> None:
+def test_copies_are_removed_and_look_alikes_kept(folder: Path) -> None:
     pool = embedded(folder)
     removed, figures = deduplicated(pool)
     assert removed == PLANTED
-    assert figures["looked_at"] and figures["unread"] == 0 and figures["limit"] == LIMIT
-    assert figures["threshold"] == LEAST_ALIKE
+    assert (
+        figures["pairs_verified"] and figures["pairs_unreadable"] == 0 and figures["max_difference"] == MAX_DIFFERENCE
+    )
+    assert figures["threshold"] == MIN_COSINE
     by_cosine, figures = deduplicated(pool, verify=False)
-    assert "looked_at" not in figures and figures["threshold"] == 0.95
+    assert "pairs_verified" not in figures and figures["threshold"] == 0.95
     assert set(by_cosine) != set(PLANTED)
     given, figures = deduplicated(pool, threshold=0.9)
-    assert "looked_at" not in figures and figures["threshold_origin"] == "given"
-    looked, figures = deduplicated(pool, threshold=0.5, verify=True)
-    assert looked == PLANTED and figures["threshold"] == 0.5
+    assert "pairs_verified" not in figures and figures["threshold_origin"] == "given"
+    verified, figures = deduplicated(pool, threshold=0.5, verify=True)
+    assert verified == PLANTED and figures["threshold"] == 0.5
 
 
 @pytest.mark.parametrize("linkage", ["components", "star"])
@@ -103,20 +104,20 @@ def test_any_linkage_and_number_of_neighbours(folder: Path, linkage: str) -> Non
     assert deduplicated(embedded(folder), linkage=linkage, k=3)[0] == PLANTED
 
 
-def test_what_was_seen_is_kept_and_what_cannot_be_read_goes_by_its_descriptor(
+def test_residuals_are_kept_and_cosines_decide_where_an_image_cannot_be_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool = embedded(folder)
     for name in ("copy-00.png", "card-0-disc.png"):
         (folder / name).rename(folder.parent / name)
     removed, figures = deduplicated(pool)
-    assert isinstance(figures["unread"], int) and figures["unread"] > 0
+    assert isinstance(figures["pairs_unreadable"], int) and figures["pairs_unreadable"] > 0
     assert {name: PLANTED[name] for name in ("copy-01", "copy-02")}.items() <= removed.items()
-    assert "could not be read" in capsys.readouterr().err
+    assert "cannot be read" in capsys.readouterr().err
     for image in folder.iterdir():
         image.unlink()
-    again, seen = deduplicated(pool)  # from the cache
-    assert again == removed and seen["unread"] == figures["unread"]
+    again, figures_again = deduplicated(pool)  # from the cache
+    assert again == removed and figures_again["pairs_unreadable"] == figures["pairs_unreadable"]
 
 
 def test_each_picture_is_read_once_and_none_is_left_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +135,7 @@ def test_each_picture_is_read_once_and_none_is_left_on_the_disk(folder: Path, mo
     assert all(path.suffix == ".npy" for path in cached())
 
 
-def test_a_full_disk_is_told_with_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_that_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(BytesIO):
         def write(self, data: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -142,13 +143,15 @@ def test_a_full_disk_is_told_with_what_to_do(folder: Path, monkeypatch: pytest.M
     pool = embedded(folder)
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
-        with pytest.raises(ToolkitError, match=r"no space left in .*, where 22 pictures .* 1 MB; .*--no-verify"):
+        with pytest.raises(
+            ToolkitError, match=r"no space left in .*, where the thumbnails of 22 .* 1 MB; .*--no-verify"
+        ):
             deduplicated(pool)
     assert not (folder.parent / "unique.parquet").exists()
     assert deduplicated(pool)[0] == PLANTED
 
 
-def test_known_and_evaluation_images_are_looked_at(folder: Path) -> None:
+def test_known_and_evaluation_images_are_verified(folder: Path) -> None:
     pool = embedded(folder)
     others = folder.parent / "others"
     others.mkdir()
@@ -157,7 +160,7 @@ def test_known_and_evaluation_images_are_looked_at(folder: Path) -> None:
     known = embedded(others, "known.parquet")
     removed, figures = deduplicated(pool, known=(known,))
     assert removed == {**PLANTED, "scene-05": "seen-05"} and figures["known"] == 1
-    clean = folder.parent / "clean.parquet"  # its threshold says what was looked at, not what is a copy
+    clean = folder.parent / "clean.parquet"  # its threshold says what was verified, not what is a copy
     dedup_images(known, str(clean), DedupSettings(), Options())
     _, figures = deduplicated(pool, known=(clean,), verify=False)
     assert figures["threshold"] == 0.95
@@ -175,13 +178,15 @@ def test_verify_needs_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         dedup_images(pool, "unique.parquet", DedupSettings(exact="bytes", verify=True), Options())
     table = pq.read_table(pool).select(["embedding"]).replace_schema_metadata(None)
     pq.write_table(table, tmp_path / "nameless.parquet")
-    with pytest.raises(ToolkitError, match="--verify looks at images, and .*nameless.parquet names none"):
+    with pytest.raises(ToolkitError, match="--verify compares pixels, and .*nameless.parquet names no images"):
         dedup_images(tmp_path / "nameless.parquet", "unique.parquet", DedupSettings(verify=True), Options())
 
 
-def test_difference_multiplies_what_is_left_by_how_far_descriptors_lie() -> None:
-    left, cosines = np.array([0.0, 0.09, 0.09], np.float32), np.array([1.0, 1.0, 0.03])
-    assert difference(left, cosines) == pytest.approx([0.005 * 0.03**0.5, 0.095 * 0.03**0.5, 0.095], rel=1e-6)
+def test_the_difference_multiplies_the_residual_by_the_distance_of_descriptors() -> None:
+    residuals, cosines = np.array([0.0, 0.09, 0.09], np.float32), np.array([1.0, 1.0, 0.03])
+    assert pixel_difference(residuals, cosines) == pytest.approx(
+        [0.005 * 0.03**0.5, 0.095 * 0.03**0.5, 0.095], rel=1e-6
+    )
 
 
 def test_a_crowded_pool_lowers_the_limit_to_what_chance_allows() -> None:
@@ -189,55 +194,55 @@ def test_a_crowded_pool_lowers_the_limit_to_what_chance_allows() -> None:
     copies = np.linspace(1e-4, 3e-4, 500)
     for power, num in ((4.0, 20_000), (2.0, 5_000)):
         chance = 0.1 * ((np.arange(num) + 0.5) / num) ** (1 / power)  # num * (x / 0.1) ** power lie below x
-        limit = crowded_limit(np.concatenate([copies, chance]), most=0.002 * num)
-        expected = min(LIMIT, 0.1 * 0.002 ** (1 / power))
+        limit = crowded_limit(np.concatenate([copies, chance]), max_lost=0.002 * num)
+        expected = min(MAX_DIFFERENCE, 0.1 * 0.002 ** (1 / power))
         assert expected / 1.2 < limit <= expected * 1.05
-    assert crowded_limit(copies, most=10) == LIMIT
-    assert crowded_limit(np.empty(0), most=0.0) == LIMIT
+    assert crowded_limit(copies, max_lost=10) == MAX_DIFFERENCE
+    assert crowded_limit(np.empty(0), max_lost=0.0) == MAX_DIFFERENCE
 
 
 @pytest.mark.parametrize("linkage", ["components", "star"])
-def test_of_a_crowd_larger_than_k_one_stays_and_no_pair_is_looked_at_twice(linkage: Linkage) -> None:
-    """Three crowds of forty copies, of which each knows two: what stays of the parts is compared again."""
+def test_of_a_crowd_larger_than_k_one_is_kept_and_no_pair_is_verified_twice(linkage: Linkage) -> None:
+    """Three crowds of forty copies, of which each has two neighbours: what is kept of the parts is compared again."""
     rng = np.random.default_rng(1)
     crowd = np.repeat(np.arange(3), 40)
     centres = rng.normal(size=(3, 12))
     vectors = in_memory((centres[crowd] + 0.05 * rng.normal(size=(120, 12))).astype(np.float32))
-    looked: list[tuple[int, int, bool]] = []
+    verified: list[tuple[int, int, bool]] = []
 
-    def are_copies(left: Int64, right: Int64, cosines: Float64, are_near: Bools) -> Bools:
+    def are_copies(left: Int64, right: Int64, cosines: Float64, align: Bools) -> Bools:
         assert (left < right).all() and (cosines > -1).all()
-        looked.extend(zip(left.tolist(), right.tolist(), are_near.tolist(), strict=True))
-        same: Bools = (crowd[left] == crowd[right]) & are_near
+        verified.extend(zip(left.tolist(), right.tolist(), align.tolist(), strict=True))
+        same: Bools = (crowd[left] == crowd[right]) & align
         return same
 
     priority = rng.permutation(120)
-    found = copies_above(vectors, priority, -1.0, 4, 2, linkage, DEFAULTS, are_copies)
+    kept, degree, _ = group_copies(vectors, priority, -1.0, 4, 2, linkage, DEFAULTS, are_copies)
     first = [40 * number + int(priority[crowd == number].argmin()) for number in range(3)]
-    assert found.stays.tolist() == np.array(first)[crowd].tolist()
-    assert (found.degree == 2).all()
-    assert len(set(looked)) == len(looked)
-    assert {near for *_, near in looked} == {True, False}
+    assert kept.tolist() == np.array(first)[crowd].tolist()
+    assert (degree == 2).all()
+    assert len(set(verified)) == len(verified)
+    assert {align for *_, align in verified} == {True, False}
 
 
-def test_stars_of_pairs_keep_what_no_preferred_one_that_stays_is_a_copy_of() -> None:
+def test_stars_of_pairs_keep_an_image_if_no_preferred_kept_one_is_its_copy() -> None:
     rng = np.random.default_rng(2)
     vectors = in_memory(rng.normal(size=(60, 6)).astype(np.float32))
     copies = np.triu(rng.random((60, 60)) < 0.08, 1)
     priority = rng.permutation(60)
-    groups = duplicate_groups(
+    groups = group_duplicates(
         vectors,
-        np.arange(60),
         -1.0,
         59,
         linkage="star",
         priority=priority,
         are_copies=lambda left, right, *_: copies[left, right],
+        num_aligned=59,
     )
-    stays: list[int] = []
+    kept: list[int] = []
     expected = np.empty(60, np.int64)
     for row in np.argsort(priority).tolist():
-        heads = [head for head in stays if copies[min(head, row), max(head, row)]]
+        heads = [head for head in kept if copies[min(head, row), max(head, row)]]
         expected[row] = heads[0] if heads else row
-        stays += [] if heads else [row]
+        kept += [] if heads else [row]
     assert groups.kept.tolist() == expected.tolist()

@@ -10,7 +10,8 @@ import pytest
 
 from dinov2_toolkit.curate.cluster.cluster import ClusterSettings, cluster_images
 from dinov2_toolkit.curate.cluster.kmeans import cluster_vectors
-from dinov2_toolkit.curate.dedup.dedup import DedupSettings, dedup_images
+from dinov2_toolkit.curate.dedup.dedup import dedup_images
+from dinov2_toolkit.curate.dedup.settings import DedupSettings
 from dinov2_toolkit.curate.retrieve.retrieve import RetrieveSettings, retrieve_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store.artifact import Options

@@ -12,15 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dinov2_toolkit.curate.dedup.decisions import RESEMBLES, SAME_BYTES, SAME_PIXELS
-from dinov2_toolkit.curate.dedup.dedup import DedupSettings, dedup_images
-from dinov2_toolkit.curate.dedup.identical import first_in, of_shared_size, pixel_id, read_ids, same_key
+from dinov2_toolkit.curate.dedup.decisions import REASONS
+from dinov2_toolkit.curate.dedup.dedup import dedup_images
+from dinov2_toolkit.curate.dedup.exact_duplicates import of_shared_size
+from dinov2_toolkit.curate.dedup.image_keys import first_with_same_key, pixel_id, read_keys
+from dinov2_toolkit.curate.dedup.settings import DedupSettings
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.images import image_id
 from dinov2_toolkit.store.manifest import open_manifest, removed_path
 
 Row = dict[str, object]
+
+_, SAME_BYTES, SAME_PIXELS, RESEMBLES, _ = REASONS
 
 
 def keys(*values: str | None) -> list[pa.ChunkedArray]:
@@ -59,10 +63,10 @@ def names(rows: list[Row], column: str = "uri") -> list[str]:
     return [Path(str(row[column])).name for row in rows]
 
 
-def test_same_key_finds_the_first_of_equal_keys_and_null_equals_nothing() -> None:
+def test_the_first_of_equal_keys_is_found_and_null_equals_nothing() -> None:
     values = [random.Random(0).choice(["a", "b", "c", None, str(row)]) for row in range(200)]
     expected = [row if value is None else values.index(value) for row, value in enumerate(values)]
-    assert same_key(keys(*values), 200, None).tolist() == expected
+    assert first_with_same_key(keys(*values), 200, None).tolist() == expected
 
 
 def test_arrays_are_the_same_by_all_their_values_though_three_channels_are_shown() -> None:
@@ -78,9 +82,11 @@ def test_arrays_are_the_same_by_all_their_values_though_three_channels_are_shown
     assert ids[0] == ids[1] == ids[2] and len(set(ids)) == 4
 
 
-def test_first_in_finds_the_first_other_of_the_same_key() -> None:
-    found = first_in(keys("a", None, "b", "a", "d"), 5, keys("b", "a", None, "a"), 1 << 28)
-    assert found.tolist() == [1, -1, 0, 1, -1]
+def test_the_first_image_of_other_sets_with_the_same_key_is_found() -> None:
+    mine = ("a", None, "b", "a", "d", "e")
+    found = first_with_same_key(keys(*mine), 6, 1 << 28, [keys("b", "a", None, "a"), keys("a", "e")])
+    assert found.tolist() == [1, -1, 0, 1, -1, 5]
+    assert first_with_same_key(keys(*mine), 6, None, []).tolist() == [-1] * 6
 
 
 def test_only_images_of_a_size_that_another_has_are_decoded() -> None:
@@ -100,14 +106,17 @@ def test_pixels_are_equal_whatever_the_file_and_unequal_where_one_differs() -> N
     assert len({pixel_id(data) for data in blank}) == 3  # as many pixels, another shape
 
 
-def test_reading_ids_says_what_cannot_be_read_and_keeps_the_order(tmp_path: Path) -> None:
+def test_reading_keys_says_what_cannot_be_read_and_keeps_the_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [tmp_path / f"{number}.png" for number in range(40)]
     for number, file in enumerate(files):
         if number != 7:
             file.write_bytes(encoded(picture(number), "PNG"))
-    ids, reason = read_ids([pa.chunked_array([[str(file) for file in files]])], 40, image_id, "reading")
+    ids = read_keys([pa.chunked_array([[str(file) for file in files]])], 40, image_id, "reading")
     assert ids.to_pylist() == [None if n == 7 else image_id(file.read_bytes()) for n, file in enumerate(files)]
-    assert reason == f"{files[7]}: no such file"
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 of 40 images cannot be read" in said and "7.png: no such file" in said
 
 
 def test_exact_copies_go_without_any_vectors(tmp_path: Path) -> None:

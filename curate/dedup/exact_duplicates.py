@@ -1,0 +1,113 @@
+"""Exact duplicates, found without a model: images with the same bytes, or with the same pixels in whatever file.
+
+N images of the pool, U of them with different bytes.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...store.vectors import Int64
+from ..inputs import EmbeddedImages, Input, read_unembedded
+from .decisions import KEPT, RESEMBLES_EVALUATION, SAME_BYTES, SAME_PIXELS, Decisions
+from .image_keys import byte_ids, first_with_same_key, image_ids, pixel_id, read_keys
+from .reference_sets import ImageSets
+from .representative import Keep, preference, preferred
+from .settings import Exact
+
+
+def describe_exact(exact: Exact, inputs: list[Input], limit: int | None) -> str:
+    """Say what comparing the images of some manifests would take."""
+    sets = _read_sets(inputs, limit)
+    if exact == "bytes":
+        unknown = sum(ids.null_count for images in sets.sets for ids in image_ids(images))
+        return f"compare the ids of {len(sets):,} images" + (f", reading {unknown:,} of them for it" if unknown else "")
+    num_decoded = len(of_shared_size(_sizes(sets)))
+    return f"decode {num_decoded:,} of {len(sets):,} images, those whose size another has too"
+
+
+def find_exact_duplicates(
+    exact: Exact, inputs: list[Input], num_known: int, keep: Keep, limit: int | None, memory: int | None
+) -> Decisions:
+    """Decide on a pool's images: of those with the same bytes or pixels the preferred one is kept.
+
+    None is kept that another set has too. Images that cannot be read are kept.
+    Raises ToolkitError when a manifest names no images, or none of them can be read.
+
+    Args:
+        inputs: the pool, then `num_known` sets of images kept earlier, then evaluation sets.
+        limit: only the first so many images of the pool.
+    """
+    sets = _read_sets(inputs, limit)
+    images, everyone = sets.sets[0], np.arange(len(sets.sets[0]))
+    ids = [byte_ids(each) for each in sets.sets]
+    rank = preference(keep, images)
+    represented_by = preferred(first_with_same_key([ids[0]], len(images), memory), rank)  # (N,)
+    labels = represented_by
+    match = first_with_same_key([ids[0]], len(images), memory, [[each] for each in ids[1:]])
+    same_bytes = match >= 0
+    figures: dict[str, object] = {}
+
+    if exact == "pixels":
+        distinct = np.flatnonzero(represented_by == everyone)  # (U,)
+        place = np.searchsorted(distinct, represented_by)  # (N,)
+        others = np.arange(len(images), len(sets))
+        pixel_ids, figures["unreadable"] = _pixel_ids(sets, np.concatenate([distinct, others]))
+        mine, theirs = pixel_ids.slice(0, len(distinct)), pixel_ids.slice(len(distinct))
+        labels = distinct[first_with_same_key([mine], len(distinct), memory)][place]
+        by_pixels = first_with_same_key([mine], len(distinct), memory, [[theirs]] if len(others) else [])
+        match = np.where(same_bytes, match, by_pixels[place])
+
+    duplicate_of = preferred(labels, rank)
+    same_bytes = np.where(match >= 0, same_bytes, represented_by == represented_by[duplicate_of])
+    reason = np.where(same_bytes, SAME_BYTES, SAME_PIXELS)
+    reason[(match < 0) & (duplicate_of == everyone)] = KEPT
+    duplicate_of = np.where(match >= 0, len(images) + match, duplicate_of)
+    reason[sets.set_of(duplicate_of) > num_known] = RESEMBLES_EVALUATION
+    ones = np.ones(len(images))
+    return Decisions(sets, reason, duplicate_of, ones, labels, ones, figures)
+
+
+def _read_sets(inputs: list[Input], limit: int | None) -> ImageSets:
+    return ImageSets([read_unembedded(each, None if number else limit) for number, each in enumerate(inputs)])
+
+
+def _pixel_ids(sets: ImageSets, positions: Int64) -> tuple[pa.ChunkedArray, int]:
+    """Return the ids of the pixels of the images at `positions` (R,), rising, and how many cannot be read.
+
+    An id is null where no other image has the same size, or it cannot be read.
+    """
+    shared = of_shared_size(_sizes(sets)[positions])
+    uris = (
+        table.column(0)
+        for images, _, indices in sets.split(positions[shared])
+        for table in images.batches(["uri"], indices)
+    )
+    read = read_keys(uris, len(shared), pixel_id, "decoding images")
+    place = np.full(len(positions), -1)
+    place[shared] = np.arange(len(shared))
+    return read.take(pa.array(place, mask=place < 0)), read.null_count
+
+
+def _sizes(sets: ImageSets) -> Int64:
+    """Return the width and height of every image in one number; -1 where one is unknown.
+
+    Sizes in manifests of other tools may be those before the image was turned upright: they do not count.
+    """
+    return np.concatenate([_sizes_of(images) for images in sets.sets])
+
+
+def _sizes_of(images: EmbeddedImages) -> Int64:
+    if images.source.manifest.provenance is None:
+        return np.full(len(images), -1)
+    width, height = (pc.cast(images.image_column(name), pa.int64()) for name in ("width", "height"))
+    sizes: Int64 = pc.fill_null(pc.add(pc.multiply(width, 1 << 31), height), -1).to_numpy()
+    return sizes
+
+
+def of_shared_size(sizes: Int64) -> Int64:
+    """Return the images whose size (N,), negative where unknown, another has too: only these can have its pixels."""
+    if (sizes < 0).any():
+        return np.arange(len(sizes))
+    _, place, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+    return np.flatnonzero(counts[place] > 1)

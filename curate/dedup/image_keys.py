@@ -1,0 +1,148 @@
+"""Keys of images by which exact copies are found without a model: ids of their bytes, or of their pixels.
+
+N images, R of a reference.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ... import console
+from ...errors import ToolkitError
+from ...features.threads import map_in_order, workers
+from ...store import tables
+from ...store.images import ARRAY_START, UnreadableImage, decode, image_id, read_array, read_bytes
+from ...store.vectors import Int64
+from ..inputs import EmbeddedImages
+
+ID_LENGTH = 32  # hex digits of BLAKE2b-128
+TASK_IMAGES = 8  # chosen: images a thread reads at a time, so that small ones do not drown in hand-overs
+
+Keys = Iterable[pa.ChunkedArray]  # of strings, null where unknown, in pieces
+
+
+def image_ids(images: EmbeddedImages, indices: Int64 | None = None) -> Iterator[pa.ChunkedArray]:
+    """Yield the `image_id` of the images at `indices`, which must rise, in pieces."""
+    for table in images.batches(["image_id"], indices):
+        yield table.column(0)
+
+
+def byte_ids(images: EmbeddedImages) -> pa.ChunkedArray:
+    """Return the ids of the images' bytes, (N,); images without an id of ours are read."""
+    ids = images.image_column("image_id")
+    is_unknown = pc.fill_null(pc.not_equal(pc.utf8_length(ids), ID_LENGTH), True)
+    if images.source.manifest.provenance is None:
+        is_unknown = pa.chunked_array([pa.repeat(True, len(ids))])
+    unknown = np.flatnonzero(is_unknown.to_numpy())
+    if not len(unknown):
+        return ids
+    uris = (table.column(0) for table in images.batches(["uri"], unknown))
+    read = read_keys(uris, len(unknown), image_id, "reading images")
+    place = np.zeros(len(ids), np.int64)
+    place[unknown] = np.arange(len(unknown))
+    return pc.if_else(is_unknown, read.take(pa.array(place)), ids)
+
+
+def pixel_id(data: bytes) -> str:
+    """Return BLAKE2b-128, in hex, of an image's size and its upright 8-bit RGB pixels.
+
+    Transparency is put on white, so files differ where people would see a difference. Of a .npy array all values count,
+    not only the three channels that an image of it would show.
+    Raises UnreadableImage as `store.images.decode` does.
+    """
+    if data.startswith(ARRAY_START):
+        values = read_array(data)
+        head, pixels = f"{values.shape} {values.dtype} ", values.tobytes()
+    else:
+        image = decode(data)
+        head, pixels = f"{image.width} x {image.height} ", image.tobytes()
+    return hashlib.blake2b(head.encode() + pixels, digest_size=16).hexdigest()
+
+
+def read_keys(uris: Keys, num: int, key: Callable[[bytes], str], progress: str) -> pa.ChunkedArray:
+    """Read `num` images in threads and return `key` of their bytes, (num,), null where one cannot be read.
+
+    Warns of images that cannot be read; raises ToolkitError when none can.
+    """
+    chunks, reason = [], ""
+    with workers() as threads, console.progress(progress, num, "images") as advance:
+        for piece in uris:
+            names = piece.to_pylist()
+            tasks = (names[start : start + TASK_IMAGES] for start in range(0, len(names), TASK_IMAGES))
+            keys: list[str | None] = []
+            for found, problem in map_in_order(partial(_keys_of, key), tasks, threads):
+                keys.extend(found)
+                reason = reason or problem
+                advance(len(found))
+            chunks.append(pa.array(keys, pa.string()))
+    read = pa.chunked_array(chunks, pa.string())
+    if num and read.null_count == num:
+        raise ToolkitError(f"none of {num:,} images can be read ({reason}); correct their names first")
+    if read.null_count:
+        console.warn(f"{read.null_count:,} of {num:,} images cannot be read and count as unique: {reason}")
+    return read
+
+
+def _keys_of(key: Callable[[bytes], str], uris: list[str | None]) -> tuple[list[str | None], str]:
+    keys: list[str | None] = []
+    reason = ""
+    for uri in uris:
+        try:
+            if uri is None:
+                raise UnreadableImage("no uri")
+            keys.append(key(read_bytes(uri)))
+        except UnreadableImage as problem:
+            keys.append(None)
+            reason = reason or f"{uri}: {problem.reason}"
+    return keys, reason
+
+
+def first_with_same_key(keys: Keys, num: int, memory: int | None, reference: Sequence[Keys] | None = None) -> Int64:
+    """Return for each of `num` images the first one with the same key, (N,); a null key equals no other.
+
+    The keys are compared within `memory` bytes, and on disk beyond.
+
+    Args:
+        reference: keys of other images, set after set; then the first of these, (N,) counted through all sets, -1 where
+            there is none.
+    """
+    result = np.arange(num) if reference is None else np.full(num, -1)
+    if reference is not None and not reference:
+        return result
+    with tables.connect(memory) as connection:
+        connection.register("given", _numbered(keys))
+        connection.execute("create table images as select * from given where key is not null")
+        if reference is not None:
+            connection.register("reference", _numbered(chain.from_iterable(reference)))
+        found = connection.sql(
+            """
+            with first as (select key, min(row) as first from images group by key having count(*) > 1)
+            select row, first from images join first using (key) where row > first
+            """
+            if reference is None
+            else """
+            select images.row as row, min(reference.row) as first
+            from reference join images using (key) group by images.row
+            """
+        )
+        for batch in found.to_arrow_reader(tables.BATCH_ROWS):
+            result[batch.column("row").to_numpy()] = batch.column("first").to_numpy()
+    return result
+
+
+def _numbered(keys: Keys) -> pa.RecordBatchReader:
+    """Return the keys with their rows as one stream."""
+    schema = pa.schema([pa.field("key", pa.string()), pa.field("row", pa.int64())])
+
+    def numbered() -> Iterator[pa.Table]:
+        start = 0
+        for piece in keys:
+            yield pa.table([piece, pa.array(np.arange(start, start + len(piece)))], schema=schema)
+            start += len(piece)
+
+    return tables.stream(schema, numbered())
