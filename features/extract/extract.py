@@ -3,8 +3,10 @@
 Shapes: B images, C channels, S side in pixels, T tiles, N patch tokens, D embed_dim, E numbers an image.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +21,8 @@ from ...models.vit import Features, VisionTransformer
 from ...models.weights import Model, load_model
 from ...store import catalog
 from ...store.manifest import Source
-from .decoding import Cutting, ImageBatch, ImageFacts, Reading, load_batches
-from .tokens import TokenChoice, described, joined
+from .decoding import ImageBatch, ImageFacts, Reading, Tiling, load_batches
+from .tokens import TokenChoice, concatenate, described
 from .windows import cut
 
 PIXELS_SIDE = 16
@@ -174,14 +176,12 @@ def extract(
         reading: what else is asked of the images.
     """
     device = best_device()
-    backbone = model.backbone.to(device).eval()
+    model.backbone.to(device).eval()
     running: tuple[ImageBatch, Tensor, list[Tensor]] | None = None
-    batches = load_batches(
-        uris, model.preprocess, batch_size=batch_size, num_workers=num_workers, reading=reading, cutting=_cutting(model)
-    )
-    for batch in batches:
+    sizes = {"batch_size": batch_size, "num_workers": num_workers}
+    for batch in load_batches(uris, model.preprocess, **sizes, reading=reading, tiling=_tiling(model)):
         if batch.indices:
-            blocks = _seen(backbone, model, batch, device, batch_size)
+            blocks = _forward_batch(model, batch, device, batch_size)
             started = (batch, *described(blocks, model.choice, batch.layouts))
         else:  # nothing but failures
             started = (batch, torch.empty(0, model.dim), [])
@@ -206,7 +206,7 @@ def forward(
     They are inference tensors: copy them before training on them. On a GPU the model runs in half precision where
     that is safe.
     """
-    with torch.inference_mode(), _half_precision(device):
+    with _inference(device):
         return backbone.forward_features(normalise(_moved(pixels, device), preprocess))
 
 
@@ -214,8 +214,15 @@ def forward_layers(
     backbone: VisionTransformer, preprocess: Preprocess, pixels: Tensor, device: torch.device, layers: int
 ) -> list[Features]:
     """Return the features after each of the last blocks, from first to last; otherwise as `forward`."""
-    with torch.inference_mode(), _half_precision(device):
+    with _inference(device):
         return backbone.intermediate_layers(normalise(_moved(pixels, device), preprocess), layers)
+
+
+@contextmanager
+def _inference(device: torch.device) -> Iterator[None]:
+    is_cuda = device.type == "cuda"
+    with torch.inference_mode(), torch.autocast(device.type, precision(device) if is_cuda else None, enabled=is_cuda):
+        yield
 
 
 def _moved(pixels: Tensor, device: torch.device) -> Tensor:
@@ -229,28 +236,15 @@ def precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _half_precision(device: torch.device) -> torch.autocast:
-    return torch.autocast(
-        device.type, precision(device) if device.type == "cuda" else None, enabled=device.type == "cuda"
-    )
-
-
-def _seen(
-    backbone: VisionTransformer | PixelBackbone | CopyDescriptor,
-    model: FeatureModel,
-    batch: ImageBatch,
-    device: torch.device,
-    batch_size: int,
-) -> list[Features]:
+def _forward_batch(model: FeatureModel, batch: ImageBatch, device: torch.device, batch_size: int) -> list[Features]:
     """Return the features after each of the chosen blocks, of all images of a batch, or of all their tiles."""
-    blocks: list[list[Features]] = []
-    for pixels in [batch.pixels] if model.windows is None else torch.split(batch.pixels, batch_size):
-        if model.choice.layers == 1:
-            blocks.append([forward(backbone, model.preprocess, pixels, device)])
+    parts: list[list[Features]] = []
+    for pixels in torch.split(batch.pixels, batch_size):  # one part, but for tiles
+        if isinstance(model.backbone, VisionTransformer) and model.choice.layers > 1:
+            parts.append(forward_layers(model.backbone, model.preprocess, pixels, device, model.choice.layers))
         else:
-            assert isinstance(backbone, VisionTransformer), "with_choice saw to it"
-            blocks.append(forward_layers(backbone, model.preprocess, pixels, device, model.choice.layers))
-    return blocks[0] if len(blocks) == 1 else [joined(parts) for parts in zip(*blocks, strict=True)]
+            parts.append([forward(model.backbone, model.preprocess, pixels, device)])
+    return parts[0] if len(parts) == 1 else [concatenate(blocks) for blocks in zip(*parts, strict=True)]
 
 
 def _fetch(batch: ImageBatch, vectors: Tensor, patches: list[Tensor]) -> FeatureBatch:
@@ -260,10 +254,9 @@ def _fetch(batch: ImageBatch, vectors: Tensor, patches: list[Tensor]) -> Feature
     return FeatureBatch(batch.indices, batch.facts, features, batch.failures, batch.waited_s, fetched, batch.known)
 
 
-def _cutting(model: FeatureModel) -> tuple[Cutting, int] | None:
-    """Return what cuts a picture into tiles, and the pixels that it needs of the shorter side."""
+def _tiling(model: FeatureModel) -> Tiling | None:
     if model.windows is None:
         return None
     assert isinstance(model.backbone, VisionTransformer), "with_choice saw to it"
-    preprocess, patch_size, short_side = model.preprocess, model.backbone.patch_size, model.windows
-    return lambda picture: cut(picture, preprocess, patch_size, short_side), 2 * short_side
+    cutting = partial(cut, preprocess=model.preprocess, patch_size=model.backbone.patch_size, short_side=model.windows)
+    return Tiling(cutting, 2 * model.windows)

@@ -95,7 +95,7 @@ def _by_image(features: Sequence[Features], layouts: Sequence[Layout]) -> Iterat
         )
 
 
-def joined(parts: Sequence[Features]) -> Features:
+def concatenate(parts: Sequence[Features]) -> Features:
     """Return the features of several batches as those of one."""
     return Features(
         torch.cat([part.cls_token for part in parts]),

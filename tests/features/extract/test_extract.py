@@ -114,8 +114,10 @@ def test_decoding_goes_on_while_the_model_computes(uris: list[str], monkeypatch:
     second_batch_decoded = threading.Event()
     load, forward = decoding.load, extract_module.forward
 
-    def announced(uri: str, preprocess: Preprocess) -> decoding.Loaded | int | str:
-        loaded = load(uri, preprocess)
+    def announced(
+        uri: str, preprocess: Preprocess, reading: decoding.Reading, tiling: decoding.Tiling | None
+    ) -> decoding.Loaded | int | str:
+        loaded = load(uri, preprocess, reading, tiling)
         if uri == uris[15]:
             second_batch_decoded.set()
         return loaded
