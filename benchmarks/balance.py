@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from dinov2_toolkit import console
 from dinov2_toolkit.benchmarks.synthetic import NUM_CONCEPTS, blocks
-from dinov2_toolkit.curate.cluster.kmeans import Hierarchy, cluster_levels
+from dinov2_toolkit.curate.cluster.kmeans import Clustering, cluster_levels
 from dinov2_toolkit.curate.cluster.metrics import grouping, normalized_entropy
 from dinov2_toolkit.curate.cluster.sampling import balanced_sample, seeded_keys
 from dinov2_toolkit.store.manifest import Source
@@ -48,10 +48,10 @@ def measure(name: str, positions: Int64, concepts: Int64, found: str = "") -> Ro
     return name, normalized_entropy(counts), normalized_entropy(above), int((counts > 0).sum()), top, found
 
 
-def sampled(made: Hierarchy, num_levels: int, num_images: int, seed: int) -> Int64:
+def sampled(made: list[Clustering], num_levels: int, num_images: int, seed: int) -> Int64:
     """Return a balanced sample through the finest levels."""
-    keys = seeded_keys(len(made.distances), seed, 0)
-    return balanced_sample(made.assignments[:num_levels], num_images, [keys], seed)
+    levels = [each.assignments for each in made[:num_levels]]
+    return balanced_sample(levels, num_images, [seeded_keys(len(levels[0]), seed, 0)], seed)
 
 
 def compare(vectors: Vectors, concepts: Int64, num_clusters: list[int], resample: int, seed: int) -> list[Row]:
@@ -60,7 +60,7 @@ def compare(vectors: Vectors, concepts: Int64, num_clusters: list[int], resample
     rows = [measure("random", np.argsort(seeded_keys(len(concepts), seed, 1))[:num_images], concepts)]
     for times in (0, resample):
         made = cluster_levels(vectors, num_clusters, num_resamplings=times, seed=seed)
-        upper = grouping(made.centroids[0], made.assignments[1], num_clusters[1])
+        upper = grouping(made[0].centroids, made[1].assignments, num_clusters[1])
         found = "a hierarchy" if upper.is_hierarchy else "no hierarchy"
         suffix = f", {times} resamplings" if times else ""
         rows.append(measure(f"one level{suffix}", sampled(made, 1, num_images, seed), concepts))

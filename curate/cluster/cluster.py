@@ -17,6 +17,7 @@ from ...store.artifact import Options, Result, check_manifest_name, make
 from ...store.manifest import SELECTION_FIELDS, Provenance, cluster_field
 from ...store.memory import memory_budget
 from ...store.progress import Progress
+from ...store.vectors import Int32, Int64
 from ..inputs import EmbeddedImages, describe, open_input, read_embedded, warn_of_plain_features
 from ..selection import selected, selection_provenance, write_table
 from .kmeans import cluster_levels
@@ -124,9 +125,11 @@ def _check(settings: ClusterSettings, num_rows: int) -> None:
 def _cluster(
     images: EmbeddedImages, path: Path, num_clusters: list[int], settings: ClusterSettings, provenance: Provenance
 ) -> Provenance:
-    progress = Progress(provenance)
-    with caught_signals("pass") as progress.signals:
-        made = cluster_levels(
+    progress = [Progress(provenance, level) for level in range(len(num_clusters))]
+    with caught_signals("pass") as signals:
+        for part in progress:
+            part.signals = signals
+        levels = cluster_levels(
             images.vectors,
             num_clusters,
             num_resamplings=settings.resample,
@@ -139,25 +142,24 @@ def _cluster(
     if settings.sample is not None:
         keys = seeded_keys(len(images), provenance.seed, 0)
         positions = balanced_sample(
-            made.assignments[:1] if settings.allocation == "flat" else made.assignments,
+            [made.assignments for made in (levels[:1] if settings.allocation == "flat" else levels)],
             settings.sample,
-            [keys] if settings.pick == "random" else [made.distances, images.order],
+            [keys] if settings.pick == "random" else [levels[0].distances, images.order],
             provenance.seed,
             is_proportional=settings.allocation == "proportional",
         )
 
-    clusters, figures = describe_levels(images, made, positions)
+    clusters, figures = describe_levels(images, levels, positions)
     write_cluster_table(path, clusters, provenance)
     table = selected(images, positions)
-    of_images = made.assignments[0][positions]
-    for level in range(len(num_clusters)):
-        table = table.append_column(cluster_field(level), pa.array(of_images, pa.int32()))
-        parents = made.parents(level)
-        if parents is not None:
-            of_images = parents[of_images]
-    distance = next(field for field in SELECTION_FIELDS if field.name == "distance")
-    table = table.append_column(distance, pa.array(made.distances[positions], pa.float32()))
-    figures = {"images": len(positions), "agreement": made.agreement, **figures}
+    of_images: Int64 | Int32 = positions
+    for level, made in enumerate(levels):
+        of_images = made.assignments[of_images]
+        table = table.append_column(cluster_field(level), pa.array(of_images))
+    distance = pa.schema(SELECTION_FIELDS).field("distance")
+    table = table.append_column(distance, pa.array(levels[0].distances[positions]))
+    figures = {"images": len(positions), "agreement": levels[0].agreement, **figures}
     written = write_table(path, table, provenance, figures)
-    progress.remove()
+    for part in progress:
+        part.remove()
     return written

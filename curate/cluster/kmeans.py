@@ -23,7 +23,7 @@ from ...features.search.centroids import (
 from ...features.search.similarity import tolerance
 from ...features.threads import Workers, map_in_order, workers
 from ...store.memory import memory_budget
-from ...store.progress import Array, Progress
+from ...store.progress import Progress
 from ...store.vectors import Float32, Int32, Int64, Vectors, release, unit_length
 from .lloyd import POINTS_A_CENTROID, State, initial_state, iterate, reassign
 from .sampling import seeded_keys
@@ -47,38 +47,6 @@ class Clustering:
     agreement: float = 1.0  # measured share of vectors that found their nearest centroid; 1: all were compared
 
 
-@dataclass(frozen=True)
-class Hierarchy:
-    """Clusters of several levels, level 0 the finest."""
-
-    assignments: Sequence[Int32]  # of level 0 the cluster of every image (N,), of l that of every cluster of l - 1
-    distances: Float32  # (N,) 1 - cosine to the finest centroid
-    centroids: Sequence[Float32]  # (K_l, D) of each level
-    agreement: float  # of level 0, as in Clustering
-
-    def parents(self, level: int) -> Int32 | None:
-        """Return the cluster of the next level of every cluster, (K_l,); None at the coarsest."""
-        return self.assignments[level + 1] if level + 1 < len(self.assignments) else None
-
-
-@dataclass(frozen=True)
-class _LevelProgress:
-    """What a level has reached; nothing is kept where `progress` is None."""
-
-    progress: Progress | None
-    level: int
-
-    def load(self, name: str) -> dict[str, Array] | None:
-        return None if self.progress is None else self.progress.load(f"{name}-{self.level}")
-
-    def save(self, name: str, **arrays: object) -> None:
-        if self.progress is not None:
-            self.progress.save(f"{name}-{self.level}", **arrays)  # type: ignore[arg-type]
-
-    def due(self) -> bool:
-        return self.progress is not None and self.progress.due()
-
-
 def cluster_levels(
     vectors: Vectors,
     num_clusters: Sequence[int],
@@ -87,28 +55,27 @@ def cluster_levels(
     seed: int,
     recall: float = 0.99,
     memory: int | None = None,
-    progress: Progress | None = None,
-) -> Hierarchy:
-    """Cluster vectors (N, D), then the centroids, then theirs; the arguments are those of `cluster_vectors`.
+    progress: Sequence[Progress] | None = None,
+) -> list[Clustering]:
+    """Cluster vectors (N, D), then the centroids, then theirs: the vectors of level l are the centroids of l - 1.
 
+    The arguments are those of `cluster_vectors`; `progress` has one for each level.
     Centroids have length 1 at every level: else short mean vectors gather everything around them in a hub.
     """
-    made: list[Clustering] = []
+    levels: list[Clustering] = []
     for level, count in enumerate(num_clusters):
-        found = cluster_vectors(
+        made = cluster_vectors(
             vectors,
             count,
             num_resamplings=num_resamplings,
             seed=seed + level * LEVEL_SEEDS,
             recall=recall,
             memory=memory,
-            progress=progress,
-            level=level,
+            progress=None if progress is None else progress[level],
         )
-        made.append(found)
-        vectors = Vectors(found.centroids, np.arange(count), vectors.base)
-    assignments, centroids = [each.assignments for each in made], [each.centroids for each in made]
-    return Hierarchy(assignments, made[0].distances, centroids, made[0].agreement)
+        levels.append(made)
+        vectors = Vectors(made.centroids, np.arange(count), vectors.base)
+    return levels
 
 
 def cluster_vectors(
@@ -120,7 +87,6 @@ def cluster_vectors(
     recall: float = 0.99,
     memory: int | None = None,
     progress: Progress | None = None,
-    level: int = 0,
 ) -> Clustering:
     """Cluster vectors (N, D), at least `num_clusters` of them.
 
@@ -132,17 +98,19 @@ def cluster_vectors(
         num_resamplings: how many times centroids are fitted again, as `fit_centroids` says.
         recall: share of the vectors that must find their nearest centroid.
         memory: bytes to take; None: a third of the machine.
-        progress: where to keep what is reached; `level` tells the levels apart.
+        progress: where to keep what is reached.
 
     Raises ToolkitError when memory is too small for two points a cluster.
     """
-    reached = _LevelProgress(progress, level)
-    fitted = reached.load("centroids")
+    fitted = None if progress is None else progress.load("centroids")
     with workers() as threads:
         if fitted is None:
             rows = sample_rows(len(vectors), _sample_size(vectors, num_clusters, memory), seed)
-            centroids = fit_centroids(read_points(vectors, rows), num_clusters, num_resamplings, seed, reached, threads)
-            reached.save("centroids", centroids=centroids)
+            points = read_points(vectors, rows)
+            centroids = fit_centroids(points, num_clusters, num_resamplings, seed, threads, progress)
+            del points
+            if progress is not None:
+                progress.save("centroids", centroids=centroids)
         else:
             centroids = fitted["centroids"]
         measured = read_points(vectors, sample_rows(len(vectors), MEASURED_ROWS, seed, MEASURE_PURPOSE))
@@ -152,7 +120,7 @@ def cluster_vectors(
                 f"assigning by a coarse quantizer, to {coarse.candidates.shape[1]:,} of {num_clusters:,} centroids:"
                 f" {agreement:.2%} of {len(measured):,} rows find their nearest (--recall {recall:g})"
             )
-        assignments, distances = _assign_all(vectors, centroids, coarse, reached, threads)
+        assignments, distances = _assign_all(vectors, centroids, coarse, threads, progress)
         made = Clustering(centroids, assignments, distances, agreement)
         _fill_empty(vectors, made, threads)
     return made
@@ -190,7 +158,7 @@ def read_points(vectors: Vectors, rows: Int64) -> Float32:
 
 
 def fit_centroids(
-    points: Float32, num_clusters: int, num_resamplings: int, seed: int, reached: _LevelProgress, threads: Workers
+    points: Float32, num_clusters: int, num_resamplings: int, seed: int, threads: Workers, progress: Progress | None
 ) -> Float32:
     """Return centroids (K, D) of points (S, D): k-means, and k-means again of as many points of every cluster.
 
@@ -199,7 +167,7 @@ def fit_centroids(
     cluster flattens the density.
     Source: Vo et al. 2024 (Automatic Data Curation for Self-Supervised Learning), section 3.3.
     """
-    saved = reached.load("fit")
+    saved = None if progress is None else progress.load("fit")
     first = 0 if saved is None else int(saved["step"])
     chosen: Int64 = np.arange(len(points)) if saved is None else saved["chosen"]
     num_kept = max(1, round(len(points) / num_clusters / 2))
@@ -210,8 +178,8 @@ def fit_centroids(
             members = points if len(chosen) == len(points) else points[chosen]
 
             def keep(state: State, step: int = step, chosen: Int64 = chosen) -> None:
-                if reached.due():
-                    reached.save("fit", step=step, chosen=chosen, **vars(state))
+                if progress is not None and progress.due():
+                    progress.save("fit", step=step, chosen=chosen, **vars(state))
 
             if saved is None:
                 state = initial_state(members, num_clusters, (seed + step) % 2**63, threads)
@@ -239,15 +207,15 @@ def fit_centroids(
 
 
 def _assign_all(
-    vectors: Vectors, centroids: Float32, coarse: CoarseQuantizer | None, reached: _LevelProgress, threads: Workers
+    vectors: Vectors, centroids: Float32, coarse: CoarseQuantizer | None, threads: Workers, progress: Progress | None
 ) -> tuple[Int32, Float32]:
     """Return the centroid of every vector and the distance to it, (N,) each; resumes where it was interrupted."""
     num, done = len(vectors), 0
     assignments, distances = np.empty(num, np.int32), np.empty(num, np.float32)
-    if reached.progress is not None:
-        assignments = reached.progress.mapped(f"assignments-{reached.level}", np.int32, num)
-        distances = reached.progress.mapped(f"distances-{reached.level}", np.float32, num)
-        saved = reached.load("assigned")
+    if progress is not None:
+        assignments = progress.mapped("assignments", np.int32, num)
+        distances = progress.mapped("distances", np.float32, num)
+        saved = progress.load("assigned")
         done = 0 if saved is None else int(saved["rows"])
 
     def assign(start: int) -> int:
@@ -262,11 +230,11 @@ def _assign_all(
             advance(count)
             if done % RELEASED_ROWS < BLOCK_ROWS:
                 release(vectors.array)
-            if reached.due():
+            if progress is not None and progress.due():
                 for array in (assignments, distances):
                     if isinstance(array, np.memmap):
                         array.flush()
-                reached.save("assigned", rows=done)
+                progress.save("assigned", rows=done)
     release(vectors.array)
     return np.array(assignments), np.array(distances)
 

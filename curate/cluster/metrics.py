@@ -6,12 +6,11 @@ N images, K clusters of a level, C classes, D numbers a centroid.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ...features.grouping import group_by
 from ...features.search.centroids import neighbors_of_centroids
 from ...features.threads import workers
-from ...store.vectors import Float32, Float64, Int32, Int64, unit_length
+from ...store.vectors import Bools, Float32, Float64, Int32, Int64, unit_length
 from .lloyd import NUM_NEIGHBORS
 
 HUB_TIMES = 4.0  # chosen: a hub has at least so many times the average number of children,
@@ -32,23 +31,28 @@ class Contingency:
     counts: Int64
 
 
-def contingency(clusters: Int64 | Int32, classes: Int64 | Int32, counts: Int64 | None = None) -> Contingency:
-    """Return the table of pairs of cluster and class; a pair counts 1, or its `counts`, and may occur several times."""
+def contingency(clusters: Int64 | Int32, classes: Int64 | Int32) -> Contingency:
+    """Count the pairs of the cluster and the class of labelled images."""
     num = int(classes.max(initial=0)) + 1
-    pairs, place = np.unique(clusters.astype(np.int64) * num + classes, return_inverse=True)
-    return Contingency(pairs // num, pairs % num, np.bincount(place, counts, len(pairs)).astype(np.int64))
+    pairs, counts = np.unique(clusters.astype(np.int64) * num + classes, return_counts=True)
+    return Contingency(pairs // num, pairs % num, counts)
 
 
-def majority(table: Contingency) -> Contingency:
-    """Return the most frequent class of every cluster that has one, of ties the lowest."""
+def majority(table: Contingency, num_clusters: int) -> tuple[Int64, Float64]:
+    """Return the most frequent class of every cluster, -1 where none has a label, and its share, the purity; (K,)."""
+    classes, shares = np.full(num_clusters, -1), np.zeros(num_clusters)
     by = np.lexsort((table.classes, -table.counts, table.clusters))
-    clusters, first = np.unique(table.clusters[by], return_index=True)
-    return Contingency(clusters, table.classes[by][first], table.counts[by][first])
+    present, first = np.unique(table.clusters[by], return_index=True)
+    classes[present] = table.classes[by][first]
+    shares[present] = table.counts[by][first] / np.bincount(table.clusters, table.counts)[present]
+    return classes, shares
 
 
 def purity(table: Contingency) -> float:
     """Return the share of images whose class is the most frequent one of their cluster."""
-    return float(majority(table).counts.sum() / max(table.counts.sum(), 1))
+    most = np.zeros(int(table.clusters.max(initial=0)) + 1, np.int64)
+    np.maximum.at(most, table.clusters, table.counts)
+    return float(most.sum() / table.counts.sum())
 
 
 def normalized_mutual_information(table: Contingency) -> float:
@@ -153,7 +157,7 @@ def isolation(centroids: Float32) -> Float64:
     return np.maximum(distances, 0)
 
 
-def suspected_junk(sizes: Int64, isolated: Float64) -> npt.NDArray[np.bool_]:
+def suspected_junk(sizes: Int64, isolated: Float64) -> Bools:
     """Return which clusters (K,) are tiny and far from all others, as broken and foreign images are."""
     filled = sizes > 0
     if filled.sum() < MIN_CLUSTERS:
@@ -162,5 +166,5 @@ def suspected_junk(sizes: Int64, isolated: Float64) -> npt.NDArray[np.bool_]:
     deviation = 1.4826 * np.median(np.abs(isolated[filled] - median))  # the standard one, if they were normal
     is_far = isolated > median + FAR_DEVIATIONS * max(float(deviation), 1e-3 * float(median))
     is_tiny = sizes <= max(1.0, TINY_SHARE * sizes[filled].mean())
-    suspected: npt.NDArray[np.bool_] = filled & is_tiny & is_far
+    suspected: Bools = filled & is_tiny & is_far
     return suspected

@@ -63,9 +63,7 @@ def write_report(path: Path, report: Path) -> None:
         if figures.get(f"hub_{level}"):
             parts.append(
                 f"<p><b>Level {level} finds no hierarchy</b>: its largest cluster holds"
-                f" {figures[f'hub_share_{level}']:.0%} of those below, whose mean has length"
-                f" {figures[f'hub_norm_{level}']:.2f}; clusters put together are more alike than any two by a cosine of"
-                f" {figures[f'grouping_{level}']:.2f}. Leave it out, or share out by --allocation flat.</p>"
+                f" {figures[f'hub_share_{level}']:.0%} of those below. Leave it out, or use --allocation flat.</p>"
             )
     parts.append("<h2>Sizes, from the largest to the smallest</h2><p>Grey: the pool. Blue: the sample.</p>")
     for level, table in enumerate(levels):

@@ -5,30 +5,20 @@ A row is a cluster, with its centroid in the column `embedding`: so it is an emb
 N images, K_l clusters at level l.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from ... import console
 from ...errors import ToolkitError
 from ...store.manifest import ManifestWriter, Provenance, embedding_field
-from ...store.vectors import Float32, Float64, Int32, Int64
+from ...store.vectors import Bools, Float32, Float64, Int32, Int64
 from ..inputs import EmbeddedImages
-from .kmeans import Hierarchy
-from .metrics import (
-    contingency,
-    grouping,
-    isolation,
-    majority,
-    normalized_mutual_information,
-    purity,
-    size_figures,
-    suspected_junk,
-)
+from . import metrics
+from .kmeans import Clustering
 
 TABLE_FIELDS = (
     pa.field("level", pa.int32()),  # 0 is the finest
@@ -43,6 +33,19 @@ TABLE_FIELDS = (
     pa.field("suspected", pa.bool_()),  # tiny and far from all others: perhaps junk
 )
 LEVEL_FIGURES = ("clusters", "empty", "smallest", "median", "largest", "entropy", "sample_entropy", "purity", "nmi")
+CLASS_FIGURES = (
+    *(
+        "classes",
+        "",
+        "class_smallest",
+        "class_median",
+        "class_largest",
+        "class_entropy",
+        "sample_class_entropy",
+        "",
+        "",
+    ),
+)
 FIGURES_HEADER = ["", "number", "empty", "smallest", "median", "largest", "entropy", "of the sample", "purity", "NMI"]
 LISTED_JUNK = 10  # clusters named on stderr
 
@@ -67,7 +70,9 @@ def write_cluster_table(path: Path, table: pa.Table, provenance: Provenance) -> 
         writer.write(table)
 
 
-def describe_levels(images: EmbeddedImages, made: Hierarchy, positions: Int64) -> tuple[pa.Table, dict[str, object]]:
+def describe_levels(
+    images: EmbeddedImages, levels: Sequence[Clustering], positions: Int64
+) -> tuple[pa.Table, dict[str, object]]:
     """Return the table of clusters and the figures of all levels, and say on stderr what a person should know.
 
     `positions` (R,) are those of the images in the selection.
@@ -75,67 +80,61 @@ def describe_levels(images: EmbeddedImages, made: Hierarchy, positions: Int64) -
     figures: dict[str, object] = {}
     tables: list[pa.Table] = []
     classes, names = _read_classes(images)
-    clusters, has_label = made.assignments[0], classes >= 0
-    counts = contingency(clusters[has_label], classes[has_label])
-    sizes = np.bincount(clusters, minlength=len(made.centroids[0]))
-    sampled = np.bincount(clusters[positions], minlength=len(sizes))
-    mean_distance: pa.Array = pa.array(np.bincount(clusters, made.distances, len(sizes)) / np.maximum(sizes, 1))
-    for level, centroids in enumerate(made.centroids):
-        num, parents = len(centroids), made.parents(level)
-        isolated = isolation(centroids)
-        is_junk = suspected_junk(sizes, isolated) if level == 0 else np.zeros(num, bool)
-        labels, purities = np.full(num, -1), np.zeros(num)
-        most = majority(counts)
-        labels[most.clusters] = most.classes
-        purities[most.clusters] = most.counts / np.bincount(counts.clusters, counts.counts)[most.clusters]
-        columns = {
-            "level": pa.array(np.full(num, level)),
-            "cluster": pa.array(np.arange(num)),
-            "parent": pa.nulls(num) if parents is None else pa.array(parents),
-            "images": pa.array(sizes),
-            "sampled": pa.array(sampled),
-            "mean_distance": mean_distance if level == 0 else pa.nulls(num),
-            "isolation": pa.array(isolated),
+    has_label = classes >= 0
+    clusters: Int64 | Int32 = np.arange(len(images))
+    for level, made in enumerate(levels):
+        num, centroids = len(made.centroids), made.centroids
+        parents = levels[level + 1].assignments if level + 1 < len(levels) else None
+        clusters = made.assignments[clusters]  # of every image
+        sizes, sampled = (np.bincount(part, minlength=num) for part in (clusters, clusters[positions]))
+        counts = metrics.contingency(clusters[has_label], classes[has_label])
+        isolated = metrics.isolation(centroids)
+        is_junk = metrics.suspected_junk(sizes, isolated) if level == 0 else np.zeros(num, bool)
+        labels, purities = metrics.majority(counts, num)
+        columns: dict[str, object] = {
+            "level": np.full(num, level),
+            "cluster": np.arange(num),
+            "parent": [None] * num if parents is None else parents,
+            "images": sizes,
+            "sampled": sampled,
+            "mean_distance": [None] * num,
+            "isolation": isolated,
             "label": pa.array(names, pa.string()).take(pa.array(labels, mask=labels < 0)),
-            "purity": pa.array(purities, mask=labels < 0),
-            "suspected": pa.array(is_junk),
+            "purity": pa.array(purities, pa.float32(), mask=labels < 0),
+            "suspected": is_junk,
+            "embedding": pa.FixedSizeListArray.from_arrays(centroids.reshape(-1), centroids.shape[1]),
         }
-        tables.append(_table(columns, centroids))
-        measured = size_figures(sizes, sampled)
+        measured = metrics.size_figures(sizes, sampled)
         if names:
-            measured |= {"purity": purity(counts), "nmi": normalized_mutual_information(counts)}
+            measured |= {"purity": metrics.purity(counts), "nmi": metrics.normalized_mutual_information(counts)}
         figures |= {f"{name}_{level}": value for name, value in measured.items()}
         if level == 0:
+            columns["mean_distance"] = np.bincount(clusters, made.distances, num) / np.maximum(sizes, 1)
             figures |= {"junk_clusters": int(is_junk.sum()), "junk_images": int(sizes[is_junk].sum())}
             _say_junk(images, made, sizes, isolated, is_junk)
         if parents is not None:
-            num_above = len(made.centroids[level + 1])
-            figures |= _say_grouping(centroids, parents, num_above, level + 1)
-            counts = contingency(parents[counts.clusters], counts.classes, counts.counts)
-            sizes, sampled = (np.bincount(parents, part, num_above).astype(np.int64) for part in (sizes, sampled))
+            figures |= _say_grouping(centroids, parents, len(levels[level + 1].centroids), level + 1)
+        schema = pa.schema([*TABLE_FIELDS, embedding_field(centroids.shape[1], pa.float32())])
+        tables.append(pa.table(columns, schema=schema))
     if names:
-        of_all, of_sample = (
-            np.bincount(part[part >= 0], minlength=len(names)) for part in (classes, classes[positions])
-        )
-        measured = size_figures(of_all, of_sample)
-        figures |= {"class_entropy": measured["entropy"], "sample_class_entropy": measured["sample_entropy"]}
-        figures |= {f"class_{name}": measured[name] for name in ("smallest", "median", "largest")}
-        figures["classes"] = len(names)
+        of_pool, of_sample = (part[part >= 0] for part in (classes, classes[positions]))
+        measured = metrics.size_figures(np.bincount(of_pool), np.bincount(of_sample, minlength=len(names)))
+        figures |= {f"class_{name}": measured[name] for name in ("smallest", "median", "largest", "entropy")}
+        figures |= {"sample_class_entropy": measured["sample_entropy"], "classes": len(names)}
     title = f"{len(positions):,} of {len(images):,} images; entropy 1 is all alike"
-    rows = [["" if value is None else value for value in row] for row in figure_rows(figures, len(tables))]
     shown = len(FIGURES_HEADER) if names else -2
-    console.table(title, FIGURES_HEADER[:shown], [row[:shown] for row in rows])
+    console.table(title, FIGURES_HEADER[:shown], [row[:shown] for row in figure_rows(figures, len(tables))])
     return pa.concat_tables(tables), figures
 
 
 def figure_rows(figures: Mapping[str, object], num_levels: int) -> list[list[object]]:
     """Return the rows below FIGURES_HEADER: one a level, then that of the labels where there are any."""
-    rows = [
-        [f"cluster_{level}", *(figures.get(f"{name}_{level}") for name in LEVEL_FIGURES)] for level in range(num_levels)
+    names = [[f"{name}_{level}" for name in LEVEL_FIGURES] for level in range(num_levels)]
+    rows: list[list[object]] = [
+        [f"cluster_{level}", *(figures.get(name, "") for name in of_level)] for level, of_level in enumerate(names)
     ]
     if "classes" in figures:
-        names = ("class_smallest", "class_median", "class_largest", "class_entropy", "sample_class_entropy")
-        rows.append(["label", figures["classes"], None, *(figures.get(name) for name in names), None, None])
+        rows.append(["label", *(figures.get(name, "") for name in CLASS_FIGURES)])
     return rows
 
 
@@ -147,22 +146,13 @@ def _read_classes(images: EmbeddedImages) -> tuple[Int32, list[str]]:
     return np.concatenate(classes), labels.chunk(0).dictionary.to_pylist()
 
 
-def _table(columns: dict[str, pa.Array], centroids: Float32) -> pa.Table:
-    field = embedding_field(centroids.shape[1], pa.float32())
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(centroids.reshape(-1)), type=field.type)
-    schema = pa.schema([*TABLE_FIELDS, field])
-    return pa.table([*(columns[each.name].cast(each.type) for each in TABLE_FIELDS), vectors], schema=schema)
-
-
-def _say_junk(
-    images: EmbeddedImages, made: Hierarchy, sizes: Int64, isolated: Float64, is_junk: npt.NDArray[np.bool_]
-) -> None:
+def _say_junk(images: EmbeddedImages, made: Clustering, sizes: Int64, isolated: Float64, is_junk: Bools) -> None:
     """List tiny clusters far from all others, each with the image nearest to its centroid."""
     suspected = np.flatnonzero(is_junk)
     if not len(suspected):
         return
     shown = suspected[np.argsort(-isolated[suspected], kind="stable")][:LISTED_JUNK].tolist()
-    members = [np.flatnonzero(made.assignments[0] == cluster) for cluster in shown]
+    members = [np.flatnonzero(made.assignments == cluster) for cluster in shown]
     uris = images.uris(np.array([rows[made.distances[rows].argmin()] for rows in members])).to_pylist()
     console.warn(
         f"{len(suspected):,} tiny clusters far from all others, {sizes[suspected].sum():,} images: perhaps junk, which"
@@ -177,7 +167,7 @@ def _say_junk(
 
 def _say_grouping(children: Float32, parents: Int32, num_nodes: int, level: int) -> dict[str, object]:
     """Return how well a level groups the clusters below it, and warn where it finds no hierarchy."""
-    made = grouping(children, parents, num_nodes)
+    made = metrics.grouping(children, parents, num_nodes)
     if not made.is_hierarchy:
         what = (
             f"its cluster {made.hub} is a hub: {made.share:.0%} of the {len(children):,} clusters below, with little in"

@@ -88,16 +88,6 @@ def cap(pairs: Pairs, max_images: int | None) -> Pairs:
 
 
 @dataclass(frozen=True)
-class Filled:
-    """An assignment in which every query has its number of images, where the pool allows."""
-
-    pairs: Pairs
-    rounds: int  # searches, the first included
-    depth: int  # neighbours of a query, at most
-    recall: float  # the lowest of these searches
-
-
-@dataclass(frozen=True)
 class _Current:
     """The current query of each pool image, changed in place."""
 
@@ -113,7 +103,7 @@ def fill(
     num_pool: int,
     search: Callable[[QuerySet, Int64, int], Neighbors],
     unavailable: Int64,
-) -> Filled:
+) -> tuple[Pairs, dict[str, object]]:
     """Give every query as many images as its set asks for, each pool image to one query, while the pool lasts.
 
     The result is that of a greedy pass over all pairs, by falling similarity (of ties by query, then by the pool's
@@ -127,6 +117,8 @@ def fill(
         num_pool: N.
         search: returns the neighbours of a set's queries at the places (B,) given, to the depth given.
         unavailable: positions of pool images that no query may get.
+
+    Returns the assignments, and figures: the lowest recall of the searches, their number and depth.
     """
     num_queries = sum(len(part) for part in sets)
     current = _Current(
@@ -157,8 +149,10 @@ def fill(
                 is_done[queries] = _propose(current, queries, capacity, neighbors, depth >= num_pool)
     images = np.flatnonzero(current.query >= 0)
     rank = current.rank[images].astype(np.int64)
+    depth = min(max(depths), num_pool)
+    console.say(f"filled in {rounds} rounds, from up to {depth:,} neighbours of a query")
     pairs = Pairs(images, current.query[images], rank, current.similarity[images]).ordered()
-    return Filled(pairs, rounds, min(max(depths), num_pool), recall)
+    return pairs, {"recall": recall, "fill_rounds": rounds, "fill_depth": depth}
 
 
 def _propose(

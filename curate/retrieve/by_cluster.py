@@ -73,6 +73,8 @@ def nearest_in_clusters(
     queries = group_by(filled[found.indices[:, 0]], len(centroids))
     images = group_by(clusters + 1, len(centroids) + 1)  # 0: in no cluster
     hit = np.flatnonzero(queries.sizes >= min_queries)
+    if not len(hit):
+        console.warn(f"no cluster holds {min_queries} queries of {part.name}; lower --min-queries")
     nothing = np.empty(0, np.int64)
     pairs = [Pairs(nothing, nothing, nothing, np.empty(0))]
     with console.progress(f"comparing within clusters of {part.name}", len(hit), "clusters") as advance:

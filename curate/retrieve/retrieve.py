@@ -182,34 +182,27 @@ def _retrieve(
             )
         lists = [search(part, part.places, part.number) for part in sets]
         found = [candidates(part, neighbors) for part, neighbors in zip(sets, lists, strict=True)]
-        assigned = [assign_to_most_similar(pairs) for pairs in found]
         figures["recall"] = min(neighbors.recall for neighbors in lists)
-        note = ""
-        if settings.fill:
-            filled = fill(sets, lists, len(pool), search, are_queries)
-            assigned = [filled.pairs.of(part) for part in sets]
-            figures |= {"recall": filled.recall, "fill_rounds": filled.rounds, "fill_depth": filled.depth}
-            note = f"; places filled in {filled.rounds} rounds from up to {filled.depth:,} neighbours of a query"
     else:
         clusters, centroids = clusters_of(pool, settings.num_clusters, provenance.seed)
-        found, num_hit = [], 0
-        for part in sets:
-            pairs, num_of_set = nearest_in_clusters(
-                part, pool, clusters, centroids, identity, settings.min_queries, above, searching
-            )
-            found.append(pairs)
-            num_hit += num_of_set
-            if not num_of_set:
-                console.warn(f"no cluster holds {settings.min_queries} queries of {part.name}; lower --min-queries")
-        assigned = [assign_to_most_similar(pairs) for pairs in found]
+        by_set = [
+            nearest_in_clusters(part, pool, clusters, centroids, identity, settings.min_queries, above, searching)
+            for part in sets
+        ]
+        found, num_hit = [pairs for pairs, _ in by_set], sum(num for _, num in by_set)
         figures |= {"clusters": len(centroids), "clusters_hit": num_hit}
-        note = f" from {num_hit:,} of {len(centroids):,} clusters"
+        console.say(f"queries fall into {num_hit:,} of {len(centroids):,} clusters")
+    if settings.fill:
+        filled, fill_figures = fill(sets, lists, len(pool), search, are_queries)
+        figures |= fill_figures
+        assigned = [filled.of(part) for part in sets]
+    else:
+        assigned = [assign_to_most_similar(pairs) for pairs in found]
     retrieved = assign_to_most_similar(concatenate([cap(pairs, settings.max_images) for pairs in assigned]))
     retrieved = retrieved.take(np.flatnonzero(~np.isin(retrieved.pool, are_queries)))  # these come once, as queries
 
-    num_wanted = sum(len(pairs) for pairs in found)
-    num_distinct = len(np.unique(concatenate(found).pool))
-    rows = _rows(sets, pool, retrieved, identity.queries if settings.include_queries else None)
+    rows = _rows(sets, pool, retrieved, identity.queries, settings.include_queries)
+    num_candidates, num_distinct = sum(len(pairs) for pairs in found), len(np.unique(concatenate(found).pool))
     composition = [
         {
             "source": part.name,
@@ -225,14 +218,14 @@ def _retrieve(
     figures |= {
         "images": rows.num_rows,
         "retrieved": len(retrieved),
-        "wanted": num_wanted,
+        "wanted": num_candidates,
         "distinct": num_distinct,
-        "collisions": num_wanted - num_distinct,
+        "collisions": num_candidates - num_distinct,
         "composition": composition,
     }
     console.say(
-        f"{num_queries:,} queries retrieved {len(retrieved):,} of {len(pool):,} pool images{note};"
-        f" {num_wanted:,} candidates, {num_wanted - num_distinct:,} of them already those of another query"
+        f"{num_queries:,} queries retrieved {len(retrieved):,} of {len(pool):,} pool images; {num_candidates:,}"
+        f" candidates, {num_candidates - num_distinct:,} of them candidates of another query already"
     )
     number = "k" if settings.per_cluster is None else "per cluster"
     header = ["query set", "queries", number, "candidates", "distinct", "retrieved", "share"]
@@ -240,22 +233,22 @@ def _retrieve(
     return write_table(path, rows, provenance, figures)
 
 
-def _rows(sets: list[QuerySet], pool: EmbeddedImages, retrieved: Pairs, firsts: Int64 | None) -> Selection:
+def _rows(
+    sets: list[QuerySet], pool: EmbeddedImages, retrieved: Pairs, firsts: Int64, include_queries: bool
+) -> Selection:
     """Return the rows to write, by query, then rank.
 
-    With `firsts` (Q,), the place of the first query that is the same image, queries are rows too, each image once. They
-    have rank 0 and no `row`, for that counts in the pool's embeddings.
+    Queries that are included have rank 0 and no `row`, for that counts in the pool's embeddings. Each image comes once:
+    `firsts` (Q,) are the places of the first queries that are the same image.
     """
     parts, pairs = [(pool, retrieved.pool)], [retrieved]
-    for part in sets if firsts is not None else ():
-        places = part.places[firsts[part.places] == part.places] if firsts is not None else part.places
+    for part in sets if include_queries else ():
+        places = part.places[firsts[part.places] == part.places]
         images = replace(part.images, rows=pa.nulls(len(part), ROW_FIELD.type))
         parts.append((images, places - part.start))
         pairs.append(Pairs(places, places, np.zeros(len(places), np.int64), np.ones(len(places))))
     every = concatenate(pairs)
     order = np.lexsort((every.rank, every.query))
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(len(order))
     every = every.take(order)
 
     # Strings are kept once, and repeated only where they are written.
@@ -271,4 +264,4 @@ def _rows(sets: list[QuerySet], pool: EmbeddedImages, retrieved: Pairs, firsts: 
         field("rank"): pa.array(every.rank),
         field("similarity"): pa.array(every.similarity),
     }
-    return Selection(tuple(parts), places, added)
+    return Selection(tuple(parts), np.argsort(order), added)

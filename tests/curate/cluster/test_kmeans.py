@@ -169,6 +169,10 @@ def kept(name: str) -> Progress:
     return Progress(Provenance("selection", f"test {name}", {}))
 
 
+def killed() -> list[Progress]:
+    return [kept(f"killed {level}") for level in range(2)]
+
+
 class Killed(Exception):
     """Stands for a signal that ends the process."""
 
@@ -195,16 +199,15 @@ def test_a_killed_clustering_goes_on_and_ends_with_the_same_bits(
 
     monkeypatch.setattr(Progress, "save", save_and_die)
     with pytest.raises(Killed):
-        cluster_levels(vectors, [25, 4], num_resamplings=1, seed=0, progress=kept("killed"))
+        cluster_levels(vectors, [25, 4], num_resamplings=1, seed=0, progress=killed())
     num_saved = count
     count = 1_000  # the second run lives
-    again = cluster_levels(vectors, [25, 4], num_resamplings=1, seed=0, progress=kept("killed"))
+    again = cluster_levels(vectors, [25, 4], num_resamplings=1, seed=0, progress=killed())
     assert num_saved == num_done + 1 and count > 1_000
-    for one, other in zip(whole.assignments, again.assignments, strict=True):
-        np.testing.assert_array_equal(one, other)
-    for before, after in zip(whole.centroids, again.centroids, strict=True):
-        np.testing.assert_array_equal(before, after)
-    np.testing.assert_array_equal(whole.distances, again.distances)
+    for one, other in zip(whole, again, strict=True):
+        np.testing.assert_array_equal(one.assignments, other.assignments)
+        np.testing.assert_array_equal(one.centroids, other.centroids)
+        np.testing.assert_array_equal(one.distances, other.distances)
 
 
 def test_a_signal_ends_at_the_next_save_and_the_work_goes_on() -> None:
@@ -215,12 +218,12 @@ def test_a_signal_ends_at_the_next_save_and_the_work_goes_on() -> None:
     with pytest.raises(Stopped, match="goes on"):
         cluster_vectors(vectors, 20, num_resamplings=1, seed=0, progress=stopped)
     again = kept("stopped")
-    assert again.load("fit-0") is not None
+    assert again.load("fit") is not None
     np.testing.assert_array_equal(
         cluster_vectors(vectors, 20, num_resamplings=1, seed=0, progress=again).assignments, whole.assignments
     )
     again.remove()
-    assert again.load("fit-0") is None
+    assert again.load("fit") is None
 
 
 def test_empty_clusters_take_the_farthest_of_the_costliest() -> None:
@@ -293,6 +296,6 @@ def test_the_sample_is_as_large_as_memory_allows_and_too_little_is_said() -> Non
 
 def test_four_levels_each_group_the_one_below() -> None:
     made = cluster_levels(in_memory(mixture(800, 16, 100)), [80, 30, 10, 3], num_resamplings=1, seed=0)
-    assert [len(level) for level in made.assignments] == [800, 80, 30, 10]
-    for level, count in zip(made.assignments, (80, 30, 10, 3), strict=True):
-        assert set(level.tolist()) == set(range(count))  # none is empty
+    assert [len(level.assignments) for level in made] == [800, 80, 30, 10]
+    for level, count in zip(made, (80, 30, 10, 3), strict=True):
+        assert set(level.assignments.tolist()) == set(range(count))  # none is empty
