@@ -49,10 +49,7 @@ def strip_heads(run: Path, folder: Path) -> None:
         folder,
         backbone=model.backbone,
         heads={},
-        image_size=model.image_size,
-        crop_ratio=model.crop_ratio,
-        mean=model.mean,
-        std=model.std,
+        preprocess=model.preprocess,
     )
 
 

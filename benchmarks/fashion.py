@@ -22,7 +22,7 @@ from dinov2_toolkit import console
 from dinov2_toolkit.benchmarks.measured import dinov2, probed, write_result
 from dinov2_toolkit.evaluate.logreg import regression_path
 from dinov2_toolkit.examples.build_data import Split, read_split, row_of, write_parquet
-from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.memory import keep_freed_memory
@@ -108,10 +108,7 @@ def main() -> None:
             folder / "labels",
             backbone=backbone,
             heads={},
-            image_size=side,
-            crop_ratio=ratio,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
+            preprocess=Preprocess(side, ratio, IMAGENET_MEAN, IMAGENET_STD),
         )
         (folder / "seen.json").write_text(json.dumps(num_seen))
     sizes = batch_sizes(config.batch_size)

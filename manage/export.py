@@ -65,7 +65,7 @@ def export_model(source: str, output: str, settings: ExportSettings, options: Op
     path = _check_output(output, settings.to)
     _check_extra(settings.to)
     original = load_model(source, seed=options.seed)
-    stored_size = original.image_size if settings.to == "onnx" else original.backbone.img_size
+    stored_size = original.preprocess.image_size if settings.to == "onnx" else original.backbone.img_size
     model = export.model_at_size(original, settings.image_size or stored_size)
     size = model.backbone.img_size
     named = str(Path(source).absolute()) if Path(source).exists() else source
@@ -118,7 +118,7 @@ def export_model(source: str, output: str, settings: ExportSettings, options: Op
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _say(output, comparison, trial)
-    if model.bit_depth == 16 and settings.to != "safetensors":
+    if model.preprocess.bit_depth == 16 and settings.to != "safetensors":
         console.say(f"no {settings.to} file says that the model takes 16 bits: its images are pixels divided by 65535")
     return Result(output, figures)
 

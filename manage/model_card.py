@@ -68,11 +68,11 @@ features = model(**pixels).last_hidden_state[:, 0]  # the class token
 
 Where the border around the centre crop is an odd number of pixels, this processor may cut a pixel further left or up
 than dinov2-toolkit does."""
-    channels = model.backbone.in_chans
+    channels, side = model.backbone.in_chans, model.preprocess.image_size
     return (
         f"The model takes {described_pixels(model)}, which no image processor of transformers makes. Prepare "
-        f"`pixel_values` (B, {channels}, {model.image_size}, {model.image_size}): values in [0, 1], less "
-        f"{list(model.mean)}, divided by {list(model.std)}, a number a channel."
+        f"`pixel_values` (B, {channels}, {side}, {side}): values in [0, 1], less "
+        f"{list(model.preprocess.mean)}, divided by {list(model.preprocess.std)}, a number a channel."
     )
 
 

@@ -10,12 +10,12 @@ from typing import Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ToolkitError
 from .architecture import backbone_settings
 from .formats import MODEL_METADATA, timm_names
-from .saved import Preprocessing, model_description
+from .saved import cpu_tensors, model_description
 from .vit import Features, VisionTransformer
 from .weights import Model, load_backbone
 
@@ -79,7 +79,8 @@ def make_trial(model: Model, image_size: int, num_images: int, seed: int) -> Tri
     """
     backbone = model.backbone
     half = max(image_size // 2 // backbone.patch_size, 1) * backbone.patch_size
-    other_size = model.image_size if model.image_size != image_size else half
+    own_size = model.preprocess.image_size
+    other_size = own_size if own_size != image_size else half
     if other_size == image_size:  # a single patch
         other_size = 2 * image_size
     generator = torch.Generator().manual_seed(seed)
@@ -112,16 +113,9 @@ def allowed_difference(to: Format, trial: Trial) -> float:
     return TOLERANCES[to] * max(1.0, trial.tokens.abs().max().item())
 
 
-def backbone_tensors(backbone: nn.Module) -> dict[str, Tensor]:
-    """Return a backbone's tensors by official names, on the CPU, in float32, each with memory of its own."""
-    return {
-        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in backbone.state_dict().items()
-    }
-
-
 def write_official(model: Model, file: Path) -> None:
     """Write the state dict that the official hub code loads strictly."""
-    torch.save(backbone_tensors(model.backbone), file)
+    torch.save(cpu_tensors(model.backbone), file)
 
 
 def compare_official(model: Model, file: Path, trial: Trial) -> Comparison:
@@ -136,9 +130,8 @@ def compare_official(model: Model, file: Path, trial: Trial) -> Comparison:
 
 def write_safetensors(model: Model, file: Path) -> None:
     """Write the tensors by official names, and in the metadata what model.json says, so that `--model` takes it."""
-    preprocessing = Preprocessing(model.image_size, model.crop_ratio, model.mean, model.std, model.bit_depth)
-    description = model_description(model.backbone, {}, preprocessing)
-    save_file(backbone_tensors(model.backbone), file, metadata={MODEL_METADATA: description, "format": "pt"})
+    description = model_description(model.backbone, {}, model.preprocess)
+    save_file(cpu_tensors(model.backbone), file, metadata={MODEL_METADATA: description, "format": "pt"})
 
 
 def compare_safetensors(model: Model, file: Path, trial: Trial) -> Comparison:
@@ -148,7 +141,7 @@ def compare_safetensors(model: Model, file: Path, trial: Trial) -> Comparison:
 
 def write_timm(model: Model, file: Path) -> None:
     """Write the tensors by timm's names: safetensors by that suffix, else a pickle."""
-    tensors = timm_names(backbone_tensors(model.backbone))
+    tensors = timm_names(cpu_tensors(model.backbone))
     if file.suffix == ".safetensors":
         save_file(tensors, file, metadata={"format": "pt"})
     else:

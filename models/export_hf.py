@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .architecture import backbone_settings
-from .export import Comparison, Trial, backbone_tensors, largest_difference
+from .export import Comparison, Trial, largest_difference
 from .formats import MODEL_METADATA, hugging_face_names
-from .preprocess import Preprocess, crop_picture, normalise
+from .preprocess import crop_picture, normalise
+from .saved import cpu_tensors
 from .weights import Model
 
 RGB = 3
@@ -25,12 +26,12 @@ PILLOW_BICUBIC = 3
 
 def has_processor(model: Model) -> bool:
     """Tell whether transformers' image processors make what the model takes: RGB of 8 bits."""
-    return model.in_chans == RGB and model.bit_depth == 8
+    return (model.preprocess.in_chans, model.preprocess.bit_depth) == (RGB, 8)
 
 
 def write_hugging_face(model: Model, folder: Path) -> None:
     """Write config.json, model.safetensors and, where transformers has one, preprocessor_config.json into a folder."""
-    tensors = hugging_face_names(backbone_tensors(model.backbone))
+    tensors = hugging_face_names(cpu_tensors(model.backbone))
     contiguous = {name: tensor.clone() for name, tensor in tensors.items()}  # parts of qkv share memory
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", hugging_face_config(model))
@@ -70,7 +71,7 @@ def hugging_face_config(model: Model) -> dict[str, object]:
 
 def processor_config(model: Model) -> dict[str, object]:
     """Return what preprocessor_config.json says: resize, centre crop, normalise."""
-    preprocess = _preprocess(model)
+    preprocess = model.preprocess
     side = preprocess.image_size
     return {
         "image_processor_type": "BitImageProcessor",
@@ -129,16 +130,13 @@ def compare_hugging_face(model: Model, folder: Path, trial: Trial) -> Comparison
 
 def described_pixels(model: Model) -> str:
     """Return what the model takes, in words."""
-    return f"{model.in_chans} channel{'' if model.in_chans == 1 else 's'}{' of 16 bits' * (model.bit_depth == 16)}"
-
-
-def _preprocess(model: Model) -> Preprocess:
-    return Preprocess(model.image_size, model.crop_ratio, model.mean, model.std, model.in_chans, model.bit_depth)
+    in_chans, bit_depth = model.preprocess.in_chans, model.preprocess.bit_depth
+    return f"{in_chans} channel{'' if in_chans == 1 else 's'}{' of 16 bits' * (bit_depth == 16)}"
 
 
 def _processor_difference(model: Model, processor: Callable[..., Mapping[str, Tensor]]) -> float:
     """Return how far the processor's image of a coloured square is from ours; 0 where the border is odd."""
-    preprocess = _preprocess(model)
+    preprocess = model.preprocess
     if (preprocess.short_side - preprocess.image_size) % 2:
         return 0.0
     side = 2 * preprocess.short_side + 1

@@ -60,7 +60,7 @@ def write_onnx(model: Model, file: Path) -> None:
         logger.setLevel(level)
     assert program is not None
     program.model.metadata_props.update(
-        mean=json.dumps(model.mean), std=json.dumps(model.std), image_size=str(backbone.img_size)
+        mean=json.dumps(model.preprocess.mean), std=json.dumps(model.preprocess.std), image_size=str(backbone.img_size)
     )
     program.save(file, external_data=num_bytes > MAX_FILE_BYTES)
 

@@ -19,21 +19,30 @@ MAX_ASPECT = 4  # chosen: of a longer image the middle part is resized, for the 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a model wants its images."""
+    """How a model wants its images; model.json holds these fields."""
 
     image_size: int  # pixels a side
     crop_ratio: float | None  # image_size / short side before the crop; None: the whole image, squeezed into the square
     mean: tuple[float, ...]  # a number a channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    in_chans: int  # 3: RGB, 1: grey, else as they are stored
-    bit_depth: int = 8  # or 16, of the pixels that are read
+    bit_depth: int = 8  # or 16, of the pixels that are read; older descriptions do not say it
 
     def __post_init__(self) -> None:
         """Raise ToolkitError when no picture can be brought into this form."""
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise ToolkitError(f"crop_ratio {self.crop_ratio} is not in (0, 1]; 0.875 is usual")
-        if not len(self.mean) == len(self.std) == self.in_chans:
-            raise ToolkitError(f"mean {self.mean} and std {self.std} do not have {self.in_chans} numbers each")
+        if len(self.mean) != len(self.std):
+            raise ToolkitError(
+                f"mean {self.mean} is of {len(self.mean)} channels, but std {self.std} of {len(self.std)};"
+                " give a number a channel"
+            )
+        if self.bit_depth not in (8, 16):
+            raise ToolkitError(f"bit_depth {self.bit_depth} is neither 8 nor 16; give one of these")
+
+    @property
+    def in_chans(self) -> int:
+        """Return the number of channels: 3 is RGB, 1 is grey, others are taken as they are stored."""
+        return len(self.mean)
 
     @property
     def short_side(self) -> int:

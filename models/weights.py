@@ -16,28 +16,24 @@ from ..errors import ToolkitError
 from .architecture import backbone_settings, inferred_backbone_settings, inferred_head_settings, load_strictly
 from .formats import MODEL_METADATA, official_names, read_json, read_tensors
 from .head import ProjectionHead
-from .preprocess import IMAGENET_MEAN, IMAGENET_STD
+from .preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from .released import RELEASED, cached_weights
-from .saved import MODEL_JSON, TEACHER_FILE, Preprocessing, SavedModel, read_model_json, saved_model
+from .saved import MODEL_JSON, TEACHER_FILE, SavedModel, read_model_json, saved_model
 from .vit import ARCHITECTURES, VisionTransformer, build_vit
 
-CROP_RATIO = 224 / 256  # centre crop / short side, as the released models were evaluated
+DEFAULT_SIZE = 224  # pixels a side, as the released models were evaluated
+CROP_RATIO = 224 / 256  # of centre crop and short side, likewise
 HEADS = ("dino_head", "ibot_head")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A frozen backbone in evaluation mode, with what is needed to prepare images for it and to name it."""
+    """A frozen backbone in evaluation mode, its name, and how it wants its images."""
 
     name: str
     content_id: str
     backbone: VisionTransformer
-    image_size: int
-    crop_ratio: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    in_chans: int
-    bit_depth: int = 8
+    preprocess: Preprocess
 
 
 # Finding and reading
@@ -95,8 +91,8 @@ def model_content_id(source: str | Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Contents:
-    """What a source holds, under official names."""
+class _Weights:
+    """The tensors of a source under official names, and what else the source says of its model."""
 
     name: str  # for messages
     backbone: dict[str, Tensor]
@@ -105,9 +101,9 @@ class _Contents:
     config: dict[str, object]  # Hugging Face's config.json, otherwise empty
 
 
-def _contents(source: str | Path | Mapping[str, Tensor]) -> _Contents:
+def _read(source: str | Path | Mapping[str, Tensor]) -> _Weights:
     if isinstance(source, Mapping):
-        return _Contents("the state dict", *official_names(source), None, {})
+        return _Weights("the state dict", *official_names(source), None, {})
     path = weights_file(source)
     tensors, description = read_tensors(path)
     # The file's own description serves where it was copied without its folder.
@@ -116,11 +112,8 @@ def _contents(source: str | Path | Mapping[str, Tensor]) -> _Contents:
         saved = read_model_json(path.parent)
     is_hugging_face = any(name.endswith("embeddings.cls_token") for name in tensors)
     config = path.parent / "config.json"
-    return _Contents(
-        str(path),
-        *official_names(tensors),
-        saved,
-        read_json(config) if is_hugging_face and config.exists() else {},
+    return _Weights(
+        str(path), *official_names(tensors), saved, read_json(config) if is_hugging_face and config.exists() else {}
     )
 
 
@@ -139,7 +132,7 @@ def load_backbone(
     Args:
         source: what `weights_file` takes, or a state dict. Read are official backbones, official teacher checkpoints
             (`teacher.backbone.*`, also with block chunks), this toolkit's files and run folders, Hugging Face's
-            Dinov2Model and Dinov2WithRegistersModel.
+            Dinov2Model and Dinov2WithRegistersModel, timm's DINOv2 models.
         num_heads: attention heads, where they are not 64 wide and the source does not say.
         pos_embed_antialias, pos_embed_offset: how the position embedding is interpolated; None means as the source
             says, else as the released weights of the kind: (True, 0.0) with registers, (False, 0.1) without.
@@ -147,37 +140,27 @@ def load_backbone(
     Raises:
         ToolkitError: if the source cannot be read, or its tensors are not exactly a backbone's (all of them named).
     """
-    return _backbone(_contents(source), num_heads, pos_embed_antialias, pos_embed_offset)
+    given = {
+        "num_heads": num_heads,
+        "pos_embed_antialias": pos_embed_antialias,
+        "pos_embed_offset": pos_embed_offset,
+    }
+    return _backbone(_read(source), {name: value for name, value in given.items() if value is not None})
 
 
-def _backbone(
-    contents: _Contents, num_heads: int | None, pos_embed_antialias: bool | None, pos_embed_offset: float | None
-) -> VisionTransformer:
-    if contents.saved is None:
-        config_heads = contents.config.get("num_attention_heads")
-        if num_heads is None and isinstance(config_heads, int):
-            num_heads = config_heads
-        settings = inferred_backbone_settings(contents.backbone, contents.name, num_heads)
-        settings = replace(settings, **_pos_embed_policy(contents))
+def _backbone(weights: _Weights, given: Mapping[str, Any]) -> VisionTransformer:
+    if weights.saved is None:
+        # Our exports say in config.json how position embeddings are interpolated; transformers has no key for it.
+        ours = weights.config.get(MODEL_METADATA)
+        num_heads = given.get("num_heads", weights.config.get("num_attention_heads"))
+        settings = inferred_backbone_settings(weights.backbone, weights.name, num_heads)
+        settings = replace(settings, **(ours if isinstance(ours, dict) else {}))
     else:
-        settings = contents.saved.backbone
-    settings = replace(
-        settings,
-        num_heads=settings.num_heads if num_heads is None else num_heads,
-        pos_embed_antialias=settings.pos_embed_antialias if pos_embed_antialias is None else pos_embed_antialias,
-        pos_embed_offset=settings.pos_embed_offset if pos_embed_offset is None else pos_embed_offset,
-    )
+        settings = weights.saved.backbone
     with torch.device("meta"):  # no time or random numbers spent on weights that are replaced
-        backbone = VisionTransformer(**asdict(settings))
-    load_strictly(backbone, contents.backbone, contents.name)
+        backbone = VisionTransformer(**asdict(replace(settings, **given)))
+    load_strictly(backbone, weights.backbone, weights.name)
     return backbone.eval()
-
-
-def _pos_embed_policy(contents: _Contents) -> dict[str, Any]:
-    """Return what the config.json of an export of ours says of position embeddings; transformers has no key for it."""
-    ours = contents.config.get(MODEL_METADATA)
-    names = ("pos_embed_antialias", "pos_embed_offset")
-    return {name: ours[name] for name in names if name in ours} if isinstance(ours, dict) else {}
 
 
 def load_heads(source: str | Path | Mapping[str, Tensor]) -> dict[str, ProjectionHead]:
@@ -189,31 +172,22 @@ def load_heads(source: str | Path | Mapping[str, Tensor]) -> dict[str, Projectio
     Raises:
         ToolkitError: if the source cannot be read, or a head is not whole.
     """
-    contents = _contents(source)
+    weights = _read(source)
     heads = {}
     for name in HEADS:
-        tensors = {
-            key.removeprefix(f"{name}."): value for key, value in contents.heads.items() if key.startswith(f"{name}.")
-        }
+        prefix, described = f"{name}.", f"{name} of {weights.name}"
+        tensors = {key.removeprefix(prefix): value for key, value in weights.heads.items() if key.startswith(prefix)}
         if not tensors:
             continue
-        settings = inferred_head_settings(tensors, f"{name} of {contents.name}")
+        settings = inferred_head_settings(tensors, described)
         with torch.device("meta"):
             head = ProjectionHead(**asdict(settings))
-        load_strictly(head, tensors, f"{name} of {contents.name}")
+        load_strictly(head, tensors, described)
         heads[name] = head.eval()
     return heads
 
 
-def load_model(
-    source: str | Path,
-    *,
-    seed: int = 0,
-    image_size: int | None = None,
-    num_heads: int | None = None,
-    pos_embed_antialias: bool | None = None,
-    pos_embed_offset: float | None = None,
-) -> Model:
+def load_model(source: str | Path, *, seed: int = 0) -> Model:
     """Return the model that `--model` names, frozen and in evaluation mode.
 
     Args:
@@ -221,37 +195,29 @@ def load_model(
             1e-5 the features would barely depend on the image), 14 pixels a patch if not said; or `random:RUN`,
             the same for the architecture of a run.
         seed: of random weights.
-        image_size: side in pixels; None means what the source says, else 224 (or less, where the model's own
-            position grid is smaller).
-        num_heads, pos_embed_antialias, pos_embed_offset: as in `load_backbone`.
 
     Raises:
         ToolkitError: if there is no such model, or it cannot be read.
     """
     if str(source).startswith("random:"):
-        backbone, preprocessing = _random_backbone(str(source).removeprefix("random:"), seed, image_size)
+        backbone, preprocess = _random_backbone(str(source).removeprefix("random:"), seed)
         made_of = f"random {backbone_settings(backbone)}, seed {seed}, torch {torch.__version__}"
         content_id = blake2b(made_of.encode(), digest_size=16).hexdigest()
     else:
         file = weights_file(source)
-        contents = _contents(file)
-        backbone = _backbone(contents, num_heads, pos_embed_antialias, pos_embed_offset)
-        preprocessing = contents.saved.preprocessing if contents.saved else _preprocessing(contents, file, backbone)
+        weights = _read(file)
+        backbone = _backbone(weights, {})
+        preprocess = weights.saved.preprocess if weights.saved else _preprocess(weights, file, backbone)
         content_id = model_content_id(file)
-    return Model(
-        name=str(source),
-        content_id=content_id,
-        backbone=backbone.eval().requires_grad_(False),
-        image_size=image_size or preprocessing.image_size,
-        crop_ratio=preprocessing.crop_ratio,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        in_chans=backbone.in_chans,
-        bit_depth=preprocessing.bit_depth,
-    )
+    if preprocess.in_chans != backbone.in_chans:
+        raise ToolkitError(
+            f"{source} takes {backbone.in_chans} channels, but its images are described as {preprocess.in_chans}; "
+            "correct its mean and standard deviation"
+        )
+    return Model(str(source), content_id, backbone.eval().requires_grad_(False), preprocess)
 
 
-def _random_backbone(name: str, seed: int, image_size: int | None) -> tuple[VisionTransformer, Preprocessing]:
+def _random_backbone(name: str, seed: int) -> tuple[VisionTransformer, Preprocess]:
     named = re.fullmatch(rf"({'|'.join(ARCHITECTURES)})(?:/([1-9]\d*))?", name)
     if not named and not (name and Path(name).exists()):
         raise ToolkitError(
@@ -262,31 +228,29 @@ def _random_backbone(name: str, seed: int, image_size: int | None) -> tuple[Visi
         torch.default_generator.manual_seed(seed)
         if not named:
             saved = read_model_json(weights_file(name).parent)
-            return VisionTransformer(**asdict(saved.backbone), layer_scale=1.0), saved.preprocessing
+            return VisionTransformer(**asdict(saved.backbone), layer_scale=1.0), saved.preprocess
         patch_size = int(named[2] or 14)
-        size = max((image_size or 224) // patch_size, 1) * patch_size
+        size = max(DEFAULT_SIZE // patch_size, 1) * patch_size
         backbone = build_vit(named[1], patch_size=patch_size, img_size=size, layer_scale=1.0)
-        return backbone, Preprocessing(size, CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD)
+        return backbone, Preprocess(size, CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _preprocessing(contents: _Contents, file: Path, backbone: VisionTransformer) -> Preprocessing:
+def _preprocess(weights: _Weights, file: Path, backbone: VisionTransformer) -> Preprocess:
     """Return a Hugging Face folder's own preprocessing, else that of the released models, fitted to the backbone."""
     described = file.parent / "preprocessor_config.json"
-    if contents.config and described.exists():
-        config = read_json(described)
+    if weights.config and described.exists():
+        config: dict[str, Any] = read_json(described)
         try:
-            size, short_side = config["crop_size"]["height"], config["size"]["shortest_edge"]  # type: ignore[index]
-            mean, std = config["image_mean"], config["image_std"]
-            return Preprocessing(size, size / short_side, tuple(mean), tuple(std))  # type: ignore[arg-type]
+            size, short_side = config["crop_size"]["height"], config["size"]["shortest_edge"]
+            return Preprocess(size, size / short_side, tuple(config["image_mean"]), tuple(config["image_std"]))
         except (KeyError, TypeError) as problem:
             raise ToolkitError(
                 f"{described} does not say crop_size.height, size.shortest_edge, image_mean and image_std ({problem}); "
                 "correct it, or remove it for the released models' preprocessing"
             ) from None
-    size = min(224 // backbone.patch_size * backbone.patch_size or backbone.patch_size, backbone.img_size)
-    if backbone.in_chans == 3:
-        return Preprocessing(size, CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD)
-    console.say(
-        f"nothing says how to normalise {backbone.in_chans} channels: taking mean 0.5 and deviation 0.5 for each"
-    )
-    return Preprocessing(size, CROP_RATIO, (0.5,) * backbone.in_chans, (0.5,) * backbone.in_chans)
+    patch_size, in_chans = backbone.patch_size, backbone.in_chans
+    size = min(max(DEFAULT_SIZE // patch_size, 1) * patch_size, backbone.img_size)
+    if in_chans == 3:
+        return Preprocess(size, CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD)
+    console.say(f"nothing says how to normalise {in_chans} channels: taking mean 0.5 and deviation 0.5 for each")
+    return Preprocess(size, CROP_RATIO, (0.5,) * in_chans, (0.5,) * in_chans)

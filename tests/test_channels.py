@@ -170,4 +170,4 @@ def test_a_teacher_teaches_images_of_its_own_channels_only(tmp_path: Path) -> No
     fitting = config("in_chans=5", "bit_depth=16", "depth=1")
     distill(images, str(tmp_path / "student"), fitting, Options(), teacher=teacher)
     student = load_model(tmp_path / "student")
-    assert (student.in_chans, student.bit_depth, student.mean) == (5, 16, (0.5,) * 5)
+    assert (student.preprocess.bit_depth, student.preprocess.mean) == (16, (0.5,) * 5)

@@ -10,6 +10,7 @@ from PIL import Image
 
 import dinov2_toolkit
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
+from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
@@ -28,10 +29,7 @@ def test_the_examples_run_in_order(
         Path("runs/first"),
         backbone=backbone,
         heads={},
-        image_size=28,
-        crop_ratio=1.0,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
+        preprocess=Preprocess(28, 1.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
     )
     Path("photos").mkdir()
     generator = np.random.default_rng(0)

@@ -184,10 +184,10 @@ def load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
             "teacher checkpoint with its heads"
         )
     model = load_model(teacher)
-    if model.in_chans != config.in_chans:
+    if model.backbone.in_chans != config.in_chans:
         raise ToolkitError(
-            f"the teacher {teacher} takes {model.in_chans} channels, the recipe {config.in_chans}; "
-            f"set in_chans={model.in_chans}, or name another teacher"
+            f"the teacher {teacher} takes {model.backbone.in_chans} channels, the recipe {config.in_chans}; "
+            f"set in_chans={model.backbone.in_chans}, or name another teacher"
         )
     if (patch_size := model.backbone.patch_size) != config.patch_size:
         side_px = config.global_crop_size_px // config.patch_size * patch_size
@@ -195,8 +195,8 @@ def load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
     crops = preprocess_of(config)
     return FrozenTeacher(
         {"backbone": model.backbone, **heads},
-        mean=model.mean,
-        std=model.std,
+        mean=model.preprocess.mean,
+        std=model.preprocess.std,
         crops_mean=crops.mean,
         crops_std=crops.std,
         half=config.mixed_precision == "bf16",

@@ -84,15 +84,14 @@ def open_model(name: str | None, seed: int = 0) -> FeatureModel:
 
 def feature_model(model: Model) -> FeatureModel:
     """Return a loaded backbone as something to extract features with."""
-    preprocess = Preprocess(model.image_size, model.crop_ratio, model.mean, model.std, model.in_chans, model.bit_depth)
     path = str(Path(model.name).absolute()) if Path(model.name).exists() else model.name
     source = Source("model", path, model.content_id)
-    return FeatureModel(source, model.backbone.embed_dim, preprocess, model.backbone)
+    return FeatureModel(source, model.backbone.embed_dim, model.preprocess, model.backbone)
 
 
 def pixels_model() -> FeatureModel:
     """Return the model `pixels`: the whole image as 16 x 16 RGB in [0, 1], row by row, less its own mean."""
-    preprocess = Preprocess(PIXELS_SIDE, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 3)
+    preprocess = Preprocess(PIXELS_SIDE, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     return FeatureModel(
         Source("model", "pixels", "pixels-16x16-rgb"), PixelBackbone.embed_dim, preprocess, PixelBackbone()
     )

@@ -10,6 +10,7 @@ from PIL import Image
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate.attention import AttentionSettings, draw_attention, heat, last_attention
 from dinov2_toolkit.models.block import Block
+from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
@@ -61,7 +62,7 @@ def test_attention_is_the_one_by_which_the_last_block_mixes_values() -> None:
 def test_the_picture_has_a_map_for_each_head_and_register(tmp_path: Path) -> None:
     half = (0.5,) * 3
     model = backbone(num_register_tokens=4)
-    save_model(Path("run"), backbone=model, heads={}, image_size=32, crop_ratio=1.0, mean=half, std=half)
+    save_model(Path("run"), backbone=model, heads={}, preprocess=Preprocess(32, 1.0, half, half))
     for number in range(2):
         Image.new("RGB", (40, 30), (90 * number, 50, 200)).save(f"{number}.png")
     result = draw_attention(["0.png", "1.png"], "attention.png", AttentionSettings("run"), Options())

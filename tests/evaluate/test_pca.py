@@ -18,6 +18,7 @@ from dinov2_toolkit.evaluate.pca import (
     principal_directions,
 )
 from dinov2_toolkit.evaluate.whole import open_viewer
+from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import build_vit
 from dinov2_toolkit.store.artifact import Options
@@ -192,10 +193,7 @@ def test_a_model_that_sees_few_patches_is_shown_at_least_eight_a_side(tmp_path: 
             tmp_path / f"run{image_size}",
             backbone=backbone,
             heads={},
-            image_size=image_size,
-            crop_ratio=1.0,
-            mean=half,
-            std=half,
+            preprocess=Preprocess(image_size, 1.0, half, half),
         )
     assert open_viewer("run28", None, 0).side_px == 56
     assert open_viewer("run70", None, 0).side_px == 70

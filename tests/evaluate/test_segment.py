@@ -16,6 +16,7 @@ from dinov2_toolkit.evaluate.masks import open_masked_side, read_mask
 from dinov2_toolkit.evaluate.probe import ProbeSettings, probe
 from dinov2_toolkit.evaluate.scores import read_scores
 from dinov2_toolkit.evaluate.segment import at_points, mean_iou, overlaps, pixel_accuracy, predict
+from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
@@ -33,10 +34,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path("run"),
         backbone=backbone,
         heads={},
-        image_size=32,
-        crop_ratio=1.0,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
+        preprocess=Preprocess(32, 1.0, (0.5,) * 3, (0.25,) * 3),
     )
 
 

@@ -50,7 +50,7 @@ def run_folder(folder: Path, ffn: Ffn = "mlp", registers: int = 0, in_chans: int
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     values = tuple(0.4 + 0.1 * channel for channel in range(in_chans))
-    save_model(folder, backbone=backbone, heads={}, image_size=28, crop_ratio=0.875, mean=values, std=values)
+    save_model(folder, backbone=backbone, heads={}, preprocess=Preprocess(28, 0.875, values, values))
     return backbone
 
 
@@ -111,9 +111,7 @@ def test_official_has_the_official_layout_and_comes_back_bit_for_bit(tmp_path: P
     assert result.figures["largest_difference"] == 0.0
 
     back = load_backbone(tmp_path / "vit.pth", num_heads=2)
-    save_model(
-        tmp_path / "again", backbone=back, heads={}, image_size=28, crop_ratio=1.0, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
+    save_model(tmp_path / "again", backbone=back, heads={}, preprocess=Preprocess(28, 1.0, (0.5,) * 3, (0.5,) * 3))
     export(tmp_path / "again", tmp_path / "again.pth", "official")
     again = torch.load(tmp_path / "again.pth", weights_only=True)
     assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
@@ -124,12 +122,7 @@ def test_safetensors_is_a_model_by_itself_with_its_preprocessing(tmp_path: Path)
     export(tmp_path / "run", tmp_path / "vit.safetensors", "safetensors")
     assert shapes(load_file(tmp_path / "vit.safetensors")) == official_layout("mlp", 2)
     alone, run = load_model(tmp_path / "vit.safetensors"), load_model(tmp_path / "run")
-    assert (alone.image_size, alone.crop_ratio, alone.mean, alone.std) == (
-        run.image_size,
-        run.crop_ratio,
-        run.mean,
-        run.std,
-    )
+    assert alone.preprocess == run.preprocess
     assert torch.equal(all_tokens(alone.backbone, images(35)), all_tokens(backbone, images(35)))
 
 
@@ -181,7 +174,7 @@ def test_transformers_loads_the_folder_and_gives_the_same_tokens_and_images(
     assert (result.figures["other_difference"] < 1e-5) == (registers > 0)  # type: ignore[operator]
 
     run = load_model(tmp_path / "run")
-    preprocess = Preprocess(run.image_size, run.crop_ratio, run.mean, run.std, 3)
+    preprocess = run.preprocess
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     for width, shift in ((64, 0), (90, 1)):  # resized to 32 and 47 by 32: 4 and 19 pixels are cut away
         pixels = np.random.default_rng(0).integers(0, 256, (61, width, 3), dtype=np.uint8)
@@ -232,11 +225,9 @@ def test_sixteen_bits_are_kept_where_the_format_has_a_place_and_said_where_not(
 ) -> None:
     backbone = run_folder(tmp_path / "run")
     half = (0.5,) * 3
-    save_model(
-        tmp_path / "run", backbone=backbone, heads={}, image_size=28, crop_ratio=1, mean=half, std=half, bit_depth=16
-    )
+    save_model(tmp_path / "run", backbone=backbone, heads={}, preprocess=Preprocess(28, 1, half, half, bit_depth=16))
     export(tmp_path / "run", tmp_path / "kept.safetensors", "safetensors")
-    assert load_model(tmp_path / "kept.safetensors").bit_depth == 16
+    assert load_model(tmp_path / "kept.safetensors").preprocess.bit_depth == 16
     assert "16 bits" not in capsys.readouterr().err
     export(tmp_path / "run", tmp_path / "weights.pth", "official")
     assert "no official file says that the model takes 16 bits" in capsys.readouterr().err
@@ -250,7 +241,7 @@ def test_the_interpolation_of_a_run_survives_the_hugging_face_folder(tmp_path: P
     pytest.importorskip("transformers")
     backbone = run_folder(tmp_path / "run", registers=4)
     backbone.pos_embed_antialias, backbone.pos_embed_offset = False, 0.1  # unlike released weights with registers
-    save_model(tmp_path / "run", backbone=backbone, heads={}, image_size=28, crop_ratio=1, mean=(0,) * 3, std=(1,) * 3)
+    save_model(tmp_path / "run", backbone=backbone, heads={}, preprocess=Preprocess(28, 1, (0,) * 3, (1,) * 3))
     export(tmp_path / "run", tmp_path / "hf", "hf")
     assert torch.equal(all_tokens(load_backbone(tmp_path / "hf"), images(49)), all_tokens(backbone, images(49)))
 

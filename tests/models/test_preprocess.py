@@ -9,7 +9,7 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, crop_picture, normalise
 from dinov2_toolkit.store.pixels import Bands
 
-OFFICIAL = Preprocess(224, 0.875, IMAGENET_MEAN, IMAGENET_STD, 3)
+OFFICIAL = Preprocess(224, 0.875, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -20,7 +20,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 def test_the_short_side_becomes_256_for_a_crop_of_224() -> None:
     assert OFFICIAL.short_side == 256
-    assert Preprocess(28, 1.0, IMAGENET_MEAN, IMAGENET_STD, 3).short_side == 28
+    assert Preprocess(28, 1.0, IMAGENET_MEAN, IMAGENET_STD).short_side == 28
 
 
 @pytest.mark.parametrize(("width", "height"), [(256, 301), (333, 256)])
@@ -52,11 +52,11 @@ def test_a_very_long_strip_costs_no_memory_and_shows_its_middle() -> None:
 def test_without_a_crop_ratio_the_whole_picture_is_squeezed() -> None:
     source = picture(300, 100)
     expected = np.asarray(source.resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    assert np.array_equal(crop_picture(source, Preprocess(16, None, (0, 0, 0), (1, 1, 1), 3)).numpy(), expected)
+    assert np.array_equal(crop_picture(source, Preprocess(16, None, (0, 0, 0), (1, 1, 1))).numpy(), expected)
 
 
 def test_a_grey_model_gets_one_channel_of_any_picture() -> None:
-    grey = Preprocess(224, 0.875, (0.5,), (0.25,), 1)
+    grey = Preprocess(224, 0.875, (0.5,), (0.25,))
     source = picture(256, 256)
     pixels = crop_picture(source, grey)
     assert np.array_equal(pixels.numpy()[0], np.asarray(source.convert("L"))[16:240, 16:240])
@@ -73,7 +73,7 @@ def test_normalising_takes_off_the_mean_and_divides_by_the_std_of_each_channel()
 
 def test_deep_pixels_of_any_number_of_channels_are_cropped_and_normalised_as_they_are() -> None:
     values = np.random.default_rng(0).integers(0, 65536, (20, 16, 5), dtype=np.uint16)
-    five = Preprocess(16, 1.0, (0.1, 0.2, 0.3, 0.4, 0.5), (0.5,) * 5, 5, 16)
+    five = Preprocess(16, 1.0, (0.1, 0.2, 0.3, 0.4, 0.5), (0.5,) * 5, 16)
     pixels = crop_picture(Bands(values), five)
     assert pixels.dtype == torch.uint16 and np.array_equal(pixels.numpy(), values[2:18].transpose(2, 0, 1))
     expected = (values[2:18].transpose(2, 0, 1) / 65535 - np.array(five.mean)[:, None, None]) / 0.5
@@ -82,6 +82,8 @@ def test_deep_pixels_of_any_number_of_channels_are_cropped_and_normalised_as_the
 
 def test_what_no_picture_can_be_brought_into_is_refused() -> None:
     with pytest.raises(ToolkitError, match="crop_ratio 1.2"):
-        Preprocess(224, 1.2, IMAGENET_MEAN, IMAGENET_STD, 3)
-    with pytest.raises(ToolkitError, match="do not have 1 numbers"):
-        Preprocess(224, 1.0, IMAGENET_MEAN, IMAGENET_STD, 1)
+        Preprocess(224, 1.2, IMAGENET_MEAN, IMAGENET_STD)
+    with pytest.raises(ToolkitError, match="3 channels, but std .* 1"):
+        Preprocess(224, 1.0, IMAGENET_MEAN, (0.5,))
+    with pytest.raises(ToolkitError, match="bit_depth 12 is neither 8 nor 16"):
+        Preprocess(224, 1.0, IMAGENET_MEAN, IMAGENET_STD, 12)

@@ -2,7 +2,6 @@ import json
 import os
 import pickle
 import re
-from dataclasses import asdict, astuple
 from hashlib import blake2b
 from pathlib import Path
 
@@ -15,12 +14,13 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.architecture import backbone_settings
 from dinov2_toolkit.models.block import Attention, Ffn
 from dinov2_toolkit.models.head import ProjectionHead
-from dinov2_toolkit.models.saved import Preprocessing, read_model_json, save_model
+from dinov2_toolkit.models.preprocess import Preprocess
+from dinov2_toolkit.models.saved import read_model_json, save_model
 from dinov2_toolkit.models.vit import ARCHITECTURES, VisionTransformer, build_vit
 from dinov2_toolkit.models.weights import load_backbone, load_heads, load_model, model_content_id
 
-DEEP = Preprocessing(28, 1.0, (0.1, 0.2), (0.3, 0.4), bit_depth=16)
-PREPROCESSING = Preprocessing(image_size=28, crop_ratio=1.0, mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))
+DEEP = Preprocess(28, 1.0, (0.1, 0.2), (0.3, 0.4), bit_depth=16)
+PREPROCESS = Preprocess(28, 1.0, (0.2, 0.3, 0.4), (0.5, 0.6, 0.7))
 
 
 def tiny_vit(
@@ -183,7 +183,7 @@ def test_a_hugging_face_folder_loads(tmp_path: Path, ffn: Ffn, registers: int) -
     save_file(to_hugging_face(original.state_dict()), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 1, "patch_size": 7}))
     assert_same_backbone(load_backbone(tmp_path), original)
-    assert load_model(tmp_path).image_size == 28  # its own grid, smaller than 224
+    assert load_model(tmp_path).preprocess.image_size == 28  # its own grid, smaller than 224
     processor = {
         "crop_size": {"height": 21, "width": 21},
         "size": {"shortest_edge": 28},
@@ -192,7 +192,7 @@ def test_a_hugging_face_folder_loads(tmp_path: Path, ffn: Ffn, registers: int) -
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     model = load_model(tmp_path)
-    assert (model.image_size, model.crop_ratio, model.mean) == (21, 0.75, (0.1, 0.2, 0.3))
+    assert model.preprocess == Preprocess(21, 0.75, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 def test_a_hugging_face_classifier_gives_its_backbone_and_config_its_heads(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def saved_run(folder: Path, *, num_register_tokens: int = 2) -> VisionTransforme
         if isinstance(module, Attention):
             module.num_heads = 2
     heads = {"dino_head": tiny_head(), "ibot_head": tiny_head(bottleneck_dim=4)}
-    save_model(folder, backbone=backbone, heads=heads, **asdict(PREPROCESSING))
+    save_model(folder, backbone=backbone, heads=heads, preprocess=PREPROCESS)
     return backbone
 
 
@@ -300,8 +300,10 @@ def test_a_run_folder_gives_back_all_that_was_saved(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["model.json", "teacher.safetensors"]
     assert_same_backbone(load_backbone(tmp_path / "run"), backbone)
     saved = read_model_json(tmp_path / "run")
-    assert saved.preprocessing == PREPROCESSING
-    assert saved.heads["ibot_head"].bottleneck_dim == 4
+    assert saved.preprocess == PREPROCESS
+    described = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert described["heads"]["ibot_head"]["bottleneck_dim"] == 4
+    assert described["preprocessing"]["image_size"] == 28
     heads = load_heads(tmp_path / "run")
     assert {name: head.bottleneck_dim for name, head in heads.items()} == {"dino_head": 5, "ibot_head": 4}
 
@@ -310,14 +312,14 @@ def test_the_weights_file_of_a_run_is_enough(tmp_path: Path) -> None:
     backbone = saved_run(tmp_path / "run")
     (tmp_path / "run" / "teacher.safetensors").rename(tmp_path / "alone.safetensors")
     assert_same_backbone(load_backbone(tmp_path / "alone.safetensors"), backbone)
-    assert load_model(tmp_path / "alone.safetensors").mean == (0.2, 0.3, 0.4)
+    assert load_model(tmp_path / "alone.safetensors").preprocess.mean == (0.2, 0.3, 0.4)
 
 
 def test_a_run_loads_as_a_frozen_model_with_its_preprocessing(tmp_path: Path) -> None:
     saved_run(tmp_path / "run")
     model = load_model(str(tmp_path / "run"))
-    assert (model.image_size, model.crop_ratio, model.mean, model.std, model.bit_depth) == astuple(PREPROCESSING)
-    assert (model.name, model.in_chans) == (str(tmp_path / "run"), 3)
+    assert model.preprocess == PREPROCESS
+    assert model.name == str(tmp_path / "run")
     assert not model.backbone.training and not any(p.requires_grad for p in model.backbone.parameters())
     content = (tmp_path / "run" / "teacher.safetensors").read_bytes()
     assert model.content_id == model_content_id(tmp_path / "run") == blake2b(content, digest_size=16).hexdigest()
@@ -338,10 +340,10 @@ def test_an_unfinished_run_stands_for_its_latest_checkpoint(tmp_path: Path, caps
     torch.nn.init.constant_(backbone.cls_token, 2.0)
     heads = {"dino_head": tiny_head()}
     latest = tmp_path / "run" / "checkpoints" / "step-0000010"
-    save_model(latest, backbone=backbone, heads=heads, **asdict(PREPROCESSING))
+    save_model(latest, backbone=backbone, heads=heads, preprocess=PREPROCESS)
     model = load_model(tmp_path / "run")
     assert_same_backbone(model.backbone, backbone)
-    assert model.std == (0.5, 0.6, 0.7)
+    assert model.preprocess == PREPROCESS
     said = capsys.readouterr().err
     assert said == f"{tmp_path / 'run'} is not finished: taking the teacher of its latest checkpoint, step-0000010\n"
 
@@ -363,15 +365,15 @@ def test_a_broken_model_json_is_said_in_one_line(tmp_path: Path, content: str) -
 def test_a_random_model_is_seeded_and_its_layer_scale_is_1() -> None:
     torch.manual_seed(9)
     before = torch.get_rng_state()
-    first, again, other = (load_model("random:vit_tiny/7", seed=seed, image_size=28) for seed in (1, 1, 2))
+    first, again, other = (load_model("random:vit_tiny/7", seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.backbone.pos_embed, again.backbone.pos_embed)
     assert not torch.equal(first.backbone.pos_embed, other.backbone.pos_embed)
     assert first.content_id == again.content_id != other.content_id
-    assert (first.backbone.patch_size, first.backbone.pos_grid, first.image_size) == (7, 4, 28)
+    assert (first.backbone.patch_size, first.backbone.pos_grid, first.preprocess.image_size) == (7, 32, 224)
     assert first.backbone.get_parameter("blocks.0.ls1.gamma").eq(1).all()
     plain = load_model("random:vit_tiny")
-    assert (plain.backbone.patch_size, plain.image_size) == (14, 224)
+    assert (plain.backbone.patch_size, plain.preprocess.image_size) == (14, 224)
 
 
 def test_a_random_model_can_have_the_architecture_of_a_run(tmp_path: Path) -> None:
@@ -380,7 +382,7 @@ def test_a_random_model_can_have_the_architecture_of_a_run(tmp_path: Path) -> No
     assert backbone_settings(model.backbone) == backbone_settings(backbone)
     assert not torch.equal(model.backbone.cls_token, backbone.cls_token)
     assert model.backbone.get_parameter("blocks.0.ls1.gamma").eq(1).all()
-    assert model.image_size == 28
+    assert model.preprocess.image_size == 28
 
 
 @pytest.mark.parametrize("name", ["random:vit_smal", "random:", "random:vit_tiny/0"])
@@ -390,16 +392,16 @@ def test_an_unknown_random_architecture_lists_the_known_ones(name: str) -> None:
 
 
 def test_a_run_says_how_deep_its_pixels_are_and_an_older_one_means_eight_bits(tmp_path: Path) -> None:
-    save_model(tmp_path, backbone=tiny_vit(in_chans=2), heads={}, **asdict(DEEP))
+    save_model(tmp_path, backbone=tiny_vit(in_chans=2), heads={}, preprocess=DEEP)
     model = load_model(tmp_path)
-    assert (model.in_chans, model.bit_depth, model.mean) == (2, 16, (0.1, 0.2))
+    assert model.preprocess == DEEP
     described = json.loads((tmp_path / "model.json").read_text())
     del described["preprocessing"]["bit_depth"]
     (tmp_path / "model.json").write_text(json.dumps(described))
-    assert load_model(tmp_path).bit_depth == 8
+    assert load_model(tmp_path).preprocess.bit_depth == 8
 
 
 def test_a_model_of_other_channels_says_how_it_normalises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(tiny_vit(in_chans=5).state_dict(), tmp_path / "five.pth")
-    assert load_model(tmp_path / "five.pth").mean == (0.5,) * 5
+    assert load_model(tmp_path / "five.pth").preprocess.mean == (0.5,) * 5
     assert "nothing says how to normalise 5 channels" in capsys.readouterr().err

@@ -30,7 +30,6 @@ def preprocess_of(config: TrainConfig) -> Preprocess:
         crop_ratio=config.crop_ratio,
         mean=config.pixel_mean or (IMAGENET_MEAN if is_rgb else (0.5,) * config.in_chans),
         std=config.pixel_std or (IMAGENET_STD if is_rgb else (0.25,) * config.in_chans),
-        in_chans=config.in_chans,
         bit_depth=config.bit_depth,
     )
 

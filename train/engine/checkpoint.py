@@ -55,16 +55,12 @@ def save_teacher(folder: Path, model: TrainedModel, preprocess: Preprocess) -> N
         return
     backbone, heads = model.teacher["backbone"], dict(model.teacher.items())
     del heads["backbone"]
-    assert isinstance(backbone, VisionTransformer) and preprocess.crop_ratio is not None
+    assert isinstance(backbone, VisionTransformer)
     save_model(
         folder,
         backbone=backbone,
         heads={name: head for name, head in heads.items() if isinstance(head, ProjectionHead)},
-        image_size=preprocess.image_size,
-        crop_ratio=preprocess.crop_ratio,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        bit_depth=preprocess.bit_depth,
+        preprocess=preprocess,
     )
 
 

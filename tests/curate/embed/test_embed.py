@@ -77,7 +77,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     backbone = VisionTransformer(patch_size=7, embed_dim=24, depth=2, num_heads=3, img_size=28, layer_scale=1.0)
     folder = tmp_path_factory.mktemp("runs") / "small"
-    save_model(folder, backbone=backbone, heads={}, image_size=28, crop_ratio=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    save_model(folder, backbone=backbone, heads={}, preprocess=Preprocess(28, 1.0, IMAGENET_MEAN, IMAGENET_STD))
     return folder
 
 
@@ -269,7 +269,7 @@ class Reciprocal(nn.Module):
 
 
 def test_features_that_are_not_finite_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    preprocess = Preprocess(4, 1.0, (0.0,), (1.0,), 1)
+    preprocess = Preprocess(4, 1.0, (0.0,), (1.0,))
     model = FeatureModel(pixels_model().source, 1, preprocess, Reciprocal())  # type: ignore[arg-type]
     monkeypatch.setattr(settings, "open_model", lambda name, seed: model)
     for number, grey in enumerate((51, 0, 255)):

@@ -22,7 +22,7 @@ from dinov2_toolkit.curate.embed.filters import Filters
 from dinov2_toolkit.curate.embed.parts import missing_blocks, work_folder
 from dinov2_toolkit.errors import Stopped, ToolkitError
 from dinov2_toolkit.features.extract import extract
-from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
@@ -68,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     backbone = VisionTransformer(patch_size=7, embed_dim=24, depth=2, num_heads=3, img_size=28, layer_scale=1.0)
     folder = tmp_path_factory.mktemp("runs") / "small"
-    save_model(folder, backbone=backbone, heads={}, image_size=28, crop_ratio=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    save_model(folder, backbone=backbone, heads={}, preprocess=Preprocess(28, 1.0, IMAGENET_MEAN, IMAGENET_STD))
     return folder
 
 

@@ -49,7 +49,7 @@ def tiny_vit(in_chans: int = 3) -> VisionTransformer:
 
 def tiny_model(in_chans: int = 3) -> FeatureModel:
     mean, std = ((0.5,), (0.25,)) if in_chans == 1 else (IMAGENET_MEAN, IMAGENET_STD)
-    return feature_model(Model("tiny", "id", tiny_vit(in_chans).eval(), 28, 0.875, mean, std, in_chans))
+    return feature_model(Model("tiny", "id", tiny_vit(in_chans).eval(), Preprocess(28, 0.875, mean, std)))
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_without_a_name_the_newest_run_is_the_model_and_copy_where_there_is_none
     assert open_model(None).source.path == "copy"
     assert "no --model given: using copy" in capsys.readouterr().err
     run = tmp_path / "run"
-    save_model(run, backbone=tiny_vit(), heads={}, image_size=28, crop_ratio=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    save_model(run, backbone=tiny_vit(), heads={}, preprocess=Preprocess(28, 1.0, IMAGENET_MEAN, IMAGENET_STD))
     catalog.record(run, Provenance("run", "train pretrain", {}, content_id="1"), 1.0)
     model = open_model(None)
     assert (model.source.path, model.dim, model.preprocess.short_side) == (str(run), 24, 28)

@@ -23,7 +23,7 @@ from dinov2_toolkit.models.weights import Model
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import open_manifest
 
-PREPROCESS = Preprocess(28, 1.0, IMAGENET_MEAN, IMAGENET_STD, 3)
+PREPROCESS = Preprocess(28, 1.0, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def vit() -> VisionTransformer:
@@ -32,7 +32,7 @@ def vit() -> VisionTransformer:
 
 
 def model() -> FeatureModel:
-    return feature_model(Model("tiny", "id", vit(), 28, 1.0, IMAGENET_MEAN, IMAGENET_STD, 3))
+    return feature_model(Model("tiny", "id", vit(), PREPROCESS))
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_windows_see_each_tile_by_itself(picture: Path) -> None:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
-    save_model(folder, backbone=vit(), heads={}, image_size=28, crop_ratio=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    save_model(folder, backbone=vit(), heads={}, preprocess=Preprocess(28, 1.0, IMAGENET_MEAN, IMAGENET_STD))
     return str(folder)
 
 

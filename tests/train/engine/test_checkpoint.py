@@ -16,7 +16,7 @@ from dinov2_toolkit.train.objective.distill_model import DistillModel
 from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
 from dinov2_toolkit.train.objective.ssl_model import SSLModel
 
-PREPROCESS = Preprocess(8, 0.5, (0.5,) * 3, (0.25,) * 3, 3)
+PREPROCESS = Preprocess(8, 0.5, (0.5,) * 3, (0.25,) * 3)
 
 
 def small_model(seed: int, embed_dim: int = 16) -> SSLModel:

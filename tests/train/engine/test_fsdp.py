@@ -176,7 +176,7 @@ def train_three_steps(build: Callable[[], TrainedModel], accelerator: Accelerato
         whole = whole_model()
         assert (whole is None) != accelerator.is_main_process
         if whole is not None:
-            preprocess = Preprocess(8, 1.0, (0.5,) * 3, (0.5,) * 3, 3)
+            preprocess = Preprocess(8, 1.0, (0.5,) * 3, (0.5,) * 3)
             save_checkpoint(folder, whole, state, {"step": stop}, preprocess, keep=2)
             results |= {name: value.detach() for name, value in whole.state_dict().items() if "frozen" not in name}
         accelerator.wait_for_everyone()

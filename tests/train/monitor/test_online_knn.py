@@ -37,7 +37,7 @@ SETTINGS = [
     "mixed_precision=no",
     "num_workers=0",
 ]
-PREPROCESS = Preprocess(12, 1.0, IMAGENET_MEAN, IMAGENET_STD, 3)
+PREPROCESS = Preprocess(12, 1.0, IMAGENET_MEAN, IMAGENET_STD)
 CLOCK = ("images_per_s", "data_wait", "peak_memory_mib")
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200)}
 

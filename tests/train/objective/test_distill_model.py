@@ -15,7 +15,7 @@ from torch import Tensor
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.export_hf import write_hugging_face
 from dinov2_toolkit.models.head import ProjectionHead
-from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone, load_heads, load_model
@@ -189,9 +189,7 @@ def teacher_run(tmp_path: Path) -> Path:
     vit = parts.pop("backbone")
     assert isinstance(vit, VisionTransformer)
     heads = {name: head for name, head in parts.items() if isinstance(head, ProjectionHead)}
-    save_model(
-        tmp_path / "teacher", backbone=vit, heads=heads, image_size=12, crop_ratio=1.0, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
+    save_model(tmp_path / "teacher", backbone=vit, heads=heads, preprocess=Preprocess(12, 1.0, (0.5,) * 3, (0.5,) * 3))
     return tmp_path / "teacher"
 
 
@@ -252,7 +250,7 @@ def test_a_teacher_teaches_the_same_in_whatever_form_it_comes(tmp_path: Path) ->
     vit = VisionTransformer(patch_size=4, embed_dim=64, depth=1, num_heads=1, img_size=12, layer_scale=1.0)
     heads = {"dino_head": ProjectionHead(64, 10, hidden_dim=16, bottleneck_dim=6)}
     run, backbone_file, checkpoint, folder = (tmp_path / name for name in ("run", "b.pth", "teacher.pth", "hf"))
-    save_model(run, backbone=vit, heads=heads, image_size=12, crop_ratio=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    save_model(run, backbone=vit, heads=heads, preprocess=Preprocess(12, 1.0, IMAGENET_MEAN, IMAGENET_STD))
     torch.save(vit.state_dict(), backbone_file)
     parts = {"backbone": vit, **heads}
     named = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}

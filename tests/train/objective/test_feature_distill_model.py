@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinov2_toolkit.models.head import ProjectionHead
+from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone, load_heads
@@ -144,9 +145,7 @@ def teacher(tmp_path: Path) -> str:
     torch.manual_seed(0)
     folder = tmp_path / "stripped"
     headless: dict[str, ProjectionHead] = {}
-    save_model(
-        folder, backbone=backbone(24), heads=headless, image_size=12, crop_ratio=1.0, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
+    save_model(folder, backbone=backbone(24), heads=headless, preprocess=Preprocess(12, 1.0, (0.5,) * 3, (0.5,) * 3))
     return str(folder)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.head import ProjectionHead
+from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import Features, VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone, load_heads
@@ -46,9 +47,7 @@ def teacher(tmp_path: Path) -> str:
     torch.manual_seed(0)
     vit = VisionTransformer(patch_size=4, embed_dim=24, depth=2, num_heads=2, img_size=12, layer_scale=1.0)
     heads = {"dino_head": ProjectionHead(24, 10, hidden_dim=16, bottleneck_dim=6)}
-    save_model(
-        tmp_path / "large", backbone=vit, heads=heads, image_size=12, crop_ratio=1.0, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
+    save_model(tmp_path / "large", backbone=vit, heads=heads, preprocess=Preprocess(12, 1.0, (0.5,) * 3, (0.5,) * 3))
     return str(tmp_path / "large")
 
 
