@@ -1,7 +1,6 @@
 """What every finished step leaves behind, and whether it is there already."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from .. import console
 from ..errors import ToolkitError
 from . import catalog
 from .cache import touch
+from .files import write_text
 from .manifest import Provenance, Source, open_manifest, part_paths, provenance_from, provenance_values, toolkit_version
 
 RUN_PROVENANCE = "provenance.json"  # in a run folder
@@ -50,24 +50,52 @@ def check_manifest_name(output: str) -> Path:
     return Path(output)
 
 
-def is_up_to_date(output: Path, provenance: Provenance, options: Options) -> bool:
+def provenance_at(path: Path) -> Provenance | None:
+    """Return how a manifest, a run, or a file with its provenance beside it came about; None where it is not ours."""
+    for file in (path / RUN_PROVENANCE, path.with_name(f"{path.name}{FILE_PROVENANCE}")):
+        if file.is_file():
+            try:
+                return provenance_from(json.loads(file.read_text(encoding="utf-8")), file)
+            except (ValueError, KeyError, TypeError):  # somebody's, by the same name
+                return None
+    try:
+        return open_manifest(path).provenance
+    except ToolkitError:
+        return None
+
+
+def is_up_to_date(
+    output: Path,
+    provenance: Provenance,
+    options: Options,
+    *,
+    kind: str = "manifest",
+    find: Callable[[Path], Provenance | None] = provenance_at,
+) -> bool:
     """Tell whether `output` holds this very work already; if so, touch it (so that Make rests) and say so.
 
     Enters it in the catalog where it is missing there, as after a kill between the two. Raises ToolkitError when
     something else stands there and --force was not given.
+
+    Args:
+        provenance: of the work that is wanted.
+        kind: what the output should be, in a word.
+        find: returns the provenance of what stands at a path.
     """
     if options.force or not output.exists():
         return False
-    there = _provenance_at(output)
-    if there is not None and there.same_work(provenance):
-        console.say(f"{output} is up to date")
-        if not options.dry_run:
-            touch(Source("manifest", str(output.absolute()), there.content_id))
-            if not catalog.artifacts("path = ? and digest = ?", [str(output.absolute()), there.content_id]):
-                catalog.record(output, there, None)
-        return True
-    reason = "is no manifest of ours" if there is None else f"was made otherwise ({difference(there, provenance)})"
-    raise ToolkitError(f"{output} exists and {reason}; choose another -o, or --force to overwrite it")
+    there = find(output)
+    if there is None or not there.same_work(provenance):
+        reason = f"is no {kind} of ours" if there is None else f"was made otherwise ({difference(there, provenance)})"
+        raise ToolkitError(f"{output} exists and {reason}; choose another -o, or --force to overwrite it")
+    console.say(f"{output} is up to date")
+    path = str(output.absolute())
+    if not options.dry_run:
+        touch(Source("manifest", path, there.content_id))
+        is_artifact = there.content_id != ""  # a picture is none
+        if is_artifact and not catalog.artifacts("path = ? and digest = ?", [path, there.content_id]):
+            catalog.record(output, there, None)
+    return True
 
 
 def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance, options: Options) -> None:
@@ -86,20 +114,13 @@ def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance,
             raise ToolkitError(f"{side} is an input, and -o {output} would overwrite it; choose another -o")
     if options.force:
         return
-    there = _provenance_at(side)
+    there = provenance_at(side)
     if there is not None and (there.command, there.kind) == (provenance.command, kind):
         return
     what = "is no manifest of ours" if there is None else f"was made by `{there.command}` ({there.kind})"
     raise ToolkitError(
         f"{side}, which goes with {output}, exists and {what}; choose another -o, or --force to overwrite it"
     )
-
-
-def _provenance_at(output: Path) -> Provenance | None:
-    try:
-        return open_manifest(output).provenance
-    except ToolkitError:  # whatever stands there is not ours to judge, only to leave alone
-        return None
 
 
 def difference(there: Provenance, wanted: Provenance) -> str:
@@ -117,16 +138,18 @@ def difference(there: Provenance, wanted: Provenance) -> str:
 
 def write_run_provenance(folder: Path, provenance: Provenance) -> None:
     """Keep the provenance of a run in its folder, as a manifest keeps its own in its metadata."""
-    temporary = folder / f".{RUN_PROVENANCE}.{os.getpid()}.tmp"
+    write_provenance(folder / RUN_PROVENANCE, provenance)
+
+
+def write_provenance(file: Path, provenance: Provenance) -> None:
+    """Write a provenance as JSON, for what cannot carry its own."""
     values = provenance_values(replace(provenance, version=toolkit_version()))
-    temporary.write_text(json.dumps(values, indent=1, sort_keys=True))
-    os.replace(temporary, folder / RUN_PROVENANCE)
+    write_text(file, json.dumps(values, indent=1, sort_keys=True))
 
 
 def read_run_provenance(folder: Path) -> Provenance | None:
     """Return the provenance of the run in a folder, or None where there is no run."""
-    file = folder / RUN_PROVENANCE
-    return provenance_from(json.loads(file.read_text()), file) if file.exists() else None
+    return provenance_at(folder) if (folder / RUN_PROVENANCE).is_file() else None
 
 
 def make(
@@ -165,7 +188,7 @@ def make(
     if not is_made:
         with recorded(path) as finished:
             finished.append(work())
-    made = open_manifest(path).provenance
+    made = provenance_at(path)
     return Result(output, {} if made is None else made.figures)
 
 

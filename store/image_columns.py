@@ -2,17 +2,15 @@
 
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
-from .manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, ROW_GROUP_ROWS, Manifest
+from .manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, Manifest, Piece
 from .vectors import Int64
 
 URI_COLUMNS = ("uri", "path", "image", "file_name")
@@ -57,7 +55,7 @@ def image_batches(
     made_from = _made_from(manifest, [field.name for field in wanted], label_column)
     fields = [*wanted, *(manifest.schema.field(name) for name in more)]
     read = list(dict.fromkeys([*made_from.values(), *more]))
-    for piece in _pieces(manifest, read, rows, manifest.num_rows if limit is None else limit):
+    for piece in manifest.pieces(read, limit, rows):
         made = []
         for field in wanted:
             if field.name == "uri":
@@ -65,25 +63,16 @@ def image_batches(
             elif field.name not in made_from:
                 made.append(pa.nulls(len(piece.rows), field.type))
             elif field.name == "label":
-                made.append(_labels(manifest, label_column, piece.columns[label_column]))
+                made.append(_labels(manifest, label_column, piece.batch.column(label_column)))
             else:
-                made.append(_cast(piece.columns[field.name], field, manifest))
-        others = [piece.columns[name] for name in more]
+                made.append(_cast(piece.batch.column(field.name), field, manifest))
+        others = [piece.batch.column(name) for name in more]
         yield pa.Table.from_arrays([*made, *others], schema=pa.schema(fields).remove_metadata())
 
 
 def has_images(manifest: Manifest) -> bool:
     """Tell whether the manifest names images at all."""
     return any(name in manifest.names() for name in URI_COLUMNS)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Some rows of one part of a manifest."""
-
-    part: Path
-    rows: Int64  # (B,) of the part, rising
-    columns: dict[str, pa.Array]  # (B,) as stored
 
 
 def _made_from(manifest: Manifest, wanted: list[str], label_column: str) -> dict[str, str]:
@@ -105,34 +94,7 @@ def _uri_column(manifest: Manifest) -> str | None:
     return next((name for name in URI_COLUMNS if name in manifest.names()), None)
 
 
-def _pieces(manifest: Manifest, columns: list[str], rows: Int64 | None, limit: int) -> Iterator[_Piece]:
-    """Yield the rows wanted, all by default, of the first `limit`."""
-    stored = {name: manifest.old_names.get(name, name) for name in columns}
-    part_start = 0
-    for part in manifest.parts:
-        with pq.ParquetFile(part, pre_buffer=False, buffer_size=1 << 20) as file:
-            start = 0
-            for group in range(file.num_row_groups):
-                stop = start + file.metadata.row_group(group).num_rows
-                first, last = part_start + start, min(part_start + stop, limit)
-                if first < last and (rows is None or np.searchsorted(rows, first) < np.searchsorted(rows, last)):
-                    # One thread: a row group of so few rows gains nothing by more, and memory stays in bounds.
-                    for batch in file.iter_batches(ROW_GROUP_ROWS, [group], [*stored.values()], use_threads=False):
-                        end = min(start + batch.num_rows, limit - part_start)
-                        inside = np.arange(start, end)
-                        if rows is not None:
-                            low, high = np.searchsorted(rows, [part_start + start, part_start + end])
-                            inside = rows[low:high] - part_start
-                        taken = pa.array(inside - start)
-                        start += batch.num_rows
-                        if len(inside):
-                            arrays = {name: batch.column(stored[name]).take(taken) for name in columns}
-                            yield _Piece(part, inside, arrays)
-                start = stop
-            part_start += start
-
-
-def _uris(manifest: Manifest, name: str | None, piece: _Piece) -> pa.Array:
+def _uris(manifest: Manifest, name: str | None, piece: Piece) -> pa.Array:
     """Return the names of a piece's images, made from column `name`; None: by row, for the file holds their bytes."""
     if name is None:
         column = _uri_column(manifest)
@@ -142,15 +104,15 @@ def _uris(manifest: Manifest, name: str | None, piece: _Piece) -> pa.Array:
         return _struct_uris(manifest, name, piece)
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
         raise ToolkitError(f"the `{name}` column of {manifest.path} is {kind}; it must hold names or encoded images")
-    column = pc.cast(piece.columns[name], pa.string())
+    column = pc.cast(piece.batch.column(name), pa.string())
     if manifest.provenance is not None:
         return column  # ours are absolute already
     return _absolute(column, manifest.path)
 
 
-def _struct_uris(manifest: Manifest, name: str, piece: _Piece) -> pa.Array:
+def _struct_uris(manifest: Manifest, name: str, piece: Piece) -> pa.Array:
     """Name an image by its row where the file holds its bytes, by its path where it does not."""
-    structs = piece.columns[name]
+    structs = piece.batch.column(name)
     holds = pc.is_valid(pc.struct_field(structs, "bytes"))
     has_path = structs.type.get_field_index("path") >= 0
     paths = pc.struct_field(structs, "path") if has_path else pa.nulls(len(structs), pa.string())
@@ -169,7 +131,7 @@ def _holds_all_bytes(manifest: Manifest, name: str) -> bool:
     return True
 
 
-def _row_uris(piece: _Piece, name: str) -> pa.Array:
+def _row_uris(piece: Piece, name: str) -> pa.Array:
     column = "" if name == "image" else f"&column={quote(name)}"
     rows = pc.cast(pa.array(piece.rows), pa.string())
     return pc.binary_join_element_wise(f"parquet://{quote(str(piece.part.absolute()))}?row=", rows, column, "")

@@ -2,25 +2,32 @@
 
 import hashlib
 import json
-import os
-import struct
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
+from .files import replacing
 from .renamed import COLUMNS, FIGURES, PARAMETERS, with_present_names, with_present_settings
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 FORMAT_VERSION = 1
 PROVENANCE_KEY = "dinov2_toolkit"  # schema metadata: the Provenance as JSON, known before the first row
 RESULT_KEY = "dinov2_toolkit_result"  # file metadata: content id and figures as JSON, known after the last row
 ROW_GROUP_ROWS = 16_384  # chosen: a row group of 384 half floats is 12 MB, small enough to stream
+
+Rows = npt.NDArray[np.int64]
 
 IMAGE_FIELDS = (
     pa.field("image_id", pa.string()),  # BLAKE2b-128 of the encoded bytes, hex
@@ -123,6 +130,15 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Some rows of one part of a manifest."""
+
+    part: Path
+    rows: Rows  # (B,) of the part, rising
+    batch: pa.RecordBatch  # (B,)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """An opened manifest: one Parquet file or a folder of parts, ours or anybody's."""
 
@@ -138,17 +154,35 @@ class Manifest:
         """Return the column names."""
         return [str(name) for name in self.schema.names]
 
+    def pieces(self, columns: list[str], limit: int | None = None, rows: Rows | None = None) -> Iterator[Piece]:
+        """Yield the columns in row order, a row group or less at a time, with the places of the rows.
+
+        Args:
+            limit: only the first so many rows of the manifest.
+            rows: (R,) only these rows, rising; row groups without any are not read.
+        """
+        stored = [self.old_names.get(name, name) for name in columns]
+        end = self.num_rows if limit is None else min(limit, self.num_rows)
+        start = 0  # of the row group, then of the batch
+        for part in self.parts:
+            part_start = start
+            # A row group may exceed the memory: it is read through a buffer, and not in advance.
+            with pq.ParquetFile(part, pre_buffer=False, buffer_size=1 << 20) as file:
+                for group in range(file.num_row_groups):
+                    stop = start + file.metadata.row_group(group).num_rows
+                    if len(_within(rows, start, min(stop, end))):
+                        # One thread: a row group of so few rows gains nothing by more, and memory stays in bounds.
+                        for batch in file.iter_batches(ROW_GROUP_ROWS, [group], stored, use_threads=False):
+                            wanted = _within(rows, start, min(start + batch.num_rows, end))
+                            if len(wanted):
+                                taken = batch.slice(0, len(wanted)) if rows is None else batch.take(wanted - start)
+                                yield Piece(part, wanted - part_start, taken.rename_columns(columns))
+                            start += batch.num_rows
+                    start = stop
+
     def batches(self, columns: list[str], limit: int | None = None) -> Iterator[pa.RecordBatch]:
         """Yield the columns in row order, a row group or less at a time; `limit` ends it after so many rows."""
-        left = self.num_rows if limit is None else min(limit, self.num_rows)
-        stored = [self.old_names.get(name, name) for name in columns]
-        for part in self.parts:
-            with pq.ParquetFile(part, pre_buffer=False) as file:  # else all that was read stays in memory to the end
-                for batch in file.iter_batches(batch_size=ROW_GROUP_ROWS, columns=stored):
-                    if left <= 0:
-                        return
-                    yield batch.slice(0, left).rename_columns(columns)
-                    left -= batch.num_rows
+        return (piece.batch for piece in self.pieces(columns, limit))
 
     def read(self, columns: list[str] | None = None, limit: int | None = None) -> pa.Table:
         """Return the columns (all by default) as one table."""
@@ -159,6 +193,14 @@ class Manifest:
     def source(self, role: str) -> Source:
         """Return this manifest as an input of a step."""
         return Source(role, str(self.path.absolute()), self.content_id)
+
+
+def _within(rows: Rows | None, start: int, stop: int) -> Rows:
+    """Return those of `rows`, of all by default, that lie in start..stop."""
+    if rows is None:
+        return np.arange(start, stop)
+    first, last = np.searchsorted(rows, [start, stop])
+    return rows[first:last]
 
 
 def open_manifest(path: Path) -> Manifest:
@@ -249,10 +291,8 @@ def foreign_content_id(path: Path) -> str:
 
 def data_bytes(path: Path) -> int:
     """Return how many bytes of a Parquet file stand before its footer."""
-    with path.open("rb") as file:
-        file.seek(-8, os.SEEK_END)
-        (footer_bytes,) = struct.unpack("<I", file.read(4))
-        return file.seek(0, os.SEEK_END) - 8 - int(footer_bytes)
+    footer_bytes: int = pq.read_metadata(path).serialized_size
+    return path.stat().st_size - 8 - footer_bytes  # behind it stand its length and a mark, 4 bytes each
 
 
 def data_content_id(path: Path) -> str:
@@ -266,39 +306,16 @@ def data_content_id(path: Path) -> str:
     return digest.hexdigest()
 
 
-class _HashingFile:
+class _HashingFile(BufferedWriter):
     """A file that hashes what is written to it."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
+        super().__init__(FileIO(path, "w"))
         self.digest = hashlib.blake2b(digest_size=16)
-        self.closed = False
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def readable(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
+        return super().write(data)
 
 
 class ManifestWriter:
@@ -317,19 +334,30 @@ class ManifestWriter:
         self.num_rows = 0
 
     def __enter__(self) -> "ManifestWriter":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
-        self._file = _HashingFile(self._temporary)
+        self._writing = self._open()
+        self._writer = self._writing.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writing.__exit__(kind, problem, trace)
+
+    @contextmanager
+    def _open(self) -> Iterator[pq.ParquetWriter]:
         leaves = _leaf_paths(self.schema)
         plain = [leaf for leaf in leaves if leaf.startswith(("embedding.", "patches."))]
         # Dictionaries slow the reading of vectors sixfold, and compression gains nothing on them.
-        self._writer = pq.ParquetWriter(
-            pa.PythonFile(self._file, mode="w"),
-            self.schema,
-            use_dictionary=[leaf for leaf in leaves if leaf not in plain],
-            compression={leaf: "NONE" if leaf in plain else "ZSTD" for leaf in leaves},
-        )
-        return self
+        how = {
+            "use_dictionary": [leaf for leaf in leaves if leaf not in plain],
+            "compression": {leaf: "NONE" if leaf in plain else "ZSTD" for leaf in leaves},
+        }
+        with replacing(self.path) as temporary, _HashingFile(temporary) as file:
+            with pq.ParquetWriter(pa.PythonFile(file, mode="w"), self.schema, **how) as writer:
+                yield writer
+                self.provenance = replace(self.provenance, content_id=file.digest.hexdigest())
+                result = {"content_id": self.provenance.content_id, "figures": self.provenance.figures}
+                writer.add_key_value_metadata({RESULT_KEY: json.dumps(result, sort_keys=True)})
 
     def write(self, table: pa.Table) -> None:
         """Append rows; columns are put in the declared order and cast to the declared types."""
@@ -339,25 +367,6 @@ class ManifestWriter:
     def set_figures(self, **figures: object) -> None:
         """Add what was measured on the way to the provenance."""
         self.provenance = replace(self.provenance, figures={**self.provenance.figures, **figures})
-
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            with suppress(OSError):  # the disk may be full, and the file is thrown away
-                self._writer.close()
-                self._file.close()
-            self._temporary.unlink(missing_ok=True)
-            return
-        try:
-            self.provenance = replace(self.provenance, content_id=self._file.digest.hexdigest())
-            result = {"content_id": self.provenance.content_id, "figures": self.provenance.figures}
-            self._writer.add_key_value_metadata({RESULT_KEY: json.dumps(result, sort_keys=True)})
-            self._writer.close()
-            self._file.close()
-            os.replace(self._temporary, self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
 
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:

@@ -47,7 +47,7 @@ def test_old_columns_are_read_under_present_names(tmp_path: Path) -> None:
     assert manifest.names() == manifest.schema.names == ["uri", "new_similarity", "row"]
     assert manifest.read(["row", "new_similarity"]).column_names == ["row", "new_similarity"]
     assert manifest.read().column("new_similarity").combine_chunks() == SIMILARITIES
-    assert [batch.schema.names for batch in manifest.batches(["new_similarity"])] == [["new_similarity"]]
+    assert all(batch.schema.names == ["new_similarity"] for batch in manifest.batches(["new_similarity"]))
     (table,) = image_batches(manifest, (), more=["new_similarity"], limit=2)
     assert table.column("new_similarity").to_pylist() == [0.5, None]
 
