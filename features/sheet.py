@@ -1,7 +1,6 @@
 """Pictures for people: captioned images in rows, written as PNG files that know how they were made."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from .. import console
 from ..errors import ToolkitError
-from ..store.artifact import Options, difference
+from ..store.artifact import Options, is_up_to_date
+from ..store.files import replacing
 from ..store.images import UnreadableImage, decode_sized, read_bytes
 from ..store.manifest import PROVENANCE_KEY, Provenance, provenance_from, provenance_values, toolkit_version
 
@@ -126,16 +126,7 @@ def is_picture_up_to_date(path: Path, provenance: Provenance, options: Options) 
 
     Raises ToolkitError when something else stands there and --force was not given.
     """
-    if options.force or not path.exists():
-        return False
-    there = picture_provenance(path)
-    if there is not None and there.same_work(provenance):
-        console.say(f"{path} is up to date")
-        if not options.dry_run:
-            os.utime(path)
-        return True
-    reason = "is no picture of ours" if there is None else f"was made otherwise ({difference(there, provenance)})"
-    raise ToolkitError(f"{path} exists and {reason}; choose another -o, or --force to overwrite it")
+    return is_up_to_date(path, provenance, options, kind="picture", find=picture_provenance)
 
 
 def picture_provenance(path: Path) -> Provenance | None:
@@ -153,13 +144,5 @@ def write_picture(picture: Image.Image, path: Path, provenance: Provenance) -> N
     text = PngImagePlugin.PngInfo()
     values = provenance_values(replace(provenance, version=toolkit_version()))
     text.add_text(PROVENANCE_KEY, json.dumps(values, sort_keys=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            picture.save(file, "PNG", pnginfo=text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG", pnginfo=text)
