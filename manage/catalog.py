@@ -7,12 +7,12 @@ from datetime import datetime
 from pathlib import Path
 
 from .. import console
-from ..curate.embed.parts import is_locked
 from ..errors import ToolkitError
 from ..store import catalog
 from ..store.artifact import FILE_PROVENANCE, RUN_PROVENANCE, read_run_provenance
 from ..store.cache import cached
 from ..store.catalog import Artifact
+from ..store.lock import is_held
 from ..store.manifest import Provenance, data_content_id, open_manifest, provenance_from
 
 
@@ -156,7 +156,7 @@ def gc() -> None:
     freed = 0
     for found in cached():
         is_folder = found.is_dir() and not found.is_symlink()
-        if is_folder and is_locked(found):
+        if is_folder and is_held(found / "lock"):
             continue
         freed += sum(file.lstat().st_size for file in (found.rglob("*") if is_folder else [found]))
         shutil.rmtree(found) if is_folder else found.unlink()

@@ -53,6 +53,11 @@ class Filters:
         return None
 
 
+def is_filtered(reason: str) -> bool:
+    """Tell whether an image was removed by a filter, though it could be read."""
+    return reason.startswith(REASONS)
+
+
 def grey_levels(picture: Image.Image) -> npt.NDArray[np.float32]:
     """Return the grey levels (H, W) of a picture, in 0 to 255; its short side reduced to `MEASURED_SIDE`."""
     grey = picture.convert("L")

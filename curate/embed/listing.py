@@ -1,73 +1,79 @@
-"""What the sources of an `embed` list, on disk: written in one walk, read piece by piece, whatever its length."""
+"""What the sources of an `embed` list: one walk, written to disk piece by piece, whatever its length.
+
+number   from 0: the order of the output
+reason   why the entry is no image, where that is known without opening it
+version  changes with the file (`_version`)
+"""
 
 import os
-from collections.abc import Iterable, Iterator
-from itertools import groupby, islice
-from operator import attrgetter
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from ...store.sources import Entry
+from ...store import catalog
+from ...store.cache import cache_folder
+from ...store.manifest import Source, removed_path
+from ...store.sources import Entry, ImageSource, Skip, entries, listing_line
 
-PIECE_ENTRIES = 1_024  # chosen: entries that are Python objects at a time
-
-SCHEMA = pa.schema(  # the fields of an Entry
-    [
-        pa.field("uri", pa.string()),
-        pa.field("label", pa.string()),
-        pa.field("reason", pa.string()),  # why it is no image, where that is known
-        pa.field("source", pa.string()),
-        pa.field("weight", pa.float32()),
-        pa.field("size", pa.int64()),
-        pa.field("mtime_ns", pa.int64()),
-    ]
-)
-
-Int64 = npt.NDArray[np.int64]
+SLICE_ENTRIES = 1_024  # chosen: entries that are Python objects at a time
+SAMPLE_IMAGES = 16  # chosen: how many a dry run embeds to measure the rate
+OUTPUT_COLUMNS = {"uri": pa.string(), "label": pa.string(), "source": pa.string(), "weight": pa.float32()}
+SCHEMA = pa.schema({"number": pa.int64(), **OUTPUT_COLUMNS, "reason": pa.string(), "version": pa.int64()})
 
 
-def write_listing(path: Path, entries: Iterable[Entry]) -> None:
-    """Write all entries, and put the file in its place when it is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    following = iter(entries)
-    values = attrgetter(*SCHEMA.names)
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.ipc.new_file(str(temporary), SCHEMA, options=options) as writer:
-        while piece := list(islice(following, PIECE_ENTRIES)):
-            columns = zip(*map(values, piece), strict=True)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
-    os.replace(temporary, path)
+@dataclass(frozen=True)
+class Listed:
+    """What is known of the sources after the walk."""
+
+    inputs: tuple[Source, ...]  # the sources with the content ids of what they list
+    num_entries: int  # within the limit
+    sample: list[str]  # the first uris
 
 
-class Listing:
-    """A written listing; entries are numbered from 0."""
+def list_sources(path: Path | None, sources: list[ImageSource], labels: str, output: Path, limit: int | None) -> Listed:
+    """Write the first `limit` entries of the sources (None: all) to `path`, an Arrow file; None writes nothing."""
+    skip = _own_files(output)
+    inputs, sample, number = [], [], 0
+    with pa.ipc.new_file(pa.MockOutputStream() if path is None else str(path), SCHEMA) as writer:
+        for source in sources:
+            manifest, digest = source.manifest, blake2b(digest_size=16)
+            content_id = "" if manifest is None else manifest.content_id
+            following = entries(source, labels, skip)
+            while piece := list(islice(following, SLICE_ENTRIES)):
+                if manifest is None:
+                    for entry in piece:
+                        digest.update(listing_line(entry))  # also of what is beyond the limit
+                piece = piece if limit is None else piece[: max(limit - number, 0)]
+                columns = {name: [getattr(entry, name) for entry in piece] for name in (*OUTPUT_COLUMNS, "reason")}
+                columns["number"] = list(range(number, number + len(piece)))
+                columns["version"] = [_version(entry, content_id) for entry in piece]
+                writer.write_table(pa.table(columns, schema=SCHEMA))
+                sample += [entry.uri for entry in piece[: max(SAMPLE_IMAGES - number, 0)] if entry.reason is None]
+                number += len(piece)
+            role = "images" if manifest is None else "manifest"
+            inputs.append(Source(role, source.path, content_id or digest.hexdigest()))
+    return Listed(tuple(inputs), number, sample)
 
-    def __init__(self, path: Path) -> None:
-        self._file = pa.ipc.open_file(pa.memory_map(str(path)))
 
-    def pieces(self) -> Iterator[pa.RecordBatch]:
-        """Yield all entries in order, `PIECE_ENTRIES` at a time."""
-        for piece in range(self._file.num_record_batches):
-            yield self._file.get_batch(piece)
+def _version(entry: Entry, content_id: str) -> int:
+    """Return a number from 0 that changes with a file's size and time stamp.
 
-    def uris(self, numbers: Int64) -> Iterator[str]:
-        """Yield the uris of the entries with these ascending numbers."""
-        for piece, within in groupby(numbers.tolist(), lambda number: number // PIECE_ENTRIES):
-            places = pa.array([number % PIECE_ENTRIES for number in within])
-            yield from self._file.get_batch(piece).column("uri").take(places).to_pylist()
+    Other entries have one below 0, by the content id of the manifest that lists them. It holds while a stopped run
+    resumes; a later run reads such images again.
+    """
+    is_file = entry.size is not None
+    text = f"{entry.size} {entry.mtime_ns}" if is_file else content_id
+    number = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return number if is_file else -1 - number
 
-    def numbered(self, columns: list[str]) -> pa.RecordBatchReader:
-        """Return the columns and `reason` of all entries, and their `number`, to be read once."""
-        names = [*columns, "reason"]
-        schema = pa.schema([*(SCHEMA.field(name) for name in names), pa.field("number", pa.int64())])
 
-        def batches() -> Iterator[pa.RecordBatch]:
-            for piece, batch in enumerate(self.pieces()):
-                numbers = pa.array(np.arange(len(batch)) + piece * PIECE_ENTRIES)
-                yield pa.record_batch([*(batch.column(name) for name in names), numbers], schema=schema)
-
-        return pa.RecordBatchReader.from_batches(schema, batches())
+def _own_files(output: Path) -> Skip:
+    """Return what recognises the files that the command itself writes, should they lie below a source."""
+    outputs = [str(path.absolute()) for path in (output, removed_path(output))]
+    database = str(catalog.catalog_path().absolute())
+    own = {*outputs, database, f"{database}.wal", str(cache_folder().absolute())}
+    temporary = tuple(os.path.join(os.path.dirname(file), f".{os.path.basename(file)}.") for file in outputs)
+    return lambda found: found in own or (found.startswith(temporary) and found.endswith(".tmp"))

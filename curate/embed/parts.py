@@ -1,60 +1,33 @@
-"""What an `embed` has done so far, on disk: a folder in the cache, from which it continues after any end.
+"""What an `embed` keeps on disk until its output stands: a folder in the cache, from which a stopped run resumes.
 
-lock                    held while the command runs
-listing.arrow           all entries of the sources (`listing`)
-work.json               what is being made, and what is taken over from; written last: without it nothing counts
-rows.npy, unread.npy    (N,) rows taken over; (T,) numbers of the entries to read
-part-FROM-TO.arrow      what became of todo[FROM:TO], renamed into place when whole
-partial.parquet         what was done when the sources changed meanwhile, to be taken over
+lock              held while the command runs
+provenance.json   of what is being made; its base is the manifest that rows are reused from
+part-*.arrow      what became of entries, one row each; renamed into place when whole
+listing.arrow, todo.arrow, unmatched.arrow   written anew at every start (`listing`, `plan`)
 """
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ...features.extract.extract import FeatureBatch
+from ...store.artifact import RUN_PROVENANCE
 from ...store.cache import cache_folder, open_cache, remove_empty_cache
-from ...store.lock import held, is_held
-from ...store.manifest import Provenance, Source, provenance_from, provenance_values
+from ...store.files import replacing
+from ...store.lock import held
+from .listing import OUTPUT_COLUMNS
 
-BLOCK_ENTRIES = 1_024  # chosen: a batch ends where a block does, so that neither stops nor processes show in a batch
 PART_BYTES = 64 << 20  # chosen: a part is written when it has as much,
-PART_SECONDS = 10.0  # or spans so long: what a kill can cost
-
-LISTING, WORK, ROWS, UNREAD, PARTIAL = "listing.arrow", "work.json", "rows.npy", "unread.npy", "partial.parquet"
-NUMBER_FIELD = pa.field("number", pa.int64())  # of the entry
-
-Int64 = npt.NDArray[np.int64]
-Span = tuple[int, int]  # of todo, from and to
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is being made."""
-
-    provenance: Provenance
-    earlier: Source | None  # the manifest that rows are taken over from
-    num_entries: int
-    num_reasons: int  # entries that are known to be no image
-
-
-@dataclass(frozen=True)
-class Part:
-    """What became of some entries that follow one another in todo."""
-
-    rows: pa.Table  # `number` and what was embedded
-    removed: list[tuple[int, str]]  # number and reason
-    known: list[tuple[int, int]]  # number and row of the earlier manifest
+PART_SECONDS = 10.0  # or is so old: what a kill can cost
 
 
 def work_folder(output: Path) -> Path:
@@ -64,158 +37,114 @@ def work_folder(output: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path, output: Path) -> Iterator[None]:
-    """Hold the work on an output, made when missing; remove what a killed process has left half written.
+    """Hold the work on an output; remove the folder afterwards when nothing is left to be done.
 
     Raises ToolkitError when another process has it.
     """
     open_cache()
     folder.mkdir(exist_ok=True)
     with held(folder / "lock", f"embedding to {output}"):
-        for half in folder.glob(".*.tmp"):
-            half.unlink()
-        yield
-
-
-def is_locked(folder: Path) -> bool:
-    """Tell whether a process is at work in a folder."""
-    return is_held(folder / "lock")
-
-
-def discard(folder: Path) -> None:
-    """Remove the work, and `.dinov2/cache` above it where it is left empty."""
-    shutil.rmtree(folder)
-    remove_empty_cache()
-
-
-def read_work(folder: Path) -> Work | None:
-    """Return what the folder holds the work on, or None."""
-    path = folder / WORK
-    if not path.exists():
-        return None
-    values = json.loads(path.read_text())
-    earlier = None if values["earlier"] is None else Source(**values["earlier"])
-    provenance = provenance_from(values["provenance"], path)
-    return Work(provenance, earlier, values["num_entries"], values["num_reasons"])
+        try:
+            yield
+        finally:
+            if not (folder / RUN_PROVENANCE).exists():
+                shutil.rmtree(folder)
+                remove_empty_cache()
 
 
 def forget_work(folder: Path) -> None:
-    """Remove the parts of earlier work; what else it has left is written anew."""
-    (folder / WORK).unlink(missing_ok=True)
-    for part in folder.glob("part-*.arrow"):
-        part.unlink()
+    """Remove the parts, as when the output stands."""
+    (folder / RUN_PROVENANCE).unlink(missing_ok=True)
+    for path in [*folder.glob("part-*.arrow"), *folder.glob(".*.tmp")]:
+        path.unlink()
 
 
-def start_work(folder: Path, work: Work, rows: Int64 | None, todo: Int64) -> None:
-    """Begin: write what is to be done; after this, parts count."""
-    if rows is None:
-        (folder / ROWS).unlink(missing_ok=True)
-    else:
-        np.save(folder / ROWS, rows)
-    np.save(folder / UNREAD, todo)
-    values = {**asdict(work), "provenance": provenance_values(work.provenance)}
-    temporary = folder / f".{WORK}.tmp"
-    temporary.write_text(json.dumps(values, indent=1))
-    os.replace(temporary, folder / WORK)
+def read_arrow(path: Path) -> pa.Table:
+    """Return an Arrow file; its rows stay on disk until they are used."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def taken_rows(folder: Path) -> Int64 | None:
-    """Return the rows (N,) that are taken over, `taken_over.NO_ROW` where none is; None if there is none at all."""
-    return np.load(folder / ROWS, mmap_mode="r") if (folder / ROWS).exists() else None
+def finished_parts(folder: Path) -> list[Path]:
+    """Return the parts, from the first written to the last."""
+    return sorted(folder.glob("part-*.arrow"))
 
 
-def entries_to_read(folder: Path) -> Int64:
-    """Return the numbers (T,) of the entries that must be read, ascending."""
-    todo: Int64 = np.load(folder / UNREAD, mmap_mode="r")
-    return todo
-
-
-def part_path(folder: Path, span: Span) -> Path:
-    """Return where the part that covers a span lies."""
-    return folder / f"part-{span[0]:012}-{span[1]:012}.arrow"
-
-
-def finished_spans(folder: Path) -> list[Span]:
-    """Return the spans that are done, in order; a part that cannot be read, as after a power cut, is removed."""
-    spans = []
-    for path in sorted(folder.glob("part-*.arrow")):
-        _, start, stop = path.stem.split("-")
-        try:
-            read_part(folder, (int(start), int(stop)))
-        except (pa.ArrowInvalid, OSError):
-            path.unlink()
-            continue
-        spans.append((int(start), int(stop)))
-    return spans
-
-
-def missing_blocks(finished: list[Span], num_todo: int) -> list[Span]:
-    """Return what is left of todo, cut at the ends of blocks."""
-    blocks = []
-    at = 0
-    for start, stop in [*finished, (num_todo, num_todo)]:
-        while at < start:
-            end = min((at // BLOCK_ENTRIES + 1) * BLOCK_ENTRIES, start)
-            blocks.append((at, end))
-            at = end
-        at = stop
-    return blocks
-
-
-def write_part(folder: Path, span: Span, part: Part) -> None:
-    """Write what became of a span of todo, whole or not at all."""
-    path = part_path(folder, span)
-    temporary = path.with_name(f".{path.name}.tmp")
-    told = {"removed": json.dumps(part.removed), "known": json.dumps(part.known)}
-    try:
-        with pa.ipc.new_file(str(temporary), part.rows.schema.with_metadata(told)) as writer:
-            writer.write_table(part.rows.combine_chunks())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_part(folder: Path, span: Span) -> Part:
-    """Return what became of a span of todo; its rows stay on disk until they are used."""
-    table = pa.ipc.open_file(pa.memory_map(str(part_path(folder, span)))).read_all()
-    told = table.schema.metadata
-    removed, known = (json.loads(told[name]) for name in (b"removed", b"known"))
-    return Part(table.replace_schema_metadata(None), [(n, why) for n, why in removed], [(n, row) for n, row in known])
+def num_in_parts(folder: Path) -> int:
+    """Return how many entries the parts have."""
+    return sum(read_arrow(path).num_rows for path in finished_parts(folder))
 
 
 class PartWriter:
-    """Gathers what became of images that follow one another, and writes a part when it is large or old enough."""
+    """Gathers rows, and writes a part when they are many or old enough; to be closed at the end."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._parts: list[Part] = []
-        self._span = (0, 0)
-        self._since = 0.0
+        self._tables: list[pa.Table] = []
+        self._since = time.monotonic()
 
-    def __enter__(self) -> "PartWriter":
-        return self
+    def add(self, table: pa.Table) -> None:
+        """Take rows of a part."""
+        self._tables.append(table)
+        num_bytes = sum(each.nbytes for each in self._tables)
+        if num_bytes >= PART_BYTES or time.monotonic() - self._since >= PART_SECONDS:
+            self.close()
 
-    def add(self, span: Span, part: Part) -> None:
-        """Take what became of a span of todo."""
-        if self._parts and span[0] != self._span[1]:
-            self.flush()
-        if not self._parts:
-            self._span, self._since = (span[0], span[0]), time.monotonic()
-        self._parts.append(part)
-        self._span = (self._span[0], span[1])
-        size = sum(one.rows.nbytes for one in self._parts)
-        if size >= PART_BYTES or time.monotonic() - self._since >= PART_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
+    def close(self) -> None:
         """Write what was gathered."""
-        parts, self._parts = self._parts, []
-        if parts:
-            rows = pa.concat_tables([part.rows for part in parts])
-            removed = [pair for part in parts for pair in part.removed]
-            known = [pair for part in parts for pair in part.known]
-            write_part(self._folder, self._span, Part(rows, removed, known))
+        tables, self._tables, self._since = self._tables, [], time.monotonic()
+        if tables:
+            write_part(self._folder / f"part-{time.time_ns()}-{uuid.uuid4().hex}.arrow", pa.concat_tables(tables))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.flush()  # after an exception too: the images are embedded
+
+def write_part(path: Path, table: pa.Table) -> None:
+    """Write what became of some entries, whole or not at all."""
+    with replacing(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+
+
+def part_schema(fields: list[pa.Field]) -> pa.Schema:
+    """Return the columns of a part; those of the output, `fields`, are null where an entry was not embedded.
+
+    `reason` says why it was removed; `earlier_row` is the row of the earlier manifest that has the same bytes.
+    """
+    own = {"uri": pa.string(), "version": pa.int64(), "reason": pa.string(), "earlier_row": pa.int64()}
+    found = {field.name: field.type for field in fields if field.name not in OUTPUT_COLUMNS}
+    found["embedding"] = pa.list_(found["embedding"].value_field)  # null lists of a fixed size take as much as others
+    return pa.schema(own | found)
+
+
+def part_rows(
+    batch: FeatureBatch, first: int, entries: Sequence[tuple[str, int]], schema: pa.Schema, dtype: str
+) -> pa.Table:
+    """Return what became of entries (uri, version), as rows of a part; `first` is the index of the first in `batch`."""
+    with np.errstate(over="ignore"):  # too large for half precision is infinite, and found below
+        vectors = batch.features.numpy().astype(dtype)  # (B, D)
+        patches = [image.numpy().astype(dtype) for image in batch.patches]  # (B,) of (rows, columns, D)
+    is_finite = np.isfinite(vectors).all(axis=1)
+    if patches:
+        is_finite &= np.array([bool(np.isfinite(image).all()) for image in patches])
+    columns = {"embedding": pa.array(list(vectors), schema.field("embedding").type)}
+    for name in ("image_id", "width", "height"):
+        columns[name] = pa.array([getattr(fact, name) for fact in batch.facts], schema.field(name).type)
+    if "patches" in schema.names:
+        columns["grid_height"] = pa.array([image.shape[0] for image in patches], pa.int32())
+        columns["grid_width"] = pa.array([image.shape[1] for image in patches], pa.int32())
+        columns["patches"] = _patch_lists(patches, vectors.shape[1], schema.field("patches").type)
+
+    indices = np.array(batch.indices, np.int64)
+    rows = np.full(len(entries), -1)  # of the batch
+    rows[indices[is_finite] - first] = np.flatnonzero(is_finite)
+    embedded = pa.table(columns).take(pa.array(rows, mask=rows < 0))
+    reasons = dict(batch.failures) | dict.fromkeys(indices[~is_finite].tolist(), "features that are not finite")
+    known = dict(batch.known)
+    all_indices = range(first, first + len(entries))
+    own = [*zip(*entries, strict=True), [reasons.get(i) for i in all_indices], [known.get(i) for i in all_indices]]
+    return pa.table([*own, *(embedded.column(name) for name in schema.names[len(own) :])], schema=schema)
+
+
+def _patch_lists(patches: list[npt.NDArray[np.floating]], dim: int, kind: pa.DataType) -> pa.Array:
+    """Return the patch tokens of images as lists of vectors."""
+    flat = [np.empty((0, dim), kind.value_type.value_type.to_pandas_dtype())]
+    flat += [image.reshape(-1, dim) for image in patches]
+    tokens = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(flat).reshape(-1)), type=kind.value_type)
+    return pa.ListArray.from_arrays(pa.array(np.cumsum(list(map(len, flat))), pa.int32()), tokens, type=kind)

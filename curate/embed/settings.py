@@ -1,11 +1,9 @@
-"""What `dinov2 curate embed` can be told, and what follows from it alone: model, columns, how images are read."""
+"""The settings of `dinov2 curate embed`, and what follows from them alone: the model and the columns."""
 
 import os
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import asdict, dataclass
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from ...features.extract.decoding import Reading
@@ -13,16 +11,21 @@ from ...features.extract.extract import FeatureBatch, FeatureModel, extract, ope
 from ...features.extract.tokens import TokenChoice, Tokens
 from ...features.launch import local_count
 from ...store.artifact import Options
-from ...store.manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, Manifest, embedding_field, patch_fields
+from ...store.manifest import (
+    IMAGE_FIELDS,
+    OPTIONAL_IMAGE_FIELDS,
+    Provenance,
+    Source,
+    embedding_field,
+    patch_fields,
+)
+from ...store.sources import ImageSource
 from .filters import Filters
-from .reuse import known_by_bytes
-
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """What `dinov2 curate embed` can be told, beside the options that all commands share."""
+    """The options of `dinov2 curate embed`, beside those that all commands share."""
 
     model: str | None = None  # None: the newest finished run, else what `open_model` takes then
     role: str = "pool"  # pool, queries or eval: what bare commands take the images for
@@ -55,18 +58,42 @@ def manifest_fields(model: FeatureModel, settings: EmbedSettings, columns: objec
     return [*IMAGE_FIELDS, *optional, *patches, embedding_field(model.dim, dtype)]
 
 
-def reading_of(settings: EmbedSettings, earlier: Manifest | None = None, rows: Int64 | None = None) -> Reading | None:
-    """Return what else is asked of the images; None if nothing is."""
-    filters = settings.filters
-    if not filters and earlier is None:
-        return None
-    known = None if earlier is None or rows is None else known_by_bytes(earlier, rows)
-    return Reading(known, filters.reason if filters else None, filters.decode_side)
+def wanted_provenance(
+    sources: list[ImageSource],
+    inputs: tuple[Source, ...],
+    model: FeatureModel,
+    settings: EmbedSettings,
+    options: Options,
+) -> Provenance:
+    """Return the provenance of the output; `inputs` are the sources with the content ids of what they list."""
+    present = {name for source in sources if source.manifest is not None for name in source.manifest.names()}
+    chosen = asdict(settings)
+    parameters: dict[str, object] = {
+        "sources": [source.path for source in sources],
+        **{name: chosen[name] for name in ("role", "labels", "dtype", "tokens", "layers", "windows")},
+        **chosen["filters"],
+        "image_size": model.preprocess.image_size,
+        "limit": options.limit,
+        "columns": [field.name for field in OPTIONAL_IMAGE_FIELDS if field.name in present],
+    }
+    return Provenance(
+        kind="embeddings",
+        command="curate embed",
+        parameters=parameters,
+        seed=options.seed,
+        inputs=(*inputs, model.source),
+        role=settings.role,
+    )
 
 
 def extracted(
-    model: FeatureModel, uris: Iterable[str | None], settings: EmbedSettings, reading: Reading | None
+    model: FeatureModel,
+    uris: Iterable[str | None],
+    settings: EmbedSettings,
+    recognise: Callable[[str], int | None] | None = None,
 ) -> Generator[FeatureBatch, None, None]:
-    """Yield the features of images, as `features.extract.extract`."""
+    """Yield the features of images, as `features.extract.extract`; `recognise` finds rows of the same bytes."""
+    filters = settings.filters
+    reading = Reading(recognise, filters.reason if filters else None, filters.decode_side)
     num_workers = settings.num_workers or max(1, (os.cpu_count() or 1) // local_count())
     return extract(model, uris, batch_size=settings.batch_size, num_workers=num_workers, reading=reading)

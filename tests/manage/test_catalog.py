@@ -8,12 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from dinov2_toolkit.curate.embed.parts import locked
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.manage import catalog as commands
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, is_up_to_date
 from dinov2_toolkit.store.cache import cache_folder, cached, open_cache
+from dinov2_toolkit.store.lock import held
 from dinov2_toolkit.store.manifest import IMAGE_FIELDS, ManifestWriter, Provenance, Source, open_manifest
 
 EMPTY = pa.schema(IMAGE_FIELDS).empty_table()
@@ -123,7 +123,8 @@ def test_gc_empties_the_cache_but_for_work_under_way(capsys: pytest.CaptureFixtu
     left_over.mkdir(parents=True)
     (left_over / "part-0.arrow").write_bytes(b"12345")
     (cache_folder() / f"{0:032}-ids.npy").write_bytes(b"123")
-    with locked(at_work, Path("pool.parquet")):
+    at_work.mkdir()
+    with held(at_work / "lock", "embedding to pool.parquet"):
         (at_work / "part-0.arrow").write_bytes(b"1")
         commands.gc()
     assert capsys.readouterr().out == "8\n"

@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov2_toolkit.curate.embed import parts
+from dinov2_toolkit.curate.embed import embed, parts
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.curate.embed.filters import Filters
-from dinov2_toolkit.curate.embed.parts import missing_blocks, work_folder
+from dinov2_toolkit.curate.embed.parts import finished_parts, read_arrow, work_folder
 from dinov2_toolkit.errors import Stopped, ToolkitError
 from dinov2_toolkit.features.extract import extract
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -43,7 +44,7 @@ def _one_torch_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parts, "BLOCK_ENTRIES", 20)
+    monkeypatch.setattr(embed, "BLOCK_ENTRIES", 20)
 
 
 def draw(path: Path, seed: int) -> None:
@@ -109,7 +110,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("batches", [1, 2, 4])
-def test_a_stopped_run_continues_and_ends_as_if_nothing_had_been(
+def test_a_stopped_run_resumes_and_ends_like_one_without_a_stop(
     photos: Path,
     settings: EmbedSettings,
     seen: list[int],
@@ -125,13 +126,13 @@ def test_a_stopped_run_continues_and_ends_as_if_nothing_had_been(
 
     seen.clear()
     monkeypatch.setenv("STOP_AFTER", str(batches))
-    with pytest.raises(Stopped, match=r"stopped: \d+ of 53 images are embedded and kept; the same command goes on"):
+    with pytest.raises(Stopped, match=r"stopped: \d+ of 53 images are embedded and kept; the same command resumes"):
         embedded(["photos"], settings)
     assert not Path("pool.parquet").exists()
     monkeypatch.delenv("STOP_AFTER")
     capsys.readouterr()
     embedded(["photos"], settings)
-    assert "continuing: " in capsys.readouterr().err
+    assert "resuming: " in capsys.readouterr().err
     assert files() == whole
     assert NUM_IMAGES <= sum(seen) <= NUM_IMAGES + 8  # a batch that was begun is begun again
     assert not work_folder(Path("pool.parquet")).exists()
@@ -152,7 +153,7 @@ def test_a_failure_leaves_no_folder_of_its_own_and_every_folder_of_the_user(
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
-def test_what_was_embedded_otherwise_is_discarded_with_a_word(
+def test_parts_with_other_settings_are_discarded_with_a_message(
     photos: Path,
     settings: EmbedSettings,
     seen: list[int],
@@ -165,7 +166,7 @@ def test_what_was_embedded_otherwise_is_discarded_with_a_word(
     seen.clear()
     monkeypatch.delenv("STOP_AFTER")
     embedded(["photos"], EmbedSettings(str(settings.model), labels="none", dtype="float32"))
-    assert "that were embedded otherwise before a stop (labels folder, now none)" in " ".join(
+    assert "that a stopped run embedded with other settings (labels folder, now none)" in " ".join(
         capsys.readouterr().err.split()
     )
     assert sum(seen) == NUM_IMAGES
@@ -186,7 +187,7 @@ def test_force_starts_afresh(
     assert sum(seen) == NUM_IMAGES
 
 
-def test_an_interrupted_force_goes_on_without_it(
+def test_an_interrupted_force_resumes_without_it(
     photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedded(["photos"], EmbedSettings(str(settings.model), labels="none"))
@@ -200,7 +201,7 @@ def test_an_interrupted_force_goes_on_without_it(
     assert rows()[0]["label"] == "cat"
 
 
-def test_a_part_that_is_half_there_is_made_again(
+def test_a_part_that_is_half_written_is_made_again(
     photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedded(["photos"], settings)
@@ -210,11 +211,13 @@ def test_a_part_that_is_half_there_is_made_again(
     with pytest.raises(Stopped):
         embedded(["photos"], embedded_again, force=True)
     assert files() == whole  # until the end
-    (part,) = work_folder(Path("pool.parquet")).glob("part-*")
-    part.write_bytes(part.read_bytes()[:100])
+    (part,) = finished_parts(work_folder(Path("pool.parquet")))
+    half = part.with_name(f".{part.name}.1.tmp")  # as a kill leaves it
+    half.write_bytes(part.read_bytes()[:100])
+    part.unlink()
     monkeypatch.delenv("STOP_AFTER")
     embedded(["photos"], embedded_again)
-    assert files() == whole
+    assert files() == whole and not half.exists()
 
 
 def test_a_full_disk_is_one_line_and_what_is_done_is_kept(
@@ -223,10 +226,10 @@ def test_a_full_disk_is_one_line_and_what_is_done_is_kept(
     monkeypatch.setattr(parts, "PART_SECONDS", 0.0)
     write_part = parts.write_part
 
-    def full(folder: Path, span: tuple[int, int], part: parts.Part) -> None:
-        if span[0] >= 20:
+    def full(path: Path, table: pa.Table) -> None:
+        if len(finished_parts(path.parent)) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_part(folder, span, part)
+        write_part(path, table)
 
     monkeypatch.setattr(parts, "write_part", full)
     with pytest.raises(ToolkitError, match="the disk is full; 20 images are kept: make room and run the same command"):
@@ -256,7 +259,7 @@ def change(photos: Path) -> None:
     (photos / "cat" / "0x.png").unlink()
 
 
-def test_a_changed_folder_is_embedded_as_far_as_it_is_new(
+def test_only_new_and_changed_images_of_a_folder_are_embedded(
     photos: Path, settings: EmbedSettings, seen: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     embedded(["photos"], settings)
@@ -266,8 +269,8 @@ def test_a_changed_folder_is_embedded_as_far_as_it_is_new(
     capsys.readouterr()
     embedded(["photos"], settings)
     said = capsys.readouterr().err
-    assert "pool.parquet: 46 images taken over, 10 new or changed to read, 2 gone" in said
-    assert "54 images embedded, 48 of them taken over, 2 files removed" in said
+    assert "pool.parquet: 46 images reused, 10 new or changed to read, 2 gone" in said
+    assert "54 images embedded, 48 of them reused, 2 files removed" in said
     assert sum(seen) == 6  # five new, one changed: the touched and the renamed one are known by their bytes
     after = rows()
     for row in after:
@@ -283,7 +286,7 @@ def test_a_changed_folder_is_embedded_as_far_as_it_is_new(
     assert next(row for row in after if "dog/04" in str(row["uri"]))["label"] == "dog"
 
 
-def test_without_its_cache_an_image_is_known_by_its_bytes(
+def test_without_its_cache_an_image_is_recognised_by_its_bytes(
     photos: Path, settings: EmbedSettings, seen: list[int]
 ) -> None:
     embedded(["photos"], settings)
@@ -341,10 +344,20 @@ def test_an_update_that_would_drop_most_images_is_refused(photos: Path, settings
     assert len(rows()) == 24
 
 
-def test_blocks_end_where_they_end_without_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert missing_blocks([], 50) == [(0, 20), (20, 40), (40, 50)]
-    assert missing_blocks([(0, 8), (20, 45)], 50) == [(8, 20), (45, 50)]
-    assert missing_blocks([(0, 50)], 50) == [] and missing_blocks([], 0) == []
+def test_what_was_stopped_is_embedded_in_the_batches_of_a_run_without_a_stop(
+    photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded(["photos"], settings, force=True)  # blocks of 20, batches of 8; three of the first block are no images
+    assert seen == [8, 8, 1, 8, 8, 4, 8, 5]
+    seen.clear()
+    monkeypatch.setenv("STOP_AFTER", "2")
+    with pytest.raises(Stopped):
+        embedded(["photos"], settings, force=True)
+    monkeypatch.delenv("STOP_AFTER")
+    todo = read_arrow(work_folder(Path("pool.parquet")) / "todo.arrow")
+    assert todo.column("position").to_pylist() == list(range(53))
+    embedded(["photos"], settings)
+    assert seen == [8, 8, 1, 8, 8, 4, 8, 5]
 
 
 def test_filtered_images_are_removed_with_their_numbers_and_are_no_failures(photos: Path, run: Path) -> None:
@@ -366,7 +379,7 @@ def command(*arguments: str, **options: object) -> "subprocess.Popen[str]":
 
 @pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(photos: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "BLOCK_ENTRIES", 1_024)
+    monkeypatch.setattr(embed, "BLOCK_ENTRIES", 1_024)
     for number in range(1_000):  # so many that both have a share
         shutil.copy(photos / "cat" / "00.png", photos / f"{number:04}.png")
     arguments = ["photos", "-o", "pool.parquet", "--model", str(run)]
