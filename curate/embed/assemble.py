@@ -12,14 +12,11 @@ from ... import console
 from ...errors import ToolkitError
 from ...store import catalog
 from ...store.files import replacing
-from ...store.manifest import REMOVED_FIELDS, ROW_GROUP_ROWS, Manifest, ManifestWriter, Provenance, Source, removed_path
+from ...store.manifest import REMOVED_FIELDS, Manifest, ManifestWriter, Provenance, Source, removed_path
 from .filters import is_filtered
 from .listing import OUTPUT_COLUMNS
 from .parts import finished_parts, forget_work
 from .reuse import StoredRows, settled, versions_path
-
-PATCH_GROUP_ROWS = 64  # chosen: 256 patches of 384 half floats are 200 KB an image
-REMOVED_SCHEMA = pa.schema(REMOVED_FIELDS)
 
 
 def assemble(
@@ -32,8 +29,6 @@ def assemble(
     """
     parts, schema = finished_parts(folder), pa.schema(fields)
     stored = StoredRows(earlier, parts, pa.schema([field for field in fields if field.name not in OUTPUT_COLUMNS]))
-    group_rows = PATCH_GROUP_ROWS if "patches" in schema.names else ROW_GROUP_ROWS
-    rows, removed_rows = schema.empty_table(), REMOVED_SCHEMA.empty_table()
     versions = [np.empty(0, np.int64)]
     reasons: Counter[str] = Counter()  # without the values, which stand behind a colon
     num_entries = num_reused = 0
@@ -49,19 +44,17 @@ def assemble(
             kept, gone = entries.filter(is_kept), entries.filter(pc.invert(is_kept))
             found = stored.take(kept.column("row").to_numpy())
             columns = [(kept if name in OUTPUT_COLUMNS else found).column(name) for name in schema.names]
-            rows = _write_groups(embedded, [rows, pa.table(columns, schema=schema)], group_rows)
+            embedded.write(pa.table(columns, schema=schema))
             nulls = [pa.nulls(len(gone), field.type) for field in REMOVED_FIELDS[2:]]
-            table = pa.table([gone.column("uri"), gone.column("reason"), *nulls], schema=REMOVED_SCHEMA)
-            removed_rows = _write_groups(removed, [removed_rows, table], ROW_GROUP_ROWS)
+            removed.write(
+                pa.table([gone.column("uri"), gone.column("reason"), *nulls], schema=pa.schema(REMOVED_FIELDS))
+            )
 
             versions.append(kept.column("version").to_numpy())
             num_reused += int((kept.column("row").to_numpy() < stored.num_earlier).sum())
             reasons.update(reason.split(":", 1)[0] for reason in gone.column("reason").to_pylist())
             if len(gone) and not example:
                 example = f"{gone.column('uri')[0]}: {gone.column('reason')[0]}"
-        for writer, rest in ((embedded, rows), (removed, removed_rows)):
-            if len(rest):
-                writer.write(rest.combine_chunks())
         if embedded.num_rows == 0:
             forget_work(folder)
             raise ToolkitError(f"none of {num_entries} files is a readable image ({example}); name other sources")
@@ -88,12 +81,3 @@ def check_failed(num_failed: int, num_entries: int, max_failed: float, example: 
             f"{num_failed} of {num_entries} files are no readable images ({example}), more than"
             f" --max-failed {max_failed:g} allows; mend them, or allow more"
         )
-
-
-def _write_groups(writer: ManifestWriter, tables: list[pa.Table], group_rows: int) -> pa.Table:
-    """Write all full row groups, so that a file does not depend on how its rows came, and return what is left."""
-    table = pa.concat_tables(tables)
-    while len(table) >= group_rows:
-        writer.write(table.slice(0, group_rows).combine_chunks())
-        table = table.slice(group_rows)
-    return table

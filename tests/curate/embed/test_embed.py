@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov2_toolkit import cli
-from dinov2_toolkit.curate.embed import assemble, settings
+from dinov2_toolkit.curate.embed import settings
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.extract import extract
@@ -139,8 +139,7 @@ def test_the_number_of_threads_does_not_show_in_the_files(source: Path, run: Pat
 
 
 def test_row_groups_do_not_depend_on_the_batch_size(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (assemble, manifest):
-        monkeypatch.setattr(module, "ROW_GROUP_ROWS", 16)
+    monkeypatch.setattr(manifest, "ROW_GROUP_ROWS", 16)
     written = []
     for batch_size in (3, 64):
         settings = EmbedSettings(model="pixels", batch_size=batch_size, num_workers=2)
