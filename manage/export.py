@@ -12,7 +12,7 @@ from pathlib import Path
 from .. import console
 from ..errors import ToolkitError
 from ..models import export, export_hf, export_onnx
-from ..models.export import Comparison, Format, Trial
+from ..models.export import Comparison, Format, Reference
 from ..models.weights import Model, load_model
 from ..store.artifact import (
     FILE_PROVENANCE,
@@ -38,7 +38,7 @@ class ExportSettings:
 
 
 Write = Callable[[Model, Path], None]
-Compare = Callable[[Model, Path, Trial], Comparison]
+Compare = Callable[[Model, Path, Reference], Comparison]
 STEPS: dict[Format, tuple[Write, Compare]] = {
     "official": (export.write_official, export.compare_official),
     "safetensors": (export.write_safetensors, export.compare_safetensors),
@@ -94,21 +94,22 @@ def export_model(source: str, output: str, settings: ExportSettings, options: Op
     aside.mkdir()
     try:
         with recorded(path) as finished:
-            trial = export.make_trial(original, size, options.limit or export.DEFAULT_IMAGES, options.seed)
+            reference = export.make_reference(original, size, options.limit or export.DEFAULT_IMAGES, options.seed)
             written = aside / path.name
             if settings.to == "hf":
                 written.mkdir()
             write, compare = STEPS[settings.to]
             write(model, written)
-            comparison = compare(model, written, trial)
-            _judge(settings.to, comparison, trial, output)
-            figures = _figures(settings.to, comparison, trial)
+            comparison = compare(model, written, reference)
+            _judge(settings.to, comparison, reference, output)
+            figures = _figures(settings.to, comparison, reference)
             made = replace(
                 provenance, figures=figures, content_id=_content_id(written, settings.to), version=toolkit_version()
             )
             if settings.to == "hf":
                 run = read_run_provenance(Path(source)) if Path(source).is_dir() else None
-                (written / "README.md").write_text(model_card(model, source, run, comparison, trial), encoding="utf-8")
+                card = model_card(model, source, run, comparison, reference)
+                (written / "README.md").write_text(card, encoding="utf-8")
                 write_run_provenance(written, made)
             else:
                 values = json.dumps(provenance_values(made), indent=1, sort_keys=True)
@@ -117,7 +118,7 @@ def export_model(source: str, output: str, settings: ExportSettings, options: Op
             finished.append(made)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _say(output, comparison, trial)
+    _say(output, comparison, reference)
     if model.preprocess.bit_depth == 16 and settings.to != "safetensors":
         console.say(f"no {settings.to} file says that the model takes 16 bits: its images are pixels divided by 65535")
     return Result(output, figures)
@@ -192,8 +193,8 @@ def _find_provenance(path: Path) -> Provenance | None:
         return None
 
 
-def _judge(to: Format, comparison: Comparison, trial: Trial, output: str) -> None:
-    allowed = export.allowed_difference(to, trial)
+def _judge(to: Format, comparison: Comparison, reference: Reference, output: str) -> None:
+    allowed = export.allowed_difference(to, reference)
     if comparison.difference <= allowed:
         return
     reason = f" ({comparison.note})" if comparison.difference == float("inf") and comparison.note else ""
@@ -203,26 +204,26 @@ def _judge(to: Format, comparison: Comparison, trial: Trial, output: str) -> Non
     )
 
 
-def _figures(to: Format, comparison: Comparison, trial: Trial) -> dict[str, object]:
+def _figures(to: Format, comparison: Comparison, reference: Reference) -> dict[str, object]:
     return {
         "to": to,
         "largest_difference": comparison.difference,
-        "image_size": trial.image_size,
-        "images": len(trial.images),
+        "image_size": reference.image_size,
+        "images": len(reference.images),
         "read_by": comparison.reader,
-        "other_image_size": trial.other_images.shape[-1],
+        "other_image_size": reference.other_images.shape[-1],
         "other_difference": comparison.other_difference,
     }
 
 
-def _say(output: str, comparison: Comparison, trial: Trial) -> None:
-    size, other_size = trial.image_size, trial.other_images.shape[-1]
+def _say(output: str, comparison: Comparison, reference: Reference) -> None:
+    size, other_size = reference.image_size, reference.other_images.shape[-1]
     console.say(
         f"{output}: largest difference of all tokens {comparison.difference:.1e} at {size} px (float32, "
-        f"{len(trial.images)} random images), read back by {comparison.reader}"
+        f"{len(reference.images)} random images), read back by {comparison.reader}"
     )
     if comparison.other_difference is not None:
-        console.say(_position_policy(comparison.other_difference, other_size, trial.tokens.abs().max().item()))
+        console.say(_position_policy(comparison.other_difference, other_size, reference.tokens.abs().max().item()))
     if comparison.note:
         console.say(comparison.note)
 

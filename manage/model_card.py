@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..models.architecture import backbone_settings
-from ..models.export import Comparison, Trial
+from ..models.export import Comparison, Reference
 from ..models.export_hf import described_pixels, has_processor
 from ..models.released import RELEASED
 from ..models.weights import Model
 from ..store.manifest import Provenance, toolkit_version
 
 
-def model_card(model: Model, source: str, run: Provenance | None, comparison: Comparison, trial: Trial) -> str:
+def model_card(model: Model, source: str, run: Provenance | None, comparison: Comparison, reference: Reference) -> str:
     """Return README.md: metadata for the Hub, use, position policy, provenance. Of paths only file names are kept.
 
     Args:
@@ -44,9 +44,9 @@ after the final norm.
 
 ## Image sizes
 
-Position embeddings are stored for {trial.image_size} x {trial.image_size} px. There, tokens read back by \
-{comparison.reader} differ from the original model's by {comparison.difference:.1e} at most (float32, random images); \
-at {trial.other_images.shape[-1]} px, where transformers interpolates them, by {_shown(comparison.other_difference)}.
+Position embeddings are stored for {reference.image_size} x {reference.image_size} px. There, tokens read back by \
+{comparison.reader} differ from the original model's by {comparison.difference:.1e} at most (float32, random images); at \
+{reference.other_images.shape[-1]} px, where transformers interpolates them, by {_shown(comparison.other_difference)}.
 
 ## Provenance
 

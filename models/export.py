@@ -1,10 +1,12 @@
-"""A model as files that others load: official .pth, safetensors, timm; and what every export is compared with.
+"""A model as files that others load (official .pth, safetensors, timm), and how every export is checked.
 
-An export writes, reads back through whatever will read it later, and compares the tokens of random images.
+An export is written, read back by the library that it is for, and the tokens of random images are compared.
 Shapes: B images, C channels, S side in pixels, D embed_dim, n = 1 + R + N tokens an image: class, registers, patches.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +18,7 @@ from ..errors import ToolkitError
 from .architecture import backbone_settings
 from .formats import MODEL_METADATA, timm_names
 from .saved import cpu_tensors, model_description
-from .vit import Features, VisionTransformer
+from .vit import VisionTransformer
 from .weights import Model, load_backbone
 
 Format = Literal["hf", "official", "timm", "onnx", "safetensors"]
@@ -28,13 +30,13 @@ DEFAULT_IMAGES = 2
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Random images, and what the model that is exported says of them."""
+class Reference:
+    """Random images, and the tokens that the exported model gives for them."""
 
     image_size: int  # that the export's position embedding is stored for
     images: Tensor  # (B, C, S, S)
     tokens: Tensor  # (B, n, D)
-    other_images: Tensor  # (1, C, S', S'), of another size, so that position embeddings are interpolated
+    other_images: Tensor  # (1, C, S', S'), of another size: position embeddings are interpolated
     other_tokens: Tensor
 
 
@@ -44,8 +46,8 @@ class Comparison:
 
     reader: str  # what read it
     difference: float  # largest over all tokens of all images, at the size of the stored position embedding
-    other_difference: float | None = None  # likewise at the trial's other size; None: takes one size only
-    note: str = ""  # what whoever loads it must know
+    other_difference: float | None = None  # likewise at the reference's other size; None: takes one size only
+    note: str = ""  # what a user of the export must know
 
 
 def model_at_size(model: Model, image_size: int) -> Model:
@@ -71,33 +73,31 @@ def model_at_size(model: Model, image_size: int) -> Model:
     return replace(model, backbone=resized.eval().requires_grad_(False))
 
 
-def make_trial(model: Model, image_size: int, num_images: int, seed: int) -> Trial:
+def make_reference(model: Model, image_size: int, num_images: int, seed: int) -> Reference:
     """Return normally distributed images, and the model's tokens of them.
 
-    The other size is the one that the model's preprocessing gives, where the position embedding is for another, else
-    half as large.
+    The other size is that of the model's preprocessing, or half of `image_size` where the two are equal.
     """
     backbone = model.backbone
-    half = max(image_size // 2 // backbone.patch_size, 1) * backbone.patch_size
-    own_size = model.preprocess.image_size
-    other_size = own_size if own_size != image_size else half
+    other_size = model.preprocess.image_size
+    if other_size == image_size:
+        other_size = max(image_size // 2 // backbone.patch_size, 1) * backbone.patch_size
     if other_size == image_size:  # a single patch
         other_size = 2 * image_size
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(num_images, backbone.in_chans, image_size, image_size, generator=generator)
     other_images = torch.randn(1, backbone.in_chans, other_size, other_size, generator=generator)
-    return Trial(image_size, images, all_tokens(backbone, images), other_images, all_tokens(backbone, other_images))
+    return Reference(image_size, images, all_tokens(backbone, images), other_images, all_tokens(backbone, other_images))
 
 
+@torch.no_grad()
 def all_tokens(backbone: VisionTransformer, images: Tensor) -> Tensor:
     """Return the class token, registers and patch tokens of images, (B, C, S, S) -> (B, n, D), one image at a time."""
-    with torch.no_grad():
-        return torch.cat([joined_tokens(backbone.forward_features(image[None])) for image in images])
-
-
-def joined_tokens(features: Features) -> Tensor:
-    """Return features as one tensor (B, n, D)."""
-    return torch.cat([features.cls_token[:, None], features.register_tokens, features.patch_tokens], dim=1)
+    tokens = []
+    for image in images:
+        features = backbone.forward_features(image[None])
+        tokens.append(torch.cat([features.cls_token[:, None], features.register_tokens, features.patch_tokens], dim=1))
+    return torch.cat(tokens)
 
 
 def largest_difference(tokens: Tensor, expected: Tensor) -> float:
@@ -108,9 +108,19 @@ def largest_difference(tokens: Tensor, expected: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def allowed_difference(to: Format, trial: Trial) -> float:
+def compare(reader: str, tokens: Callable[[Tensor], Tensor], reference: Reference, note: str = "") -> Comparison:
+    """Compare a function from images (B, C, S, S) to tokens (B, n, D) with the exported model, at both sizes."""
+    return Comparison(
+        reader,
+        largest_difference(tokens(reference.images), reference.tokens),
+        largest_difference(tokens(reference.other_images), reference.other_tokens),
+        note,
+    )
+
+
+def allowed_difference(to: Format, reference: Reference) -> float:
     """Return the difference up to which an export counts as the same model."""
-    return TOLERANCES[to] * max(1.0, trial.tokens.abs().max().item())
+    return TOLERANCES[to] * max(1.0, reference.tokens.abs().max().item())
 
 
 def write_official(model: Model, file: Path) -> None:
@@ -118,14 +128,16 @@ def write_official(model: Model, file: Path) -> None:
     torch.save(cpu_tensors(model.backbone), file)
 
 
-def compare_official(model: Model, file: Path, trial: Trial) -> Comparison:
+def compare_official(model: Model, file: Path, reference: Reference) -> Comparison:
     """Read the official file back: every tensor must be the same, bit for bit."""
     backbone = model.backbone
-    policy = backbone.pos_embed_antialias, backbone.pos_embed_offset
     loaded = load_backbone(
-        file, num_heads=backbone.num_heads, pos_embed_antialias=policy[0], pos_embed_offset=policy[1]
+        file,
+        num_heads=backbone.num_heads,
+        pos_embed_antialias=backbone.pos_embed_antialias,
+        pos_embed_offset=backbone.pos_embed_offset,
     )
-    return replace(_compared(model, loaded, trial), note=_official_note(backbone))
+    return _compare_tensors(model, loaded, reference, _official_note(backbone))
 
 
 def write_safetensors(model: Model, file: Path) -> None:
@@ -134,9 +146,9 @@ def write_safetensors(model: Model, file: Path) -> None:
     save_file(cpu_tensors(model.backbone), file, metadata={MODEL_METADATA: description, "format": "pt"})
 
 
-def compare_safetensors(model: Model, file: Path, trial: Trial) -> Comparison:
+def compare_safetensors(model: Model, file: Path, reference: Reference) -> Comparison:
     """Read the safetensors file back: every tensor must be the same, bit for bit."""
-    return _compared(model, load_backbone(file), trial)
+    return _compare_tensors(model, load_backbone(file), reference)
 
 
 def write_timm(model: Model, file: Path) -> None:
@@ -148,63 +160,45 @@ def write_timm(model: Model, file: Path) -> None:
         torch.save(tensors, file)
 
 
-def compare_timm(model: Model, file: Path, trial: Trial) -> Comparison:
+def compare_timm(model: Model, file: Path, reference: Reference) -> Comparison:
     """Read the timm file back, with timm's way of interpolating position embeddings."""
     loaded = load_backbone(file, num_heads=model.backbone.num_heads, pos_embed_antialias=True, pos_embed_offset=0.0)
-    return Comparison(
-        "this toolkit, by timm's names and interpolation",
-        largest_difference(all_tokens(loaded, trial.images), trial.tokens),
-        largest_difference(all_tokens(loaded, trial.other_images), trial.other_tokens),
-        _timm_note(loaded),
-    )
+    reader = "this toolkit, by timm's names and interpolation"
+    return compare(reader, partial(all_tokens, loaded), reference, _timm_note(loaded))
 
 
-def _compared(model: Model, loaded: VisionTransformer, trial: Trial) -> Comparison:
+def _compare_tensors(model: Model, loaded: VisionTransformer, reference: Reference, note: str = "") -> Comparison:
     expected = model.backbone.state_dict()
     different = [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, expected[name])]
     if different:
         return Comparison("this toolkit", float("inf"), None, f"{len(different)} tensors differ, first {different[0]}")
-    return Comparison(
-        "this toolkit, tensor by tensor",
-        largest_difference(all_tokens(loaded, trial.images), trial.tokens),
-        largest_difference(all_tokens(loaded, trial.other_images), trial.other_tokens),
-    )
+    return compare("this toolkit, tensor by tensor", partial(all_tokens, loaded), reference, note)
 
 
 def _official_note(backbone: VisionTransformer) -> str:
     """Say how the official code builds a model for the file."""
-    settings = backbone_settings(backbone)
+    settings = asdict(backbone_settings(backbone))
+    ffn, antialias, offset = (settings.pop(name) for name in ("ffn", "pos_embed_antialias", "pos_embed_offset"))
     keywords = {
-        "img_size": settings.img_size,
-        "patch_size": settings.patch_size,
-        "in_chans": settings.in_chans,
-        "embed_dim": settings.embed_dim,
-        "depth": settings.depth,
-        "num_heads": settings.num_heads,
+        **settings,
         "init_values": 1.0,
-        "ffn_layer": "swiglufused" if settings.ffn == "swiglu" else "mlp",
+        "ffn_layer": "swiglufused" if ffn == "swiglu" else "mlp",
         "block_chunks": 0,
-        "num_register_tokens": settings.num_register_tokens,
-        "interpolate_antialias": settings.pos_embed_antialias,
-        "interpolate_offset": settings.pos_embed_offset,
+        "interpolate_antialias": antialias,
+        "interpolate_offset": offset,
     }
     listed = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
     return f"dinov2.models.vision_transformer.DinoVisionTransformer({listed}) loads it strictly"
 
 
 def _timm_note(backbone: VisionTransformer) -> str:
-    """Say how timm builds a model for the file: one of its entries, with every number that may differ from it."""
+    """Say how timm builds a model for the file: one of its entries, and every number that may differ from it."""
     settings = backbone_settings(backbone)
-    registers = settings.num_register_tokens
-    entry = f"vit_{'giant' if settings.ffn == 'swiglu' else 'small'}_patch14_{'reg4_' if registers else ''}dinov2"
-    keywords: dict[str, object] = {
-        "img_size": settings.img_size,
-        "patch_size": settings.patch_size,
-        "embed_dim": settings.embed_dim,
-        "depth": settings.depth,
-        "num_heads": settings.num_heads,
-    }
-    if settings.ffn == "swiglu":
+    registers, is_swiglu = settings.num_register_tokens, settings.ffn == "swiglu"
+    entry = f"vit_{'giant' if is_swiglu else 'small'}_patch14_{'reg4_' if registers else ''}dinov2"
+    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+    keywords: dict[str, object] = {name: getattr(settings, name) for name in names}
+    if is_swiglu:
         keywords["mlp_ratio"] = len(backbone.get_parameter("blocks.0.mlp.w12.weight")) / settings.embed_dim
     if registers:
         keywords["reg_tokens"] = registers

@@ -6,6 +6,7 @@ others, so only at the size that they are stored for is it bound to agree with e
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .architecture import backbone_settings
-from .export import Comparison, Trial, largest_difference
+from .export import Comparison, Reference, compare, largest_difference
 from .formats import MODEL_METADATA, hugging_face_names
 from .preprocess import crop_picture, normalise
 from .saved import cpu_tensors
@@ -89,7 +90,7 @@ def processor_config(model: Model) -> dict[str, object]:
     }
 
 
-def compare_hugging_face(model: Model, folder: Path, trial: Trial) -> Comparison:
+def compare_hugging_face(model: Model, folder: Path, reference: Reference) -> Comparison:
     """Load the folder with transformers, and compare tokens and, where there is a processor, prepared images."""
     import transformers
 
@@ -110,10 +111,11 @@ def compare_hugging_face(model: Model, folder: Path, trial: Trial) -> Comparison
     if wrong:
         return Comparison(reader, float("inf"), None, f"{len(wrong)} tensors do not fit, first {wrong[0]}")
     loaded.eval()
-    with torch.no_grad():
-        tokens = torch.cat([loaded(pixel_values=image[None]).last_hidden_state for image in trial.images])
-        other_tokens = loaded(pixel_values=trial.other_images).last_hidden_state
-    difference = largest_difference(tokens, trial.tokens)
+
+    @torch.no_grad()
+    def tokens(images: Tensor) -> Tensor:
+        return torch.cat([loaded(pixel_values=image[None]).last_hidden_state for image in images])
+
     if processor is None:
         note = (
             f"the model takes {described_pixels(model)}, which no image processor of transformers makes: no "
@@ -124,8 +126,9 @@ def compare_hugging_face(model: Model, folder: Path, trial: Trial) -> Comparison
             "where the border around the centre crop is an odd number of pixels, transformers' image processor may cut "
             "a pixel further left or up than this toolkit does"
         )
-        difference = max(difference, _processor_difference(model, processor))
-    return Comparison(reader, difference, largest_difference(other_tokens, trial.other_tokens), note)
+    comparison = compare(reader, tokens, reference, note)
+    prepared = 0.0 if processor is None else _processor_difference(model, processor)
+    return replace(comparison, difference=max(comparison.difference, prepared))
 
 
 def described_pixels(model: Model) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .export import Comparison, Trial, largest_difference
+from .export import Comparison, Reference, largest_difference
 from .vit import VisionTransformer
 from .weights import Model
 
@@ -65,7 +65,7 @@ def write_onnx(model: Model, file: Path) -> None:
     program.save(file, external_data=num_bytes > MAX_FILE_BYTES)
 
 
-def compare_onnx(model: Model, file: Path, trial: Trial) -> Comparison:
+def compare_onnx(model: Model, file: Path, reference: Reference) -> Comparison:
     """Run the graph with onnxruntime at several batch sizes, and compare class and patch tokens."""
     import onnxruntime
 
@@ -73,12 +73,12 @@ def compare_onnx(model: Model, file: Path, trial: Trial) -> Comparison:
     first_patch = 1 + model.backbone.num_register_tokens
     differences = []
     for batch in BATCHES:
-        chosen = torch.arange(batch) % len(trial.images)  # few images, repeated
+        chosen = torch.arange(batch) % len(reference.images)  # few images, repeated
         cls_token, patch_tokens = (
-            torch.from_numpy(output) for output in session.run(list(OUTPUTS), {INPUT: trial.images[chosen].numpy()})
+            torch.from_numpy(output) for output in session.run(list(OUTPUTS), {INPUT: reference.images[chosen].numpy()})
         )
-        differences.append(largest_difference(cls_token, trial.tokens[chosen, 0]))
-        differences.append(largest_difference(patch_tokens, trial.tokens[chosen, first_patch:]))
+        differences.append(largest_difference(cls_token, reference.tokens[chosen, 0]))
+        differences.append(largest_difference(patch_tokens, reference.tokens[chosen, first_patch:]))
     reader = f"onnxruntime {onnxruntime.__version__}, batches of {' and '.join(map(str, BATCHES))}"
     size = model.backbone.img_size
     note = f"takes images of {size} x {size} pixels, any number of them; others by another --image-size"

@@ -1,4 +1,4 @@
-"""Weight files as they come (official .pth, training checkpoints, Hugging Face, timm, safetensors), and other naming.
+"""Weight files of any maker (official .pth, training checkpoints, Hugging Face, timm, safetensors), and their names.
 
 The official names are those of the released backbones: `cls_token`, `pos_embed`, `patch_embed.proj.weight`,
 `blocks.{i}.attn.qkv.weight`, ..., `norm.bias`; heads are `dino_head.mlp.0.weight`, ..., `ibot_head.*`. Every file is
@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -21,7 +21,8 @@ from ..errors import ToolkitError
 
 MODEL_METADATA = "dinov2_toolkit"  # the key in a safetensors file's metadata that holds its model.json
 
-# Official name -> name in the files of Hugging Face's Dinov2Model and Dinov2WithRegistersModel.
+# Official name -> name in the files of Hugging Face's Dinov2Model and Dinov2WithRegistersModel; those of a block stand
+# behind `blocks.{i}.` and `encoder.layer.{i}.`.
 HUGGING_FACE_NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -29,8 +30,6 @@ HUGGING_FACE_NAMES = {
     "mask_token": "embeddings.mask_token",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
-}
-HUGGING_FACE_BLOCK_NAMES = {
     "norm1": "norm1",
     "norm2": "norm2",
     "attn.proj": "attention.output.dense",
@@ -51,6 +50,7 @@ HUGGING_FACE_NEW_NAMES = {
     "mlp.down_proj": "mlp.weights_out",
 }
 HUGGING_FACE_NEW_GATES = ("mlp.gate_proj", "mlp.up_proj")  # the two halves of w12
+HUGGING_FACE_PARTS = {"attn.qkv": HUGGING_FACE_QKV, "mlp.w12": HUGGING_FACE_NEW_GATES}
 
 TIMM_SWIGLU_NAMES = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
 
@@ -146,44 +146,39 @@ def official_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 def _from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a Dinov2 or Dinov2WithRegisters model's tensors by official names; a classifier's are left out."""
-    tensors = {re.sub(r"^dinov2(_with_registers)?\.", "", name): tensor for name, tensor in tensors.items()}
     renamed: dict[str, Tensor] = {}
-    blocks: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if block := re.match(r"encoder\.layer\.(\d+)\.", name):
-            inner = _translated(name[block.end() :], HUGGING_FACE_NEW_NAMES)
-            blocks.setdefault(block[1], {})[inner] = tensor
-        elif not name.startswith("classifier."):
-            renamed[_translated(name, _inverse(HUGGING_FACE_NAMES))] = tensor
-    for number, block_tensors in blocks.items():
-        _join(block_tensors, HUGGING_FACE_QKV, "attn.qkv")
-        _join(block_tensors, HUGGING_FACE_NEW_GATES, "mlp.w12")
-        for name, tensor in block_tensors.items():
-            renamed[f"blocks.{number}.{_translated(name, _inverse(HUGGING_FACE_BLOCK_NAMES))}"] = tensor
+        name = re.sub(r"^dinov2(_with_registers)?\.", "", name)
+        if not name.startswith("classifier."):
+            block, inner = _split_block(name, "encoder.layer")
+            inner = _translated(inner, HUGGING_FACE_NEW_NAMES)
+            renamed[(f"blocks.{block}." if block else "") + _translated(inner, _inverse(HUGGING_FACE_NAMES))] = tensor
+    for whole, (first, *others) in HUGGING_FACE_PARTS.items():
+        for name in [name for name in renamed if f".{first}." in name]:
+            parts = [name, *(name.replace(first, other) for other in others)]
+            if all(part in renamed for part in parts):  # otherwise the strict check will report them
+                renamed[name.replace(first, whole)] = torch.cat([renamed.pop(part) for part in parts])
     return renamed
-
-
-def _join(tensors: dict[str, Tensor], parts: Sequence[str], whole: str) -> None:
-    """Put the parts of a layer, if all are there, one after the other; otherwise the strict check will report them."""
-    for kind in ("weight", "bias"):
-        names = [f"{part}.{kind}" for part in parts]
-        if all(name in tensors for name in names):
-            tensors[f"{whole}.{kind}"] = torch.cat([tensors.pop(name) for name in names])
 
 
 def hugging_face_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a backbone's tensors as Dinov2Model and Dinov2WithRegistersModel have them in their files."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        block = re.match(r"blocks\.(\d+)\.", name)
-        inner, prefix = (name[block.end() :], f"encoder.layer.{block[1]}.") if block else (name, "")
+        block, inner = _split_block(name, "blocks")
+        prefix = f"encoder.layer.{block}." if block else ""
         if inner.startswith("attn.qkv."):
-            kind = inner.removeprefix("attn.qkv.")
             for part, rows in zip(HUGGING_FACE_QKV, tensor.chunk(3), strict=True):
-                renamed[f"{prefix}{part}.{kind}"] = rows
+                renamed[prefix + inner.replace("attn.qkv", part)] = rows
         else:
-            renamed[prefix + _translated(inner, HUGGING_FACE_BLOCK_NAMES | HUGGING_FACE_NAMES)] = tensor
+            renamed[prefix + _translated(inner, HUGGING_FACE_NAMES)] = tensor
     return renamed
+
+
+def _split_block(name: str, prefix: str) -> tuple[str, str]:
+    """Return the number of the block that a tensor belongs to ("" where to none), and its name there."""
+    block = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
+    return (block[1], name[block.end() :]) if block else ("", name)
 
 
 def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

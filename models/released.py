@@ -5,7 +5,6 @@ Source: README.md and MODEL_CARD.md of github.com/facebookresearch/dinov2 for ad
 no digests; these are what independent projects recorded of the same files.
 """
 
-import json
 import os
 import socket
 import urllib.error
@@ -13,7 +12,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from hashlib import sha256
+from hashlib import file_digest
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
@@ -83,10 +82,9 @@ def cached_weights(name: str) -> Path:
 
 
 def pull(weights: ReleasedWeights, file: Path, advance: Callable[[int], None]) -> None:
-    """Fetch weights to a file, going on where an earlier attempt was cut off, and check size and digest.
+    """Fetch weights to a file, resuming where an earlier attempt was cut off, and check size and digest.
 
-    What has come so far stands beside the file as NAME.part, what it is part of as NAME.part.json; the file itself
-    appears whole or not at all.
+    What has come so far stands beside the file as NAME.part; the file itself appears whole or not at all.
 
     Args:
         advance: called with the number of bytes that came in, those of an earlier attempt included.
@@ -97,12 +95,12 @@ def pull(weights: ReleasedWeights, file: Path, advance: Callable[[int], None]) -
     """
     part = file.with_name(f"{file.name}.part")
     file.parent.mkdir(parents=True, exist_ok=True)
-    counted = 0
+    reported = 0
 
     def report(have: int) -> None:
-        nonlocal counted
-        advance(have - counted)
-        counted = have
+        nonlocal reported
+        advance(have - reported)
+        reported = have
 
     for attempt in range(ATTEMPTS):
         try:
@@ -116,35 +114,25 @@ def pull(weights: ReleasedWeights, file: Path, advance: Callable[[int], None]) -
                 ) from None
     _check(weights, part)
     os.replace(part, file)
-    _note(part).unlink(missing_ok=True)
 
 
 def _fetch_rest(weights: ReleasedWeights, part: Path, report: Callable[[int], None]) -> None:
-    """Append to the part what is missing; a server that has other contents by now, or no ranges, begins anew."""
-    have, tag = _size_of(part), _tag(weights, part)
-    if have > 0 and tag is None:
-        have = 0  # nothing says of what it is a part
-    if have == weights.size:
-        report(have)
+    """Append to the part what is missing; with a server that knows no ranges, begin anew."""
+    have = _size_of(part)
+    report(have)
+    if have >= weights.size:
         return
-    headers = {"User-Agent": "dinov2-toolkit", "Accept-Encoding": "identity"}
-    if have and tag is not None:
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag}
+    headers = {"User-Agent": "dinov2-toolkit", "Accept-Encoding": "identity", "Range": f"bytes={have}-"}
     with _open(weights, urllib.request.Request(weights.address, headers=headers)) as answer:
-        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        have = have if goes_on else 0
+        if answer.status != 206:  # the whole file
+            have = 0
         length = answer.headers.get("Content-Length")
         if length is not None and have + int(length) != weights.size:
             raise ToolkitError(
                 f"{weights.address} has {have + int(length):,} bytes instead of {weights.size:,}: not the weights that "
                 "were released; check the address or the mirror"
             )
-        new_tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-        if new_tag is not None and not new_tag.startswith("W/"):  # a weak tag does not vouch for the bytes
-            _note(part).write_text(json.dumps({"address": weights.address, "tag": new_tag}), encoding="utf-8")
-        else:
-            _note(part).unlink(missing_ok=True)
-        with part.open("ab" if goes_on else "wb") as out:
+        with part.open("ab" if have else "wb") as out:
             report(have)
             while chunk := answer.read(CHUNK_BYTES):
                 out.write(chunk)
@@ -183,32 +171,16 @@ def _reason(problem: object) -> str:
 
 def _check(weights: ReleasedWeights, part: Path) -> None:
     """Raise ToolkitError, and remove the part, when it is not what was released."""
-    digest = sha256()
-    with part.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
     size = _size_of(part)
-    if (size, digest.hexdigest()) != (weights.size, weights.sha256):
+    with part.open("rb") as file:
+        digest = file_digest(file, "sha256").hexdigest()
+    if (size, digest) != (weights.size, weights.sha256):
         part.unlink()
-        _note(part).unlink(missing_ok=True)
         raise ToolkitError(
-            f"what came from {weights.address} is not what was released: {size:,} bytes, sha256 "
-            f"{digest.hexdigest()[:16]}..., expected {weights.size:,}, {weights.sha256[:16]}...; removed, pull again"
+            f"what came from {weights.address} is not what was released: {size:,} bytes, sha256 {digest[:16]}..., "
+            f"expected {weights.size:,}, {weights.sha256[:16]}...; removed, pull again"
         )
-
-
-def _note(part: Path) -> Path:
-    return part.with_name(f"{part.name}.json")
 
 
 def _size_of(part: Path) -> int:
     return part.stat().st_size if part.exists() else 0
-
-
-def _tag(weights: ReleasedWeights, part: Path) -> str | None:
-    """Return what the server called the contents that the part is of, if it was the same address."""
-    try:
-        note = json.loads(_note(part).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return str(note["tag"]) if isinstance(note, dict) and note.get("address") == weights.address else None
