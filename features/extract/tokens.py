@@ -3,7 +3,7 @@
 Shapes: B images, N patch tokens, D embed_dim, L blocks, E numbers an image, T tiles, R register tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,13 +67,18 @@ def described(
         choice: what is wanted.
         layouts: (B,) of tiles; empty if the images were not cut.
     """
+    wants_patches = choice.tokens == "patches"
     with torch.inference_mode():
-        wants_patches = choice.tokens == "patches"
         if not layouts:
             patches = patch_vectors(features) if wants_patches else features[0].patch_tokens[:0]
             side = round(patches.shape[1] ** 0.5)
             return image_vectors(features, choice), [image.view(side, side, -1) for image in patches]
-        images = [[stitch(block, layout) for block in blocks] for blocks, layout in _by_image(features, layouts)]
+        counts = [layout.num_tiles for layout in layouts]
+        tiles = [zip(*(torch.split(tensor, counts) for tensor in _tensors(block)), strict=True) for block in features]
+        images = [
+            [stitch(Features(*tensors), layout) for tensors in blocks]
+            for *blocks, layout in zip(*tiles, layouts, strict=True)
+        ]
         vectors = torch.cat([image_vectors(blocks, choice) for blocks in images])
         if not wants_patches:
             return vectors, []
@@ -81,24 +86,10 @@ def described(
         return vectors, [patch_vectors(blocks)[0].view(shape) for blocks, shape in zip(images, shapes, strict=True)]
 
 
-def _by_image(features: Sequence[Features], layouts: Sequence[Layout]) -> Iterator[tuple[list[Features], Layout]]:
-    """Yield the features of each image's tiles, (T, ...), and their layout."""
-    start = 0
-    for layout in layouts:
-        tiles = slice(start, start := start + layout.num_tiles)
-        yield (
-            [
-                Features(block.cls_token[tiles], block.register_tokens[tiles], block.patch_tokens[tiles])
-                for block in features
-            ],
-            layout,
-        )
-
-
 def concatenate(parts: Sequence[Features]) -> Features:
     """Return the features of several batches as those of one."""
-    return Features(
-        torch.cat([part.cls_token for part in parts]),
-        torch.cat([part.register_tokens for part in parts]),
-        torch.cat([part.patch_tokens for part in parts]),
-    )
+    return Features(*(torch.cat(tensors) for tensors in zip(*map(_tensors, parts), strict=True)))
+
+
+def _tensors(features: Features) -> tuple[Tensor, Tensor, Tensor]:
+    return features.cls_token, features.register_tokens, features.patch_tokens

@@ -117,8 +117,7 @@ def _candidates(
             advance()
             for part in parts:
                 best.add_pairs(*part)
-            members = cells.members(cell)
-            pages.add((members.stop - members.start) * pool.dim * pool.array.itemsize)
+            pages.add(cells.num_bytes(cell))
     values, positions = best.found()
     return np.where(values > -np.inf, positions, -1), values
 

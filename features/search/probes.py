@@ -82,8 +82,7 @@ def _pairs_in_many_cells(vectors: Vectors, cells: Cells, rows: Int64, threshold:
         for cell, (left, right) in zip(probed_cells, map_in_order(compare, probed_cells, threads), strict=True):
             lefts.append(left)
             rights.append(right)
-            members = cells.members(cell)
-            pages.add((members.stop - members.start) * vectors.dim * vectors.array.itemsize)
+            pages.add(cells.num_bytes(cell))
     return np.concatenate(lefts), np.concatenate(rights), probed
 
 

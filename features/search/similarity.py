@@ -1,4 +1,4 @@
-"""Exact similarities of pairs, and which vectors are the very same: what settles every search.
+"""Exact similarities of pairs, by which every search is ranked, and which vectors are identical.
 
 N vectors, D numbers a vector, P pairs.
 """
@@ -8,7 +8,7 @@ import numpy as np
 from ...store.vectors import Float32, Float64, Int64, Vectors, release
 from ..threads import in_parallel
 
-SETTLED_PAIRS = 1 << 20  # pairs looked at together, at most
+BLOCK_PAIRS = 1 << 20  # pairs computed together, at most
 DECODED_BYTES = 192 << 20  # what their vectors may take
 PAIRS_A_STEP = 512  # 2 MB at D = 384: stays in the cache
 HASH_ROWS = 16_384  # rows a block of `first_identical`
@@ -28,20 +28,20 @@ def similarities(queries: Vectors, query_positions: Int64, pool: Vectors, pool_p
     Vectors with the same numbers have a cosine of exactly 1, a zero vector 0 to all.
     """
     result = np.empty(len(query_positions))
-    for start in range(0, len(result), SETTLED_PAIRS):
-        pairs = slice(start, start + SETTLED_PAIRS)
-        _settle(queries, query_positions[pairs], pool, pool_positions[pairs], result[pairs])
+    for start in range(0, len(result), BLOCK_PAIRS):
+        pairs = slice(start, start + BLOCK_PAIRS)
+        _compute(queries, query_positions[pairs], pool, pool_positions[pairs], result[pairs])
     return result
 
 
-def _settle(queries: Vectors, query_positions: Int64, pool: Vectors, pool_positions: Int64, result: Float64) -> None:
+def _compute(queries: Vectors, query_positions: Int64, pool: Vectors, pool_positions: Int64, result: Float64) -> None:
     """Write the cosines of pairs to `result`, a part at a time where their vectors would take too much memory."""
     distinct_queries, query_place = np.unique(query_positions, return_inverse=True)
     distinct_pool, pool_place = np.unique(pool_positions, return_inverse=True)
     if 4 * pool.dim * (len(distinct_queries) + len(distinct_pool)) > DECODED_BYTES and len(result) > PAIRS_A_STEP:
         half = len(result) // 2
         for part in (slice(0, half), slice(half, None)):
-            _settle(queries, query_positions[part], pool, pool_positions[part], result[part])
+            _compute(queries, query_positions[part], pool, pool_positions[part], result[part])
         return
     left, left_squares = _with_squares(queries, distinct_queries)
     right, right_squares = _with_squares(pool, distinct_pool)
@@ -67,19 +67,16 @@ def _with_squares(vectors: Vectors, positions: Int64) -> tuple[Float32, Float64]
 
 
 def first_identical(vectors: Vectors) -> Int64:
-    """Return for every vector the first position at which the very same numbers stand, (N,)."""
+    """Return for every vector the first position with the very same numbers, (N,)."""
     multipliers = np.random.default_rng(0).integers(2**63, size=vectors.dim, dtype=np.uint64) * 2 + 1
     hashes = np.empty(len(vectors), np.uint64)
     for start in range(0, len(vectors), HASH_ROWS):
         bits = vectors.raw(start, min(start + HASH_ROWS, len(vectors))).view(np.uint32).astype(np.uint64)
         hashes[start : start + len(bits)] = np.einsum("nd,d->n", bits, multipliers)  # modulo 2^64
         release(vectors.array)
-    ranked = np.argsort(hashes, kind="stable")
-    hashes = hashes[ranked]
-    starts = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)])
-    first = np.empty(len(vectors), np.int64)
-    first[ranked] = np.repeat(ranked[starts], np.diff(starts, append=len(hashes)))
-    del ranked, hashes
+    _, places, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    first: Int64 = places[inverse]
+    del hashes, places, inverse
     copies = np.flatnonzero(first != np.arange(len(vectors)))
     for start in range(0, len(copies), HASH_ROWS):
         rows = copies[start : start + HASH_ROWS]
