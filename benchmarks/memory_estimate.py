@@ -1,9 +1,9 @@
-"""Compare the memory that `dinov2 train pretrain --dry-run` foretells with what the run then takes, on a CPU.
+"""Compare the memory that `dinov2 train pretrain --dry-run` estimates with the run's, on a CPU.
 
     python benchmarks/memory_estimate.py
 
-Settings that differ in width, resolution, heads, stochastic depth, recomputation and the cutting of a step; fifty
-steps of each, for tensors whose sizes change leave holes in the heap, which grow from step to step.
+Settings differ in width, resolution, heads, stochastic depth, activation checkpointing and micro-batches; fifty steps
+of each, since tensors of changing sizes fragment the heap from step to step.
 """
 
 import json
@@ -51,7 +51,7 @@ SETTINGS = {
 
 def main() -> None:
     """Measure all settings, print the table, and write it to benchmarks/results."""
-    lines = ["| settings | foretold MiB | measured MiB | difference |", "|---|---|---|---|"]
+    lines = ["| settings | estimated MiB | measured MiB | difference |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         generator = np.random.default_rng(0)
@@ -66,14 +66,14 @@ def main() -> None:
             said = _dinov2(folder, *command, "--dry-run")
             found = re.search(r"about ([\d,]+) MiB", said)
             assert found is not None, said
-            foretold = int(found[1].replace(",", ""))
+            estimated = int(found[1].replace(",", ""))
             _dinov2(folder, *command)
             rows = (folder / f"run-{number}" / "metrics.jsonl").read_text().splitlines()
             measured = json.loads(rows[-1])["peak_memory_mib"]
-            lines.append(f"| {title} | {foretold:,} | {measured:,.0f} | {foretold / measured - 1:+.0%} |")
+            lines.append(f"| {title} | {estimated:,} | {measured:,.0f} | {estimated / measured - 1:+.0%} |")
             print(lines[-1], flush=True)
     versions = f"Python {platform.python_version()}, torch {version('torch')}, {date.today()}"
-    text = f"# Memory foretold and measured\n\n{platform.machine()}, {os.cpu_count()} cores, {versions}\n\n"
+    text = f"# Estimated and measured memory\n\n{platform.machine()}, {os.cpu_count()} cores, {versions}\n\n"
     (Path(__file__).parent / "results" / "memory_estimate.md").write_text(text + "\n".join(lines) + "\n")
 
 
