@@ -131,6 +131,6 @@ def test_a_batch_that_grows_survives_the_run_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["[]", "[8, 16]", "[[8]]", "[[10, 8]]", "[[0, 8], [0, 16]]", "[[0, 0]]", "0", "much"])
-def test_what_is_no_batch_size_is_refused_with_an_example(value: str) -> None:
+def test_an_invalid_batch_size_is_refused_with_an_example(value: str) -> None:
     with pytest.raises(ToolkitError, match=r"batch_size is .*|\[\[0, 256\], \[100000, 512\]\]"):
         resolve(TrainConfig, recipe="tiny", assignments=[f"batch_size={value}"])

@@ -8,11 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from dinov2_toolkit.errors import Stopped, ToolkitError
@@ -20,6 +18,7 @@ from dinov2_toolkit.models.weights import load_backbone
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, Result
 from dinov2_toolkit.store.lock import held, is_held
+from dinov2_toolkit.tests.train.small_run import SETTINGS, noise_images, repeatable_metrics, settings
 from dinov2_toolkit.train import pretrain as module
 from dinov2_toolkit.train.config import TrainConfig, resolve
 from dinov2_toolkit.train.data.multicrop import make_masks
@@ -31,30 +30,6 @@ from dinov2_toolkit.train.monitor.metrics import append_metrics, read_metrics
 from dinov2_toolkit.train.pretrain import pretrain
 from dinov2_toolkit.train.run import LOCK
 
-SETTINGS = [
-    "arch=vit_tiny",
-    "depth=2",
-    "steps=6",
-    "batch_size=8",
-    "checkpoint_every=2",
-    "log_every=1",
-    "keep_checkpoints=9",
-    "patch_size=4",
-    "num_prototypes=32",
-    "hidden_dim=16",
-    "bottleneck_dim=8",
-    "global_crop_size_px=12",
-    "local_crop_size_px=8",
-    "num_local_crops=2",
-    "drop_path=0.3",
-    "mixed_precision=no",
-    "num_workers=0",
-    "warmup_steps=2",
-    "teacher_temp_warmup_steps=3",
-    "freeze_last_layer_steps=1",
-]
-UNREPEATABLE = ("images_per_s", "data_wait", "peak_memory_mib")
-
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
@@ -63,20 +38,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    """Twenty noise images of several sizes."""
-    generator = np.random.default_rng(0)
-    uris = []
-    for number in range(20):
-        pixels = generator.integers(0, 256, (12 + number % 5, 14, 3), dtype=np.uint8)
-        path = tmp_path / f"{number}.png"
-        Image.fromarray(pixels).save(path)
-        uris.append(str(path))
-    pq.write_table(pa.table({"uri": uris}), tmp_path / "images.parquet")
-    return tmp_path / "images.parquet"
-
-
-def settings(*changes: str) -> TrainConfig:
-    return resolve(TrainConfig, assignments=[*SETTINGS, *changes])
+    return noise_images(tmp_path)
 
 
 def run(manifest: Path, name: str, *changes: str, resume: bool = False, **options: bool) -> Result | None:
@@ -84,13 +46,8 @@ def run(manifest: Path, name: str, *changes: str, resume: bool = False, **option
     return pretrain(manifest, output, settings(*changes), Options(**options), resume=resume)
 
 
-def repeatable(run_folder: Path) -> list[dict[str, float]]:
-    """The metrics without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k not in UNREPEATABLE} for line in read_metrics(run_folder)]
-
-
 def assert_same_run(first: Path, second: Path) -> None:
-    assert repeatable(first) == repeatable(second)
+    assert repeatable_metrics(first) == repeatable_metrics(second)
     last = "checkpoints/step-0000006"
     for file in ("teacher.safetensors", f"{last}/student.safetensors", f"{last}/buffers.safetensors"):
         expected, got = load_file(first / file), load_file(second / file)
@@ -256,7 +213,7 @@ def test_a_run_starts_from_another_with_its_position_embedding_resampled(
         build_model(settings("arch=vit_huge"))
 
 
-def test_the_processes_share_out_the_masks_of_a_step() -> None:
+def test_the_processes_divide_the_masks_of_a_step() -> None:
     config = settings()
     whole = make_masks(3, 8, config, 0, 1).view(2, 8, 9)
     halves = [make_masks(3, 8, config, rank, 2).view(2, 4, 9) for rank in range(2)]
@@ -292,9 +249,7 @@ def test_two_processes_give_the_loss_of_one_and_stop_at_a_signal_with_exit_code_
 
 
 @pytest.mark.slow
-def test_resumed_on_two_processes_goes_on_as_the_one_that_began(
-    manifest: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_one_process_resumes_on_two(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = ["koleo_distributed=true", "layer_scale=1.0", "drop_path=0"]
     run(manifest, "one", *changes)
     monkeypatch.setattr(module, "append_metrics", stopping_at(2))

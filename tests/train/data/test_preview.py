@@ -9,31 +9,13 @@ from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store.artifact import Options
-from dinov2_toolkit.train.config import TrainConfig, resolve
+from dinov2_toolkit.tests.train.small_run import settings
 from dinov2_toolkit.train.data.images import image_set, read_batches
 from dinov2_toolkit.train.data.preview import MASK_COLOUR, _masked, _rows
 from dinov2_toolkit.train.pretrain import pretrain
 from dinov2_toolkit.train.run import MonitorOptions
 
-SETTINGS = [
-    "arch=vit_tiny",
-    "depth=1",
-    "steps=3",
-    "batch_size=4",
-    "patch_size=4",
-    "num_prototypes=32",
-    "hidden_dim=16",
-    "bottleneck_dim=8",
-    "global_crop_size_px=12",
-    "local_crop_size_px=8",
-    "num_local_crops=3",
-    "mixed_precision=no",
-    "num_workers=0",
-]
-
-
-def settings(*changes: str) -> TrainConfig:
-    return resolve(TrainConfig, assignments=[*SETTINGS, *changes])
+CHANGES = ("depth=1", "steps=3", "batch_size=4", "num_local_crops=3")
 
 
 @pytest.fixture
@@ -57,7 +39,7 @@ def test_masked_patches_have_one_colour_and_others_stay() -> None:
 
 
 def test_a_row_holds_an_image_and_all_crops_of_it(manifest: Path) -> None:
-    config = settings("jitter=0", "mask_probability=0", "solarize=[0, 0, 0]")
+    config = settings(*CHANGES, "jitter=0", "mask_probability=0", "solarize=[0, 0, 0]")
     uris = pq.read_table(manifest)
     (batch,) = read_batches(image_set(uris), seed=0, batches=[range(4)], short_side_px=24)
     rows = _rows(batch, 0, config)
@@ -73,11 +55,11 @@ def test_a_dry_run_with_a_preview_draws_it_and_trains_nothing(manifest: Path) ->
     picture = manifest.parent / "crops.png"
     monitor = MonitorOptions(preview=str(picture))
     run = str(manifest.parent / "run")
-    assert pretrain(manifest, run, settings(), Options(dry_run=True), monitor=monitor) is None
+    assert pretrain(manifest, run, settings(*CHANGES), Options(dry_run=True), monitor=monitor) is None
     with Image.open(picture) as image:
         assert image.width > 500 and image.height > 1000
     assert not Path(run).exists()
     with pytest.raises(ToolkitError, match="was made otherwise"):
-        pretrain(manifest, run, settings("num_local_crops=2"), Options(dry_run=True), monitor=monitor)
+        pretrain(manifest, run, settings(*CHANGES, "num_local_crops=2"), Options(dry_run=True), monitor=monitor)
     with pytest.raises(ToolkitError, match="does not end in .png"):
-        pretrain(manifest, run, settings(), Options(dry_run=True), monitor=MonitorOptions(preview="crops.jpg"))
+        pretrain(manifest, run, settings(*CHANGES), Options(dry_run=True), monitor=MonitorOptions(preview="crops.jpg"))

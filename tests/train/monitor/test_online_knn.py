@@ -11,34 +11,12 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
-from dinov2_toolkit.train.config import TrainConfig, resolve
-from dinov2_toolkit.train.monitor.metrics import read_metrics
+from dinov2_toolkit.tests.train.small_run import repeatable_metrics, settings
 from dinov2_toolkit.train.monitor.online_knn import knn_accuracy, labelled_sets
 from dinov2_toolkit.train.pretrain import pretrain
 from dinov2_toolkit.train.run import NO_MONITORING, MonitorOptions
 
-SETTINGS = [
-    "arch=vit_tiny",
-    "depth=1",
-    "steps=5",
-    "batch_size=4",
-    "checkpoint_every=2",
-    "keep_checkpoints=9",
-    "log_every=1",
-    "eval_every=2",
-    "patch_size=4",
-    "num_prototypes=32",
-    "hidden_dim=16",
-    "bottleneck_dim=8",
-    "global_crop_size_px=12",
-    "local_crop_size_px=8",
-    "num_local_crops=2",
-    "drop_path=0.5",
-    "mixed_precision=no",
-    "num_workers=0",
-]
 PREPROCESS = Preprocess(12, 1.0, IMAGENET_MEAN, IMAGENET_STD)
-CLOCK = ("images_per_s", "data_wait", "peak_memory_mib")
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200)}
 
 
@@ -65,7 +43,7 @@ def accuracy(train: Path, test: Path) -> float:
     return knn_accuracy(backbone(), sets, PREPROCESS, num_workers=1)
 
 
-def test_colours_are_told_apart_and_classes_that_none_votes_for_count_as_wrong(tmp_path: Path) -> None:
+def test_colours_are_classified_and_classes_without_training_images_count_as_wrong(tmp_path: Path) -> None:
     train = folder_of(tmp_path / "train", 4)
     assert accuracy(train, folder_of(tmp_path / "test", 3)) == 1
     green = folder_of(tmp_path / "more", 3, COLOURS | {"green": (30, 200, 30)})
@@ -94,13 +72,11 @@ def test_a_run_with_labelled_images_has_knn_in_its_metrics_and_is_otherwise_the_
     torch.set_num_threads(1)
     train, test = folder_of(tmp_path / "train", 6), folder_of(tmp_path / "test", 2)
     pq.write_table(pa.table({"uri": sorted(map(str, train.glob("*/*.png")))}), tmp_path / "images.parquet")
-    config = resolve(TrainConfig, assignments=SETTINGS)
+    config = settings("depth=1", "steps=5", "batch_size=4", "eval_every=2")
 
     def run(name: str, monitor: MonitorOptions) -> list[dict[str, float]]:
         pretrain(tmp_path / "images.parquet", str(tmp_path / name), config, Options(), resume=True, monitor=monitor)
-        return [
-            {key: value for key, value in line.items() if key not in CLOCK} for line in read_metrics(tmp_path / name)
-        ]
+        return repeatable_metrics(tmp_path / name)
 
     plain = run("plain", NO_MONITORING)
     monitor = MonitorOptions(str(train), str(test))
