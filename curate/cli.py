@@ -137,13 +137,13 @@ def dedup(
     ] = 64,
     linkage: Annotated[
         Literal["components", "star"],
-        option(METHOD, "Groups: chains of pairs above the threshold, or what is above it to the image that stays."),
+        option(METHOD, "Groups: chains of pairs above the threshold, or what is above it to the kept image."),
     ] = "components",
     keep: Annotated[
         str,
         option(
             METHOD,
-            "Which image of a group stays: by pixels, row, a column's largest value, or its values in this order.",
+            "Which image of a group is kept: by pixels, row, a column's largest value, or its values in this order.",
             metavar="largest|first|column:NAME[=A,B]",
         ),
     ] = "largest",
@@ -162,12 +162,12 @@ def dedup(
         str | None,
         option(
             OUTPUT,
-            "Remove nothing: draw what thresholds would do, and print the one suggested.",
+            "Remove nothing: show what thresholds would remove, and print the one suggested.",
             metavar="PICTURE.png",
         ),
     ] = None,
     precision: Annotated[
-        float, option(ADVANCED, "For --calibrate: share of the pairs above the threshold that are no chance.")
+        float, option(ADVANCED, "For --calibrate: share of the pairs above the threshold that are not there by chance.")
     ] = 0.98,
     memory: options.Memory = None,
     recall: options.Recall = 0.99,

@@ -7,17 +7,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ... import console
 from ...errors import ToolkitError
 from ...features.search.neighbors import SearchSettings, first_identical
-from ...features.sheet import check_picture_name, is_picture_up_to_date, picture_provenance, write_picture
+from ...features.sheet import (
+    check_picture_name,
+    draw_sheet,
+    is_picture_up_to_date,
+    picture_provenance,
+    read_tile,
+    write_picture,
+)
 from ...store.artifact import Options, Result
 from ...store.manifest import Provenance
 from ...store.memory import memory_budget
 from ...store.vectors import Float64, Int64
 from ..inputs import EmbeddedImages, open_input, read_embedded
-from .calibrate_picture import Candidate, Pair, draw_calibration, show_histogram
 from .threshold import (
     FAR_NEIGHBOR,
     FIXED_THRESHOLD,
@@ -31,6 +38,9 @@ from .threshold import (
 
 PRECISIONS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)  # chosen: shown beside the precision asked for
 PAIRS = 3  # shown on either side of a threshold
+TILE_PX = 84
+BINS, BAR_CHARS = 24, 40  # lines of the histogram, and the length of its longest bar
+MOST_NINES = 7.0  # similarities above 1 - 1e-7 count as this: what float16 vectors can tell apart
 
 
 @dataclass(frozen=True)
@@ -44,10 +54,19 @@ class CalibrateSettings:
     recall: float = 0.99
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A threshold that may be chosen."""
+
+    precision: float | None  # expected; None: not known
+    threshold: float
+    removed: int  # images of the pool, about
+
+
 def calibrate_threshold(
     manifest: Path | None, output: str, settings: CalibrateSettings, options: Options
 ) -> Result | None:
-    """Draw how similar the nearest neighbours in a pool are, and return the threshold suggested as the result's value.
+    """Show what thresholds would remove, draw pairs around each, and return the one suggested as the result's value.
 
     Returns None after a dry run. Raises ToolkitError when there are no two images to compare.
     """
@@ -83,6 +102,10 @@ def _digits(threshold: float) -> int:
     return max(4, 2 - int(np.floor(np.log10(max(1 - threshold, 1e-9)))))
 
 
+def _rounded(threshold: float) -> str:
+    return f"{threshold:.{_digits(threshold)}f}"
+
+
 def _calibrate(
     images: EmbeddedImages, path: Path, precision: float, provenance: Provenance, search: SearchSettings
 ) -> None:
@@ -94,10 +117,8 @@ def _calibrate(
             f"all {len(images):,} vectors of {images.source.manifest.path} are the same; nothing to learn"
         )
     vectors = images.vectors.take(distinct)
-    k = min(FAR_NEIGHBOR, len(distinct) - 1)
-    sample, near = sample_neighbors(
-        vectors, sample_rows(len(distinct)), k, search=search, progress="comparing a sample"
-    )
+    num, k = sample_rows(len(distinct)), min(FAR_NEIGHBOR, len(distinct) - 1)
+    sample, near = sample_neighbors(vectors, num, k, search=search, progress="comparing a sample")
     chance = chance_model(near.similarities)
     removed = removed_share(chance)
 
@@ -118,25 +139,14 @@ def _calibrate(
         console.say(f"the descriptor `copy` has a threshold of its own, {own}: a pool may raise it and not lower it")
         suggested = candidate(None, own)
         candidates = sorted([*candidates, suggested], key=lambda each: each.threshold)
-    nearest = near.similarities[:, 0]
-    left, right, similarity = nearest_pairs(sample, near.indices[:, 0], nearest, len(distinct))
-    uris = images.uris(distinct[np.concatenate([left, right])]).to_pylist()
-    pairs = [Pair(*each) for each in zip(uris[: len(left)], uris[len(left) :], similarity.tolist(), strict=True)]
-
-    def pairs_around(threshold: float) -> tuple[list[Pair], list[Pair]]:
-        num_above = int((similarity > threshold).sum())
-        return pairs[max(num_above - PAIRS, 0) : num_above], pairs[num_above : num_above + PAIRS]
-
-    show_histogram(nearest, chance, len(distinct) / len(sample))
-    _say_candidates(candidates, suggested, len(images), num_identical, len(sample))
-    picture = draw_calibration(
-        images.source.manifest.path.name,
-        nearest,
-        chance,
-        [(each, *pairs_around(each.threshold)) for each in candidates],
-        suggested,
-        len(images),
+    _show_histogram(near.similarities[:, 0], chance, len(distinct) / len(sample))
+    _show_candidates(candidates, suggested, len(images))
+    console.say(
+        f"from {len(sample):,} of {len(images):,} images; {num_identical:,} have exactly the vector of another and are"
+        f" removed at any threshold; use it by --threshold {_rounded(suggested.threshold)}"
     )
+    left, right, similarity = nearest_pairs(sample, near.indices[:, 0], near.similarities[:, 0], len(distinct))
+    picture = _draw_pairs(images, (distinct[left], distinct[right], similarity), candidates, suggested)
     figures: dict[str, object] = {
         "threshold": suggested.threshold,
         "precision": precision if suggested.precision is not None else None,
@@ -175,13 +185,43 @@ def nearest_pairs(sample: Int64, found: Int64, similarity: Float64, num: int) ->
     return *np.divmod(pairs[order], num), similarity[once[order]]
 
 
-def _say_candidates(
-    candidates: list[Candidate], suggested: Candidate, num_images: int, num_identical: int, num_sampled: int
-) -> None:
+def histogram(nearest: Float64, chance: ChanceModel, num: int) -> tuple[Float64, Float64, Float64]:
+    """Return the edges (num + 1,) of even bins in `nines`, how many images are in each, and how many by chance.
+
+    Args:
+        nearest: (S,) similarity of every image to its nearest.
+    """
+    places = nines(nearest)
+    edges = np.linspace(float(np.floor(10 * places.min()) / 10), float(np.ceil(10 * places.max()) / 10) + 0.1, num + 1)
+    counts, _ = np.histogram(places, edges)
+    thresholds = nines(chance.thresholds)
+    above = np.interp(edges, thresholds[::-1], chance.expected[::-1])  # beyond the loosest it stays as it is
+    above[edges > thresholds[0]] = 0.0
+    return edges, counts.astype(np.float64), np.maximum(above[:-1] - above[1:], 0.0)
+
+
+def nines(similarities: Float64) -> Float64:
+    """Return -log10(1 - similarity): 1 is 0.9, 2 is 0.99 and so on, for near-duplicates differ in the last digits."""
+    place: Float64 = -np.log10(np.maximum(1 - similarities, 10**-MOST_NINES))
+    return place
+
+
+def _show_histogram(nearest: Float64, chance: ChanceModel, scale: float) -> None:
+    """Show the histogram on stderr; an image of the sample stands for `scale` images of the pool."""
+    edges, counts, by_chance = histogram(nearest, chance, BINS)
+    bars = np.round(BAR_CHARS * counts / max(counts.max(), 1)).astype(int)
+    rows = [
+        (f"{1 - 10**-edge:.7g}", f"{count * scale:,.0f}", f"{expected * scale:,.0f}", "█" * bar)
+        for edge, count, expected, bar in zip(edges, counts, by_chance, bars, strict=False)
+    ]
+    console.table("similarity to the nearest image", ("from", "images", "by chance", ""), rows)
+
+
+def _show_candidates(candidates: list[Candidate], suggested: Candidate, num_images: int) -> None:
     rows = [
         (
             "" if each.precision is None else f"{each.precision:g}",
-            f"{each.threshold:.{_digits(each.threshold)}f}",
+            _rounded(each.threshold),
             f"{each.removed:,}",
             f"{each.removed / num_images:.2%}",
             "suggested" if each is suggested else "",
@@ -189,7 +229,35 @@ def _say_candidates(
         for each in candidates
     ]
     console.table("thresholds", ("expected precision", "threshold", "images removed", "share", ""), rows)
-    console.say(
-        f"from {num_sampled:,} of {num_images:,} images; {num_identical:,} have exactly the vector of another and are"
-        f" removed at any threshold; use it by --threshold {suggested.threshold:.{_digits(suggested.threshold)}f}"
+
+
+def _draw_pairs(
+    images: EmbeddedImages, pairs: tuple[Int64, Int64, Float64], candidates: list[Candidate], suggested: Candidate
+) -> Image.Image:
+    """Return a row of the pairs (P,) just above and just below each threshold."""
+    left, right, similarity = pairs
+    uris = images.uris(np.concatenate([left, right])).to_pylist()
+    headings, rows = [], []
+    for each in candidates:
+        expected = "" if each.precision is None else f" at an expected precision of {each.precision:g}"
+        headings.append(
+            f"{each.threshold:.7g}{expected}: {each.removed:,} of {len(images):,} images removed"
+            f" ({each.removed / len(images):.1%}){', suggested' if each is suggested else ''}"
+        )
+        num_above = int((similarity > each.threshold).sum())
+        rows.append(
+            [
+                [
+                    read_tile(uris[place], f"{similarity[place]:.6f}", TILE_PX),
+                    read_tile(uris[len(left) + place], "removed" if place < num_above else "kept", TILE_PX),
+                ]
+                for place in range(max(num_above - PAIRS, 0), min(num_above + PAIRS, len(left)))
+            ]
+        )
+    return draw_sheet(
+        rows,
+        title=f"Which threshold for {images.source.manifest.path.name}?",
+        note="for every threshold the pairs of nearest images just above it (removed), then those just below (kept)",
+        headings=headings,
+        tile_px=TILE_PX,
     )

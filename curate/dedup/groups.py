@@ -3,7 +3,7 @@
 N images, M different vectors, B vectors of a block, E pairs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -200,42 +200,30 @@ def star(vectors: Vectors, labels: Int64, priority: Int64, threshold: float) -> 
     size = sizes[labels[members]]
     pairs = members[size == 2].reshape(-1, 2)
     result[pairs[:, 1]] = pairs[:, 0]  # these are above the threshold
-    for block in _blocks(members[size > 2], labels):
-        kept = np.empty(0, np.int64)
-        for start in range(0, len(block), BLOCK_ROWS):
-            rows = block[start : start + BLOCK_ROWS]
-            for tile in range(0, len(kept), KEPT_TILE):
-                some = kept[tile : tile + KEPT_TILE]
-                one, other = _pairs_above(vectors, rows, some, threshold)
-                removed, first = np.unique(one, return_index=True)  # pairs come by row, then by priority
-                result[rows[removed]] = some[other[first]]
-                rows = np.delete(rows, removed)
-            one, other = _pairs_above(vectors, rows, rows, threshold)
-            later = (one < other) & (labels[rows[one]] == labels[rows[other]])
-            result[rows] = rows[first_independent(len(rows), one[later], other[later])]
-            kept = np.append(kept, rows[result[rows] == rows])
+    members = members[size > 2]
+    kept = np.empty(0, np.int64)
+    for start in range(0, len(members), BLOCK_ROWS):
+        rows = members[start : start + BLOCK_ROWS]
+        kept = kept[labels[kept] == labels[rows[0]]]  # of the component that goes on in this block
+        for tile in range(0, len(kept), KEPT_TILE):
+            some = kept[tile : tile + KEPT_TILE]
+            one, other = _pairs_above(vectors, labels, rows, some, threshold)
+            removed, first = np.unique(one, return_index=True)  # pairs come by row, then by priority
+            result[rows[removed]] = some[other[first]]
+            rows = np.delete(rows, removed)
+        one, other = _pairs_above(vectors, labels, rows, rows, threshold)
+        later = one < other
+        result[rows] = rows[first_independent(len(rows), one[later], other[later])]
+        kept = np.append(kept, rows[result[rows] == rows])
     return result
 
 
-def _blocks(members: Int64, labels: Int64) -> Iterator[Int64]:
-    """Yield members by whole components: one with more than BLOCK_ROWS by itself, smaller ones together."""
-    starts = np.flatnonzero(np.diff(labels[members], prepend=-1))
-    bounds = np.append(starts, len(members)).tolist()
-    start = 0
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-        if last - start > BLOCK_ROWS and first > start:
-            yield members[start:first]
-            start = first
-        if last - start > BLOCK_ROWS:
-            yield members[start:last]
-            start = last
-    if start < len(members):
-        yield members[start:]
-
-
-def _pairs_above(vectors: Vectors, left: Int64, right: Int64, threshold: float) -> tuple[Int64, Int64]:
+def _pairs_above(vectors: Vectors, labels: Int64, left: Int64, right: Int64, threshold: float) -> tuple[Int64, Int64]:
+    """Return the pairs of places in `left` and in `right` whose rows are of one component and above the threshold."""
     rows = (unit_rows(vectors.array[vectors.rows[side]]) for side in (left, right))
-    return tile_above(next(rows), left, next(rows), right, vectors, threshold)
+    one, other = tile_above(next(rows), left, next(rows), right, vectors, threshold)
+    together = labels[left[one]] == labels[right[other]]
+    return one[together], other[together]
 
 
 def first_independent(num: int, left: Int64, right: Int64) -> Int64:

@@ -79,8 +79,7 @@ def find_near_duplicates(
         matches = extend_to_groups(matches, groups.labels, images, distinct, evaluation)
 
     sets = ImageSets([images, *known.sets, *evaluation.sets])
-    decisions = _decide(sets, distinct, groups, known_matches, matches, len(images) + len(known))
-    decisions = _with_same_bytes(decisions, represented_by, distinct)
+    decisions = _decide(sets, represented_by, groups, known_matches, matches, len(images) + len(known))
     figures: dict[str, object] = {
         "chained_groups": decisions.num_chained(threshold),
         "saturated": groups.num_saturated,
@@ -188,43 +187,39 @@ def _groups(
 
 
 def _decide(
-    sets: ImageSets, distinct: Int64, groups: DuplicateGroups, known: Matches, evaluation: Matches, num_before: int
+    sets: ImageSets,
+    represented_by: Int64,
+    groups: DuplicateGroups,
+    known: Matches,
+    evaluation: Matches,
+    first_evaluation: int,
 ) -> Decisions:
-    """Decide on the distinct images, (U,) each; `num_before` images come before the evaluation sets."""
-    vectors, num_images = sets.sets[0].vectors, len(sets.sets[0])
-    reason = np.where(groups.kept == np.arange(len(distinct)), KEPT, NEAR_DUPLICATE)
-    duplicate_of, similarity = distinct[groups.kept], np.ones(len(distinct))
+    """Decide on all N images, from what was found for the distinct ones, (U,) each.
+
+    Args:
+        represented_by: (N,) the distinct image with the same bytes, which was compared.
+        first_evaluation: position of the first evaluation image in `sets`.
+    """
+    vectors, everyone = sets.sets[0].vectors, np.arange(len(represented_by))
+    distinct = np.flatnonzero(represented_by == everyone)  # (U,)
+    place = np.searchsorted(distinct, represented_by)  # (N,)
+    duplicate_of, similarity = distinct[groups.kept][place], np.ones(len(everyone))
+    reason = np.where(duplicate_of == represented_by, KEPT, NEAR_DUPLICATE)
     removed = np.flatnonzero(reason != KEPT)
-    similarity[removed] = similarities(vectors, distinct[removed], vectors, duplicate_of[removed])
-    for matches, start, direct, other in (
-        (known, num_images, np.where(known.same_bytes, SAME_BYTES, NEAR_DUPLICATE), NEAR_DUPLICATE),
-        (evaluation, num_before, RESEMBLES_EVALUATION, GROUPED_WITH_EVALUATION),
+    similarity[removed] = similarities(vectors, represented_by[removed], vectors, duplicate_of[removed])
+    for matches, start, direct, indirect in (
+        (known, len(everyone), np.where(known.same_bytes, SAME_BYTES, NEAR_DUPLICATE), NEAR_DUPLICATE),
+        (evaluation, first_evaluation, RESEMBLES_EVALUATION, GROUPED_WITH_EVALUATION),
     ):
-        matched = matches.position >= 0
-        reason = np.where(matched, np.where(matches.is_direct, direct, other), reason)
-        duplicate_of = np.where(matched, start + matches.position, duplicate_of)
-        similarity = np.where(matched, matches.similarity, similarity)
-    labels = distinct[groups.labels]
-    return Decisions(sets, reason, duplicate_of, similarity, labels, groups.min_similarity_to_kept, {})
-
-
-def _with_same_bytes(decisions: Decisions, represented_by: Int64, distinct: Int64) -> Decisions:
-    """Return the decisions on all N images: byte-identical ones get that of the one that was compared."""
-    place = np.searchsorted(distinct, represented_by)  # (N,) among the distinct ones
-    reason, duplicate_of = decisions.reason[place], decisions.duplicate_of[place]
-    similarity = decisions.similarity[place]
-    copies = np.flatnonzero((represented_by != np.arange(len(place))) & (reason == KEPT))
+        matched = np.flatnonzero(matches.position[place] >= 0)
+        found = place[matched]
+        reason[matched] = np.where(matches.is_direct, direct, indirect)[found]
+        duplicate_of[matched], similarity[matched] = start + matches.position[found], matches.similarity[found]
+    copies = np.flatnonzero((represented_by != everyone) & (reason == KEPT))
     reason[copies], duplicate_of[copies] = SAME_BYTES, represented_by[copies]
-    vectors = decisions.images.vectors
     similarity[copies] = similarities(vectors, copies, vectors, represented_by[copies])
-    return replace(
-        decisions,
-        reason=reason,
-        duplicate_of=duplicate_of,
-        similarity=similarity,
-        labels=decisions.labels[place],
-        min_similarity_to_kept=decisions.min_similarity_to_kept[place],
-    )
+    labels, min_similarity = distinct[groups.labels][place], groups.min_similarity_to_kept[place]
+    return Decisions(sets, reason, duplicate_of, similarity, labels, min_similarity, {})
 
 
 def _say_figures(figures: dict[str, object], settings: DedupSettings, verifier: Verifier | None) -> None:

@@ -12,10 +12,11 @@ from dinov2_toolkit.cli import app
 from dinov2_toolkit.curate.dedup.calibrate import (
     CalibrateSettings,
     calibrate_threshold,
+    histogram,
     nearest_pairs,
+    nines,
     removed_share,
 )
-from dinov2_toolkit.curate.dedup.calibrate_picture import histogram, nines
 from dinov2_toolkit.curate.dedup.threshold import FIXED_THRESHOLD, chance_model
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.sheet import picture_provenance
