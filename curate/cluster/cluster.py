@@ -27,18 +27,19 @@ from .sampling import balanced_sample, seeded_keys
 from .sheet import draw_clusters
 from .table import describe_levels, table_path, write_cluster_table
 
-FIXED = {"metric": "cosine", "init": "k-means++", "polish": 0}  # once options; named in the provenance as before
+NOT_PARAMETERS = ("features", "where", "memory", "report", "sheet")  # recorded otherwise, or do not change the rows
+FORMER_OPTIONS = {"metric": "cosine", "init": "k-means++", "polish": 0}  # recorded, so that old outputs are up to date
 
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """What `dinov2 curate cluster` can be told, beside the options that all commands share."""
+    """Settings of `dinov2 curate cluster`, without the options that all commands share."""
 
     num_clusters: str  # a number a level, from fine to coarse, with commas
-    resample: int = 10  # resampled fits a level
+    resample: int = 10  # times that each level is fitted again, to equally many images of every cluster
     sample: int | None = None  # size of the balanced subset; None: all images
     pick: Literal["random", "closest"] = "random"  # which images of a cluster the subset takes
-    allocation: Literal["water", "flat", "proportional"] = "water"  # of the subset: evenly through all levels, ...
+    allocation: Literal["water", "flat", "proportional"] = "water"  # how it is allocated to clusters
     recall: float = 0.99  # share of the images that must find their nearest centroid
     features: Path | None = None
     where: str | None = None
@@ -63,9 +64,8 @@ def cluster_images(manifest: Path | None, output: str, settings: ClusterSettings
         check_report(settings.report, options, is_made)
     if settings.sheet is not None and not is_made:
         check_sheet(settings.sheet, options)
-    not_in_rows = ("features", "where", "memory", "report", "sheet")
-    chosen = {name: value for name, value in asdict(settings).items() if name not in not_in_rows}
-    parameters = {**chosen, **FIXED, "num_clusters": num_clusters}
+    parameters = {name: value for name, value in asdict(settings).items() if name not in NOT_PARAMETERS}
+    parameters |= {"num_clusters": num_clusters, **FORMER_OPTIONS}
     provenance = selection_provenance("curate cluster", parameters, path, options, pool)
 
     def describe_work() -> None:

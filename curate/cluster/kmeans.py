@@ -14,22 +14,16 @@ import numpy as np
 from ... import console
 from ...errors import ToolkitError
 from ...features.grouping import group_by
-from ...features.search.centroids import (
-    CoarseQuantizer,
-    fit_coarse_quantizer,
-    nearest_centroids,
-    search_centroids,
-)
+from ...features.search.centroids import CoarseQuantizer, fit_coarse_quantizer, nearest_centroids, search_centroids
 from ...features.search.similarity import tolerance
 from ...features.threads import Workers, map_in_order, workers
 from ...store.memory import memory_budget
 from ...store.progress import Progress
-from ...store.vectors import Float32, Int32, Int64, Vectors, release, unit_length
+from ...store.vectors import Float32, Int32, Int64, PageRelease, Vectors, release, unit_length
 from .lloyd import POINTS_A_CENTROID, State, initial_state, iterate, reassign
 from .sampling import seeded_keys
 
 BLOCK_ROWS = 16_384  # vectors a thread reads and assigns at a time
-RELEASED_ROWS = 1 << 18  # mapped pages are given back after so many
 MEASURED_ROWS = 4_096  # vectors on which recall is measured
 RESAMPLING_RECALL = 0.95  # chosen: which points a resampling keeps need not be exact
 MAX_REFILLS = 10  # chosen: rounds of filling empty clusters
@@ -148,11 +142,11 @@ def sample_rows(num_rows: int, num_points: int, seed: int, purpose: int = SAMPLE
 def read_points(vectors: Vectors, rows: Int64) -> Float32:
     """Return the vectors at rising `rows` (S,) in memory at length 1, (S, D)."""
     points = np.empty((len(rows), vectors.dim), np.float32)
-    for number, start in enumerate(range(0, len(rows), BLOCK_ROWS)):
+    pages = PageRelease(vectors.array)
+    for start in range(0, len(rows), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(rows))
         points[start:stop] = vectors.take(rows[start:stop]).unit(0, stop - start)
-        if number % 16 == 15:
-            release(vectors.array)
+        pages.add((stop - start) * vectors.array[0].nbytes)
     release(vectors.array)
     return points
 
@@ -210,7 +204,7 @@ def _assign_all(
     vectors: Vectors, centroids: Float32, coarse: CoarseQuantizer | None, threads: Workers, progress: Progress | None
 ) -> tuple[Int32, Float32]:
     """Return the centroid of every vector and the distance to it, (N,) each; resumes where it was interrupted."""
-    num, done = len(vectors), 0
+    num, done, pages = len(vectors), 0, PageRelease(vectors.array)
     assignments, distances = np.empty(num, np.int32), np.empty(num, np.float32)
     if progress is not None:
         assignments = progress.mapped("assignments", np.int32, num)
@@ -228,8 +222,7 @@ def _assign_all(
         for count in map_in_order(assign, range(done, num, BLOCK_ROWS), threads):
             done += count
             advance(count)
-            if done % RELEASED_ROWS < BLOCK_ROWS:
-                release(vectors.array)
+            pages.add(count * vectors.array[0].nbytes)
             if progress is not None and progress.due():
                 for array in (assignments, distances):
                     if isinstance(array, np.memmap):
@@ -244,10 +237,10 @@ def _assign(
 ) -> tuple[Int64, Float32]:
     stored = vectors.raw(block.start, block.stop)
     assignments, _ = nearest_centroids(unit_length(stored), centroids, coarse)
-    return assignments, exact_distances(stored, centroids, assignments)
+    return assignments, _cosine_distances(stored, centroids, assignments)
 
 
-def exact_distances(stored: Float32, centroids: Float32, assignments: Int64) -> Float32:
+def _cosine_distances(stored: Float32, centroids: Float32, assignments: Int64) -> Float32:
     """Return 1 - cosine of vectors as stored (B, D) to their centroids, summed in float64, (B,)."""
     distances = np.empty(len(stored), np.float32)
     for start in range(0, len(stored), 512):  # stays in the cache
@@ -272,13 +265,14 @@ def _fill_empty(vectors: Vectors, made: Clustering, threads: Workers) -> None:
         empty = empty[: len(farthest)]
         made.centroids[empty] = new
 
-        def join(start: int, new: Float32 = new, empty: Int64 = empty) -> None:
+        def join(start: int, new: Float32 = new, empty: Int64 = empty) -> int:
             block = slice(start, min(start + BLOCK_ROWS, len(vectors)))
             places, found = _assign(vectors, block, new, None)
             is_nearer = found < made.distances[block]
             made.assignments[block][is_nearer] = empty[places[is_nearer]]
             made.distances[block][is_nearer] = found[is_nearer]
+            return block.stop - start
 
-        for number, _ in enumerate(map_in_order(join, range(0, len(vectors), BLOCK_ROWS), threads)):
-            if number % 16 == 15:
-                release(vectors.array)
+        pages = PageRelease(vectors.array)
+        for count in map_in_order(join, range(0, len(vectors), BLOCK_ROWS), threads):
+            pages.add(count * vectors.array[0].nbytes)

@@ -101,8 +101,7 @@ class Grouping:
     @property
     def is_hub(self) -> bool:
         """Whether the largest node is crowded, with children that have little in common."""
-        is_crowded = self.num_nodes > 1 and self.share * self.num_nodes >= HUB_TIMES
-        return is_crowded and self.norm <= HUB_NORM * self.median_norm
+        return self.share * self.num_nodes >= HUB_TIMES and self.norm <= HUB_NORM * self.median_norm
 
     @property
     def is_hierarchy(self) -> bool:

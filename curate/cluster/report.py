@@ -48,9 +48,9 @@ def write_report(path: Path, report: Path) -> None:
     """
     provenance = open_manifest(path).provenance
     clusters = pq.read_table(checked_table_path(path), columns=["level", *LISTED_COLUMNS, "suspected"])
-    figures = {} if provenance is None else provenance.figures
-    given = {} if provenance is None else provenance.parameters
-    settings = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+    assert provenance is not None  # the command wrote it
+    figures = provenance.figures
+    settings = ", ".join(f"{name} {value}" for name, value in provenance.parameters.items() if value is not None)
     levels = [clusters.filter(pc.field("level") == level) for level in pc.unique(clusters.column("level")).to_pylist()]
     name = html.escape(path.name)
     parts = [

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-import numpy.typing as npt
 
 from ... import console
 from ...features.search.neighbors import Neighbors
@@ -51,10 +50,6 @@ class Pairs:
         """Return some of them."""
         return Pairs(self.pool[indices], self.query[indices], self.rank[indices], self.similarity[indices])
 
-    def ordered(self) -> "Pairs":
-        """Return them by query, then rank."""
-        return self.take(np.lexsort((self.rank, self.query)))
-
     def of(self, part: QuerySet) -> "Pairs":
         """Return those of a set's queries."""
         return self.take(np.flatnonzero((self.query >= part.start) & (self.query < part.start + len(part))))
@@ -73,10 +68,10 @@ def candidates(part: QuerySet, neighbors: Neighbors) -> Pairs:
 
 
 def assign_to_most_similar(pairs: Pairs) -> Pairs:
-    """Return every pool image once, with its most similar query, of ties the earlier; by query, rank."""
+    """Return every pool image once, with its most similar query, of ties the earlier."""
     by = np.lexsort((pairs.query, -pairs.similarity, pairs.pool))
     _, first = np.unique(pairs.pool[by], return_index=True)
-    return pairs.take(by[first]).ordered()
+    return pairs.take(by[first])
 
 
 def cap(pairs: Pairs, max_images: int | None) -> Pairs:
@@ -84,17 +79,7 @@ def cap(pairs: Pairs, max_images: int | None) -> Pairs:
     if max_images is None or len(pairs) <= max_images:
         return pairs
     by = np.lexsort((pairs.query, -pairs.similarity, pairs.rank))
-    return pairs.take(by[:max_images]).ordered()
-
-
-@dataclass(frozen=True)
-class _Current:
-    """The current query of each pool image, changed in place."""
-
-    query: Int64  # (N,) -1: none
-    similarity: Float64  # (N,) -inf: none; inf: the image is unavailable
-    rank: npt.NDArray[np.int32]  # (N,)
-    count: Int64  # (Q,) images of each query
+    return pairs.take(np.sort(by[:max_images]))
 
 
 def fill(
@@ -120,20 +105,51 @@ def fill(
 
     Returns the assignments, and figures: the lowest recall of the searches, their number and depth.
     """
-    num_queries = sum(len(part) for part in sets)
-    current = _Current(
-        np.full(num_pool, -1), np.full(num_pool, -np.inf), np.zeros(num_pool, np.int32), np.zeros(num_queries, int)
-    )
-    current.similarity[unavailable] = np.inf
     capacity = np.concatenate([np.full(len(part), part.number) for part in sets])
-    is_done = np.zeros(num_queries, bool)
+    counts = np.zeros(len(capacity), np.int64)  # images that each query has
+    is_done = np.zeros(len(capacity), bool)  # the query has proposed to the whole pool
+    holder = np.full(num_pool, -1)  # the query that each image keeps; -1: none
+    similarities, ranks = np.full(num_pool, -np.inf), np.zeros(num_pool, np.int32)  # of the image to its holder
+    similarities[unavailable] = np.inf
+
+    def propose(queries: Int64, neighbors: Neighbors, depth: int) -> None:
+        """Let queries (B,) propose to their neighbours in turn until each has its images or no neighbour is left.
+
+        The holder of an image only becomes more similar. So proposing again from the start of a longer list changes
+        nothing that was decided.
+        """
+        proposed = np.zeros(len(queries), np.int64)
+        width = neighbors.indices.shape[1]
+        while True:
+            free = capacity[queries] - counts[queries]
+            active = np.flatnonzero((free > 0) & (proposed < width))
+            if not len(active):
+                break
+            window = np.arange(free[active].max())
+            columns = proposed[active][:, None] + window  # (A, W)
+            row, offset = np.nonzero((window < free[active][:, None]) & (columns < width))
+            proposer, column = active[row], columns[row, offset]
+            proposed[active] = np.minimum(proposed[active] + free[active], width)
+            image, similarity = neighbors.indices[proposer, column], neighbors.similarities[proposer, column]
+            query, present = queries[proposer], similarities[image]
+            is_better = (similarity > present) | ((similarity == present) & (query < holder[image]))
+            is_better &= image >= 0
+            image, similarity, query, rank = (each[is_better] for each in (image, similarity, query, column + 1))
+            by = np.lexsort((query, -similarity, image))
+            image, place = np.unique(image[by], return_index=True)
+            best, loser = by[place], holder[image]
+            np.subtract.at(counts, loser[loser >= 0], 1)
+            np.add.at(counts, query[best], 1)
+            holder[image], similarities[image], ranks[image] = query[best], similarity[best], rank[best]
+        ends_early = neighbors.indices[:, -1] < 0  # there are no more
+        is_done[queries] = (ends_early | (depth >= num_pool)) & (proposed >= width)
+
     depths = [part.number for part in sets]
     recall = min(neighbors.recall for neighbors in first)
     for part, neighbors in zip(sets, first, strict=True):
-        is_done[part.places] = _propose(current, part.places, capacity, neighbors, part.number >= num_pool)
-
+        propose(part.places, neighbors, part.number)
     rounds = 1
-    while len(lacking := np.flatnonzero((current.count < capacity) & ~is_done)):
+    while len(lacking := np.flatnonzero((counts < capacity) & ~is_done)):
         rounds += 1
         for number, part in enumerate(sets):
             of_set = lacking[np.isin(lacking, part.places)]
@@ -146,48 +162,9 @@ def fill(
                 queries = of_set[start : start + size]
                 neighbors = search(part, queries, depth)
                 recall = min(recall, neighbors.recall)
-                is_done[queries] = _propose(current, queries, capacity, neighbors, depth >= num_pool)
-    images = np.flatnonzero(current.query >= 0)
-    rank = current.rank[images].astype(np.int64)
+                propose(queries, neighbors, depth)
     depth = min(max(depths), num_pool)
     console.say(f"filled in {rounds} rounds, from up to {depth:,} neighbours of a query")
-    pairs = Pairs(images, current.query[images], rank, current.similarity[images]).ordered()
+    images = np.flatnonzero(holder >= 0)
+    pairs = Pairs(images, holder[images], ranks[images].astype(np.int64), similarities[images])
     return pairs, {"recall": recall, "fill_rounds": rounds, "fill_depth": depth}
-
-
-def _propose(
-    current: _Current, queries: Int64, capacity: Int64, neighbors: Neighbors, is_whole_pool: bool
-) -> npt.NDArray[np.bool_]:
-    """Let queries (B,) propose to their neighbours in turn until each has its number of images or no neighbour is left.
-
-    Returns which of them have proposed to the whole pool, (B,): their neighbours are all of it (`is_whole_pool`), or
-    end with an empty place. The query of an image only becomes more similar. So proposing again from the start of a
-    longer list changes nothing that was decided.
-    """
-    depth = neighbors.indices.shape[1]
-    proposed = np.zeros(len(queries), np.int64)
-    while True:
-        free = capacity[queries] - current.count[queries]
-        active = np.flatnonzero((free > 0) & (proposed < depth))
-        if not len(active):
-            break
-        window = np.arange(free[active].max())
-        columns = proposed[active][:, None] + window  # (A, W)
-        row, offset = np.nonzero((window < free[active][:, None]) & (columns < depth))
-        proposer, column = active[row], columns[row, offset]
-        proposed[active] = np.minimum(proposed[active] + free[active], depth)
-        image, similarity = neighbors.indices[proposer, column], neighbors.similarities[proposer, column]
-        query, rank = queries[proposer], column + 1
-        present = current.similarity[image]
-        is_better = (similarity > present) | ((similarity == present) & (query < current.query[image]))
-        is_better &= image >= 0
-        image, similarity, query, rank = (each[is_better] for each in (image, similarity, query, rank))
-        by = np.lexsort((query, -similarity, image))
-        image, first = np.unique(image[by], return_index=True)
-        best = by[first]
-        loser = current.query[image]
-        np.subtract.at(current.count, loser[loser >= 0], 1)
-        np.add.at(current.count, query[best], 1)
-        current.query[image], current.similarity[image], current.rank[image] = query[best], similarity[best], rank[best]
-    done: npt.NDArray[np.bool_] = (is_whole_pool | (neighbors.indices[:, -1] < 0)) & (proposed >= depth)
-    return done

@@ -25,14 +25,12 @@ def clusters_of(pool: EmbeddedImages, num_clusters: int | None, seed: int) -> tu
 
     An image in no cluster has -1.
     """
-    why = ""
-    if num_clusters is None:
-        if CLUSTER_COLUMN in pool.source.manifest.names():
-            clusters = pool.column(CLUSTER_COLUMN).fill_null(-1).to_numpy().astype(np.int64)
-            if clusters.max() >= 0:
-                return clusters, spherical_centroids(pool.vectors, clusters)
-        why, num_clusters = f"the pool has no column {CLUSTER_COLUMN}: ", max(1, round(len(pool) ** 0.5))
-    console.say(f"{why}making {num_clusters:,} clusters of its images")
+    if num_clusters is None and CLUSTER_COLUMN in pool.source.manifest.names():
+        clusters = pool.column(CLUSTER_COLUMN).fill_null(-1).to_numpy().astype(np.int64)
+        if clusters.max() >= 0:
+            return clusters, spherical_centroids(pool.vectors, clusters)
+    num_clusters = num_clusters or max(1, round(len(pool) ** 0.5))
+    console.say(f"making {num_clusters:,} clusters of the pool's images")
     made = cluster_vectors(pool.vectors, num_clusters, num_resamplings=NUM_RESAMPLINGS, seed=seed)
     return made.assignments.astype(np.int64), made.centroids
 
@@ -62,9 +60,9 @@ def nearest_in_clusters(
 ) -> tuple[Pairs, int]:
     """Return up to the set's number of pool images of every cluster that enough of its queries fall into.
 
-    Also returns the number of these clusters. A query falls into the cluster of the most similar centroid. Of a
-    cluster come the images that are most similar to any of its queries; each stays with that query, and its rank is its
-    place among those that came with it. Only images with a similarity above `above` come.
+    Also returns the number of these clusters. A query falls into the cluster of the most similar centroid. A cluster
+    gives the images that are most similar to any of its queries, each with that query and with a similarity above
+    `above`. The rank of an image is its place among those of its query.
     """
     exact = replace(search, recall=1.0)  # few centroids, and few queries a cluster
     filled = np.unique(clusters[clusters >= 0])
@@ -90,11 +88,11 @@ def nearest_in_clusters(
                 search=exact,
                 progress=None,
             )
-            similarity, place = found.similarities[:, 0], found.indices[:, 0]
+            similarity, place, no_rank = found.similarities[:, 0], found.indices[:, 0], np.zeros(len(members), np.int64)
             best = np.lexsort((pool.order[members], -similarity))[: part.number]
             best = best[place[best] >= 0]
-            pairs.append(Pairs(members[best], mine[place[best]] + part.start, best, similarity[best]))
+            pairs.append(Pairs(members[best], mine[place[best]] + part.start, no_rank[best], similarity[best]))
             advance()
     made = concatenate(pairs)
     ranks = group_by(made.query, part.start + len(part), -made.similarity, pool.order[made.pool]).ranks() + 1
-    return replace(made, rank=ranks).ordered(), len(hit)
+    return replace(made, rank=ranks), len(hit)

@@ -35,12 +35,13 @@ from .by_cluster import clusters_of, nearest_in_clusters
 from .same_image import identity_of
 
 DEFAULT_K = 4
+NOT_PARAMETERS = ("features", "where", "memory")  # settings that are recorded otherwise, or do not change the rows
 QUERY_SOURCE = "queries"  # `source` of the queries that come along
 
 
 @dataclass(frozen=True)
 class Queries:
-    """One query set as it was named."""
+    """A query set as the command line names it."""
 
     path: Path
     number: int | None = None  # its own --k or --per-cluster
@@ -48,7 +49,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class RetrieveSettings:
-    """What `dinov2 curate retrieve` can be told, beside the options that all commands share."""
+    """Settings of `dinov2 curate retrieve`, without the options that all commands share."""
 
     k: int | None = None  # nearest pool images of every query; None: 4, or --per-cluster
     per_cluster: int | None = None  # images of every cluster that enough queries fall into
@@ -89,14 +90,13 @@ def retrieve_images(
     path = check_manifest_name(output)
     _check(settings)
     sets = [Queries(queries)] if isinstance(queries, Path) else list(queries or ())
-    names = distinct_names([part.path for part in sets])
     if not sets and pool is None:
         chosen, pool = catalog.choose_pair()
         say_choice("queries", chosen)
         say_choice("pool", pool)
         sets = [Queries(chosen)]
     query_inputs = [open_input("queries", part.path, path) for part in sets] or [open_input("queries", None, path)]
-    names = names or distinct_names([part.manifest.path for part in query_inputs])
+    names = distinct_names([part.manifest.path for part in query_inputs])
     pool_input = open_input("pool", pool, path, settings.features, settings.where)
     for part in query_inputs:
         check_same_model(part, pool_input)
@@ -106,7 +106,8 @@ def retrieve_images(
 
     default = settings.per_cluster or settings.k or DEFAULT_K
     numbers = [part.number or default for part in sets] or [default]
-    parameters = _parameters(settings, numbers)
+    parameters = {name: value for name, value in asdict(settings).items() if name not in NOT_PARAMETERS}
+    parameters["k" if settings.per_cluster is None else "per_cluster"] = numbers[0] if len({*numbers}) == 1 else numbers
     provenance = selection_provenance("curate retrieve", parameters, path, options, pool_input, *query_inputs)
 
     def describe_work() -> None:
@@ -141,14 +142,6 @@ def _check(settings: RetrieveSettings) -> None:
     memory_budget(settings.memory)
     if not 0 < settings.recall <= 1:
         raise ToolkitError(f"--recall {settings.recall} is no share of the neighbours; give a number above 0, up to 1")
-
-
-def _parameters(settings: RetrieveSettings, numbers: list[int]) -> dict[str, object]:
-    """Return what the rows depend on; `numbers` are those of the query sets."""
-    without = ("features", "where", "memory")
-    parameters = {name: value for name, value in asdict(settings).items() if name not in without}
-    number = numbers[0] if len(set(numbers)) == 1 else numbers
-    return {**parameters, "k" if settings.per_cluster is None else "per_cluster": number}
 
 
 def _retrieve(

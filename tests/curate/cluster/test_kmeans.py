@@ -157,7 +157,6 @@ def test_blocks_and_mapped_files_do_not_show(tmp_path: Path, monkeypatch: pytest
     rows = np.arange(0, 3_000, 2)
     whole = cluster_vectors(in_memory(vectors[rows]), 50, num_resamplings=1, seed=0)
     monkeypatch.setattr(kmeans, "BLOCK_ROWS", 512)
-    monkeypatch.setattr(kmeans, "RELEASED_ROWS", 1_024)
     parts = cluster_vectors(
         Vectors(mapped, rows, Source("base", "disk", "0")), 50, num_resamplings=1, seed=0, progress=kept("blocks")
     )
@@ -183,7 +182,6 @@ def test_a_killed_clustering_goes_on_and_ends_with_the_same_bits(
 ) -> None:
     vectors = in_memory(mixture(1_500).astype(np.float16))
     monkeypatch.setattr(kmeans, "BLOCK_ROWS", 256)
-    monkeypatch.setattr(kmeans, "RELEASED_ROWS", 1_024)
     whole = cluster_levels(vectors, [25, 4], num_resamplings=1, seed=0)
 
     monkeypatch.setattr("dinov2_toolkit.store.progress.SAVE_EVERY_S", 0.0)
