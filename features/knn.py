@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification of frozen features: what probes report, and what a run watches.
+"""k-nearest-neighbour classification of frozen features: what probes report and runs monitor.
 
 N training images, M test images, D numbers a feature, C classes.
 """
@@ -11,8 +11,8 @@ from ..store.vectors import Float32, Float64, Int64, Vectors
 from .search.neighbors import SearchSettings, nearest
 
 TEMPERATURE = 0.07
-BLOCK_ROWS = 1_024  # test images looked up at once
-BLOCK_VOTES = 4_000_000  # votes (image by class) counted at once: 32 MB
+BLOCK_ROWS = 1_024  # test images searched at a time
+BLOCK_VOTES = 4_000_000  # votes (image by class) counted at a time: 32 MB
 EXACT = SearchSettings(memory=256 << 20, recall=1.0)  # chosen: larger blocks are no faster
 
 

@@ -42,7 +42,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known of an image once it was decoded."""
+    """What is known of a decoded image."""
 
     image_id: str
     width: int  # pixels, upright and in full

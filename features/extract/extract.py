@@ -22,7 +22,7 @@ from ...models.weights import Model, load_model
 from ...store import catalog
 from ...store.manifest import Source
 from .decoding import ImageBatch, ImageFacts, Reading, Tiling, load_batches
-from .tokens import TokenChoice, concatenate, described
+from .tokens import TokenChoice, chosen_tokens, concatenate
 from .windows import cut
 
 PIXELS_SIDE = 16
@@ -50,7 +50,7 @@ class FeatureModel:
     preprocess: Preprocess
     backbone: VisionTransformer | PixelBackbone | CopyDescriptor
     choice: TokenChoice = TokenChoice()
-    windows: int | None = None  # short side in pixels of images that are looked at in tiles
+    windows: int | None = None  # short side in pixels of images that the model sees in tiles
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,8 @@ def feature_model(model: Model) -> FeatureModel:
 def pixels_model() -> FeatureModel:
     """Return the model `pixels`: the whole image as 16 x 16 RGB in [0, 1], row by row, less its own mean."""
     preprocess = Preprocess(PIXELS_SIDE, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return FeatureModel(
-        Source("model", "pixels", "pixels-16x16-rgb"), PixelBackbone.embed_dim, preprocess, PixelBackbone()
-    )
+    source = Source("model", "pixels", "pixels-16x16-rgb")
+    return FeatureModel(source, PixelBackbone.embed_dim, preprocess, PixelBackbone())
 
 
 def copy_model() -> FeatureModel:
@@ -106,15 +105,15 @@ def copy_model() -> FeatureModel:
 def with_choice(
     model: FeatureModel, choice: TokenChoice, image_size: int | None = None, windows: int | None = None
 ) -> FeatureModel:
-    """Return a model that gives other tokens, or looks at images at another size.
+    """Return a model that gives other tokens, or sees images at another size.
 
-    Its content id says so, where its vectors cannot be compared with those it gave before.
+    Its content id differs where its vectors cannot be compared with those of the model as it was.
 
     Args:
         choice: the tokens that make an image's vector.
         image_size: side in pixels of what the model sees; None means its own.
-        windows: short side in pixels to which larger images are resized, to be looked at in tiles of `image_size`;
-            None means the centre square.
+        windows: short side in pixels to which larger images are resized, to be seen in tiles of `image_size`; None
+            means the centre square.
 
     Raises:
         ToolkitError: if the model has no such tokens or blocks, or the sizes do not fit its patches.
@@ -181,8 +180,8 @@ def extract(
     for batch in load_batches(uris, model.preprocess, **sizes, reading=reading, tiling=_tiling(model)):
         if batch.indices:
             blocks = _forward_batch(model, batch, device, batch_size)
-            started = (batch, *described(blocks, model.choice, batch.layouts))
-        else:  # nothing but failures
+            started = (batch, *chosen_tokens(blocks, model.choice, batch.layouts))
+        else:  # only failures
             started = (batch, torch.empty(0, model.dim), [])
         if device.type == "cpu":
             yield _fetch(*started)
@@ -256,6 +255,6 @@ def _fetch(batch: ImageBatch, vectors: Tensor, patches: list[Tensor]) -> Feature
 def _tiling(model: FeatureModel) -> Tiling | None:
     if model.windows is None:
         return None
-    assert isinstance(model.backbone, VisionTransformer), "with_choice saw to it"
+    assert isinstance(model.backbone, VisionTransformer), "as with_choice checks"
     cutting = partial(cut, preprocess=model.preprocess, patch_size=model.backbone.patch_size, short_side=model.windows)
     return Tiling(cutting, 2 * model.windows)

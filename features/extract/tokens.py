@@ -1,4 +1,4 @@
-"""Which tokens describe an image: class token, mean of the patches, or every patch; of one block or several.
+"""The tokens that describe an image: class token, mean of the patches, or every patch; of one block or several.
 
 Shapes: B images, N patch tokens, D embed_dim, L blocks, E numbers an image, T tiles, R register tokens.
 """
@@ -57,7 +57,7 @@ def patch_vectors(features: Sequence[Features]) -> Tensor:
     return torch.cat([block.patch_tokens for block in features], dim=-1)
 
 
-def described(
+def chosen_tokens(
     features: Sequence[Features], choice: TokenChoice, layouts: Sequence[Layout]
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the vectors (B, E) of B images and, if those were chosen, the patches of each, (rows, columns, L D).

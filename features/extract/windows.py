@@ -1,4 +1,4 @@
-"""Large images by windows of the size a model takes: cut into overlapping tiles, their tokens put together again.
+"""Sliding windows over large images: overlapping tiles of the size a model takes, and their tokens put together.
 
 Shapes: C channels, S side of a tile in pixels, T tiles of an image, D embed_dim, rows x columns patches of an image.
 """
@@ -13,7 +13,7 @@ from ...models.preprocess import Preprocess
 from ...models.vit import Features
 from ...store.pixels import Picture, values_of
 
-MAX_ASPECT = 8  # chosen: of a longer image the middle part is looked at, or one image could cost a million tiles
+MAX_ASPECT = 8  # chosen: of a longer image only the middle is seen, or one image could cost a million tiles
 
 
 @dataclass(frozen=True)
