@@ -1,7 +1,7 @@
-"""The cache: scratch files that steps share and may lose, in a folder of its own that carries a marker.
+"""The cache: files that steps share and can make again, in a marked folder of its own.
 
-Nothing is removed but what has a name of our making. File names are hashes of our own making: what a manifest says of
-itself never becomes a path.
+Only files with names of ours are ever removed. Their names are hashes that we make: what a manifest says of itself,
+such as its content id, never becomes a path.
 """
 
 import os
@@ -12,12 +12,13 @@ from pathlib import Path
 
 from ..errors import ToolkitError
 from .catalog import catalog_path
+from .files import write_text
 from .manifest import Source, part_paths
 
-CACHE_BYTES = int(os.environ.get("DINOV2_CACHE_BYTES", 64 << 30))  # scratch arrays are kept up to this size
+CACHE_BYTES = int(os.environ.get("DINOV2_CACHE_BYTES", 64 << 30))  # arrays are kept up to this size
 
 MARKER = "CACHEDIR.TAG"  # by this name and first line, backup programs know a cache too
-MARK = b"""\
+MARK = """\
 Signature: 8a477f597d28d172789f06886806bc55
 # This folder was made by dinov2-toolkit for what it can make again; `dinov2 catalog gc` empties it.
 """
@@ -30,8 +31,7 @@ OUR_NAMES = re.compile(
 def cache_folder() -> Path:
     """Return where the cache is or will be: `.dinov2/cache`, beside the catalog.
 
-    A folder without the marker is taken for ours when it is empty, or all names in it are of our making, as those of
-    a toolkit that set no marker.
+    A folder without the marker counts as ours when all names in it are, as in a cache of a version that set no marker.
     Raises ToolkitError when something else stands there.
     """
     beside = catalog_path().parent
@@ -40,7 +40,7 @@ def cache_folder() -> Path:
         return folder
     if not folder.is_dir():
         raise ToolkitError(f"{folder} is no folder, and the cache needs one there; move it away")
-    names = os.listdir(folder)  # before the marker: what another process writes comes after its marker
+    names = os.listdir(folder)  # before the marker is looked for, which another process may just have written
     if not _is_marked(folder) and (others := sorted(name for name in names if not OUR_NAMES.fullmatch(name))):
         raise ToolkitError(
             f"{folder} is not a cache of ours (no {MARKER} of ours in it, but {others[0]!r}); move that folder away"
@@ -55,8 +55,7 @@ def open_cache() -> Path:
     """
     folder = cache_folder()
     if not _is_marked(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / MARKER, MARK)
+        write_text(folder / MARKER, MARK)
     return folder
 
 
@@ -71,14 +70,14 @@ def remove_empty_cache() -> None:
 
 
 def cached() -> list[Path]:
-    """Return what is in the cache under names of our making, in order; nothing else may be removed."""
+    """Return what is in the cache under names of ours, in order; nothing else may be removed."""
     folder = cache_folder()
     found = sorted(folder.iterdir()) if folder.exists() else []
     return [path for path in found if OUR_NAMES.fullmatch(path.name)]
 
 
 def make_room(num_bytes: int) -> None:
-    """Remove the eldest scratch arrays where the cache would grow too large with `num_bytes` more."""
+    """Remove the oldest arrays where the cache would grow too large with `num_bytes` more."""
     arrays = [path for path in cached() if path.suffix == ".npy"]
     total = num_bytes
     for file in sorted(arrays, key=lambda file: file.stat().st_mtime, reverse=True):
@@ -88,10 +87,10 @@ def make_room(num_bytes: int) -> None:
 
 
 def cache_key(source: Source) -> str:
-    """Return the name under which the cache keeps what is made of a manifest.
+    """Return the name under which the cache keeps what is made from a manifest.
 
-    It depends on the content id, which is only what a file says of itself, and on where its parts lie, their sizes and
-    time stamps.
+    It depends on the content id, which is only what the file says of itself, and on the paths, sizes and time stamps of
+    its parts.
     """
     stamp = _stamp(source)
     same = cache_folder() / f"{stamp}.same"
@@ -99,32 +98,22 @@ def cache_key(source: Source) -> str:
 
 
 def touch(source: Source) -> None:
-    """Set the time stamp of a manifest to now; what the cache keeps of it is found as before."""
+    """Set the time stamp of a manifest to now; its key stays, in a file that has the name of its new stamp."""
     key, old = cache_key(source), _stamp(source)
     os.utime(source.path)
     new = _stamp(source)
     if _is_marked(cache_folder()) and new != old:
-        _write_whole(cache_folder() / f"{new}.same", key.encode())
+        write_text(cache_folder() / f"{new}.same", key)
         (cache_folder() / f"{old}.same").unlink(missing_ok=True)
 
 
 def _stamp(source: Source) -> str:
     path = Path(os.path.realpath(source.path))
-    parts = part_paths(path) if path.exists() else []
-    stats = [(str(part), part.stat()) for part in parts]
-    told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return blake2b(ascii((source.content_id, str(path), told)).encode(), digest_size=16).hexdigest()
+    stats = [(str(part), part.stat()) for part in part_paths(path)] if path.exists() else []
+    parts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return blake2b(ascii((source.content_id, str(path), parts)).encode(), digest_size=16).hexdigest()
 
 
 def _is_marked(folder: Path) -> bool:
     marker = folder / MARKER
-    return marker.is_file() and marker.stat().st_size == len(MARK) and marker.read_bytes() == MARK
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return marker.is_file() and marker.stat().st_size == len(MARK) and marker.read_text() == MARK

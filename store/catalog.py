@@ -113,49 +113,33 @@ def record(
     provenance: Provenance,
     duration_s: float | None,
     *,
-    rows: int | None = None,
     at: datetime | None = None,
 ) -> None:
-    """Enter an artifact with its inputs; numbers among its figures become its metrics.
-
-    `rows` is read from the manifest where it is left out; `at` is now by default.
-    """
-    if rows is None and output.suffix == ".parquet":
-        rows = open_manifest(output).num_rows
-    path = str(output.absolute())
+    """Enter an artifact with its inputs; numbers among its figures become its metrics. `at` is now by default."""
     files = [output] if output.is_file() else [file for file in output.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
     model = provenance.model()
+    row = {
+        "kind": provenance.kind,
+        "path": str(output.absolute()),
+        "digest": provenance.content_id,
+        "rows": open_manifest(output).num_rows if output.suffix == ".parquet" else None,
+        "bytes": sum(file.stat().st_size for file in files),
+        "command": provenance.command,
+        "parameters": json.dumps(provenance.parameters, sort_keys=True),
+        "seed": provenance.seed,
+        "version": provenance.version,
+        "time": at or datetime.now(),
+        "duration": duration_s,
+        "role": provenance.role,
+        "model": model.content_id if model else None,
+    }
+    insert = f"insert into artifacts ({', '.join(row)}) values ({', '.join('?' for _ in row)}) returning id"
     with connect() as connection:
-        _delete(connection, "path = ? and digest = ?", [path, provenance.content_id])
-        inserted = connection.execute(
-            """
-            insert into artifacts (kind, path, digest, rows, bytes, command, parameters, seed, version, time, duration,
-                                   role, model)
-            values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) returning id
-            """,
-            [
-                provenance.kind,
-                path,
-                provenance.content_id,
-                rows,
-                size,
-                provenance.command,
-                json.dumps(provenance.parameters, sort_keys=True),
-                provenance.seed,
-                provenance.version,
-                at or datetime.now(),
-                duration_s,
-                provenance.role,
-                model.content_id if model else None,
-            ],
-        ).fetchone()
-        assert inserted is not None
-        (artifact,) = inserted
+        _delete(connection, "path = ? and digest = ?", [row["path"], row["digest"]])
+        ((artifact,),) = connection.execute(insert, list(row.values())).fetchall()
         for source in provenance.inputs:
-            connection.execute(
-                "insert into inputs values (?, ?, ?, ?)", [artifact, source.role, source.path, source.content_id]
-            )
+            values = [artifact, source.role, source.path, source.content_id]
+            connection.execute("insert into inputs values (?, ?, ?, ?)", values)
         for name, value in provenance.figures.items():
             if isinstance(value, int | float):
                 connection.execute("insert into metrics values (?, ?, ?)", [artifact, name, float(value)])
@@ -186,13 +170,12 @@ def find(name: str) -> Artifact:
 
     Raises ToolkitError when there is none.
     """
-    path = str(Path(name).absolute())
     known = artifacts()
-    exact = [artifact for artifact in known if artifact.path == path]
-    alike = [a for a in known if Path(a.path).name in (name, f"{name}.parquet")]
-    if not exact and not alike:
+    by_path = [artifact for artifact in known if artifact.path == str(Path(name).absolute())]
+    by_name = [artifact for artifact in known if Path(artifact.path).name in (name, f"{name}.parquet")]
+    if not by_path and not by_name:
         raise ToolkitError(f"the catalog {catalog_path()} has no {name!r}; see `dinov2 catalog list`")
-    return (exact or alike)[0]
+    return (by_path or by_name)[0]
 
 
 def inputs_of(artifact: Artifact) -> list[Source]:
@@ -222,14 +205,7 @@ def choose(role: str) -> Path:
 
     Raises ToolkitError when there is none, listing what there is.
     """
-    candidates = newest_features(role)
-    if not candidates:
-        others = ", ".join(f"{a.path} ({a.role})" for a in artifacts("kind in ('embeddings', 'selection')")[:5])
-        raise ToolkitError(
-            f"no manifest given and the catalog {catalog_path()} has none with role {role!r}"
-            f" ({'it has ' + others if others else 'it is empty'}); name one, or embed with --role {role}"
-        )
-    return Path(candidates[0].path)
+    return Path(_newest(role).path)
 
 
 def choose_pair() -> tuple[Path, Path]:
@@ -237,18 +213,22 @@ def choose_pair() -> tuple[Path, Path]:
 
     Raises ToolkitError, listing the candidates, when one is missing or the newest two come from different models.
     """
-    queries, pool = newest_features("queries"), newest_features("pool")
-    if queries and pool and queries[0].model == pool[0].model:
-        return Path(queries[0].path), Path(pool[0].path)
-    if not queries or not pool:
-        missing = "queries" if not queries else "pool"
-        found = ", ".join(a.path for a in (queries + pool)[:5]) or "nothing"
-        raise ToolkitError(
-            f"no manifest with role {missing!r} in the catalog {catalog_path()} (found {found});"
-            f" name it with --{missing}, or embed with --role {missing}"
-        )
-    listed = ", ".join(f"{a.path} ({a.role}, model {(a.model or 'unknown')[:8]})" for a in queries[:3] + pool[:3])
+    queries, pool = _newest("queries"), _newest("pool")
+    if queries.model == pool.model:
+        return Path(queries.path), Path(pool.path)
+    candidates = newest_features("queries")[:3] + newest_features("pool")[:3]
+    listed = ", ".join(f"{a.path} ({a.role}, model {(a.model or 'unknown')[:8]})" for a in candidates)
     raise ToolkitError(f"the newest queries and pool come from two models ({listed}); name --queries and --pool")
+
+
+def _newest(role: str) -> Artifact:
+    if found := newest_features(role):
+        return found[0]
+    others = ", ".join(f"{a.path} ({a.role})" for a in artifacts("kind in ('embeddings', 'selection')")[:5])
+    raise ToolkitError(
+        f"no manifest given, and the catalog {catalog_path()} has no manifest with role {role!r}"
+        f" ({'it has ' + others if others else 'it is empty'}); name one, or embed with --role {role}"
+    )
 
 
 def newest_run() -> Path | None:

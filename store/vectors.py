@@ -4,6 +4,7 @@ import mmap
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +13,14 @@ import pyarrow as pa
 from .. import console
 from ..errors import ToolkitError
 from .cache import cache_folder, cache_key, make_room, open_cache
+from .files import replacing
 from .manifest import Manifest, Source, open_manifest
 
-RELEASED_BYTES = 256 << 20  # chosen: of a mapped array that is read in sequence, so much stays mapped
-RELEASED_ROWS = 4_096  # of one that is read here and there: the system maps 64 KB around every row
-CONVERTED = 65_536  # numbers a step of `as_float32`: they stay in the cache
+RELEASED_BYTES = 256 << 20  # chosen: this much of a mapped array stays mapped when it is read in sequence
+RELEASED_ROWS = 4_096  # when it is read row by row: the system maps 64 KB around every row
+CONVERTED = 65_536  # numbers that `as_float32` converts at a time: they stay in the processor's cache
 SIGN_AND_NUMBER = np.int32(-0x70000001)  # all but the three bits between sign and exponent
-EXPONENT_STEP = np.float32(2.0**112)  # half precision counts exponents from -15, single from -127
+EXPONENT_STEP = np.float32(2.0**112)  # the exponent's bias is 15 in half precision, 127 in single
 
 Bools = npt.NDArray[np.bool_]  # the array types of all rooms
 UInt8 = npt.NDArray[np.uint8]
@@ -29,6 +31,7 @@ Float16 = npt.NDArray[np.float16]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Stored = npt.NDArray[np.float16 | np.float32]
+Floats = TypeVar("Floats", Float32, Float64)
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,12 @@ class Vectors:
     def unit(self, start: int, stop: int) -> Float32:
         """Return vectors start..stop at length 1, (stop - start, D) float32; a zero vector stays zero."""
         vectors = self.raw(start, stop)
-        return unit_length(vectors, out=vectors if vectors.base is None else None)  # a copy of what is stored
+        return unit_length(vectors, out=vectors if vectors.base is None else None)  # never into the stored array
 
     def exact(self, indices: Int64) -> Float64:
-        """Return the vectors at `indices` (M,) at length 1 in float64, (M, D): what settles ties and thresholds."""
+        """Return the vectors at `indices` (M,) at length 1 in float64, (M, D), for ties and thresholds."""
         vectors = np.asarray(self.array[self.rows[indices]], dtype=np.float64)
-        norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
-        unit: Float64 = vectors / np.where(norms > 0, norms, 1.0)[:, None]
-        return unit
+        return unit_length(vectors)
 
     def take(self, indices: Int64) -> "Vectors":
         """Return the vectors at `indices` (M,), in that order; nothing is read yet."""
@@ -87,11 +88,11 @@ class Vectors:
         return slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else rows  # a slice reads the disk in sequence
 
 
-def unit_length(vectors: Float32, out: Float32 | None = None) -> Float32:
+def unit_length(vectors: Floats, out: Floats | None = None) -> Floats:
     """Return the rows of (N, D) at length 1, in `out` if given; a zero row stays zero."""
     norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
     norms[norms == 0] = 1.0
-    scaled: Float32 = np.divide(vectors, norms[:, None], out=out)
+    scaled: Floats = np.divide(vectors, norms[:, None], out=out)
     return scaled
 
 
@@ -99,8 +100,8 @@ def as_float32(stored: Stored) -> Float32:
     """Return finite numbers (N, D) as float32; what is so already is not copied."""
     if stored.dtype != np.float16 or stored.ndim != 2 or not stored.size:
         return np.asarray(stored, dtype=np.float32)
-    # NumPy converts one number at a time. Half and single precision differ in the place of the exponent and in what
-    # it counts from: moving the bits and scaling by a power of two is exact, and three times as quick.
+    # NumPy converts one number at a time. Half and single precision differ in the place of the exponent and in its
+    # bias: shifting the bits and scaling by a power of two is exact, and three times as fast.
     vectors = np.empty(stored.shape, np.float32)
     bits = vectors.view(np.int32)
     num_rows = max(1, CONVERTED // stored.shape[1])
@@ -114,7 +115,7 @@ def as_float32(stored: Stored) -> Float32:
 
 
 def release(array: npt.NDArray[np.generic]) -> None:
-    """Let go of the pages of a mapped array that were read; they stay in the page cache while there is room."""
+    """Unmap the pages of a mapped array that were read; they stay in the page cache while there is room."""
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -123,7 +124,7 @@ def release(array: npt.NDArray[np.generic]) -> None:
 
 
 class PageRelease:
-    """Lets go of the pages of mapped arrays whenever 256 MB of them have been read."""
+    """Unmaps the pages of mapped arrays whenever 256 MB of them have been read."""
 
     def __init__(self, *arrays: npt.NDArray[np.generic]) -> None:
         self.arrays = arrays
@@ -156,7 +157,7 @@ def open_vectors(manifest: Manifest, *, features: Path | None = None, limit: int
 def locate_vectors(
     manifest: Manifest, *, features: Path | None = None, limit: int | None = None
 ) -> tuple[Manifest, Int64]:
-    """Return where those vectors are, without reading them: the embedding manifest, and rows (N,) of it.
+    """Return where the vectors are, without reading them: the embedding manifest, and rows (N,) of it.
 
     Raises ToolkitError when there are none, or the base is missing or has changed.
     """
@@ -187,9 +188,9 @@ def locate_vectors(
 
 
 def scratch_size(base: Manifest) -> tuple[int, int]:
-    """Return D, and how many bytes decoding an embedding manifest would add to the cache: 0 when it is there."""
+    """Return D, and how many bytes an embedding manifest would add to the cache: 0 when it is decoded already."""
     dim, dtype = _dimension(base)
-    return dim, 0 if _scratch_path(base).exists() else base.num_rows * dim * dtype.itemsize
+    return dim, 0 if _decoded_path(base).exists() else base.num_rows * dim * dtype.itemsize
 
 
 def _base_of(manifest: Manifest) -> Source | None:
@@ -200,9 +201,9 @@ def _base_of(manifest: Manifest) -> Source | None:
 
 def _open_base(manifest: Manifest, wanted: Source) -> Manifest:
     recorded = Path(wanted.path)
-    beside = manifest.path.absolute().parent / recorded.name  # a folder that was moved as a whole
-    path = next((place for place in (recorded, beside) if place.exists()), None)
-    if path is None:
+    beside = manifest.path.absolute().parent / recorded.name  # of a folder that was moved as a whole
+    path = recorded if recorded.exists() else beside
+    if not path.exists():
         raise ToolkitError(
             f"the embeddings of {manifest.path} are gone: no {recorded}; make them again, or give --features"
         )
@@ -230,31 +231,26 @@ def _matching_rows(manifest: Manifest, base: Manifest, num_rows: int) -> Int64:
     return np.asarray(found, dtype=np.int64)
 
 
-def _scratch_path(manifest: Manifest) -> Path:
-    """Return where a manifest's vectors are kept decoded."""
+def _decoded_path(manifest: Manifest) -> Path:
     return cache_folder() / f"{cache_key(manifest.source('base'))}.npy"
 
 
 def _mapped_array(manifest: Manifest) -> Stored:
     """Decode a manifest's `embedding` column once into a .npy file, and map it."""
-    path = _scratch_path(manifest)
+    path = _decoded_path(manifest)
     if not path.exists():
         open_cache()
         dim, dtype = _dimension(manifest)
         make_room(manifest.num_rows * dim * dtype.itemsize)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as temporary:
             _decode(manifest, temporary, dim, dtype)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    os.utime(path)  # the eldest by time stamp go first when room is needed
+    os.utime(path)  # the oldest by time stamp go first when room is needed
     array: Stored = np.load(path, mmap_mode="r")
     return array
 
 
 def _dimension(manifest: Manifest) -> tuple[int, np.dtype[np.float16] | np.dtype[np.float32]]:
-    """Return D and how the vectors are kept: half precision where they came so, float32 otherwise."""
+    """Return D and the type that vectors are decoded to: half precision stays, all else becomes float32."""
     if manifest.num_rows == 0:
         raise ToolkitError(f"{manifest.path} has no rows; there is nothing to compare")
     kind = manifest.schema.field("embedding").type
@@ -270,27 +266,27 @@ def _dimension(manifest: Manifest) -> tuple[int, np.dtype[np.float16] | np.dtype
 
 def _decode(manifest: Manifest, target: Path, dim: int, dtype: np.dtype[np.float16] | np.dtype[np.float32]) -> None:
     array = np.lib.format.open_memmap(target, mode="w+", dtype=dtype, shape=(manifest.num_rows, dim))
-    done = 0
+    start = 0
     with console.progress(f"reading the vectors of {manifest.path.name}", manifest.num_rows, "rows") as advance:
         for batch in manifest.batches(["embedding"]):
-            column = batch.column("embedding")
+            column = batch.column(0)
+            stop = start + len(column)
             values = column.flatten().to_numpy(zero_copy_only=False)
             if column.null_count or len(values) != len(column) * dim:
                 raise ToolkitError(
-                    f"the embeddings of {manifest.path} are not all {dim} numbers long"
-                    f" (rows {done} to {done + len(column) - 1}); remove the others first"
+                    f"the embeddings of {manifest.path} are not all {dim} numbers long (rows {start} to {stop - 1});"
+                    " remove the others first"
                 )
-            block = values.reshape(-1, dim)
-            finite = np.isfinite(block).all(axis=1)
+            array[start:stop] = values.reshape(-1, dim)
+            finite = np.isfinite(values).reshape(-1, dim).all(axis=1)
             if not finite.all():
-                row = done + int(np.argmin(finite))
                 raise ToolkitError(
-                    f"row {row} of {manifest.path} has a vector that is not finite; remove such rows first"
+                    f"row {start + int(np.argmin(finite))} of {manifest.path} has a vector that is not finite;"
+                    " remove such rows first"
                 )
-            array[done : done + len(block)] = block
-            done += len(block)
             release(array)
-            advance(len(block))
+            advance(len(column))
+            start = stop
     array.flush()
-    del batch, column, values, block
-    pa.default_memory_pool().release_unused()  # what was read, of which Arrow keeps as much as 200 MB
+    del batch, column, values
+    pa.default_memory_pool().release_unused()  # Arrow keeps up to 200 MB of what was read
