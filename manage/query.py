@@ -1,18 +1,20 @@
 """SQL over the catalog and over manifests; the answer on the terminal, or as a manifest like any other."""
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .. import console
 from ..errors import ToolkitError
 from ..store import catalog, tables
-from ..store.artifact import Options, Result, check_manifest_name, is_up_to_date
+from ..store.artifact import Options, Result, check_manifest_name, make
 from ..store.manifest import IMAGE_FIELDS, Manifest, ManifestWriter, Provenance, Source, embedding_field
 
 CATALOG_TABLES = ("artifacts", "inputs", "metrics", "newest")
@@ -26,31 +28,33 @@ def sql(query: str, output: str | None, force: bool, as_json: bool) -> Result | 
     Raises ToolkitError for a query that DuckDB refuses, or an answer that cannot be a manifest.
     """
     if output is not None:
-        return _write(query, output, Options(force=force))
+        return _make_manifest(query, output, Options(force=force))
     with _connect() as connection:
-        try:
-            answer = _run(connection, query).to_arrow_table()
-        except duckdb.Error as problem:
-            raise _failed(problem) from None
-    rows = answer.to_pylist()
+        answer = _run(connection, query).to_arrow_table()
     if as_json:
-        print(json.dumps({"rows": rows}, default=str))
-    else:
-        print("\t".join(answer.column_names))
-        for row in rows:
-            print("\t".join("" if value is None else str(value) for value in row.values()))
+        print(json.dumps({"rows": answer.to_pylist()}, default=str))
+        return None
+    print("\t".join(answer.column_names))
+    for row in answer.to_pylist():
+        print("\t".join("" if value is None else str(value) for value in row.values()))
     return None
 
 
 @contextmanager
 def _connect() -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open a database with a copy of the catalog's tables, so that a long query keeps no other process waiting."""
+    """Open a database with a copy of the catalog's tables, so that a long query keeps no other process waiting.
+
+    What DuckDB refuses in the block becomes a ToolkitError.
+    """
     with catalog.connect(read_only=True) as known:
         copies = {name: known.sql(f"from {name}").to_arrow_table() for name in CATALOG_TABLES}
     with tables.connect() as connection:
         for name, copy in copies.items():
             connection.register(name, copy)
-        yield connection
+        try:
+            yield connection
+        except duckdb.Error as problem:
+            raise ToolkitError(f"the query failed ({tables.failure(problem)}); correct it") from None
 
 
 def _run(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRelation:
@@ -60,11 +64,7 @@ def _run(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRe
     return relation
 
 
-def _failed(problem: duckdb.Error) -> ToolkitError:
-    return ToolkitError(f"the query failed ({tables.failure(problem)}); mend it")
-
-
-def _write(query: str, output: str, options: Options) -> Result:
+def _make_manifest(query: str, output: str, options: Options) -> Result | None:
     path = check_manifest_name(output)
     sources = tables.named_manifests(query)
     if not sources:
@@ -79,38 +79,39 @@ def _write(query: str, output: str, options: Options) -> Result:
         inputs=(*(source.source("manifest") for source in sources), *(models.values() if len(models) == 1 else ())),
         role=roles.pop() if len(roles) == 1 else "pool",
     )
-    if is_up_to_date(path, provenance, options):
-        return Result(output)
 
-    start = time.monotonic()
-    try:
+    def work() -> Provenance:
         with _connect() as connection:
             answer = _run(connection, query).to_arrow_reader(tables.BATCH_ROWS)
-            if "embedding" in answer.schema.names:
-                provenance = replace(provenance, kind="embeddings")
-            elif "row" in answer.schema.names:
-                provenance = replace(provenance, kind="selection", base=_common_base(sources))
-            fields = _fields(answer.schema)
-            written = _as_manifest(tables.answer(answer), fields, sources)
-            # The first rows tell how long vectors are where the manifest they come from does not.
-            first = next(written, None)
-            schema = pa.schema(fields) if first is None else first.schema
-            with ManifestWriter(path, list(schema), provenance) as writer:
-                if first is not None:
-                    writer.write(first)
-                for table in written:
-                    writer.write(table)
-    except duckdb.Error as problem:
-        raise _failed(problem) from None
-    catalog.record(path, writer.provenance, time.monotonic() - start)
-    console.say(f"{output}: {writer.num_rows:,} rows")
-    return Result(output, {"rows": writer.num_rows})
+            return _write_answer(path, answer, sources, provenance)
+
+    return make(output, provenance, options, describe=lambda: None, work=work)
+
+
+def _write_answer(
+    path: Path, answer: pa.RecordBatchReader, sources: list[Manifest], provenance: Provenance
+) -> Provenance:
+    """Write the rows of an answer as a manifest; return its provenance."""
+    if "embedding" in answer.schema.names:
+        provenance = replace(provenance, kind="embeddings")
+    elif "row" in answer.schema.names:
+        provenance = replace(provenance, kind="selection", base=_common_base(sources))
+    fields = _fields(answer.schema)
+    rows = _as_manifest(tables.answer(answer), fields, sources)
+    # The first rows tell how long vectors are where the manifest they come from does not.
+    first = next(rows, pa.schema(fields).empty_table())
+    with ManifestWriter(path, list(first.schema), provenance) as writer:
+        for table in chain([first], rows):
+            writer.write(table)
+        writer.set_figures(rows=writer.num_rows)
+    console.say(f"{path}: {writer.num_rows:,} rows")
+    return writer.provenance
 
 
 def _fields(answer: pa.Schema) -> list[pa.Field]:
     """Return the columns to write: those of images first, at their declared types, then the others of the answer.
 
-    Raises ToolkitError when the answer names no images, or two columns alike.
+    Raises ToolkitError when the answer names no images, or has two columns of one name.
     """
     if "uri" not in answer.names:
         raise ToolkitError(f"the answer has no `uri` column (it has {', '.join(answer.names)}); select it too")
@@ -139,14 +140,12 @@ def _as_manifest(
 def _with_fixed_vectors(table: pa.Table, sources: list[Manifest]) -> pa.Table:
     """Give the vectors, which DuckDB returns as float32 lists, the type they had in the manifest they come from."""
     stored = next(source.schema.field("embedding").type for source in sources if "embedding" in source.names())
-    vectors = table.column("embedding").combine_chunks()
-    values = vectors.flatten().cast(stored.value_type)
-    dim = len(values) // max(len(vectors), 1)
-    if len(values) != dim * len(vectors):
+    vectors = table.column("embedding")
+    lengths = pc.unique(pc.list_value_length(vectors)).to_pylist()  # None: a row without a vector
+    if len(lengths) != 1 or not lengths[0]:
         raise ToolkitError("the vectors of the answer differ in length; select from manifests of one model")
-    column = pa.FixedSizeListArray.from_arrays(values, max(dim, 1))
-    field = embedding_field(max(dim, 1), stored.value_type)
-    return table.set_column(table.column_names.index("embedding"), field, column.cast(field.type))
+    field = embedding_field(lengths[0], stored.value_type)
+    return table.set_column(table.column_names.index("embedding"), field, vectors.cast(field.type))
 
 
 def _common_base(sources: list[Manifest]) -> Source:
@@ -154,11 +153,8 @@ def _common_base(sources: list[Manifest]) -> Source:
 
     Raises ToolkitError when the query mixes several.
     """
-    bases: dict[str, Source] = {}
-    for source in sources:
-        base = source.provenance.base if source.provenance else None
-        if base is not None:
-            bases[base.content_id] = base
+    known = [source.provenance.base for source in sources if source.provenance is not None]
+    bases = {base.content_id: base for base in known if base is not None}
     if len(bases) != 1:
         listed = ", ".join(base.path for base in bases.values()) or "none"
         raise ToolkitError(f"`row` needs one embedding manifest (found {listed}); leave `row` out of the query")
