@@ -46,19 +46,19 @@ class Selection:
         return replace(self, added={**self.added, field: values})
 
     def batches(self) -> Iterator[pa.Table]:
-        """Yield the rows in tables of `tables.BATCH_ROWS`; those that do not rise are sorted on disk if they must."""
+        """Yield the rows some thousand at a time; those that do not rise are sorted on disk if they must."""
         added = {field.name: values for field, values in self.added.items()}
         schema = self.schema
         read = pa.schema([*(field for field in schema if field.name not in added), PLACE_FIELD])
         start = 0
-        for table in tables.even(self._in_place(read)):
+        for batch in self._in_place(read):
             given = [
-                added[field.name].slice(start, table.num_rows) if field.name in added else table.column(field.name)
+                added[field.name].slice(start, batch.num_rows) if field.name in added else batch.column(field.name)
                 for field in schema
             ]
             columns = [column.cast(field.type) for column, field in zip(given, schema, strict=True)]
             yield pa.table(columns, schema=schema)
-            start += table.num_rows
+            start += batch.num_rows
 
     def _in_place(self, read: pa.Schema) -> Iterator[pa.Table | pa.RecordBatch]:
         rising = [np.argsort(indices, kind="stable") for _, indices in self.parts]

@@ -235,29 +235,27 @@ def _write(
     schema = rows.schema
     if provenance.kind != "selection":
         schema = schema.remove(schema.get_field_index(ROW_FIELD.name))
-    vectors = None
+    field = None
     if provenance.kind == "embeddings":
         is_half = all(part.vectors.array.dtype == np.float16 for part in images)
         field = embedding_field(images[0].vectors.dim, pa.float16() if is_half else pa.float32())
-        schema, vectors = schema.append(field), _vectors(images, chosen, field)
+        schema = schema.append(field)
     with ManifestWriter(path, list(schema), provenance) as writer:
         for table in rows.batches():
-            if vectors is not None:
-                table = table.append_column(schema.field("embedding"), next(vectors))
+            if field is not None:
+                stop = writer.num_rows + table.num_rows
+                table = table.append_column(field, _vectors(images, chosen, writer.num_rows, stop, field))
             writer.write(table)
         writer.set_figures(**figures)
     return writer.provenance
 
 
-def _vectors(images: list[EmbeddedImages], chosen: list[Int64], field: pa.Field) -> Iterator[pa.Array]:
-    """Yield the vectors of the chosen images of all parts, as many at a time as `Selection.batches` yields rows."""
-    dtype = field.type.value_type.to_pandas_dtype()
-    of_part = np.repeat(np.arange(len(images)), [len(mine) for mine in chosen])
-    indices = np.concatenate(chosen)
-    for start in range(0, len(indices), tables.BATCH_ROWS):
-        stop = min(start + tables.BATCH_ROWS, len(indices))
-        block = np.empty((stop - start, images[0].vectors.dim), dtype)
-        for number, part in enumerate(images):
-            mine = np.flatnonzero(of_part[start:stop] == number)
-            block[mine] = part.vectors.take(indices[start:stop][mine]).raw(0, len(mine))
-        yield pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), type=field.type)
+def _vectors(images: list[EmbeddedImages], chosen: list[Int64], start: int, stop: int, field: pa.Field) -> pa.Array:
+    """Return the vectors of rows start..stop of the chosen images of all parts."""
+    block = np.empty((stop - start, images[0].vectors.dim), field.type.value_type.to_pandas_dtype())
+    first = 0  # row of the part's first image
+    for part, mine in zip(images, chosen, strict=True):
+        low, high = np.clip([start - first, stop - first], 0, len(mine))
+        block[first + low - start : first + high - start] = part.vectors.take(mine[low:high]).raw(0, high - low)
+        first += len(mine)
+    return pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), type=field.type)

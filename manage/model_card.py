@@ -45,8 +45,9 @@ after the final norm.
 ## Image sizes
 
 Position embeddings are stored for {reference.image_size} x {reference.image_size} px. There, tokens read back by \
-{comparison.reader} differ from the original model's by {comparison.difference:.1e} at most (float32, random images); at \
-{reference.other_images.shape[-1]} px, where transformers interpolates them, by {_shown(comparison.other_difference)}.
+{comparison.reader} differ from the original model's by {comparison.difference:.1e} at most (float32, random images); \
+at {reference.other_images.shape[-1]} px, where transformers interpolates them, by \
+{_shown(comparison.other_difference)}.
 
 ## Provenance
 

@@ -126,15 +126,15 @@ def _as_manifest(
     batches: Iterator[pa.RecordBatch], fields: list[pa.Field], sources: list[Manifest]
 ) -> Iterator[pa.Table]:
     """Yield the answer's rows with these columns; what the query left out is null."""
-    for table in tables.even(batches):
+    for batch in batches:
         columns = [
-            table.column(field.name).cast(field.type)
-            if field.name in table.column_names
-            else pa.nulls(table.num_rows, field.type)
+            batch.column(field.name).cast(field.type)
+            if field.name in batch.schema.names
+            else pa.nulls(batch.num_rows, field.type)
             for field in fields
         ]
         made = pa.table(columns, schema=pa.schema(fields))
-        yield _with_fixed_vectors(made, sources) if "embedding" in table.column_names else made
+        yield _with_fixed_vectors(made, sources) if "embedding" in made.column_names else made
 
 
 def _with_fixed_vectors(table: pa.Table, sources: list[Manifest]) -> pa.Table:

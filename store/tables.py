@@ -15,7 +15,7 @@ from .manifest import ROW_GROUP_ROWS, Manifest, open_manifest
 from .memory import SMALLEST, memory_budget
 
 MOST_BYTES = 512 << 20  # measured: millions of names are sorted no faster with more
-BATCH_ROWS = 4 * ROW_GROUP_ROWS  # rows at a time: whole row groups, so that pieces do not show in what is written
+BATCH_ROWS = 4 * ROW_GROUP_ROWS  # rows at a time
 PARQUET_NAME = re.compile(r"""'([^']+\.parquet)'""")
 
 
@@ -36,23 +36,6 @@ def stream(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.RecordBatchReade
     """Return tables as one stream that DuckDB reads once, holding no more than it works on."""
     batches = (batch for table in tables for batch in table.to_batches())
     return pa.RecordBatchReader.from_batches(schema, batches)
-
-
-def even(batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[pa.Table]:
-    """Yield the rows in tables of exactly BATCH_ROWS, but for the last, each column in one piece."""
-    waiting: list[pa.Table] = []
-    num_waiting = 0
-    for batch in batches:
-        table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
-        waiting.append(table)
-        num_waiting += table.num_rows
-        while num_waiting >= BATCH_ROWS:
-            together = pa.concat_tables(waiting)
-            yield together.slice(0, BATCH_ROWS).combine_chunks()
-            waiting = [together.slice(BATCH_ROWS)]
-            num_waiting -= BATCH_ROWS
-    if num_waiting:
-        yield pa.concat_tables(waiting).combine_chunks()
 
 
 def named_manifests(query: str) -> list[Manifest]:

@@ -14,7 +14,8 @@ from dinov2_toolkit.curate.retrieve.retrieve import RetrieveSettings, retrieve_i
 from dinov2_toolkit.curate.retrieve.same_image import identity_of
 from dinov2_toolkit.curate.selection import Selection, selected, write_table
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.store import image_columns, tables
+from dinov2_toolkit.store import manifest as manifests
+from dinov2_toolkit.store import tables
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.image_columns import image_batches, read_images
 from dinov2_toolkit.store.manifest import Provenance, open_manifest
@@ -25,7 +26,7 @@ from dinov2_toolkit.tests.embedded import write_embeddings
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut everything into pieces of few rows."""
-    monkeypatch.setattr(image_columns, "ROW_GROUP_ROWS", 7)
+    monkeypatch.setattr(manifests, "ROW_GROUP_ROWS", 7)
     monkeypatch.setattr(tables, "BATCH_ROWS", 50)
 
 
@@ -208,11 +209,13 @@ def test_a_manifest_without_rows_is_refused(tmp_path: Path, which: str) -> None:
 
 
 def test_pieces_do_not_show_in_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = opened(pool_of(tmp_path))
     indices: Int64 = np.random.default_rng(0).permutation(300)
     written_ids = set()
-    for piece in (7, 64, 1_000):
-        monkeypatch.setattr(image_columns, "ROW_GROUP_ROWS", piece)
+    for piece in (5, 64, 1_000):
+        monkeypatch.setattr(manifests, "ROW_GROUP_ROWS", piece)
+        images = opened(pool_of(tmp_path))
+        monkeypatch.setattr(tables, "BATCH_ROWS", piece)
+        monkeypatch.setattr(manifests, "ROW_GROUP_ROWS", 7)
         made = write_table(tmp_path / "o.parquet", selected(images, indices), Provenance("selection", "test", {}), {})
         written_ids.add(made.content_id)
     assert len(written_ids) == 1
