@@ -22,10 +22,10 @@ from dinov2_toolkit import console
 from dinov2_toolkit.benchmarks.measured import dinov2, probed, write_result
 from dinov2_toolkit.evaluate.logreg import regression_path
 from dinov2_toolkit.examples.build_data import Split, read_split, row_of, write_parquet
+from dinov2_toolkit.models.cpu import keep_freed_memory
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.store.memory import keep_freed_memory
 from dinov2_toolkit.train.config import TrainConfig, resolve
 from dinov2_toolkit.train.data.images import Batch
 from dinov2_toolkit.train.data.multicrop import make_crops, view_settings

@@ -22,12 +22,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dinov2_toolkit.models.block import ActivationCheckpointing
+from dinov2_toolkit.models.cpu import keep_freed_memory
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.store.memory import keep_freed_memory
 from dinov2_toolkit.train.data.masking import block_masks
-from dinov2_toolkit.train.engine.accumulate import learn
-from dinov2_toolkit.train.engine.optimizer import build_optimizer, clip_gradients, set_rates
+from dinov2_toolkit.train.engine.accumulate import forward_backward
+from dinov2_toolkit.train.engine.optimizer import apply_schedules, build_optimizer, clip_gradients
+from dinov2_toolkit.train.objective.networks import update_teacher
 from dinov2_toolkit.train.objective.ssl_model import Centering, SSLModel
 
 NUMBERS = {
@@ -54,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     for flag, default in NUMBERS.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--drop-path", type=float, default=0.3, help="default 0.3")
-    parser.add_argument("--sequential-views", action="store_true", help="local crops in two goes, then each global one")
+    parser.add_argument("--sequential-views", action="store_true", help="local crops in halves, then each global view")
     parser.add_argument("--activation-checkpointing", choices=get_args(ActivationCheckpointing), default="none")
     parser.add_argument("--separate-head", action="store_true", help="a head of its own for patches")
     parser.add_argument("--centering", choices=["centering", "sinkhorn_knopp"], default="centering")
@@ -96,13 +97,13 @@ def main() -> None:
     model, accelerator = build(args), Accelerator(cpu=True)
     optimizer = build_optimizer(model.student)
     lr = 4e-3 * (args.batch / 1024) ** 0.5
-    set_rates(optimizer, lr=lr, last_layer_lr=lr, weight_decay=0.04)
+    apply_schedules(optimizer, lr=lr, last_layer_lr=lr, weight_decay=0.04)
     losses, seconds = [], []
     for number in range(args.warmup + args.steps):
         batch = make_batch(args, generator)
         start = time.perf_counter()
-        step = model.taught(*batch, teacher_temp=0.04)
-        outputs, _ = learn(
+        step = model.teacher_targets(*batch, teacher_temp=0.04)
+        outputs, _ = forward_backward(
             model,
             step,
             accelerator,
@@ -114,7 +115,7 @@ def main() -> None:
         clip_gradients(model.student, 3.0)
         optimizer.step()
         optimizer.zero_grad()
-        model.update_teacher(0.992)
+        update_teacher(model.teacher, model.student, 0.992)
         seconds.append(time.perf_counter() - start)
         losses.append(float(outputs["total"]))
         print(f"loss {losses[-1]:.4f}, {seconds[-1]:.3f} s", file=sys.stderr)

@@ -7,7 +7,7 @@ Source: Oquab et al. 2023 (DINOv2), Darcet et al. 2023 (registers), github.com/f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -216,60 +216,94 @@ class VisionTransformer(nn.Module):
         """Do what `forward_features` does: a backbone has no head of its own."""
         return self.forward_features(images, masks)  # type: ignore[arg-type]  # the overloads pair the two arguments
 
-    def class_and_chosen_patch_tokens(
+    def forward_selected(
         self,
         images: Sequence[Tensor],
         masks: Sequence[Tensor | None],
-        chosen: Sequence[Tensor | None],
+        selected: Sequence[Tensor | None],
         generator: torch.Generator | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Return the class tokens (B, D) and the chosen patch tokens (M, D) of each image batch.
+        """Return the class tokens (B, D) and the selected patch tokens (M, D) of each image batch.
 
-        They are those of `forward_features`, for less: in the last block no other token has a query or a feed-forward.
+        They are those of `forward_features`, for less work: the last block computes them alone.
 
         Args:
             images, masks: as in `forward_features`, as lists.
-            chosen: (B, N) bool for each batch, True M times, or None for no patch; M runs image by image.
+            selected: (B, N) bool for each batch, True M times, or None for no patch; M runs image by image.
             generator: what stochastic depth draws from; None: torch's own.
         """
         tokens, groups = self.embed_packed(images, masks)
-        reads = []
-        for (sequences, length), wanted in zip(groups, chosen, strict=True):
-            read = torch.zeros(sequences, length, dtype=torch.bool, device=tokens.device)
-            read[:, 0] = True
-            if wanted is not None:
-                read[:, 1 + self.num_register_tokens :] = wanted
-            reads.append(read)
+        output_masks = []
+        for (sequences, length), patches in zip(groups, selected, strict=True):
+            output_mask = torch.zeros(sequences, length, dtype=torch.bool, device=tokens.device)
+            output_mask[:, 0] = True
+            if patches is not None:
+                output_mask[:, 1 + self.num_register_tokens :] = patches
+            output_masks.append(output_mask)
         *first_blocks, last_block = self.blocks
         for block in first_blocks:
             tokens = block(tokens, groups, None, generator)
-        normed: Tensor = self.norm(last_block(tokens, groups, reads, generator))
-        parts = []
-        for read, part in zip(reads, torch.split(normed, [int(read.sum()) for read in reads]), strict=True):
-            is_class = read.nonzero()[:, 1] == 0  # (tokens read,)
-            parts.append((part[is_class], part[~is_class]))
-        return parts
+        flat_mask = torch.cat([mask.flatten() for mask in output_masks])  # (T,)
+        normed: Tensor = self.norm(last_block(tokens, groups, flat_mask, generator))
+        outputs = []
+        for mask, rows in zip(output_masks, torch.split(normed, [int(m.sum()) for m in output_masks]), strict=True):
+            is_class = mask.nonzero()[:, 1] == 0  # (B + M,)
+            outputs.append((rows[is_class], rows[~is_class]))
+        return outputs
 
-    def intermediate_layers(self, images: Tensor, layers: int | Sequence[int]) -> list[Features]:
-        """Return the features after each of the chosen blocks, the final norm applied to each.
+    @overload
+    def get_intermediate_layers(
+        self, images: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, *, norm: bool = True
+    ) -> tuple[Tensor, ...]: ...
+
+    @overload
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: Literal[True] = ...,
+        norm: bool = True,
+    ) -> tuple[tuple[Tensor, Tensor], ...]: ...
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Return the patch tokens after some of the blocks, in the order of the blocks.
 
         Args:
             images: (B, C, H, W).
-            layers: the last so many blocks, or block numbers from 0; in both cases the result runs from first to last.
+            n: the last n blocks, or block numbers from 0.
+            reshape: return (B, D, H / patch size, W / patch size) instead of (B, N, D).
+            return_class_token: return pairs of patch tokens and class token (B, D).
+            norm: apply the final norm to the tokens of every block.
 
         Raises:
             ToolkitError: if a block is named that the model does not have.
+
+        Source: `get_intermediate_layers` of the official code (dinov2/models/vision_transformer.py).
         """
-        chosen = range(self.depth - layers, self.depth) if isinstance(layers, int) else sorted(layers)
-        if not chosen or chosen[0] < 0 or chosen[-1] >= self.depth:
-            raise ToolkitError(f"layers {layers} are not within the model's {self.depth} blocks; name 0 to depth - 1")
+        blocks = range(self.depth - n, self.depth) if isinstance(n, int) else sorted(n)
+        if not blocks or blocks[0] < 0 or blocks[-1] >= self.depth:
+            raise ToolkitError(f"layers {n} are not within the model's {self.depth} blocks; name 0 to depth - 1")
         tokens, groups = self.embed_packed([images], [None])
-        features = []
+        outputs = []
         for number, block in enumerate(self.blocks):
             tokens = block(tokens, groups)
-            if number in chosen:
-                features += self.unpack(tokens, groups)
-        return features
+            if number in blocks:
+                outputs.append((self.norm(tokens) if norm else tokens).view(*groups[0], -1))  # (B, n, D)
+        patches = [output[:, 1 + self.num_register_tokens :] for output in outputs]
+        if reshape:
+            grid = [side // self.patch_size for side in images.shape[2:]]
+            patches = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in patches]
+        if return_class_token:
+            return tuple((tokens, output[:, 0]) for tokens, output in zip(patches, outputs, strict=True))
+        return tuple(patches)
 
 
 def build_vit(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.train.engine.optimizer import build_optimizer, clip_gradients, set_rates
-from dinov2_toolkit.train.objective.ssl_model import SSLModel
+from dinov2_toolkit.train.engine.optimizer import apply_schedules, build_optimizer, clip_gradients
+from dinov2_toolkit.train.objective.networks import update_teacher
+from dinov2_toolkit.train.objective.ssl_model import LossSettings, SSLModel
 
 GOLDEN = Path(os.environ.get("DINOV2_GOLDEN", Path(__file__).parent / "golden"))
 META = json.loads((GOLDEN / "meta.json").read_text())
@@ -58,10 +59,12 @@ def golden_model(golden: dict[str, Tensor]) -> SSLModel:
         golden_head(golden, "student.dino_head"),
         golden_head(golden, "student.ibot_head") if "student.ibot_head.mlp.0.weight" in golden else None,
         centering=META["step"]["teacher_probabilities"],
-        student_temp=META["step"]["student_temp"],
-        dino_weight=META["step"]["dino_weight"],
-        ibot_weight=META["step"]["ibot_weight"],
-        koleo_weight=META["step"]["koleo_weight"],
+        losses=LossSettings(
+            student_temp=META["step"]["student_temp"],
+            dino_weight=META["step"]["dino_weight"],
+            ibot_weight=META["step"]["ibot_weight"],
+            koleo_weight=META["step"]["koleo_weight"],
+        ),
     )
     for name in ("student", "teacher"):
         weights = {key.removeprefix(f"{name}."): value for key, value in golden.items() if key.startswith(f"{name}.")}
@@ -93,14 +96,14 @@ def step(request: pytest.FixtureRequest) -> Step:
         betas=(BETA1, BETA2),
     )
     crops = golden["in.global_crops"], golden["in.local_crops"], golden["in.masks"]
-    losses = model(model.taught(*crops, teacher_temp=settings["teacher_temp"]))
+    losses = model(model.teacher_targets(*crops, teacher_temp=settings["teacher_temp"]))
     losses["total"].backward()
     gradients = cloned_gradients(model)
     norms = clip_gradients(model.student, MAX_NORM)
     clipped_gradients = cloned_gradients(model)
-    set_rates(optimizer, lr=LR, last_layer_lr=LAST_LAYER_LR, weight_decay=WEIGHT_DECAY)
+    apply_schedules(optimizer, lr=LR, last_layer_lr=LAST_LAYER_LR, weight_decay=WEIGHT_DECAY)
     optimizer.step()
-    model.update_teacher(settings["ema_momentum"])
+    update_teacher(model.teacher, model.student, settings["ema_momentum"])
     after = {name: weight.detach() for name, weight in model.named_parameters()}
     return Step(golden, losses, gradients, norms, clipped_gradients, after)
 

@@ -62,10 +62,13 @@ def test_intermediate_layers_equal_the_official_ones(name: str, size: str) -> No
     io = load_file(GOLDEN / f"{name}.io.safetensors")
     num_layers = len([key for key in io if key.startswith(f"{size}.intermediate") and key.endswith(".cls")])
     with torch.no_grad():
-        layers = golden_backbone(name).intermediate_layers(io[f"{size}.images"], num_layers)
+        layers = golden_backbone(name).get_intermediate_layers(
+            io[f"{size}.images"], num_layers, return_class_token=True
+        )
     assert len(layers) == num_layers > 0
-    for number, features in enumerate(layers):
-        assert_features(features, io, f"{size}.intermediate{number}")
+    for number, (patch_tokens, cls_token) in enumerate(layers):
+        assert_close(patch_tokens, io[f"{size}.intermediate{number}.patch"])
+        assert_close(cls_token, io[f"{size}.intermediate{number}.cls"])
 
 
 @pytest.mark.parametrize("name", BACKBONES)

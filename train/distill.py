@@ -6,7 +6,6 @@ Source: section 5 of Oquab et al. 2023; `DistillModel` says what was chosen wher
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,13 +20,13 @@ from ..store.manifest import Source
 from .config import CONFIG_FILE, TrainConfig, command_config, given_recipe, read_recipe, write_config
 from .counter_rng import derived_seed
 from .data.multicrop import preprocess_of
-from .engine.build import build_backbone
+from .engine.build import build_backbone, loss_settings
 from .launch import is_main_process
 from .monitor.metrics import METRICS_FILE, append_metrics, read_metrics, write_metrics_table
 from .objective.distill_model import DistillModel
 from .objective.feature_distill_model import FeatureDistillModel
 from .objective.frozen_teacher import FrozenTeacher
-from .objective.multi_student import SeveralStudents, own_figures
+from .objective.multi_student import MultiStudent, student_figures
 from .pretrain import train
 from .run import NO_MONITORING, MonitorOptions, run_training
 
@@ -146,7 +145,7 @@ def distill_config(
     )
 
 
-def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | FeatureDistillModel | SeveralStudents:
+def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | FeatureDistillModel | MultiStudent:
     """Return new students by the settings, beside the frozen teacher.
 
     Raises:
@@ -158,17 +157,9 @@ def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | F
         # As `run_training` does, so that each student starts as it would alone.
         torch.manual_seed(derived_seed(config.seed, "weights", 0))
         backbone = build_backbone(replace(config, arch=arch))
-        by_heads = partial(DistillModel, student_temp=config.student_temp)
-        model = by_heads if config.objective == "heads" else FeatureDistillModel
-        models[arch] = model(
-            backbone,
-            frozen,
-            dino_weight=config.dino_weight,
-            ibot_weight=config.ibot_weight,
-            koleo_weight=config.koleo_weight,
-            koleo_distributed=config.koleo_distributed,
-        )
-    return SeveralStudents(models) if len(models) > 1 else models[config.arch]
+        kind = DistillModel if config.objective == "heads" else FeatureDistillModel
+        models[arch] = kind(backbone, frozen, loss_settings(config))
+    return MultiStudent(models) if len(models) > 1 else models[config.arch]
 
 
 def load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
@@ -213,7 +204,7 @@ def _finish_run_folder(output: Path, student: str, config: DistillConfig) -> Non
     assert provenance is not None
     header = "Every setting of this run; --recipe repeats it alone."
     write_config(replace(config, arch=student), folder / CONFIG_FILE, header)
-    metrics = [own_figures(figures, student, config.students) for figures in read_metrics(output)]
+    metrics = [student_figures(figures, student, config.students) for figures in read_metrics(output)]
     (folder / METRICS_FILE).unlink(missing_ok=True)  # of a killed attempt
     for figures in metrics:
         append_metrics(folder, figures)

@@ -17,19 +17,19 @@ from accelerate import Accelerator
 from .. import console
 from ..errors import Stopped, ToolkitError
 from ..features.launch import caught_signals
+from ..models import cpu
 from ..models.weights import model_content_id
 from ..store.artifact import Options, Result
 from ..store.manifest import Source
-from ..store.memory import TidyHeap
 from .config import TrainConfig
 from .counter_rng import derived_seed
 from .data.images import read_batches
 from .data.multicrop import decoded_side_px, make_views, preprocess_of
-from .engine.accumulate import learn
+from .engine.accumulate import forward_backward, weighted_losses
 from .engine.build import build_model
 from .engine.checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint, save_teacher
 from .engine.fsdp import whole_optimizer_state
-from .engine.optimizer import clip_gradients, set_rates
+from .engine.optimizer import apply_schedules, clip_gradients
 from .engine.parallelize import prepare
 from .engine.schedules import batch_sizes, last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
 from .monitor.health import PATIENCE_STEPS, collapse_reason, health_figures, teacher_figures
@@ -42,10 +42,10 @@ from .monitor.metrics import (
     read_metrics,
     rewind_metrics,
     summed,
-    weighted,
     write_metrics_table,
 )
 from .monitor.online_knn import knn_figures
+from .objective.networks import update_teacher
 from .run import CHECKPOINTS, NO_MONITORING, MonitorOptions, Run, run_training
 
 
@@ -121,11 +121,11 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
     )
     figures = (read_metrics(run.folder) or [{}])[-1]
     collapse_since: int | None = None
-    heap, throughput = TidyHeap(), Throughput()
+    heap, throughput = cpu.TidyHeap(device), Throughput()
     with caught_signals("step") as signals, console.progress("training", config.steps - first_step, "steps") as advance:
         for step in range(first_step, config.steps):
             rates = rates_at(step, config)
-            set_rates(
+            apply_schedules(
                 optimizer,
                 lr=rates.lr,
                 last_layer_lr=last_layer_lr(step, rates.lr, freeze_steps=config.freeze_last_layer_steps),
@@ -140,10 +140,10 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
 
             # Teacher targets.
             with accelerator.autocast():
-                targets = model.taught(global_crops, local_crops, masks, teacher_temp=rates.teacher_temp)
+                targets = model.teacher_targets(global_crops, local_crops, masks, teacher_temp=rates.teacher_temp)
 
             # Student forward and backward, in micro-batches whose gradients add up to the batch's.
-            outputs, counts["micro_batch_size"] = learn(
+            outputs, counts["micro_batch_size"] = forward_backward(
                 wrapped,
                 targets,
                 accelerator,
@@ -158,7 +158,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             norms = clip_gradients(model.student, config.clip_grad_norm)
             if all(bool(norm.isfinite()) for norm in norms.values()):
                 optimizer.step()
-                model.update_teacher(rates.momentum)
+                update_teacher(model.teacher, model.student, rates.momentum)
                 counts["skipped_in_a_row"] = 0
             else:
                 counts["skipped_steps"] += 1
@@ -176,8 +176,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             counts["step"] = step + 1
             counts["replaced_images"] += num_replaced
             throughput.num_images += sizes.at(step)
-            if device.type == "cpu":
-                heap.after_step()
+            heap.after_step()
 
             # Log.
             is_last = step + 1 == config.steps
@@ -190,7 +189,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
                     "epoch": sizes.images_until(step + 1) / len(images),
                     "batch_size": sizes.at(step),
                     **{name: float(value) for name, value in means.items() if value.ndim == 0},
-                    **weighted(means, config),
+                    **weighted_losses(means, config),
                     **rates._asdict(),
                     **{f"grad_norm_{part}": float(norm) for part, norm in norms.items()},
                     **health_figures(means),

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from .. import console
 from ..errors import ToolkitError
 from ..features.launch import Group, adopt_slurm, is_launched, launch
+from ..models.cpu import keep_freed_memory
 from ..models.saved import MODEL_JSON
 from ..models.vit import VisionTransformer
 from ..models.weights import model_content_id
@@ -24,7 +25,6 @@ from ..store.artifact import Options, Result, difference, read_run_provenance, r
 from ..store.image_columns import read_images
 from ..store.lock import held
 from ..store.manifest import Provenance, Source, open_manifest
-from ..store.memory import keep_freed_memory
 from .config import CONFIG_FILE, COST_KEYS, TrainConfig, write_config
 from .counter_rng import derived_seed
 from .data.images import ImageSet, decoded_bytes, image_set

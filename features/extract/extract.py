@@ -213,7 +213,10 @@ def forward_layers(
 ) -> list[Features]:
     """Return the features after each of the last blocks, from first to last; otherwise as `forward`."""
     with _inference(device):
-        return backbone.intermediate_layers(normalise(_moved(pixels, device), preprocess), layers)
+        images = normalise(_moved(pixels, device), preprocess)
+        blocks = backbone.get_intermediate_layers(images, layers, return_class_token=True)
+    # Registers describe no image.
+    return [Features(cls_token, patch_tokens[:, :0], patch_tokens) for patch_tokens, cls_token in blocks]
 
 
 @contextmanager

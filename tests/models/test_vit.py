@@ -2,11 +2,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.models.block import SHORT, Ffn, attention
+from dinov2_toolkit.models.block import Ffn
 from dinov2_toolkit.models.vit import ARCHITECTURES, Features, VisionTransformer, build_vit
 
 
@@ -164,17 +163,24 @@ def test_a_model_without_registers_returns_none_of_them() -> None:
 def test_intermediate_layers_end_with_the_final_features() -> None:
     backbone, images = tiny_vit(), torch.randn(2, 3, 16, 8)
     with torch.no_grad():
-        first, last = backbone.intermediate_layers(images, [2, 0])
-        (only,) = backbone.intermediate_layers(images, 1)
+        (first, first_cls), (last, last_cls) = backbone.get_intermediate_layers(images, [2, 0], return_class_token=True)
+        (only,) = backbone.get_intermediate_layers(images)
         final = backbone.forward_features(images)
-    assert_same(last, final)
-    assert_same(only, final)
-    # Block 0 by hand, the final norm applied.
-    tokens = backbone.blocks[0](backbone.embed(images, None).flatten(0, 1), [(2, 1 + 2 + 8)])
-    torch.testing.assert_close(first.cls_token, backbone.norm(tokens.view(2, 11, 24)[:, 0]))
+        (plain,) = backbone.get_intermediate_layers(images, [0], norm=False)
+        (grid,) = backbone.get_intermediate_layers(images, 1, reshape=True)
+    torch.testing.assert_close(last, final.patch_tokens)
+    torch.testing.assert_close(last_cls, final.cls_token)
+    torch.testing.assert_close(only, final.patch_tokens)
+    assert grid.shape == (2, 24, 4, 2)
+    torch.testing.assert_close(grid[1, :, 3, 1], final.patch_tokens[1, 3 * 2 + 1])
+    # Block 0 by hand, and the final norm applied.
+    tokens = backbone.blocks[0](backbone.embed(images, None).flatten(0, 1), [(2, 1 + 2 + 8)]).view(2, 11, 24)
+    torch.testing.assert_close(plain, tokens[:, 3:])
+    torch.testing.assert_close(first, backbone.norm(tokens)[:, 3:])
+    torch.testing.assert_close(first_cls, backbone.norm(tokens)[:, 0])
     for layers in (4, 0, [3], [-1], []):
         with pytest.raises(ToolkitError, match="within the model's 3 blocks"):
-            backbone.intermediate_layers(images, layers)
+            backbone.get_intermediate_layers(images, layers)
 
 
 def test_stochastic_depth_updates_an_exact_number_of_sequences_and_scales_them() -> None:
@@ -207,16 +213,16 @@ def test_stochastic_depth_keeps_at_least_one_sequence_and_rests_in_evaluation() 
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
-def test_chosen_tokens_are_those_of_a_whole_pass(drop_path: float) -> None:
+def test_selected_tokens_are_those_of_a_whole_pass(drop_path: float) -> None:
     backbone = tiny_vit(drop_path=drop_path).train()
     images = [torch.randn(4, 3, 16, 16), torch.randn(5, 3, 8, 8), torch.randn(2, 3, 4, 8)]
     masks = [torch.rand(4, 16) < 0.5, None, None]
-    chosen = [torch.rand(4, 16) < 0.3, None, torch.tensor([[False, False], [True, True]])]
+    selected = [torch.rand(4, 16) < 0.3, None, torch.tensor([[False, False], [True, True]])]
     torch.manual_seed(1)  # both passes drop the same sequences
     whole = backbone.forward_features(images, masks)
     torch.manual_seed(1)
-    parts = backbone.class_and_chosen_patch_tokens(images, masks, chosen)
-    for features, (cls_tokens, patch_tokens), wanted in zip(whole, parts, chosen, strict=True):
+    parts = backbone.forward_selected(images, masks, selected)
+    for features, (cls_tokens, patch_tokens), wanted in zip(whole, parts, selected, strict=True):
         torch.testing.assert_close(cls_tokens, features.cls_token)
         expected = features.patch_tokens[:0, 0] if wanted is None else features.patch_tokens[wanted]
         torch.testing.assert_close(patch_tokens, expected)
@@ -268,17 +274,3 @@ def test_what_does_not_fit_is_said_in_one_line() -> None:
         VisionTransformer(patch_size=4, embed_dim=12, depth=1, num_heads=3, img_size=30)
     with pytest.raises(ToolkitError, match="no architecture named 'vit_smal'; choose one of vit_tiny, vit_small"):
         build_vit("vit_smal")
-
-
-def test_short_sequences_attend_as_the_fused_kernel_does() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for queries, keys in ((5, 5), (SHORT, SHORT), (3, SHORT), (7, SHORT + 1)):
-        shapes = ((2, 3, queries, 8), (2, 3, keys, 8), (2, 3, keys, 8))
-        tensors = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-        weights = torch.randn(shapes[0], generator=generator)
-        found = [
-            torch.autograd.grad((attend(*tensors) * weights).sum(), tensors)
-            for attend in (attention, F.scaled_dot_product_attention)
-        ]
-        for ours, theirs in zip(*found, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

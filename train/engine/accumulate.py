@@ -1,6 +1,6 @@
-"""The student's side of a step: gradients of all its parts, in smaller ones where a GPU's memory does not suffice."""
+"""The student's forward and backward pass for a step: at once, or in micro-batches whose gradients add up."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -10,16 +10,15 @@ from torch.distributed.tensor import DTensor
 
 from ... import console
 from ...errors import ToolkitError
-from ...store.memory import give_back_freed_memory
+from ...models import cpu
+from ..config import TrainConfig
 from ..counter_rng import derived_seed
-from ..monitor.metrics import added
-from ..objective.cpu_parallel import at_once, is_by_half
-from ..objective.micro_batch import Part, halves, parts
+from ..objective.micro_batch import MicroBatch, split_by_view, split_microbatches
 
 
-def learn(
+def forward_backward(
     wrapped: nn.Module,
-    step: Part,
+    step: MicroBatch,
     accelerator: Accelerator,
     *,
     seed: int,
@@ -27,44 +26,46 @@ def learn(
     micro_batch_size: int,
     smallest: int,
 ) -> tuple[dict[str, Tensor], int]:
-    """Add the gradients of a step to the student's, all at once or part by part, which adds up to the same.
+    """Add the gradients of a step to the student's weights.
 
-    When a GPU runs out of memory, the same step is done again with half as many images at a time and twice as many
-    parts: the images of an update, and so its size, stay what they are.
+    When a GPU runs out of memory, the step is repeated in micro-batches of half as many images. The images of an
+    update stay the same, and so does its size.
 
     Args:
         wrapped: the model as Accelerate prepared it.
-        step: what `taught` made.
+        step: from `teacher_targets`.
         seed: of torch's random numbers, which stochastic depth draws; the same for every attempt.
         sequential_views, micro_batch_size: as in `TrainConfig`; 0 = all images.
-        smallest: images that a part needs (2 for KoLeo, which compares them).
+        smallest: images that a micro-batch needs (2 for KoLeo, which compares them).
 
     Returns:
-        The losses of the step, detached, and the images at a time that fitted.
+        The losses of the step, detached, and the micro-batch size that fitted.
 
     Raises:
-        ToolkitError: if the memory does not suffice for the smallest part, or for one of several processes.
+        ToolkitError: if the memory does not suffice for the smallest micro-batch, or for one of several processes.
     """
     while True:
         torch.manual_seed(seed)
         try:
-            return _all_parts(wrapped, step, accelerator, seed, sequential_views, micro_batch_size), micro_batch_size
+            outputs = _every_microbatch(wrapped, step, accelerator, seed, sequential_views, micro_batch_size)
+            return outputs, micro_batch_size
         except torch.OutOfMemoryError:
-            pass  # go on below, where nothing holds on to what the failed attempt has made
-        smaller = halved(micro_batch_size or step.num_images, step.num_images, smallest)
+            pass  # go on below, where nothing refers to the tensors of the failed attempt
+        size = micro_batch_size or step.num_images
+        smaller = halved(size, step.num_images, smallest)
         if smaller is None:
             raise ToolkitError(
-                f"the GPU's memory does not suffice for {micro_batch_size or step.num_images} images at a time; "
+                f"the GPU's memory does not suffice for {size} images at a time; "
                 "set sequential_views=true, activation_checkpointing=full, or a smaller arch"
             )
         if accelerator.num_processes > 1:  # the others wait for gradients that will not come
             raise ToolkitError(
-                f"the GPU of process {accelerator.process_index} has too little memory for "
-                f"{micro_batch_size or step.num_images} images at a time; set micro_batch_size={smaller}"
+                f"the GPU of process {accelerator.process_index} has too little memory for {size} images at a time; "
+                f"set micro_batch_size={smaller}"
             )
         console.warn(
-            f"out of GPU memory: from here on {smaller} images at a time in place of "
-            f"{micro_batch_size or step.num_images}; the batch stays {step.num_images}"
+            f"out of GPU memory: from here on {smaller} images at a time instead of {size}; "
+            f"the batch stays {step.num_images}"
         )
         micro_batch_size = smaller
         for weight in wrapped.parameters():
@@ -74,46 +75,84 @@ def learn(
 
 
 def halved(micro_batch_size: int, num_images: int, smallest: int) -> int | None:
-    """Return at most half as many images at a time, such that the last part is not too small; None if there is none."""
+    """Return at most half the micro-batch size that leaves no last one below `smallest`; None if there is none."""
     for size in range(micro_batch_size // 2, smallest - 1, -1):
         if num_images % size == 0 or num_images % size >= smallest:
             return size
     return None
 
 
-def _all_parts(
-    wrapped: nn.Module, step: Part, accelerator: Accelerator, seed: int, sequential_views: bool, micro_batch_size: int
+def _every_microbatch(
+    wrapped: nn.Module,
+    step: MicroBatch,
+    accelerator: Accelerator,
+    seed: int,
+    sequential_views: bool,
+    micro_batch_size: int,
 ) -> dict[str, Tensor]:
-    all_parts = list(parts(step, by_view=sequential_views, num_images=micro_batch_size))
-    # Shards are summed part by part: whole gradients, kept for one sum, would take the memory that sharding saves.
-    in_shards = isinstance(next(wrapped.parameters()), DTensor)
-    collected: list[dict[str, Tensor]] = []
-    for number, part in enumerate(all_parts):
-        is_other_kind = number == 0 or len(part.global_crops) != len(all_parts[number - 1].global_crops)
-        if sequential_views and is_other_kind and part.masks.device.type == "cpu":
-            give_back_freed_memory()  # tensors of another size would not fit where those of the last part were
-        adds_only = part is not all_parts[-1] and not in_shards
-        with accelerator.no_sync(wrapped) if adds_only else nullcontext():
-            collected.append(backward(wrapped, part, accelerator.backward, derived_seed(seed, "part", number)))
-    return added(collected)
+    batches = list(split_microbatches(step, sequential_views=sequential_views, num_images=micro_batch_size))
+    # FSDP reduces the gradients of every micro-batch: whole gradients would take the memory that sharding saves.
+    is_sharded = isinstance(next(wrapped.parameters()), DTensor)
+    outputs: list[dict[str, Tensor]] = []
+    for number, batch in enumerate(batches):
+        if sequential_views and (number == 0 or len(batch.global_crops) != len(batches[number - 1].global_crops)):
+            cpu.give_back_freed_memory(batch.masks.device)  # tensors of another size would not fit in its holes
+        is_last = batch is batches[-1]
+        with nullcontext() if is_last or is_sharded else accelerator.no_sync(wrapped):
+            outputs.append(
+                microbatch_backward(wrapped, batch, accelerator.backward, derived_seed(seed, "part", number))
+            )
+    return sum_outputs(outputs)
 
 
-def backward(wrapped: nn.Module, part: Part, from_loss: Callable[[Tensor], object], seed: int) -> dict[str, Tensor]:
-    """Add the gradients of a part of a step to the student's; return the losses, detached.
-
-    On a CPU the two views go through at once. Of the two gradients of a weight that is the sum, whichever is first.
+def microbatch_backward(
+    wrapped: nn.Module, batch: MicroBatch, backward: Callable[[Tensor], object], seed: int
+) -> dict[str, Tensor]:
+    """Add the gradients of a micro-batch to the student's weights; return the losses, detached.
 
     Args:
         wrapped: the model as Accelerate prepared it.
-        from_loss: goes backward from a loss.
-        seed: of what stochastic depth draws where views are apart; together they draw from torch's own numbers.
+        backward: runs the backward pass from a loss.
+        seed: of stochastic depth where a CPU runs the views apart; elsewhere it draws torch's own numbers.
     """
 
-    def learn_from(part: Part) -> dict[str, Tensor]:
-        outputs: Mapping[str, Tensor] = wrapped(part)
-        from_loss(outputs["total"])
+    def run(batch: MicroBatch) -> dict[str, Tensor]:
+        outputs: Mapping[str, Tensor] = wrapped(batch)
+        backward(outputs["total"])
         return {name: value.detach() for name, value in outputs.items()}
 
-    if len(part.cls_targets) == 2 and is_by_half(part.global_crops):
-        return added(at_once(learn_from, *halves(part, seed)))
-    return learn_from(part)
+    if len(batch.cls_targets) == 2 and cpu.runs_in_halves(batch.masks.device):
+        return sum_outputs(cpu.in_threads(run, split_by_view(batch, seed)))
+    return run(batch)
+
+
+def sum_outputs(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return a step's outputs from those of its micro-batches: losses summed, tokens concatenated."""
+    return {
+        name: torch.stack([output[name] for output in outputs]).sum(0)
+        if value.ndim == 0
+        else torch.cat([output[name] for output in outputs])
+        for name, value in outputs[0].items()
+    }
+
+
+def weighted_losses(losses: Mapping[str, Tensor], config: TrainConfig) -> dict[str, float]:
+    """Return each loss times its weight, as `NAME_weighted`; they add up to the total.
+
+    The losses of several students have the student's name in front.
+    """
+    weights = {
+        "dino_local": config.dino_weight,
+        "dino_global": config.dino_weight,
+        "ibot": config.ibot_weight,
+        "koleo": config.koleo_weight,
+        "cls_local": config.dino_weight,
+        "cls_global": config.dino_weight,
+        "patch": config.ibot_weight,
+    }
+    return {
+        f"{name}_weighted": weight * float(value)
+        for name, value in losses.items()
+        for loss, weight in weights.items()
+        if name == loss or name.endswith(f"_{loss}")
+    }

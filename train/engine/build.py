@@ -1,6 +1,7 @@
 """The model that pretraining starts with: a new one by the settings, or one with other weights in it."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ...models.head import ProjectionHead
 from ...models.vit import VisionTransformer, build_vit
 from ...models.weights import load_backbone, load_heads
 from ..config import TrainConfig
-from ..objective.ssl_model import SSLModel
+from ..objective.ssl_model import LossSettings, SSLModel
 
 
 def build_backbone(config: TrainConfig) -> VisionTransformer:
@@ -65,12 +66,13 @@ def build_model(config: TrainConfig, init_from: str | None = None) -> SSLModel:
         dino_head,
         ibot_head,
         centering=config.centering,
-        student_temp=config.student_temp,
-        dino_weight=config.dino_weight,
-        ibot_weight=config.ibot_weight,
-        koleo_weight=config.koleo_weight,
-        koleo_distributed=config.koleo_distributed,
+        losses=loss_settings(config),
     )
+
+
+def loss_settings(config: TrainConfig) -> LossSettings:
+    """Return the settings of the losses among all settings."""
+    return LossSettings(**{field.name: getattr(config, field.name) for field in fields(LossSettings)})
 
 
 def initialise(backbone: VisionTransformer, heads: Mapping[str, ProjectionHead], source: str) -> None:

@@ -29,11 +29,11 @@ from ...models.saved import TEACHER_FILE, save_model, save_students
 from ...models.vit import VisionTransformer
 from ..objective.distill_model import DistillModel
 from ..objective.feature_distill_model import FeatureDistillModel
-from ..objective.multi_student import SeveralStudents
+from ..objective.multi_student import MultiStudent
 from ..objective.ssl_model import SSLModel
 from .fsdp import placed_like
 
-TrainedModel = SSLModel | DistillModel | FeatureDistillModel | SeveralStudents
+TrainedModel = SSLModel | DistillModel | FeatureDistillModel | MultiStudent
 
 STUDENT_FILE, BUFFERS_FILE, OPTIMIZER_FILE, STATE_FILE = (
     "student.safetensors",
@@ -48,7 +48,7 @@ def save_teacher(folder: Path, model: TrainedModel, preprocess: Preprocess) -> N
 
     Several students get a folder each in it, and `model.json` names them.
     """
-    if isinstance(model, SeveralStudents):
+    if isinstance(model, MultiStudent):
         for name, student in model.models.items():
             save_teacher(folder / name, student, preprocess)
         save_students(folder, model.teacher, list(model.models))

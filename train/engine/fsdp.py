@@ -71,10 +71,10 @@ def shard(student: nn.ModuleDict, teacher: nn.ModuleDict, device: torch.device, 
                     fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
             fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
             if isinstance(part, VisionTransformer):
-                register_fsdp_forward_method(part, "class_and_chosen_patch_tokens")
+                register_fsdp_forward_method(part, "forward_selected")
 
 
-def hollow_copy(model: Model) -> Model:
+def meta_copy(model: Model) -> Model:
     """Return a copy whose weights have shapes and no numbers, before the model is sharded: afterwards it has none."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): _hollow(tensor) for tensor in tensors})
@@ -93,7 +93,7 @@ def whole_model(model: Model, hollow: Model, *, wanted: bool) -> Model | None:
     state = {}
     for name, value in model.state_dict().items():
         if not name.startswith("frozen."):
-            gathered = whole_tensor(value)
+            gathered = full_tensor(value)
             if wanted:
                 state[name] = gathered.cpu()
     if not wanted:
@@ -107,12 +107,12 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, wanted: bool) -> 
     """Return the optimizer's state_dict with its shards put together, in memory where wanted. All must ask."""
     state_dict = optimizer.state_dict()
     for number, entries in state_dict["state"].items():
-        whole = {name: whole_tensor(value) for name, value in entries.items()}
+        whole = {name: full_tensor(value) for name, value in entries.items()}
         state_dict["state"][number] = {name: value.cpu() for name, value in whole.items()} if wanted else {}
     return state_dict
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor with its shards, if it is in shards, put together; all processes must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

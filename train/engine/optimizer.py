@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.vit import VisionTransformer
-from .fsdp import whole_tensor
+from .fsdp import full_tensor
 
 
 class Multipliers(NamedTuple):
@@ -60,7 +60,7 @@ def build_optimizer(
         betas: of AdamW.
 
     Each group carries `lr_multiplier`, `wd_multiplier`, `is_last_layer` and `is_head`; its learning rate is 0 until
-    `set_rates`.
+    `apply_schedules`.
     """
     groups: dict[Multipliers, list[nn.Parameter]] = {}
     for part in parts.values():
@@ -93,7 +93,7 @@ def build_optimizer(
     )
 
 
-def set_rates(
+def apply_schedules(
     optimizer: torch.optim.Optimizer,
     *,
     lr: float,
@@ -115,4 +115,4 @@ def set_rates(
 
 def clip_gradients(parts: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
     """Scale each part's gradients down to a norm of `max_norm` by itself; return the norms before, by part."""
-    return {name: whole_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm)) for name, part in parts.items()}
+    return {name: full_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm)) for name, part in parts.items()}

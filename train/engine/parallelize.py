@@ -14,7 +14,7 @@ from ...errors import ToolkitError
 from ...models.vit import VisionTransformer
 from ..config import TrainConfig
 from .checkpoint import TrainedModel
-from .fsdp import hollow_copy, shard, sharding, whole_model
+from .fsdp import meta_copy, shard, sharding, whole_model
 from .optimizer import build_optimizer
 
 COMPILED_SHAPES = 64  # chosen: kinds of batch that a block is compiled for before it is an error
@@ -30,7 +30,7 @@ def prepare(
     """
     settings = sharding(os.environ)
     is_main, device = accelerator.is_main_process, accelerator.device
-    hollow = None if settings is None else hollow_copy(model)
+    hollow = None if settings is None else meta_copy(model)
     if config.compile:
         compile_blocks(model)
     if settings is not None:

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from ... import console
 from ...features.extract.extract import best_device
+from ...models.cpu import GROWTH
 from ...models.head import ProjectionHead
 from ...models.vit import VisionTransformer
-from ...store.memory import GROWTH
 from ..config import TrainConfig
 from ..data.multicrop import make_masks
-from ..engine.accumulate import backward
+from ..engine.accumulate import microbatch_backward
 from ..engine.build import build_model
 from ..engine.checkpoint import TrainedModel
 from ..engine.optimizer import build_optimizer
 from ..engine.schedules import batch_sizes
-from ..objective.micro_batch import parts
-from ..objective.multi_student import SeveralStudents
+from ..objective.micro_batch import split_microbatches
+from ..objective.multi_student import MultiStudent
+from ..objective.networks import update_teacher
 from ..objective.ssl_model import SSLModel
 
 BACKWARD = 2  # times a forward pass, for the gradients of inputs and of weights
@@ -80,13 +81,13 @@ def flop_per_image(config: TrainConfig, model: TrainedModel) -> float:
         again = forward if config.activation_checkpointing == "full" else 0.0
         forward += sum(each.read for each in crops) * _head_flop(student)
         total += (1 + BACKWARD) * forward + again
-    teaching = model.teacher if isinstance(model, SSLModel) else model.frozen.parts
+    teaching = model.teacher if isinstance(model, SSLModel) else model.frozen.networks
     teacher = _backbone_flop(_backbone(teaching), crops[0], 1.0, only_read=is_masked)
     return total + teacher + crops[0].read * _head_flop(teaching)
 
 
 def _students(model: TrainedModel) -> list[nn.ModuleDict]:
-    return [each.student for each in (model.models.values() if isinstance(model, SeveralStudents) else [model])]
+    return [each.student for each in (model.models.values() if isinstance(model, MultiStudent) else [model])]
 
 
 def _backbone_flop(backbone: VisionTransformer, crops: Crops, kept: float, *, only_read: bool) -> float:
@@ -207,12 +208,12 @@ def measured_flops(config: TrainConfig, device: torch.device) -> float:
     for _ in range(TRIAL_STEPS):
         start = _now(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            step = model.taught(crops[0], crops[1] if len(crops[1]) else None, masks, teacher_temp=1.0)
-            for part in parts(step, by_view=config.sequential_views):
-                backward(model, part, Tensor.backward, seed=0)
+            step = model.teacher_targets(crops[0], crops[1] if len(crops[1]) else None, masks, teacher_temp=1.0)
+            for batch in split_microbatches(step, sequential_views=config.sequential_views):
+                microbatch_backward(model, batch, Tensor.backward, seed=0)
         optimizer.step()
         optimizer.zero_grad()
-        model.update_teacher(1.0)
+        update_teacher(model.teacher, model.student, 1.0)
         fastest = min(fastest, _now(device) - start)
     return num_images * flop_per_image(shallow, model) / fastest
 

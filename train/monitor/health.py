@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..objective.micro_batch import Part
+from ..objective.micro_batch import MicroBatch
 
 UNIFORM_SHARE = 0.99  # of the largest entropy ln K; chosen: healthy runs sharpen well below it within their first steps
 MIN_PERPLEXITY = 2.0  # prototypes in use; chosen: below it nearly all images share one
@@ -17,7 +17,7 @@ MIN_FEATURE_STD = 0.05  # of a possible 1; chosen: below it all class tokens poi
 PATIENCE_STEPS = 100  # chosen: a collapse is warned of when it lasts, since every run starts with all features alike
 
 
-def teacher_figures(step: Part) -> dict[str, Tensor]:
+def teacher_figures(step: MicroBatch) -> dict[str, Tensor]:
     """Return the mean of a step's teacher probabilities over class tokens, (K,), and their mean entropy, ().
 
     Empty where the teacher's targets are features instead of probabilities.

@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ...store.files import write_text
 from ...store.manifest import ManifestWriter, Provenance
-from ..config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"  # in a run folder
 BAR_COLUMNS = 75  # of a terminal: the width of a progress bar without its note
@@ -54,16 +53,6 @@ def write_metrics_table(run_folder: Path, provenance: Provenance) -> None:
         writer.write(table)
 
 
-def added(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the outputs of a step from those of its parts: losses as sums, tokens one after the other."""
-    return {
-        name: torch.stack([part[name] for part in parts]).sum(0)
-        if value.ndim == 0
-        else torch.cat([part[name] for part in parts])
-        for name, value in parts[0].items()
-    }
-
-
 def averaged(outputs: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
     """Return a step's outputs with scalars and mean probabilities averaged over the processes; tokens stay local."""
     values = dict(outputs)
@@ -72,28 +61,6 @@ def averaged(outputs: Mapping[str, Tensor], accelerator: Accelerator) -> dict[st
     shared = {name: value for name, value in values.items() if value.ndim < 2}
     reduced: dict[str, Tensor] = accelerator.reduce(shared, reduction="mean")
     return values | reduced
-
-
-def weighted(losses: Mapping[str, Tensor], config: TrainConfig) -> dict[str, float]:
-    """Return each loss times its weight, as `NAME_weighted`: they add up to the total.
-
-    The losses of several students start with the student's name.
-    """
-    weights = {
-        "dino_local": config.dino_weight,
-        "dino_global": config.dino_weight,
-        "ibot": config.ibot_weight,
-        "koleo": config.koleo_weight,
-        "cls_local": config.dino_weight,
-        "cls_global": config.dino_weight,
-        "patch": config.ibot_weight,
-    }
-    return {
-        f"{name}_weighted": weight * float(value)
-        for name, value in losses.items()
-        for loss, weight in weights.items()
-        if name == loss or name.endswith(f"_{loss}")
-    }
 
 
 class Throughput:

@@ -1,4 +1,4 @@
-"""The model that teaches in a distillation: it never learns, and is shown the student's crops the way it knows images.
+"""The frozen teacher of a distillation.
 
 Shapes: B crops, N patch tokens of each, D the teacher's embed_dim.
 """
@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models import cpu
 from ...models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ...models.vit import Features, VisionTransformer
-from .cpu_parallel import by_half
+from .networks import TeacherNetworks, backbone_of
 
 
 class FrozenTeacher(nn.Module):
-    """A backbone and perhaps heads, always in evaluation mode, without gradients.
+    """A backbone and perhaps heads, without gradients, that see the student's crops as their own preprocessing wants.
 
     Args:
-        parts: `backbone`, and for the prototypes' objective `dino_head` and, when its heads are untied, `ibot_head`.
+        networks: `backbone`, and for the prototypes' objective `dino_head` and, when its heads are untied, `ibot_head`.
         mean, std: by which the teacher's images are normalised.
         crops_mean, crops_std: by which the student's crops are.
-        half: keep in bfloat16 the weights that autocast would turn to it at every step. The numbers stay the same.
+        half: keep in bfloat16 the weights that autocast would convert at every step. The results stay the same.
     """
 
     scale: Tensor
@@ -29,7 +30,7 @@ class FrozenTeacher(nn.Module):
 
     def __init__(
         self,
-        parts: Mapping[str, nn.Module],
+        networks: Mapping[str, nn.Module],
         *,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -38,32 +39,26 @@ class FrozenTeacher(nn.Module):
         half: bool = False,
     ) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict(dict(parts)).requires_grad_(False).eval()
+        self.networks = TeacherNetworks(networks)
         own_mean, own_std, their_mean, their_std = (
             torch.tensor(numbers).view(-1, 1, 1) for numbers in (crops_mean, crops_std, mean, std)
         )
         self.register_buffer("scale", own_std / their_std)
         self.register_buffer("shift", (own_mean - their_mean) / their_std)
         if half:
-            for module in self.parts.modules():
+            for module in self.networks.modules():
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     module.to(torch.bfloat16)
 
     @property
     def backbone(self) -> VisionTransformer:
         """Return the backbone."""
-        backbone = self.parts["backbone"]
-        assert isinstance(backbone, VisionTransformer)
-        return backbone
-
-    def train(self, mode: bool = True) -> "FrozenTeacher":
-        """Stay in evaluation mode."""
-        return super().train(False)
+        return backbone_of(self.networks)
 
     def forward(self, crops: Tensor, patch_size: int) -> Features:
-        """Return the teacher's features of crops on the patch grid that a student of `patch_size` sees them by.
+        """Return the teacher's features of crops, on the patch grid of a student of `patch_size`.
 
-        A teacher of another patch size is shown the crops at the size that gives the same grid.
+        A teacher of another patch size sees the crops resized so that its grid is the same.
 
         Args:
             crops: (B, C, H, W) as the student sees them.
@@ -74,7 +69,7 @@ class FrozenTeacher(nn.Module):
             crops = F.interpolate(crops, size=(height, width), mode="bicubic", antialias=True)
 
         def features(crops: Tensor) -> tuple[Tensor, ...]:
-            made = self.backbone.forward_features(crops)
-            return made.cls_token, made.register_tokens, made.patch_tokens
+            output = self.backbone.forward_features(crops)
+            return output.cls_token, output.register_tokens, output.patch_tokens
 
-        return Features(*by_half(features, crops * self.scale + self.shift))
+        return Features(*cpu.in_halves(features, crops * self.scale + self.shift))

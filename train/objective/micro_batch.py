@@ -1,12 +1,13 @@
-"""A training step's crops with what the teacher says of them, whole or in parts whose losses add up to the step's.
+"""A training step's crops with the teacher's targets, whole or split into micro-batches.
 
-The losses of a crop depend on other crops only through the teacher's probabilities, which are taken first, and through
-KoLeo, which looks at one view at a time. So the student may see the views one after the other, for a third of the
-memory, and the sums stay what they were. Fewer images at a time save more; KoLeo then compares those among themselves.
+The losses of the micro-batches add up to the step's. A crop's loss depends on other crops only through the teacher's
+targets, which are computed first for the whole step, and through KoLeo, which compares the images of one view. So the
+student may see one view after the other, for a third of the memory and the same sum. Fewer images at a time save more
+memory; then KoLeo compares only those.
 
-Shapes: B images of a step (b of a part), 2 global and L local crops of each (V global ones in a part); crops are
-view-major (all first views, then all second views). N patch tokens of a global crop, M of all that the iBOT loss
-reads, K prototypes.
+Shapes: B images of a step (b of a micro-batch), 2 global and L local crops of each (V global ones in a micro-batch);
+crops are view-major (all first views, then all second views). N patch tokens of a global crop, M of all that the iBOT
+loss reads, K prototypes.
 """
 
 from collections.abc import Iterator
@@ -19,116 +20,123 @@ from ..counter_rng import derived_seed
 
 
 @dataclass(frozen=True)
-class Part:
-    """Crops that the student sees in one pass, and the teacher's answers to them."""
+class MicroBatch:
+    """Crops that the student sees in one pass, and the teacher's targets for them."""
 
     global_crops: Tensor  # (V b, C, H, W), V from 0 to 2
     local_crops: Tensor | None  # (L b, C, h, w), or some of the L views
     masks: Tensor  # (V b, N) bool, True where the iBOT loss reads
-    cls_targets: Tensor  # (V, b, K), the teacher's of the other global crop than each; features: of the same one
-    all_cls_targets: Tensor  # (b, K), the sum of the teacher's two: what local crops are compared with
-    patch_targets: Tensor  # (M, K), the teacher's of the patches under the masks, crop by crop
+    cls_targets: Tensor  # (V, b, K), probabilities: of the other global crop of the image; features: of the same one
+    cls_target_sum: Tensor  # (b, K), over the two global crops: the target of the local crops
+    patch_targets: Tensor  # (M, K), of the patches under the masks, crop by crop
     num_pairs: int  # of a student's and a teacher's view in the whole step: 2 L + 2
-    share: float = 1.0  # of the step's images: b / B
-    are_probs: bool = True  # the targets, over prototypes; false: features, K numbers each
+    loss_weight: float = 1.0  # share of the step's images, b / B
+    are_probs: bool = True  # targets over prototypes; False: features, K numbers each
     generator: torch.Generator | None = None  # of stochastic depth; None: torch's own
 
     @property
     def num_images(self) -> int:
         """Return b."""
-        return len(self.all_cls_targets)
+        return len(self.cls_target_sum)
 
     @property
     def num_local_views(self) -> int:
         """Return L of the whole step."""
         return self.num_pairs // 2 - 1
 
+    @property
+    def crops(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Return the crops of each size that there are, global ones first and with their masks."""
+        local_crops = [] if self.local_crops is None else [self.local_crops]
+        return [(crops, self.masks) for crops in [self.global_crops] if len(crops)] + [(it, None) for it in local_crops]
 
-def taught(
-    global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, cls_probs: Tensor, patch_probs: Tensor
-) -> Part:
-    """Return a whole step from its crops and the teacher's probabilities, (2 B, K) and (M, K)."""
-    both = cls_probs.view(2, -1, cls_probs.shape[1])  # (2 B, K) -> (2, B, K)
+
+def whole_step(
+    global_crops: Tensor,
+    local_crops: Tensor | None,
+    masks: Tensor,
+    cls_targets: Tensor,
+    patch_targets: Tensor,
+    *,
+    are_probs: bool = True,
+) -> MicroBatch:
+    """Return a whole step from its crops and the teacher's targets of the global ones, (2 B, K) and (M, K)."""
+    both = cls_targets.view(2, -1, cls_targets.shape[1])  # (2 B, K) -> (2, B, K)
     num_local = 0 if local_crops is None else len(local_crops) // both.shape[1]
-    return Part(global_crops, local_crops, masks, both.flip(0), both.sum(0), patch_probs, 2 * num_local + 2)
+    return MicroBatch(
+        global_crops,
+        local_crops,
+        masks,
+        both.flip(0) if are_probs else both,
+        both.sum(0),
+        patch_targets,
+        num_pairs=2 * num_local + 2,
+        are_probs=are_probs,
+    )
 
 
-def parts(step: Part, *, by_view: bool, num_images: int = 0) -> Iterator[Part]:
-    """Cut a whole step: into half of the local crops, the others, the first and the second global ones; by images.
+def split_microbatches(step: MicroBatch, *, sequential_views: bool, num_images: int = 0) -> Iterator[MicroBatch]:
+    """Split a whole step by images, and by views: half of the local crops, the others, each global view.
 
-    The last part always holds global crops, so that all of a model's weights have a gradient from it.
+    The last micro-batch always holds global crops, so that all of a model's weights have a gradient from it.
 
     Args:
-        by_view: whether each kind of view is a part of its own.
-        num_images: images a part, 0 for all.
+        sequential_views: whether to split by views.
+        num_images: images a micro-batch, 0 for all.
     """
     size = num_images or step.num_images
     for start in range(0, step.num_images, size):
-        of_images = _images(step, start, min(start + size, step.num_images)) if size < step.num_images else step
-        if by_view:
-            yield from (_views(of_images, [], crops) for crops in _local_halves(of_images) if crops is not None)
-            yield from (_views(of_images, [view], None) for view in (0, 1))
+        batch = step
+        if size < step.num_images:
+            images = slice(start, start + size)
+            local_crops = None if step.local_crops is None else _cut(step, step.local_crops, slice(None), images)
+            batch = _select(step, slice(None), images, local_crops)
+        if sequential_views:
+            yield from (_select(batch, slice(0), slice(None), it) for it in _local_halves(batch) if it is not None)
+            yield from (_select(batch, slice(view, view + 1), slice(None), None) for view in (0, 1))
         else:
-            yield of_images
+            yield batch
 
 
-def halves(step: Part, seed: int) -> tuple[Part, Part]:
-    """Cut a step, or some images of it, into the first view with half of the local crops, and the second view.
+def split_by_view(batch: MicroBatch, seed: int) -> list[MicroBatch]:
+    """Split into the first global view with half of the local crops, and the second with the others.
 
-    Their losses add up to the step's, KoLeo's too, and each draws random numbers of its own.
+    Each half draws random numbers of its own.
     """
-    first, second = (
+    return [
         replace(
-            _views(step, [view], local_crops),
+            _select(batch, slice(view, view + 1), slice(None), local_crops),
             generator=torch.Generator().manual_seed(derived_seed(seed, "half", view)),
         )
-        for view, local_crops in enumerate(_local_halves(step))
-    )
-    return first, second
+        for view, local_crops in enumerate(_local_halves(batch))
+    ]
 
 
-def _local_halves(part: Part) -> tuple[Tensor | None, Tensor | None]:
-    if part.local_crops is None:
+def _local_halves(batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
+    if batch.local_crops is None:
         return None, None
-    num_local = len(part.local_crops) // part.num_images
-    middle = (num_local + 1) // 2 * part.num_images
-    return part.local_crops[:middle], part.local_crops[middle:] if num_local > 1 else None
+    num_local = len(batch.local_crops) // batch.num_images
+    middle = (num_local + 1) // 2 * batch.num_images
+    return batch.local_crops[:middle], batch.local_crops[middle:] if num_local > 1 else None
 
 
-def _images(part: Part, start: int, stop: int) -> Part:
-    images = torch.arange(part.num_images, device=part.masks.device)
-    chosen = (images >= start) & (images < stop)
-
-    def cut(crops: Tensor) -> Tensor:
-        views = crops.view(-1, part.num_images, *crops.shape[1:])
-        return views[:, start:stop].flatten(0, 1)
-
+def _select(batch: MicroBatch, views: slice, images: slice, local_crops: Tensor | None) -> MicroBatch:
+    """Return the global crops of some views and images with their targets, and the given local crops."""
+    is_selected = torch.zeros(batch.cls_targets.shape[:2], dtype=torch.bool, device=batch.masks.device)  # (V, b)
+    is_selected[views, images] = True
+    cls_target_sum = batch.cls_target_sum[images]
     return replace(
-        part,
-        global_crops=cut(part.global_crops),
-        local_crops=None if part.local_crops is None else cut(part.local_crops),
-        masks=cut(part.masks),
-        cls_targets=part.cls_targets[:, start:stop],
-        all_cls_targets=part.all_cls_targets[start:stop],
-        patch_targets=part.patch_targets[_of_each_patch(part.masks, chosen.repeat(len(part.cls_targets)))],
-        share=part.share * (stop - start) / part.num_images,
-    )
-
-
-def _views(part: Part, views: list[int], local_crops: Tensor | None) -> Part:
-    crops = torch.zeros(len(part.cls_targets), dtype=torch.bool, device=part.masks.device)
-    crops[views] = True
-    crops = crops.repeat_interleave(part.num_images)  # (2 b,)
-    return replace(
-        part,
-        global_crops=part.global_crops[crops],
+        batch,
+        global_crops=_cut(batch, batch.global_crops, views, images),
         local_crops=local_crops,
-        masks=part.masks[crops],
-        cls_targets=part.cls_targets[views],
-        patch_targets=part.patch_targets[_of_each_patch(part.masks, crops)],
+        masks=_cut(batch, batch.masks, views, images),
+        cls_targets=batch.cls_targets[views, images],
+        cls_target_sum=cls_target_sum,
+        patch_targets=batch.patch_targets[torch.repeat_interleave(is_selected.flatten(), batch.masks.sum(1))],
+        loss_weight=batch.loss_weight * len(cls_target_sum) / batch.num_images,
     )
 
 
-def _of_each_patch(masks: Tensor, crops: Tensor) -> Tensor:
-    """Return for every patch under the masks, (M,) bool, whether it is of one of the crops, (crops,) bool."""
-    return torch.repeat_interleave(crops, masks.sum(1))
+def _cut(batch: MicroBatch, crops: Tensor, views: slice, images: slice) -> Tensor:
+    """Return the crops (views b, ...) of some views and images."""
+    return crops.view(-1, batch.num_images, *crops.shape[1:])[views, images].flatten(0, 1)

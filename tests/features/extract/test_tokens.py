@@ -57,14 +57,14 @@ def test_every_choice_is_what_its_blocks_say(picture: Path, tokens: Tokens, laye
     vector, patches = extracted(chosen, picture)
     pixels = normalise(crop_picture(Image.open(picture), plain.preprocess)[None], plain.preprocess)
     with torch.no_grad():
-        blocks = vit().intermediate_layers(pixels, [3 - layers + number for number in range(layers)])
-    classes = [block.cls_token[0] for block in blocks]
-    means = [block.patch_tokens[0].mean(0) for block in blocks]
+        blocks = vit().get_intermediate_layers(pixels, range(3 - layers, 3), return_class_token=True)
+    classes = [cls_token[0] for _, cls_token in blocks]
+    means = [patch_tokens[0].mean(0) for patch_tokens, _ in blocks]
     expected = {"cls": classes, "patches": classes, "mean": means, "cls+mean": [*classes, means[-1]]}[tokens]
     torch.testing.assert_close(vector, torch.cat(expected), rtol=1e-5, atol=1e-5)
     assert len(vector) == chosen.dim
     if tokens == "patches":
-        by_hand = torch.cat([block.patch_tokens[0] for block in blocks], dim=1).view(4, 4, -1)
+        by_hand = torch.cat([patch_tokens[0] for patch_tokens, _ in blocks], dim=1).view(4, 4, -1)
         torch.testing.assert_close(patches[0], by_hand, rtol=1e-5, atol=1e-5)
     else:
         assert patches == []
@@ -136,11 +136,14 @@ def test_windows_see_each_tile_by_itself(picture: Path) -> None:
     vector, (patches,) = extracted(chosen, picture)
     tiles, layout = cut(Image.open(picture), PREPROCESS, 7, 35)
     with torch.no_grad():
-        blocks = [vit().intermediate_layers(normalise(tile[None], PREPROCESS), 2) for tile in tiles]
-    classes = torch.cat([torch.stack([seen[block].cls_token[0] for seen in blocks]).mean(0) for block in range(2)])
+        blocks = [
+            vit().get_intermediate_layers(normalise(tile[None], PREPROCESS), 2, return_class_token=True)
+            for tile in tiles
+        ]
+    classes = torch.cat([torch.stack([of_tile[block][1][0] for of_tile in blocks]).mean(0) for block in range(2)])
     torch.testing.assert_close(vector, classes, rtol=1e-5, atol=1e-5)
     assert patches.shape == (layout.rows, layout.columns, 48) == (5, 8, 48)
-    torch.testing.assert_close(patches[0, 0, 24:], blocks[0][1].patch_tokens[0, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(patches[0, 0, 24:], blocks[0][1][0][0, 0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.train.config import TrainConfig, resolve
-from dinov2_toolkit.train.engine.accumulate import halved, learn
+from dinov2_toolkit.train.engine.accumulate import forward_backward, halved, weighted_losses
 from dinov2_toolkit.train.engine.build import build_model
 from dinov2_toolkit.train.monitor.metrics import read_metrics
-from dinov2_toolkit.train.objective.micro_batch import Part
+from dinov2_toolkit.train.objective.micro_batch import MicroBatch
 from dinov2_toolkit.train.objective.ssl_model import SSLModel
 from dinov2_toolkit.train.pretrain import pretrain
 
@@ -52,7 +52,7 @@ class SmallMemory(nn.Module):
         super().__init__()
         self.model, self.num_images, self.backward = model, num_images, backward
 
-    def forward(self, part: Part) -> dict[str, Tensor]:
+    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
         if part.num_images > self.num_images and not self.backward:
             raise torch.OutOfMemoryError("CUDA out of memory")
         outputs: dict[str, Tensor] = self.model(part)
@@ -64,17 +64,17 @@ class SmallMemory(nn.Module):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def step_of(model: SSLModel) -> Part:
+def step_of(model: SSLModel) -> MicroBatch:
     generator = torch.Generator().manual_seed(1)
     global_crops, local_crops = (torch.randn(16, 3, side, side, generator=generator) for side in (12, 8))
     masks = torch.rand(16, 9, generator=generator) < 0.3
     masks[:, 0] = True
-    return model.taught(global_crops, local_crops, masks, teacher_temp=0.07)
+    return model.teacher_targets(global_crops, local_crops, masks, teacher_temp=0.07)
 
 
-def gradients(model: nn.Module, step: Part, micro_batch_size: int, smallest: int = 2) -> tuple[list[Tensor], int]:
+def gradients(model: nn.Module, step: MicroBatch, micro_batch_size: int, smallest: int = 2) -> tuple[list[Tensor], int]:
     model.zero_grad()
-    _, size = learn(
+    _, size = forward_backward(
         model,
         step,
         Accelerator(cpu=True),
@@ -98,8 +98,8 @@ def test_out_of_memory_halves_the_images_at_a_time_and_changes_nothing_else(
     assert size == 2
     assert len(got) == len(wanted) and all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
     said = capsys.readouterr().err
-    assert "from here on 4 images at a time in place of 8; the batch stays 8" in said
-    assert "from here on 2 images at a time in place of 4; the batch stays 8" in said
+    assert "from here on 4 images at a time instead of 8; the batch stays 8" in said
+    assert "from here on 2 images at a time instead of 4; the batch stays 8" in said
     with pytest.raises(ToolkitError, match="does not suffice for 2 images at a time; set sequential_views=true"):
         gradients(SmallMemory(model, 1, backward=backward), step, 0)
 
@@ -125,7 +125,7 @@ def test_a_run_that_is_out_of_memory_is_the_run_with_that_micro_batch(
     pretrain(tmp_path / "images.parquet", str(tmp_path / "told"), settings("micro_batch_size=4"), Options())
     whole = SSLModel.forward
 
-    def small(model: SSLModel, part: Part) -> dict[str, Tensor]:
+    def small(model: SSLModel, part: MicroBatch) -> dict[str, Tensor]:
         if part.num_images > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(model, part)
@@ -144,3 +144,12 @@ def test_a_micro_batch_that_leaves_one_image_for_koleo_is_an_error(tmp_path: Pat
     config = settings("batch_size=9", "micro_batch_size=4")
     with pytest.raises(ToolkitError, match="micro_batch_size 4 leaves a single one of the 9 images"):
         pretrain(tmp_path / "images.parquet", str(tmp_path / "a"), config, Options(dry_run=True))
+
+
+def test_weighted_losses_add_up_to_the_total() -> None:
+    config = TrainConfig(dino_weight=2.0, ibot_weight=0.5, koleo_weight=0.1)
+    losses = {name: torch.tensor(value) for name, value in (("dino_local", 3.0), ("dino_global", 1.0), ("ibot", 4.0))}
+    figures = weighted_losses(losses | {"koleo": torch.tensor(-1.0), "student_cls_tokens": torch.zeros(2, 3)}, config)
+    assert figures == pytest.approx(
+        {"dino_local_weighted": 6.0, "dino_global_weighted": 2.0, "ibot_weighted": 2.0, "koleo_weighted": -0.1}
+    )

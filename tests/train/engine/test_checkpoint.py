@@ -11,9 +11,10 @@ from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone, load_heads
 from dinov2_toolkit.train.engine.checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint
-from dinov2_toolkit.train.engine.optimizer import build_optimizer, set_rates
+from dinov2_toolkit.train.engine.optimizer import apply_schedules, build_optimizer
 from dinov2_toolkit.train.objective.distill_model import DistillModel
 from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
+from dinov2_toolkit.train.objective.networks import update_teacher
 from dinov2_toolkit.train.objective.ssl_model import SSLModel
 
 PREPROCESS = Preprocess(8, 0.5, (0.5,) * 3, (0.25,) * 3)
@@ -29,12 +30,12 @@ def small_model(seed: int, embed_dim: int = 16) -> SSLModel:
 def one_step(model: SSLModel, optimizer: torch.optim.Optimizer, seed: int) -> None:
     torch.manual_seed(seed)
     masks = torch.rand(6, 4) < 0.3
-    losses = model(model.taught(torch.randn(6, 3, 8, 8), torch.randn(3, 3, 4, 4), masks, teacher_temp=0.05))
+    losses = model(model.teacher_targets(torch.randn(6, 3, 8, 8), torch.randn(3, 3, 4, 4), masks, teacher_temp=0.05))
     losses["total"].backward()
-    set_rates(optimizer, lr=1e-2, last_layer_lr=1e-2, weight_decay=0.1)
+    apply_schedules(optimizer, lr=1e-2, last_layer_lr=1e-2, weight_decay=0.1)
     optimizer.step()
     optimizer.zero_grad()
-    model.update_teacher(0.9)
+    update_teacher(model.teacher, model.student, 0.9)
 
 
 def save(folder: Path, step: int, model: TrainedModel, optimizer: torch.optim.Optimizer, keep: int = 2) -> Path:

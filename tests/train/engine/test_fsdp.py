@@ -25,13 +25,14 @@ from dinov2_toolkit.models.weights import load_backbone
 from dinov2_toolkit.train.config import TrainConfig
 from dinov2_toolkit.train.engine.checkpoint import TrainedModel, load_checkpoint, save_checkpoint
 from dinov2_toolkit.train.engine.fsdp import sharding, whole_optimizer_state
-from dinov2_toolkit.train.engine.optimizer import clip_gradients, set_rates
+from dinov2_toolkit.train.engine.optimizer import apply_schedules, clip_gradients
 from dinov2_toolkit.train.engine.parallelize import prepare
 from dinov2_toolkit.train.monitor.metrics import read_metrics
 from dinov2_toolkit.train.objective.distill_model import DistillModel
 from dinov2_toolkit.train.objective.feature_distill_model import FeatureDistillModel
 from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
-from dinov2_toolkit.train.objective.multi_student import SeveralStudents
+from dinov2_toolkit.train.objective.multi_student import MultiStudent
+from dinov2_toolkit.train.objective.networks import update_teacher
 from dinov2_toolkit.train.objective.ssl_model import SSLModel
 from dinov2_toolkit.train.run import start_processes
 
@@ -117,7 +118,7 @@ def pretraining() -> TrainedModel:
 def distillation() -> TrainedModel:
     head = ProjectionHead(20, 11, hidden_dim=9, bottleneck_dim=5)
     frozen = FrozenTeacher({"backbone": small_backbone(20, 2), "dino_head": head})
-    return SeveralStudents({f"width_{width}": DistillModel(small_backbone(width, 2), frozen) for width in (12, 18)})
+    return MultiStudent({f"width_{width}": DistillModel(small_backbone(width, 2), frozen) for width in (12, 18)})
 
 
 def features() -> TrainedModel:
@@ -162,14 +163,14 @@ def train_three_steps(build: Callable[[], TrainedModel], accelerator: Accelerato
         for step in range(start, stop):
             torch.manual_seed(10 * step + accelerator.process_index)
             masks = torch.rand(6, 4) < 0.4
-            part = model.taught(torch.randn(6, 3, 8, 8), torch.randn(3, 3, 4, 4), masks, teacher_temp=0.1)
+            part = model.teacher_targets(torch.randn(6, 3, 8, 8), torch.randn(3, 3, 4, 4), masks, teacher_temp=0.1)
             losses = wrapped(part)
             losses["total"].backward()
             norms = clip_gradients(model.student, 3.0)
-            set_rates(optimizer, lr=1e-3, last_layer_lr=1e-3, weight_decay=0.1)
+            apply_schedules(optimizer, lr=1e-3, last_layer_lr=1e-3, weight_decay=0.1)
             optimizer.step()
             optimizer.zero_grad()
-            model.update_teacher(0.9)
+            update_teacher(model.teacher, model.student, 0.9)
             results[f"loss {step}"] = accelerator.reduce(losses["total"].detach(), reduction="mean")
             results |= {f"norm {step} {name}": norm for name, norm in norms.items()}
         state = whole_optimizer_state(optimizer, wanted=accelerator.is_main_process)

@@ -8,10 +8,10 @@ from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.train.engine.optimizer import (
     Multipliers,
+    apply_schedules,
     build_optimizer,
     clip_gradients,
     parameter_multipliers,
-    set_rates,
 )
 
 
@@ -40,7 +40,7 @@ def test_every_trained_parameter_is_in_one_group_with_its_own_rates() -> None:
     parts = tiny_parts()
     parts["backbone"].get_parameter("mask_token").requires_grad_(False)
     optimizer = build_optimizer(parts, layerwise_decay=0.8)
-    set_rates(optimizer, lr=1.0, last_layer_lr=0.25, weight_decay=0.5)
+    apply_schedules(optimizer, lr=1.0, last_layer_lr=0.25, weight_decay=0.5)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rates)
     for part, module in parts.items():
@@ -60,7 +60,7 @@ def test_a_frozen_last_layer_does_not_move() -> None:
     for parameter in parts.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = {name: parameter.detach().clone() for name, parameter in parts.named_parameters()}
-    set_rates(optimizer, lr=0.1, last_layer_lr=0.0, weight_decay=0.1)
+    apply_schedules(optimizer, lr=0.1, last_layer_lr=0.0, weight_decay=0.1)
     optimizer.step()
     for name, parameter in parts.named_parameters():
         assert torch.equal(parameter, before[name]) == ("last_layer" in name), name
@@ -72,7 +72,7 @@ def test_a_frozen_backbone_does_not_move_while_the_heads_learn() -> None:
     for parameter in parts.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = {name: parameter.detach().clone() for name, parameter in parts.named_parameters()}
-    set_rates(optimizer, lr=0.1, last_layer_lr=0.1, weight_decay=0.1, backbone_lr=0.0)
+    apply_schedules(optimizer, lr=0.1, last_layer_lr=0.1, weight_decay=0.1, backbone_lr=0.0)
     optimizer.step()
     for name, parameter in parts.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith("backbone."), name
@@ -84,7 +84,7 @@ def test_the_first_step_of_adamw_by_hand() -> None:
     weight = parts["backbone"].get_parameter("blocks.1.mlp.fc1.weight")
     before = weight.detach().clone()
     weight.grad = torch.randn_like(weight)
-    set_rates(optimizer, lr=0.1, last_layer_lr=0.1, weight_decay=0.2)
+    apply_schedules(optimizer, lr=0.1, last_layer_lr=0.1, weight_decay=0.2)
     optimizer.step()
     lr = 0.1 * 0.5  # the last block
     expected = before * (1 - lr * 0.2) - lr * weight.grad / (weight.grad.abs() + 1e-8)
@@ -96,14 +96,14 @@ def test_the_state_survives_a_checkpoint_without_code() -> None:
     optimizer = build_optimizer(parts)
     for parameter in parts.parameters():
         parameter.grad = torch.ones_like(parameter)
-    set_rates(optimizer, lr=0.1, last_layer_lr=0.2, weight_decay=0.3)
+    apply_schedules(optimizer, lr=0.1, last_layer_lr=0.2, weight_decay=0.3)
     optimizer.step()
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     resumed = build_optimizer(parts)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    set_rates(resumed, lr=1.0, last_layer_lr=2.0, weight_decay=0.0)
+    apply_schedules(resumed, lr=1.0, last_layer_lr=2.0, weight_decay=0.0)
     assert {group["lr"] for group in resumed.param_groups if group["is_last_layer"]} == {2.0}
     assert resumed.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
 

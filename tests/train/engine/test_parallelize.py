@@ -13,7 +13,7 @@ from dinov2_toolkit.train.config import COST_KEYS, TrainConfig
 from dinov2_toolkit.train.engine.parallelize import check_compiler, compile_blocks, prepare
 from dinov2_toolkit.train.objective.distill_model import DistillModel
 from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
-from dinov2_toolkit.train.objective.multi_student import SeveralStudents
+from dinov2_toolkit.train.objective.multi_student import MultiStudent
 from dinov2_toolkit.train.objective.ssl_model import SSLModel
 
 
@@ -34,14 +34,14 @@ def losses_and_gradients(model: SSLModel) -> dict[str, Tensor]:
     masks = torch.rand(10, 4) < 0.3
     crops = torch.randn(10, 3, 8, 8), torch.randn(15, 3, 4, 4)
     model.zero_grad()
-    losses = model(model.taught(*crops, masks, teacher_temp=0.1))
+    losses = model(model.teacher_targets(*crops, masks, teacher_temp=0.1))
     losses["total"].backward()
     gradients = {name: weight.grad for name, weight in model.student.named_parameters() if weight.grad is not None}
     return {name: value.detach().clone() for name, value in (losses | gradients).items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_compiled_blocks_have_the_losses_gradients_and_names_of_others(checkpointing: ActivationCheckpointing) -> None:
     model = small_model(checkpointing)
     names = list(model.state_dict())
@@ -65,10 +65,10 @@ def test_every_block_but_the_last_is_compiled_where_the_settings_say_so() -> Non
             assert compiled == [wanted, wanted, False]
 
 
-def small_students() -> SeveralStudents:
+def small_students() -> MultiStudent:
     teacher = FrozenTeacher(dict(small_model().teacher.items()))
     backbones = {name: small_model().student["backbone"] for name in ("one", "two")}
-    return SeveralStudents(
+    return MultiStudent(
         {name: DistillModel(part, teacher) for name, part in backbones.items() if isinstance(part, VisionTransformer)}
     )
 
@@ -76,7 +76,7 @@ def small_students() -> SeveralStudents:
 def test_a_frozen_teacher_and_several_students_are_compiled_too() -> None:
     model = small_students()
     compile_blocks(model)
-    for part in (model.frozen.parts["backbone"], model.student["one_backbone"], model.student["two_backbone"]):
+    for part in (model.frozen.networks["backbone"], model.student["one_backbone"], model.student["two_backbone"]):
         assert isinstance(part, VisionTransformer)
         assert [block._compiled_call_impl is not None for block in part.blocks] == [True, True, False]
 
@@ -87,7 +87,7 @@ def test_compiled_students_have_the_losses_of_others() -> None:
     crops, masks = (torch.randn(10, 3, 8, 8), torch.randn(15, 3, 4, 4)), torch.zeros(10, 4, dtype=torch.bool)
 
     def losses() -> dict[str, Tensor]:
-        named: dict[str, Tensor] = model(model.taught(*crops, masks, teacher_temp=0.1))
+        named: dict[str, Tensor] = model(model.teacher_targets(*crops, masks, teacher_temp=0.1))
         return named
 
     for block in (part for part in model.modules() if isinstance(part, Block)):

@@ -1,6 +1,7 @@
 import re
+from contextlib import nullcontext
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,17 +9,18 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinov2_toolkit.models import linear
-from dinov2_toolkit.models.block import ActivationCheckpointing
+from dinov2_toolkit.models import cpu
+from dinov2_toolkit.models.block import KEPT_OPS, ActivationCheckpointing
+from dinov2_toolkit.models.cpu import GROWTH
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
-from dinov2_toolkit.store.memory import GROWTH
 from dinov2_toolkit.train.config import TrainConfig, resolve
 from dinov2_toolkit.train.engine.build import build_model
 from dinov2_toolkit.train.monitor.estimate import _kept_bytes, crops_of, flop_per_image, memory_bytes
-from dinov2_toolkit.train.objective.micro_batch import Part
+from dinov2_toolkit.train.objective.micro_batch import MicroBatch
 from dinov2_toolkit.train.objective.ssl_model import SSLModel
 from dinov2_toolkit.train.pretrain import pretrain
 
@@ -43,18 +45,18 @@ def settings(*changes: str) -> TrainConfig:
     return resolve(TrainConfig, recipe=None, environment={}, flags={}, assignments=[*SETTINGS, *changes])
 
 
-def step_of(model: SSLModel) -> Part:
+def step_of(model: SSLModel) -> MicroBatch:
     """Eight images with as many masked patches as there are on average: 15 % of 64."""
     masks = torch.zeros(2 * IMAGES, 64, dtype=torch.bool)
     masks[:, :9] = True
     masks[:IMAGES, 9:11] = True
     global_crops, local_crops = torch.randn(2 * IMAGES, 3, 64, 64), torch.randn(4 * IMAGES, 3, 32, 32)
-    return model.taught(global_crops, local_crops, masks, teacher_temp=0.1)
+    return model.teacher_targets(global_crops, local_crops, masks, teacher_temp=0.1)
 
 
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 def test_flop_of_a_step_are_those_that_torch_counts(ffn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "HAS_ONEDNN", False)  # torch counts the products of its own layers
+    monkeypatch.setattr(cpu, "HAS_ONEDNN", False)  # torch counts the products of its own layers
     config = settings(f"ffn={ffn}")
     model = build_model(config).train()
     counter = FlopCounterMode(display=False)
@@ -81,8 +83,19 @@ def test_what_a_block_keeps_is_what_autograd_saves(change: str) -> None:
                 saved[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
+        class KeptByCheckpointing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+            """What selective checkpointing keeps, which autograd does not see."""
+
+            def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                output = op(*args, **(kwargs or {}))
+                if op in KEPT_OPS:
+                    keep(output if isinstance(output, Tensor) else output[0])
+                return output
+
+        is_selective = change.endswith("selective")
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(step)
+            with KeptByCheckpointing() if is_selective else nullcontext():  # type: ignore[no-untyped-call]
+                model(step)
         return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
     def estimated_bytes(depth: int) -> float:
@@ -121,16 +134,16 @@ def test_decoded_images_that_are_kept_count_as_memory(tmp_path: Path, capsys: py
     Image.new("RGB", (1000, 1000)).save(tmp_path / "a.png")
     pq.write_table(pa.table({"uri": ["a.png"] * 10_000}), tmp_path / "images.parquet")
 
-    def foretold_mib(cache_mib: int, steps: int = 1000) -> int:
+    def estimated_mib(cache_mib: int, steps: int = 1000) -> int:
         changed = settings(f"steps={steps}", "batch_size=64", f"cache_mib={cache_mib}")
         pretrain(tmp_path / "images.parquet", str(tmp_path / "a"), changed, Options(dry_run=True))
         found = re.search(r"about ([\d,]+) MiB", capsys.readouterr().err)
         assert found is not None
         return int(found[1].replace(",", ""))
 
-    foretold_mib(0)  # torch loads what stays
-    none = foretold_mib(0)
-    assert foretold_mib(100) - none == pytest.approx(GROWTH * 100, abs=30)
+    estimated_mib(0)  # torch loads what stays
+    none = estimated_mib(0)
+    assert estimated_mib(100) - none == pytest.approx(GROWTH * 100, abs=30)
     decoded_mib = 128 * 128 * 3 / 2**20
-    assert foretold_mib(1024) - none == pytest.approx(GROWTH * 10_000 * decoded_mib, abs=30)  # all are seen
-    assert foretold_mib(1024, steps=100) - none == pytest.approx(GROWTH * 6_400 * decoded_mib, abs=30)
+    assert estimated_mib(1024) - none == pytest.approx(GROWTH * 10_000 * decoded_mib, abs=30)  # all are seen
+    assert estimated_mib(1024, steps=100) - none == pytest.approx(GROWTH * 6_400 * decoded_mib, abs=30)

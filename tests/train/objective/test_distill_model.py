@@ -25,6 +25,7 @@ from dinov2_toolkit.train.config import resolve
 from dinov2_toolkit.train.distill import DistillConfig, build_distill_model, distill, distill_config
 from dinov2_toolkit.train.objective.distill_model import DistillModel
 from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
+from dinov2_toolkit.train.objective.networks import update_teacher
 
 SETTINGS = [
     "arch=vit_tiny",
@@ -79,7 +80,7 @@ def test_a_step_is_the_sum_over_all_pairs_and_all_patches(separate: bool) -> Non
     num_images, num_local = 3, 2
     global_crops, local_crops = torch.randn(2 * num_images, 3, 12, 12), torch.randn(num_local * num_images, 3, 8, 8)
     masks = torch.rand(2 * num_images, 9) < 0.5
-    losses = model(model.taught(global_crops, local_crops, masks, teacher_temp=0.05))
+    losses = model(model.teacher_targets(global_crops, local_crops, masks, teacher_temp=0.05))
 
     student, student_backbone = model.student, model.student["backbone"]
     assert isinstance(student_backbone, VisionTransformer)
@@ -114,7 +115,7 @@ def test_only_the_student_learns_and_its_average_follows() -> None:
     torch.manual_seed(0)
     model = DistillModel(backbone(16), FrozenTeacher(teacher(False))).train()
     losses = model(
-        model.taught(torch.randn(4, 3, 12, 12), None, torch.zeros(4, 9, dtype=torch.bool), teacher_temp=0.05)
+        model.teacher_targets(torch.randn(4, 3, 12, 12), None, torch.zeros(4, 9, dtype=torch.bool), teacher_temp=0.05)
     )
     losses["total"].backward()
     assert all((weight.grad is not None) == weight.requires_grad for weight in model.student.parameters())
@@ -126,7 +127,7 @@ def test_only_the_student_learns_and_its_average_follows() -> None:
     before = model.teacher.get_parameter(name).clone()
     with torch.no_grad():
         model.student.get_parameter(name).add_(1.0)
-    model.update_teacher(0.75)
+    update_teacher(model.teacher, model.student, 0.75)
     torch.testing.assert_close(model.teacher.get_parameter(name), before + 0.25)
 
 
@@ -135,7 +136,7 @@ def test_a_teacher_of_another_patch_size_sees_the_crops_at_the_size_of_the_same_
     frozen = teacher(False)
     model = DistillModel(backbone(16, patch_size=6), FrozenTeacher(frozen)).train()
     crops = torch.randn(4, 3, 18, 18)  # 3 x 3 patches of 6 px for the student, so 12 px for the teacher's of 4 px
-    step = model.taught(crops, None, torch.zeros(4, 9, dtype=torch.bool), teacher_temp=0.05)
+    step = model.teacher_targets(crops, None, torch.zeros(4, 9, dtype=torch.bool), teacher_temp=0.05)
     smaller = torch.nn.functional.interpolate(crops, size=(12, 12), mode="bicubic", antialias=True)
     with torch.no_grad():
         taught = frozen["backbone"].forward_features(smaller)  # type: ignore[operator]
@@ -167,7 +168,7 @@ def test_a_teacher_kept_in_half_precision_answers_bit_for_bit_what_autocast_make
         assert frozen.backbone.patch_embed.proj.weight.dtype == (torch.bfloat16 if half else torch.float32)
         assert frozen.backbone.norm.weight.dtype == torch.float32
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            step = DistillModel(backbone(16), frozen).taught(crops, None, masks, teacher_temp=0.05)
+            step = DistillModel(backbone(16), frozen).teacher_targets(crops, None, masks, teacher_temp=0.05)
         targets.append((step.cls_targets, step.patch_targets))
     assert all(torch.equal(first, second) for first, second in zip(*targets, strict=True))
 
@@ -263,7 +264,7 @@ def test_a_teacher_teaches_the_same_in_whatever_form_it_comes(tmp_path: Path) ->
     def targets(source: Path, objective: str) -> tuple[Tensor, Tensor]:
         assignments = [*SETTINGS, f"objective={objective}"]
         config = resolve(DistillConfig, recipe=None, environment={}, flags={}, assignments=assignments)
-        step = build_distill_model(config, str(source)).taught(crops, None, masks, teacher_temp=0.05)
+        step = build_distill_model(config, str(source)).teacher_targets(crops, None, masks, teacher_temp=0.05)
         return step.cls_targets, step.patch_targets
 
     for objective, sources in {"heads": [checkpoint], "features": [checkpoint, backbone_file, folder]}.items():

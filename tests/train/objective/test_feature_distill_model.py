@@ -21,11 +21,12 @@ from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.train.config import resolve
 from dinov2_toolkit.train.distill import DistillConfig, distill
-from dinov2_toolkit.train.engine.accumulate import backward
-from dinov2_toolkit.train.monitor.metrics import added
-from dinov2_toolkit.train.objective.feature_distill_model import FeatureDistillModel, standardised
+from dinov2_toolkit.train.engine.accumulate import microbatch_backward, sum_outputs
+from dinov2_toolkit.train.objective.feature_distill_model import FeatureDistillModel, standardise
 from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
-from dinov2_toolkit.train.objective.micro_batch import parts
+from dinov2_toolkit.train.objective.micro_batch import split_microbatches
+from dinov2_toolkit.train.objective.networks import backbone_of
+from dinov2_toolkit.train.objective.ssl_model import LossSettings
 
 NUM_IMAGES, NUM_LOCAL = 3, 2
 
@@ -36,7 +37,9 @@ def backbone(embed_dim: int) -> VisionTransformer:
 
 def model_and_crops(koleo_weight: float = 0.1) -> tuple[FeatureDistillModel, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    model = FeatureDistillModel(backbone(16), FrozenTeacher({"backbone": backbone(24)}), koleo_weight=koleo_weight)
+    model = FeatureDistillModel(
+        backbone(16), FrozenTeacher({"backbone": backbone(24)}), LossSettings(koleo_weight=koleo_weight)
+    )
     global_crops = torch.randn(2 * NUM_IMAGES, 3, 12, 12)
     local_crops = torch.randn(NUM_LOCAL * NUM_IMAGES, 3, 8, 8)
     return model.train(), global_crops, local_crops, torch.rand(2 * NUM_IMAGES, 9) < 0.5
@@ -55,13 +58,13 @@ def slow_smooth_l1(first: Tensor, second: Tensor) -> float:
 
 def test_a_step_is_the_sum_over_all_tokens_one_by_one() -> None:
     model, global_crops, local_crops, masks = model_and_crops()
-    losses = model(model.taught(global_crops, local_crops, masks, teacher_temp=0.05))
+    losses = model(model.teacher_targets(global_crops, local_crops, masks, teacher_temp=0.05))
 
-    student, taught = model.backbone, model.frozen.backbone
+    student, teacher = backbone_of(model.student), model.frozen.backbone
     project_cls, project_patch = model.student["cls_projector"], model.student["patch_projector"]
     with torch.no_grad():
         ours = [student.forward_features(crop[None]) for crop in global_crops]
-        theirs = [taught.forward_features(crop[None]) for crop in global_crops]
+        theirs = [teacher.forward_features(crop[None]) for crop in global_crops]
         local = [student.forward_features(crop[None]).cls_token[0] for crop in local_crops]
         cls_targets = slow_standardised([features.cls_token[0] for features in theirs])
         patch_targets = slow_standardised([patch for features in theirs for patch in features.patch_tokens[0]])
@@ -101,23 +104,25 @@ def test_a_step_is_the_sum_over_all_tokens_one_by_one() -> None:
 @pytest.mark.parametrize(("by_view", "num_images"), [(True, 0), (True, 1), (False, 2)])
 def test_the_parts_of_a_step_add_up_to_it(by_view: bool, num_images: int) -> None:
     model, *crops_and_masks = model_and_crops(koleo_weight=0.0)
-    step = model.taught(*crops_and_masks, teacher_temp=0.05)
+    step = model.teacher_targets(*crops_and_masks, teacher_temp=0.05)
     whole = model(step)
-    pieces = added([model(part) for part in parts(step, by_view=by_view, num_images=num_images)])
+    pieces = sum_outputs(
+        [model(part) for part in split_microbatches(step, sequential_views=by_view, num_images=num_images)]
+    )
     for name in ("cls_global", "cls_local", "patch", "total"):
         torch.testing.assert_close(pieces[name], whole[name])
-    at_once = backward(model, step, Tensor.backward, seed=0)
+    at_once = microbatch_backward(model, step, Tensor.backward, seed=0)
     torch.testing.assert_close(at_once["total"], whole["total"].detach())
 
 
 def test_a_channel_that_never_changes_becomes_zero() -> None:
     tokens = torch.tensor([[1.0, 7.0], [3.0, 7.0]])
-    torch.testing.assert_close(standardised(tokens), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+    torch.testing.assert_close(standardise(tokens), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
 
 
 def test_every_weight_of_the_student_learns_and_no_other() -> None:
     model, *crops_and_masks = model_and_crops()
-    model(model.taught(*crops_and_masks, teacher_temp=0.05))["total"].backward()
+    model(model.teacher_targets(*crops_and_masks, teacher_temp=0.05))["total"].backward()
     assert all((weight.grad is not None) == weight.requires_grad for weight in model.student.parameters())
     assert [name for name, weight in model.student.named_parameters() if not weight.requires_grad] == [
         "backbone.mask_token"

@@ -24,7 +24,7 @@ from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.train.config import resolve
 from dinov2_toolkit.train.distill import DistillConfig, distill, distill_config
 from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
-from dinov2_toolkit.train.objective.multi_student import own_figures
+from dinov2_toolkit.train.objective.multi_student import student_figures
 
 SETTINGS = """depth=1 steps=4 batch_size=4 checkpoint_every=2 log_every=1 patch_size=4 global_crop_size_px=12
 local_crop_size_px=8 num_local_crops=1 drop_path=0.0 mixed_precision=no num_workers=0 warmup_steps=1
@@ -135,7 +135,7 @@ def test_own_figures_leave_out_the_other_students_and_the_sum() -> None:
         "vit_tiny_total": 5.0,
         "grad_norm_vit_tiny_backbone": 1.0,
     }
-    assert own_figures(figures, "vit_tiny", ["vit_small", "vit_tiny"]) == {
+    assert student_figures(figures, "vit_tiny", ["vit_small", "vit_tiny"]) == {
         "step": 3.0,
         "total": 5.0,
         "grad_norm_backbone": 1.0,

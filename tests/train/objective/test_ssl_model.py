@@ -6,17 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.models import cpu
 from dinov2_toolkit.models.block import ActivationCheckpointing
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
-from dinov2_toolkit.train.engine.accumulate import backward
+from dinov2_toolkit.train.engine.accumulate import microbatch_backward, sum_outputs
 from dinov2_toolkit.train.monitor.health import teacher_figures
-from dinov2_toolkit.train.monitor.metrics import added
 from dinov2_toolkit.train.objective.distill_model import DistillModel
 from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
 from dinov2_toolkit.train.objective.losses import koleo_loss, sinkhorn_knopp
-from dinov2_toolkit.train.objective.micro_batch import halves, parts
-from dinov2_toolkit.train.objective.ssl_model import Centering, SSLModel
+from dinov2_toolkit.train.objective.micro_batch import split_by_view, split_microbatches
+from dinov2_toolkit.train.objective.networks import update_teacher
+from dinov2_toolkit.train.objective.ssl_model import Centering, LossSettings, SSLModel
 
 NUM_IMAGES, NUM_LOCALS, NUM_PROTOTYPES = 4, 8, 10
 
@@ -44,7 +45,7 @@ def tiny_model(
         ProjectionHead(12, NUM_PROTOTYPES, hidden_dim=16, bottleneck_dim=8),
         ProjectionHead(12, NUM_PROTOTYPES + 3, hidden_dim=16, bottleneck_dim=6) if separate else None,
         centering=centering,
-        koleo_weight=koleo_weight,
+        losses=LossSettings(koleo_weight=koleo_weight),
     )
     for parameter in model.teacher.parameters():  # a teacher unlike the student
         parameter.add_(0.02 * torch.randn_like(parameter))
@@ -74,7 +75,7 @@ def test_the_losses_are_those_of_a_slow_loop_over_crops_and_pairs(separate: bool
     model = tiny_model(separate=separate)
     global_crops, local_crops, masks = crops_and_masks()
     assert local_crops is not None
-    step = model.taught(global_crops, local_crops, masks, teacher_temp=0.06)
+    step = model.teacher_targets(global_crops, local_crops, masks, teacher_temp=0.06)
     losses = model(step) | teacher_figures(step)
 
     patch_head = "ibot_head" if separate else "dino_head"
@@ -134,7 +135,7 @@ def test_the_losses_of_a_uniform_model_start_where_the_paper_says() -> None:
     model = tiny_model()
     for half in (model.student, model.teacher):
         half.get_parameter("dino_head.last_layer.weight_g").data.zero_()
-    losses = model(model.taught(*crops_and_masks(), teacher_temp=0.04))
+    losses = model(model.teacher_targets(*crops_and_masks(), teacher_temp=0.04))
     log_k = math.log(NUM_PROTOTYPES)
     assert losses["dino_local"].item() == pytest.approx(log_k * 16 / 18, rel=1e-5)
     assert losses["dino_global"].item() == pytest.approx(log_k * 2 / 18, rel=1e-5)
@@ -145,7 +146,7 @@ def test_the_losses_of_a_uniform_model_start_where_the_paper_says() -> None:
 @pytest.mark.parametrize("num_locals", [0, 1, 3])
 def test_every_student_weight_gets_a_gradient_and_no_teacher_weight(num_locals: int, separate: bool) -> None:
     model = tiny_model(separate=separate, drop_path=0.3)
-    losses = model(model.taught(*crops_and_masks(num_locals), teacher_temp=0.05))
+    losses = model(model.teacher_targets(*crops_and_masks(num_locals), teacher_temp=0.05))
     losses["total"].backward()
     assert all(parameter.grad is not None for parameter in model.student.parameters())
     assert all(parameter.grad is None for parameter in model.teacher.parameters())
@@ -156,7 +157,7 @@ def test_every_student_weight_gets_a_gradient_and_no_teacher_weight(num_locals: 
 def test_without_any_mask_every_weight_still_gets_a_gradient() -> None:
     model = tiny_model(separate=True)
     global_crops, local_crops, masks = crops_and_masks()
-    losses = model(model.taught(global_crops, local_crops, torch.zeros_like(masks), teacher_temp=0.05))
+    losses = model(model.teacher_targets(global_crops, local_crops, torch.zeros_like(masks), teacher_temp=0.05))
     losses["total"].backward()
     assert losses["ibot"].item() == 0
     assert all(parameter.grad is not None for parameter in model.student.parameters())
@@ -170,7 +171,7 @@ def test_the_teacher_starts_as_the_student_and_follows_it() -> None:
     assert students.keys() == teachers.keys()
     assert all(torch.equal(students[name], teachers[name]) for name in students)
     before = {name: tensor.clone() for name, tensor in model.teacher.state_dict().items()}
-    model.update_teacher(0.9)
+    update_teacher(model.teacher, model.student, 0.9)
     for name, tensor in model.teacher.state_dict().items():
         torch.testing.assert_close(tensor, 0.9 * before[name] + 0.1 * model.student.state_dict()[name])
 
@@ -182,10 +183,10 @@ def test_the_teacher_stays_in_evaluation_mode() -> None:
 
 def test_centers_move_only_while_training() -> None:
     model = tiny_model(separate=True, centering="softmax_center")
-    model.eval().taught(*crops_and_masks(), teacher_temp=0.05)
+    model.eval().teacher_targets(*crops_and_masks(), teacher_temp=0.05)
     assert not model.dino_center.any() and not model.ibot_center.any()
     global_crops, local_crops, masks = crops_and_masks()
-    figures = teacher_figures(model.train().taught(global_crops, local_crops, masks, teacher_temp=0.05))
+    figures = teacher_figures(model.train().teacher_targets(global_crops, local_crops, masks, teacher_temp=0.05))
     teacher = plain_dict(model.teacher)
     with torch.no_grad():
         features = teacher["backbone"].forward_features(global_crops)
@@ -202,16 +203,16 @@ def test_koleo_needs_two_images_unless_it_is_off() -> None:
     crops = global_crops[[0, NUM_IMAGES]], None, masks[[0, NUM_IMAGES]]
     model, without = tiny_model(), tiny_model(koleo_weight=0.0)
     with pytest.raises(ToolkitError, match="KoLeo needs at least 2 images"):
-        model(model.taught(*crops, teacher_temp=0.05))
-    losses = without(without.taught(*crops, teacher_temp=0.05))
+        model(model.teacher_targets(*crops, teacher_temp=0.05))
+    losses = without(without.teacher_targets(*crops, teacher_temp=0.05))
     assert losses["koleo"].item() == 0 and losses["total"].isfinite()
 
 
 def test_autocast_changes_little_and_losses_stay_in_float32() -> None:
     model = tiny_model()
-    exact = model(model.taught(*crops_and_masks(), teacher_temp=0.07))
+    exact = model(model.teacher_targets(*crops_and_masks(), teacher_temp=0.07))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = model(model.taught(*crops_and_masks(), teacher_temp=0.07))
+        rough = model(model.teacher_targets(*crops_and_masks(), teacher_temp=0.07))
     for name in ("dino_local", "dino_global", "ibot", "koleo", "total"):
         assert rough[name].dtype == torch.float32
         assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.05, abs=0.02)
@@ -227,14 +228,14 @@ def tiny_distill_model() -> DistillModel:
 def losses_and_gradients(
     model: SSLModel | DistillModel, num_locals: int, *, by_view: bool, num_images: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-    step = model.taught(*crops_and_masks(num_locals), teacher_temp=0.05)
+    step = model.teacher_targets(*crops_and_masks(num_locals), teacher_temp=0.05)
     outputs = []
-    for part in parts(step, by_view=by_view, num_images=num_images):
+    for part in split_microbatches(step, sequential_views=by_view, num_images=num_images):
         outputs.append(model(part))
         outputs[-1]["total"].backward()
     gradients = {name: weight.grad for name, weight in model.student.named_parameters() if weight.grad is not None}
     model.zero_grad()
-    return {name: value.detach() for name, value in added(outputs).items()}, gradients, len(outputs)
+    return {name: value.detach() for name, value in sum_outputs(outputs).items()}, gradients, len(outputs)
 
 
 @pytest.mark.parametrize("num_locals", [0, 1, NUM_LOCALS])
@@ -254,7 +255,9 @@ def test_views_one_after_the_other_add_up_to_the_packed_pass(kind: str, num_loca
 def in_halves(
     model: SSLModel | DistillModel, num_locals: int, seed: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    losses = backward(model, model.taught(*crops_and_masks(num_locals), teacher_temp=0.05), Tensor.backward, seed)
+    losses = microbatch_backward(
+        model, model.teacher_targets(*crops_and_masks(num_locals), teacher_temp=0.05), Tensor.backward, seed
+    )
     gradients = {name: weight.grad for name, weight in model.student.named_parameters() if weight.grad is not None}
     model.zero_grad()
     return losses, gradients
@@ -278,6 +281,19 @@ def test_halves_at_once_add_up_to_the_packed_pass(kind: str, num_locals: int, nu
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_is_the_same_without_the_paths_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(separate=True)
+    (losses, gradients), counts = in_halves(model, NUM_LOCALS), []
+    monkeypatch.setattr(cpu, "ENABLED", False)
+    monkeypatch.setattr(cpu, "in_threads", lambda *_: counts.append(1))
+    plain, plain_gradients = in_halves(model, NUM_LOCALS)
+    assert counts == [] and plain.keys() == losses.keys() and plain_gradients.keys() == gradients.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(losses[name], value)
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_what_stochastic_depth_draws_in_halves_is_a_matter_of_the_seed_alone() -> None:
     model = tiny_model(drop_path=0.5)
     (first, gradients), (again, same), (other, _) = (in_halves(model, NUM_LOCALS, seed) for seed in (3, 3, 4))
@@ -294,14 +310,17 @@ def test_what_stochastic_depth_draws_in_halves_is_a_matter_of_the_seed_alone() -
 
 def test_halves_have_a_view_each_and_share_the_local_crops() -> None:
     model = tiny_model()
-    step = model.taught(*crops_and_masks(3), teacher_temp=0.05)
-    first, second = halves(step, 0)
+    step = model.teacher_targets(*crops_and_masks(3), teacher_temp=0.05)
+    first, second = split_by_view(step, 0)
     assert step.local_crops is not None and first.local_crops is not None and second.local_crops is not None
     assert torch.equal(torch.cat([first.global_crops, second.global_crops]), step.global_crops)
     assert torch.equal(torch.cat([first.local_crops, second.local_crops]), step.local_crops)
     assert torch.equal(torch.cat([first.patch_targets, second.patch_targets]), step.patch_targets)
     assert len(first.local_crops) == 2 * NUM_IMAGES
-    assert all(half.local_crops is None for half in halves(model.taught(*crops_and_masks(0), teacher_temp=0.05), 0))
+    assert all(
+        half.local_crops is None
+        for half in split_by_view(model.teacher_targets(*crops_and_masks(0), teacher_temp=0.05), 0)
+    )
 
 
 @pytest.mark.parametrize("by_view", [False, True])
@@ -319,9 +338,12 @@ def test_without_koleo_images_in_turn_add_up_too(num_images: int, by_view: bool)
 
 def test_koleo_compares_the_images_of_a_micro_batch() -> None:
     model = tiny_model()
-    step = model.taught(*crops_and_masks(), teacher_temp=0.05)
-    halves = [model(part)["koleo"] for part in parts(step, by_view=False, num_images=2)]
-    alone = [model(part)["koleo"] / part.share for part in parts(step, by_view=False, num_images=2)]
+    step = model.teacher_targets(*crops_and_masks(), teacher_temp=0.05)
+    halves = [model(part)["koleo"] for part in split_microbatches(step, sequential_views=False, num_images=2)]
+    alone = [
+        model(part)["koleo"] / part.loss_weight
+        for part in split_microbatches(step, sequential_views=False, num_images=2)
+    ]
     torch.testing.assert_close(torch.stack(halves).sum(), torch.stack(alone).mean())
     assert not torch.allclose(torch.stack(halves).sum(), model(step)["koleo"])
 
