@@ -94,7 +94,7 @@ def main() -> None:
     ]
     notes = (
         f"Medians of {args.repeats} runs in turn. Ratios are to the better FAISS call. The toolkit's answer is exact"
-        f" (settled in float64, ties by order); FAISS, in float32, has {shared:.5f} of the same neighbours."
+        f" (ranked in float64, ties by order); FAISS, in float32, has {shared:.5f} of the same neighbours."
     )
     header = ("", "wall s", "ratio", "CPU s", "ratio", "peak MB", "of which search")
     write_result(

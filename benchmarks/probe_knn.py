@@ -3,7 +3,7 @@
     python benchmarks/probe_knn.py --repeats 3
 
 The command `dinov2 evaluate probe` runs as a user runs it, in a process of its own, from two manifests: start-up,
-reading, search, exact settling, votes for k = 10, 20, 100 and 200, intervals and the scores file. The yardstick is
+reading, search, exact reranking, votes for k = 10, 20, 100 and 200, intervals and the scores file. The yardstick is
 `faiss.knn` on the same vectors, already of unit length and in memory, for 200 neighbours: what any exact k-NN must do
 at least. Both in turn, again and again; the medians count. Then the accuracies are compared with a brute force in
 numpy, float64, on the whole set. Prints a table; --output writes it as Markdown. Ends with one JSON line.

@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py --rows 3000000 --memory 3GB --folder out/3m
 
-Pool and 10,000 queries are made by synthetic.py. A folder that is given again goes on where it stopped; of a step that
-was interrupted only the last part is in the table.
+Pool and 10,000 queries are made by synthetic.py. A stopped run resumes in its folder; of a step that was
+interrupted, only the last part is in the table.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The self-join that `curate dedup` rests on against FAISS's inverted file at its best setting.
+"""The self-join of `curate dedup` against FAISS's inverted file at its best setting.
 
     python benchmarks/self_join.py [--rows 1000000] [--exact]
 
 Both build what they search in (cells, lists) and find the pairs above 0.86 among clustered vectors with a long tail and
 planted near-duplicates; recall is that of the planted pairs above the threshold. FAISS: IVF-Flat by inner product,
-trained on 32 rows a list and 6 iterations as our cells are, range search; number of lists and of lists visited are the
+trained on 32 rows a list and 6 iterations as our cells are, range search; the numbers of lists and probes are the
 quickest that reach the recall on a sample of the queries. Each runs in a process of its own.
 """
 
@@ -117,7 +117,7 @@ def by_faiss(path: Path, setting: str) -> dict[str, object]:
             with measured() as searching:
                 found = share_found(index, unit, sample, (copies[some], sources[some]))
             total = building.cpu_s + searching.cpu_s * len(unit) / len(sample)
-            console.say(f"{num_lists} lists, {num_probes} visited: recall {found:.4f}, {total:.0f} CPU s expected")
+            console.say(f"{num_lists} lists, {num_probes} probes: recall {found:.4f}, {total:.0f} CPU s expected")
             if found >= RECALL:
                 best = min(best, (total, f"{num_lists},{num_probes}"))
                 break
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--setting", default="choose", metavar="LISTS,VISITED", help="FAISS's; default: the quickest")
+    parser.add_argument("--setting", default="choose", metavar="LISTS,PROBES", help="FAISS's; default: the quickest")
     parser.add_argument("--exact", action="store_true", help="also the exact mode, --recall 1")
     parser.add_argument("--manifest", type=Path, help="use this manifest of synthetic.py")
     parser.add_argument("--one", nargs=2, metavar=("CONTESTANT", "SETTING"), help="run one and print JSON")
@@ -177,7 +177,7 @@ def main() -> None:
 
     rows = [row("toolkit, --recall 0.99", best["toolkit"])]
     rows += [row("toolkit, --recall 1", part) for part in exact]
-    rows += [row(f"FAISS IVF-Flat, lists and visited {setting}", best["faiss"])]
+    rows += [row(f"FAISS IVF-Flat, lists and probes {setting}", best["faiss"])]
     header = (
         "",
         "wall s",

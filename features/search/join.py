@@ -64,38 +64,15 @@ def components_above(
         _join(graph, vectors, threshold, exact_batches(num), mapped=(vectors.array,))
         return Components(graph.components(), graph.degree, 1.0)
 
-    cells = open_cells(vectors, search.seed)
-    by_cell = cells.vectors(vectors)
-    once: Once | None = None
-    if search.recall >= 1:
-        radius, recall = np.inf, 1.0
-        bounded = bounded_batches(by_cell, cells, threshold)
-        how = "all with all" if bounded is None else "all that bounds do not exclude"
-        console.say(f"{num:,} vectors, {products:.1e} products: comparing {how}, as --recall 1 asks")
-        batches = exact_batches(num) if bounded is None else bounded
-    else:
-        radius, recall = probe_radius(by_cell, cells, threshold, search)
-        if recall < search.recall:
-            console.say(f"{cells.nearest.shape[1]} cells a vector hold {recall:.4f} of the pairs: probing more")
-            cells = open_cells(vectors, search.seed, MORE)
-            by_cell = cells.vectors(vectors)
-            radius, recall = probe_radius(by_cell, cells, threshold, search)
-        console.say(
-            f"comparing {num:,} vectors cell by cell, for all with all would be {products:.1e} products: measured on a"
-            f" sample, this finds {recall:.4f} of the pairs above {threshold:.4g} (--recall {search.recall:g})"
-        )
-        if recall < search.recall:
-            console.warn(
-                f"--recall {search.recall:g} is not reached, {recall:.4f} is the most; --recall 1 compares all"
-            )
-        batches = probe_batches(cells, radius)
-        once = _once(cells, radius)
+    plan = _plan(vectors, threshold, search)
+    cells = plan.cells
     graph = Graph(weights[cells.ids], enough)
-    key = cells_key(vectors, search.seed, cells.nearest.shape[1])
     weights_key = hashlib.blake2b(weights.tobytes(), digest_size=16).hexdigest()
-    details = key, weights_key, threshold, enough, search.recall >= 1, radius
+    details = cells_key(vectors, search.seed, cells.nearest.shape[1]), weights_key, threshold, enough, plan.radius
     progress = Progress(Provenance("graph", "join", {}, search.seed), *details)
-    _join(graph, by_cell, threshold, batches, (by_cell.array, cells.nearest, cells.gaps), once, progress)
+    by_cell = cells.vectors(vectors)
+    mapped = by_cell.array, cells.nearest, cells.gaps
+    _join(graph, by_cell, threshold, plan.batches, mapped, plan.once, progress)
 
     smallest = np.full(num, num)
     components = graph.components()
@@ -103,7 +80,41 @@ def components_above(
     labels, degree = np.empty(num, np.int64), np.empty(num, np.int64)
     labels[cells.ids] = smallest[components]
     degree[cells.ids] = graph.degree
-    return Components(labels, degree, recall)
+    return Components(labels, degree, plan.recall)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a join cell by cell compares."""
+
+    cells: Cells
+    batches: list[Iterator[Task]]
+    recall: float = 1.0
+    radius: float = np.inf
+    once: Once | None = None
+
+
+def _plan(vectors: Vectors, threshold: float, search: SearchSettings) -> Plan:
+    """Return what compares all pairs that bounds do not exclude, or those in cells within a measured radius."""
+    size = f"{len(vectors):,} vectors, {len(vectors) ** 2 * vectors.dim:.1e} products if all are compared"
+    cells = open_cells(vectors, search.seed)
+    if search.recall >= 1:
+        bounded = bounded_batches(cells.vectors(vectors), cells, threshold)
+        how = "all with all" if bounded is None else "all that bounds do not exclude"
+        console.say(f"{size}: comparing {how}, as --recall 1 asks")
+        return Plan(cells, exact_batches(len(vectors)) if bounded is None else bounded)
+    radius, recall = probe_radius(cells.vectors(vectors), cells, threshold, search)
+    if recall < search.recall:
+        console.say(f"{cells.nearest.shape[1]} cells a vector hold {recall:.4f} of the pairs: probing more")
+        cells = open_cells(vectors, search.seed, MORE)
+        radius, recall = probe_radius(cells.vectors(vectors), cells, threshold, search)
+    console.say(
+        f"{size}: comparing cell by cell. Measured on a sample, this finds {recall:.4f} of the pairs above"
+        f" {threshold:.4g} (--recall {search.recall:g})"
+    )
+    if recall < search.recall:
+        console.warn(f"--recall {search.recall:g} is not reached, {recall:.4f} is the most; --recall 1 compares all")
+    return Plan(cells, probe_batches(cells, radius), recall, radius, _once(cells, radius))
 
 
 def exact_batches(num: int) -> list[Iterator[Task]]:

@@ -27,14 +27,14 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_one_process_is_a_group_of_its_own() -> None:
+def test_one_process_is_a_group_by_itself() -> None:
     group = join_group()
     assert not is_launched(os.environ) and (group.rank, group.count, local_count()) == (0, 1, 1)
     assert group.decide(lambda: True) and not group.decide(lambda: False)
     group.wait()
 
 
-def test_an_error_of_the_first_process_is_its_own() -> None:
+def test_an_error_of_the_first_process_is_raised_there() -> None:
     def fail() -> bool:
         raise ToolkitError("no")
 
@@ -64,14 +64,14 @@ def test_every_process_runs_the_same_command_with_its_rank(program: Path, tmp_pa
     assert (tmp_path / "rank-2").read_text() == "argument"
 
 
-def test_where_one_fails_the_others_are_stopped(program: Path) -> None:
+def test_when_one_process_fails_the_others_are_stopped(program: Path) -> None:
     program.write_text(HEAD + "time.sleep(60) if rank == 0 else sys.exit(3)\n")
     with pytest.raises(SystemExit) as end:
         launch(2)
     assert end.value.code == 3
 
 
-def test_a_signal_reaches_all_of_them_and_their_code_comes_back(program: Path) -> None:
+def test_a_signal_reaches_all_processes_and_their_exit_code_is_returned(program: Path) -> None:
     wait = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
     program.write_text(HEAD + wait + "os.kill(os.getppid(), signal.SIGTERM) if rank == 1 else None\ntime.sleep(60)\n")
     program.write_text(program.read_text().replace("os.kill(os.getppid()", "time.sleep(1) or os.kill(os.getppid()"))
@@ -88,7 +88,9 @@ def test_a_signal_to_processes_with_nothing_to_save_is_an_interruption(program: 
         launch(2)
 
 
-def test_what_does_not_end_though_another_has_failed_is_killed(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_does_not_end_after_another_failed_is_killed(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "KILL_AFTER_S", 0.5)
     ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN) if rank == 0 else time.sleep(1) or sys.exit(3)\n"
     program.write_text(HEAD + ignore + "time.sleep(60)\n")

@@ -21,7 +21,7 @@ def test_cores_are_those_asked_for_or_all_that_may_be_used(monkeypatch: pytest.M
         assert num_cores() == len(os.sched_getaffinity(0))
 
 
-def test_there_is_a_thread_a_core_though_torch_computes_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_one_thread_a_core_while_torch_computes_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     before = torch.get_num_threads(), faiss.omp_get_max_threads()
     meeting = threading.Barrier(3, timeout=30)  # passes only where three threads wait at the same time

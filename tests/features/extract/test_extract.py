@@ -86,7 +86,7 @@ def test_features_are_the_class_token_of_each_image_by_itself(uris: list[str], i
         torch.testing.assert_close(features, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_batches_are_full_in_order_and_tell_failures_where_they_occur(uris: list[str]) -> None:
+def test_batches_are_full_in_order_and_report_failures_where_they_occur(uris: list[str]) -> None:
     batches = list(load_batches(uris, tiny_model().preprocess, batch_size=8, num_workers=4))
     assert [len(batch.indices) for batch in batches] == [8, 8, 8, 3]
     assert [index for batch in batches for index in batch.indices] == [n for n in range(30) if n % 10 != 9]
@@ -103,7 +103,7 @@ def test_the_number_of_threads_changes_nothing(uris: list[str]) -> None:
     assert all(torch.equal(left, right) for left, right in zip(single, several, strict=True))
 
 
-def test_failures_alone_are_told_too(uris: list[str]) -> None:
+def test_a_batch_may_hold_only_failures(uris: list[str]) -> None:
     (batch,) = extract(pixels_model(), [uris[9], "/nowhere"], batch_size=8, num_workers=2)
     assert batch.features.shape == (0, 768)
     assert batch.failures == [(0, "not an image of a known format"), (1, "no such file")]

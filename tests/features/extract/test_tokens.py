@@ -51,7 +51,7 @@ def extracted(model: FeatureModel, path: Path) -> tuple[torch.Tensor, list[torch
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("tokens", ["cls", "mean", "cls+mean", "patches"])
-def test_every_choice_is_what_its_blocks_say(picture: Path, tokens: Tokens, layers: int) -> None:
+def test_every_choice_equals_the_tokens_of_its_blocks(picture: Path, tokens: Tokens, layers: int) -> None:
     plain = model()
     chosen = with_choice(plain, TokenChoice(tokens, layers))
     vector, patches = extracted(chosen, picture)

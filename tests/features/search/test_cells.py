@@ -90,7 +90,7 @@ def test_cells_are_kept_for_the_next_search_of_the_same_vectors(monkeypatch: pyt
         open_cells(pool, 0)
 
 
-def test_a_row_knows_more_cells_where_there_are_more() -> None:
+def test_more_cells_mean_more_nearest_cells_of_a_row() -> None:
     assert [cells.usual_nearest(num) for num in (1, 3_906, 39_062, 555_000)] == [16, 16, 34, 82]
 
 
@@ -105,7 +105,7 @@ def test_cells_that_were_not_finished_leave_nothing_behind(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("k", [1, 10])
-def test_all_neighbours_are_found_where_the_sample_asks_for_all(k: int) -> None:
+def test_a_recall_of_nearly_one_finds_all_neighbours(k: int) -> None:
     queries, pool = in_memory(drawn(200, 6)), in_memory(drawn(3_000, 7))
     order = np.random.default_rng(8).permutation(3_000)
     found = by_cells(queries, pool, k, order)
@@ -143,7 +143,7 @@ def test_zero_vectors_and_a_k_beyond_the_pool() -> None:
     assert_same(by_cells(queries, pool, 1_000, order), exactly(queries, pool, 1_000, order))
 
 
-def test_threads_and_blocks_of_queries_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_blocks_of_queries_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, pool = in_memory(drawn(500, 14)), in_memory(drawn(3_000, 15))
     found = []
     for threads, rows in ((1, 65_536), (2, 100), (3, 65_536)):

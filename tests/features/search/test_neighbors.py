@@ -128,7 +128,9 @@ def test_vectors_among_themselves_are_multiplied_once(
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("block_bytes", [1 << 16, 1 << 18])
-def test_blocks_and_threads_do_not_show(threads: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_and_threads_do_not_change_the_result(
+    threads: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     array = drawn(1_500, 12, 10)
     array[1_000:1_200] = array[3]
     vectors = as_vectors(array)
