@@ -1,9 +1,7 @@
-"""What the last block looks at: attention of the class token, head by head, and of the registers.
+"""Attention of the last block: of the class token, head by head, and of the registers.
 
 Shapes: C channels, H and W pixels, N patch tokens, R register tokens, n = 1 + R + N tokens, D embed_dim.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,65 +9,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import console
-from ..errors import ToolkitError
-from ..features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
+from ..features.sheet import Tile, draw_sheet
 from ..models.block import Block
 from ..models.vit import VisionTransformer
 from ..store.artifact import Options, Result
-from ..store.manifest import Provenance
 from ..store.pixels import Picture, as_image
-from .whole import Viewer, open_images, open_viewer
+from .pictures import Drawn, PatchModel, PictureSettings, draw_images
 
 HEAT = np.array([(12, 8, 38), (106, 23, 110), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # from none to most
-
-BRIGHTEST = 0.98  # of a map's values the quantile that is shown as most, for single patches may draw most of it
-
-
-@dataclass(frozen=True)
-class AttentionSettings:
-    """What `dinov2 evaluate attention` can be told, beside the options that all commands share."""
-
-    model: str | None = None
-    image_size: int | None = None  # short side in pixels; None: the model's own, or 8 patches
-    null: bool = False  # names on stdin end in NUL
+BRIGHTEST = 0.98  # quantile of a map that is shown as most, for single patches may draw most of it
 
 
-def draw_attention(arguments: list[str], output: str, settings: AttentionSettings, options: Options) -> Result | None:
+def draw_attention(arguments: list[str], output: str, settings: PictureSettings, options: Options) -> Result | None:
     """Draw images and, beside each, where the class token and the registers look; return None after a dry run.
 
     Raises ToolkitError when no image can be read, the model has no patch tokens, or the size does not suit it.
     """
-    path = check_picture_name(output)
-    images = open_images(arguments, str(path.absolute()), null=settings.null, limit=options.limit)
-    viewer = open_viewer(settings.model, settings.image_size, options.seed)
-    provenance = Provenance(
-        kind="picture",
-        command="evaluate attention",
-        parameters={"image_size": viewer.side_px, "limit": options.limit},
-        seed=options.seed,
-        inputs=(*images.inputs, viewer.source),
-    )
-    if is_picture_up_to_date(path, provenance, options):
-        return None if options.dry_run else Result(output)
-    if options.dry_run:
-        console.say(f"would draw the attention on {len(images.named)} images at {viewer.side_px} px to {path}")
-        return None
+    return draw_images("attention", arguments, output, settings, options, what="the attention on", draw=_draw)
 
-    rows = []
-    for uri, caption in images.named:
-        picture = viewer.read(uri)
-        if picture is not None:
-            rows.append([[Tile(as_image(picture), caption)], *_maps(viewer, picture)])
-    if not rows:
-        raise ToolkitError(f"none of the {len(images.named)} images can be read; name others")
-    title = f"Attention in the last block: {viewer.name}, {viewer.side_px} px"
+
+def _draw(model: PatchModel, pictures: list[Picture], captions: list[str]) -> Drawn:
+    rows = [
+        [[Tile(as_image(picture), caption)], *_maps(model, picture)]
+        for picture, caption in zip(pictures, captions, strict=True)
+    ]
     note = "of the class token to the patches, mean and head by head"
-    if viewer.backbone.num_register_tokens:
+    if model.backbone.num_register_tokens:
         note += "; then of each register, mean of the heads"
     note += f"; each map from none to its own {BRIGHTEST:.0%} quantile"
-    write_picture(draw_sheet(rows, title=title, note=note), path, provenance)
-    return Result(output, {"images": len(rows), "heads": viewer.backbone.num_heads})
+    picture = draw_sheet(rows, title=f"Attention in the last block: {model.title}", note=note)
+    return picture, {"images": len(rows), "heads": model.backbone.num_heads}
 
 
 def last_attention(backbone: VisionTransformer, images: Tensor) -> Tensor:
@@ -90,16 +59,16 @@ def last_attention(backbone: VisionTransformer, images: Tensor) -> Tensor:
     return torch.softmax(query @ key.transpose(2, 3) / key.shape[3] ** 0.5, dim=3)
 
 
-def _maps(viewer: Viewer, picture: Picture) -> list[list[Tile]]:
-    """Return the maps of one picture: of the class token, and of the registers where there are any."""
+def _maps(model: PatchModel, picture: Picture) -> list[list[Tile]]:
+    """Return the maps of one image: of the class token, and of the registers where there are any."""
     with torch.inference_mode():
-        attention = last_attention(viewer.backbone, viewer.normalised(picture))[0].float().cpu().numpy()
-    grid = viewer.grid(picture)
+        attention = last_attention(model.backbone, model.normalised(picture))[0].float().cpu().numpy()
     first_patch = attention.shape[1]
-    to_patches = attention[:, :, first_patch:].reshape(*attention.shape[:2], *grid)  # (heads, 1 + R, h, w)
-    heads = [Tile(heat(of_head, picture.size), f"head {number}") for number, of_head in enumerate(to_patches[:, 0], 1)]
+    # (heads, 1 + R, n) -> (heads, 1 + R, h, w)
+    to_patches = attention[:, :, first_patch:].reshape(*attention.shape[:2], *model.grid(picture))
     mean = to_patches.mean(axis=0)
-    registers = [Tile(heat(of, picture.size), f"register {number}") for number, of in enumerate(mean[1:], 1)]
+    heads = [Tile(heat(each, picture.size), f"head {number}") for number, each in enumerate(to_patches[:, 0], 1)]
+    registers = [Tile(heat(each, picture.size), f"register {number}") for number, each in enumerate(mean[1:], 1)]
     groups = [[Tile(heat(mean[0], picture.size), "class token"), *heads], registers]
     return [group for group in groups if group]
 

@@ -125,9 +125,10 @@ def pca(
     shared: "Options",
 ) -> "Result | None":
     """Draw what the patch features of several images have in common: principal components as colours."""
-    from .pca import PcaSettings, draw_pca
+    from .pca import draw_pca
+    from .pictures import PictureSettings
 
-    return draw_pca(images, output, PcaSettings(model, image_size, null), shared)
+    return draw_pca(images, output, PictureSettings(model, image_size, null), shared)
 
 
 @app.command()
@@ -142,9 +143,10 @@ def attention(
     shared: "Options",
 ) -> "Result | None":
     """Draw where the class token looks, head by head, and the registers: attention maps of the last block."""
-    from .attention import AttentionSettings, draw_attention
+    from .attention import draw_attention
+    from .pictures import PictureSettings
 
-    return draw_attention(images, output, AttentionSettings(model, image_size, null), shared)
+    return draw_attention(images, output, PictureSettings(model, image_size, null), shared)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Patches that find each other in two images, drawn as lines.
+"""Patches of two images that are each other's nearest, drawn as lines.
 
 Shapes: N patch tokens of an image, D embed_dim, M matches.
 """
@@ -7,29 +7,17 @@ import colorsys
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .. import console
 from ..errors import ToolkitError
-from ..features.sheet import (
-    CAPTION_PX,
-    FAINT,
-    INK,
-    MARGIN_PX,
-    PAPER,
-    TITLE_PX,
-    check_picture_name,
-    is_picture_up_to_date,
-    write_picture,
-)
+from ..features.sheet import MARGIN_PX, check_picture_name, titled_sheet
 from ..store.artifact import Options, Result
 from ..store.manifest import Provenance
-from ..store.pixels import as_image
+from ..store.pixels import Picture, as_image
 from .pca import find_foreground
-from .whole import open_images, open_viewer
+from .pictures import Drawn, PatchModel, make_picture, open_images, open_patch_model
 
-HEIGHT_PX, BETWEEN_PX = 420, 48  # of the pictures as they are drawn
+HEIGHT_PX, BETWEEN_PX = 420, 48  # of the images as they are drawn
 DOT_PX = 4
 HUE_STEP = 0.618  # of the golden section: neighbours in the list get hues far apart
 
@@ -58,46 +46,31 @@ def draw_match(left: str, right: str, output: str, settings: MatchSettings, opti
 
     Raises ToolkitError when an image cannot be read, the model has no patch tokens, or the size does not suit it.
     """
-    path = check_picture_name(output)
-    both = [open_images([name], str(path.absolute()), limit=1) for name in (left, right)]
+    own = str(check_picture_name(output).absolute())
+    both = [open_images([name], own, limit=1) for name in (left, right)]
     for name, images in zip((left, right), both, strict=True):
         if not images.named:
             raise ToolkitError(f"{name} names no image; give two images")
-    viewer = open_viewer(settings.model, settings.image_size, options.seed)
+    model = open_patch_model(settings.model, settings.image_size, options.seed)
     provenance = Provenance(
         kind="picture",
         command="evaluate match",
-        parameters={"image_size": viewer.side_px, "matches": settings.num_matches},
+        parameters={"image_size": model.side_px, "matches": settings.num_matches},
         seed=options.seed,
-        inputs=(*both[0].inputs, *both[1].inputs, viewer.source),
+        inputs=(*both[0].inputs, *both[1].inputs, model.model.source),
     )
-    if is_picture_up_to_date(path, provenance, options):
-        return None if options.dry_run else Result(output)
-    if options.dry_run:
-        console.say(f"would draw up to {settings.num_matches} matches at {viewer.side_px} px to {path}")
-        return None
 
-    pictures = []
-    for images in both:
-        uri, _ = images.named[0]
-        picture = viewer.read(uri)
-        if picture is None:
-            raise ToolkitError(f"{uri} cannot be read; give two images")
-        pictures.append(picture)
-    grids = [viewer.grid(picture) for picture in pictures]
-    tokens = [viewer.patch_tokens(picture) for picture in pictures]
-    matches = match_patches(tokens[0], tokens[1], grids, settings.num_matches)
-    middles = [
-        [divmod(number, grid[1]) for number in numbers.tolist()]
-        for numbers, grid in zip((matches.left, matches.right), grids, strict=True)
-    ]
-    title = f"Patches that find each other: {viewer.name}, {viewer.side_px} px"
-    note = f"the best {len(matches.left)} of {matches.num_mutual} mutual nearest neighbours by cosine"
-    if len(matches.left):
-        best, last = float(matches.similarities.max()), float(matches.similarities.min())
-        note += f", {best:.3f} to {last:.3f}"
-    write_picture(_draw([as_image(picture) for picture in pictures], grids, middles, title, note), path, provenance)
-    return Result(output, {"matches": len(matches.left), "mutual": matches.num_mutual})
+    def drawn() -> Drawn:
+        pictures = []
+        for images in both:
+            uri, _ = images.named[0]
+            if (picture := model.read(uri)) is None:
+                raise ToolkitError(f"{uri} cannot be read; give two images")
+            pictures.append(picture)
+        return _draw(model, pictures, settings.num_matches)
+
+    described = f"up to {settings.num_matches} matches at {model.side_px} px"
+    return make_picture(output, provenance, options, described=described, draw=drawn)
 
 
 def match_patches(left: Tensor, right: Tensor, grids: list[tuple[int, int]], num_matches: int) -> Matches:
@@ -122,39 +95,34 @@ def match_patches(left: Tensor, right: Tensor, grids: list[tuple[int, int]], num
     return Matches(mutual[best], partner[best], similarity[best], len(mutual))
 
 
-def _draw(
-    pictures: list[Image.Image],
-    grids: list[tuple[int, int]],
-    middles: list[list[tuple[int, int]]],
-    title: str,
-    note: str,
-) -> Image.Image:
-    """Return both pictures under a title, with a line between the middles of each pair of patches (down, across)."""
+def _draw(model: PatchModel, pictures: list[Picture], num_matches: int) -> Drawn:
+    grids = [model.grid(picture) for picture in pictures]
+    left, right = (model.patch_tokens(picture) for picture in pictures)
+    matches = match_patches(left, right, grids, num_matches)
+    note = f"the best {len(matches.left)} of {matches.num_mutual} mutual nearest neighbours by cosine"
+    if len(matches.left):
+        note += f", {float(matches.similarities.max()):.3f} to {float(matches.similarities.min()):.3f}"
+
     shown = [
-        picture.convert("RGB").resize((max(1, round(picture.width * HEIGHT_PX / picture.height)), HEIGHT_PX))
-        for picture in pictures
+        image.convert("RGB").resize((max(1, round(image.width * HEIGHT_PX / image.height)), HEIGHT_PX))
+        for image in map(as_image, pictures)
     ]
-    fonts = ImageFont.load_default(TITLE_PX), ImageFont.load_default(CAPTION_PX)
-    head_px = MARGIN_PX + 2 * TITLE_PX + 2 * CAPTION_PX
+    width = shown[0].width + BETWEEN_PX + shown[1].width
+    sheet, pen, top = titled_sheet(f"Mutual nearest patches: {model.title}", note, width, HEIGHT_PX)
     lefts = [MARGIN_PX, MARGIN_PX + shown[0].width + BETWEEN_PX]
-    text_px = round(max(fonts[0].getlength(title), fonts[1].getlength(note)))
-    width = max(lefts[1] + shown[1].width, MARGIN_PX + text_px) + MARGIN_PX
-    sheet = Image.new("RGB", (width, head_px + HEIGHT_PX + MARGIN_PX), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN_PX, MARGIN_PX), title, INK, fonts[0])
-    pen.text((MARGIN_PX, MARGIN_PX + round(1.6 * TITLE_PX)), note, FAINT, fonts[1])
-    for picture, left in zip(shown, lefts, strict=True):
-        sheet.paste(picture, (left, head_px))
-    ends = [
-        [
-            (left + (across + 0.5) / grid[1] * picture.width, head_px + (down + 0.5) / grid[0] * picture.height)
-            for down, across in patches
-        ]
-        for picture, left, grid, patches in zip(shown, lefts, grids, middles, strict=True)
-    ]
+    ends: list[list[tuple[float, float]]] = []  # of the lines, in the middle of each patch
+    for image, start, grid, patches in zip(shown, lefts, grids, (matches.left, matches.right), strict=True):
+        sheet.paste(image, (start, top))
+        places = [divmod(patch, grid[1]) for patch in patches.tolist()]
+        ends.append(
+            [
+                (start + (across + 0.5) / grid[1] * image.width, top + (down + 0.5) / grid[0] * image.height)
+                for down, across in places
+            ]
+        )
     for number, line in enumerate(zip(*ends, strict=True)):
         red, green, blue = (round(255 * share) for share in colorsys.hsv_to_rgb(number * HUE_STEP % 1, 0.85, 0.9))
         pen.line(line, (red, green, blue), 2)
         for x, y in line:
             pen.ellipse((x - DOT_PX, y - DOT_PX, x + DOT_PX, y + DOT_PX), (red, green, blue), "white")
-    return sheet
+    return sheet, {"matches": len(matches.left), "mutual": matches.num_mutual}

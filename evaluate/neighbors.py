@@ -1,7 +1,7 @@
-"""A sheet of queries and their nearest images: of a pool, or those that `retrieve` chose."""
+"""A sheet of queries and their nearest images in a pool, or of the images that `retrieve` chose for each query."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +16,17 @@ from ..errors import ToolkitError
 from ..features.extract.extract import FeatureModel, extract, open_model
 from ..features.knn import in_memory
 from ..features.search.neighbors import Identity, nearest
-from ..features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, read_tile, write_picture
+from ..features.sheet import Tile, check_picture_name, draw_sheet, read_tile
 from ..store import catalog
 from ..store.artifact import Options, Result
 from ..store.image_columns import has_images, read_images
-from ..store.manifest import Manifest, Provenance, Source, open_manifest
+from ..store.manifest import Manifest, Provenance, Source, is_manifest_name, open_manifest
 from ..store.vectors import Int64, Vectors, has_vectors, open_vectors
-from .whole import NamedImages, open_images
+from .pictures import Drawn, NamedImages, make_picture, open_images
 
 TILE_PX = 112  # four times 28
 BATCH_SIZE = 64  # query images the model sees at a time
+RETRIEVED = ("query_id", "rank", "similarity")  # columns of what `retrieve` chose
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,33 @@ class NeighborSettings:
     pool: Path | None = None  # None: the newest pool in the catalog
     queries: Path | None = None  # of what `retrieve` chose; None: those that it was given
     k: int = 8  # images beside a query
-    model: str | None = None  # that embeds query images; None: the one that made the pool
+    model: str | None = None  # that embeds query images; None: the one that embedded the pool
 
 
 @dataclass(frozen=True)
-class Found:
-    """An image on its way to the sheet."""
+class Shown:
+    """An image on the sheet."""
 
     uri: str
     label: str | None
-    similarity: float | None = None  # None: a query
+    similarity: float | None = None  # to the query; None: a query
+
+    def tile(self) -> Tile:
+        """Return the image with its caption."""
+        label = self.label or ("" if self.similarity is not None else os.path.basename(self.uri))
+        similarity = "" if self.similarity is None else f"{self.similarity:.3f}"
+        return read_tile(self.uri, f"{similarity}  {label}".strip(), TILE_PX)
 
 
-Line = tuple[Found, list[Found]]  # a query, and its nearest first
+Line = tuple[Shown, list[Shown]]  # a query, and its nearest first
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Images that look for their nearest, and their vectors."""
+    """Query images and their vectors."""
 
-    images: list[Found]  # (Q,)
-    keys: list[str]  # (Q,) image_id and uri: what an image is known by
+    images: list[Shown]  # (Q,)
+    keys: list[str]  # (Q,) image_id and uri, by which an image is known in the pool
     vectors: Vectors  # (Q, D)
     model: Source | None  # that made the vectors, where it is known
 
@@ -64,54 +71,51 @@ def draw_neighbors(query: str, output: str, settings: NeighborSettings, options:
     """Draw queries in a column and their k nearest images beside them; return None after a dry run.
 
     `query` names images, which are embedded by the pool's model; or it is a manifest of embeddings; or it is what
-    `retrieve` chose and no pool is named: then the images beside a query are those that it brought.
+    `retrieve` chose and no pool is named: then the images beside a query are those that `retrieve` chose for it.
     Raises ToolkitError when images or vectors are missing, or come from two models.
     """
-    path = check_picture_name(output)
+    own = str(check_picture_name(output).absolute())
     manifest = _manifest(query)
-    is_retrieved = (
-        manifest is not None and settings.pool is None and {"query_id", "rank", "similarity"} <= set(manifest.names())
-    )
+    is_retrieved = manifest is not None and settings.pool is None and set(RETRIEVED) <= set(manifest.names())
+    inputs, seed = [] if manifest is None else [manifest.source("manifest")], 0
+    read: Callable[[], list[Line]]
     if manifest is not None and is_retrieved:
         sets = [_open("queries", each) for each in _queries_of(manifest, settings)]
-        inputs, seed = [manifest.source("manifest"), *(each.source("queries") for each in sets)], 0
-        read, wanted = partial(_retrieved, manifest, sets, settings, options), f"what {query} retrieved"
-    elif manifest is not None:
-        pool = _open("pool", _pool(settings))
-        inputs, seed = [manifest.source("manifest"), pool.source("pool")], 0
-        read = partial(_nearest, partial(_embedded, manifest, options.limit), pool, settings)
-        wanted = f"the nearest of {pool.num_rows:,} in {pool.path}"
+        inputs += [each.source("queries") for each in sets]
+        read, what = partial(_retrieved, manifest, sets, settings, options), f"what {query} retrieved"
+        note = "left the query, then what `retrieve` chose for it, with the similarity"
     else:
         pool = _open("pool", _pool(settings))
-        images = open_images([query], str(path.absolute()), limit=options.limit)
-        model = _model_of(pool, settings, options.seed)
-        inputs, seed = [*images.inputs, pool.source("pool"), model.source], options.seed
-        read = partial(_nearest, partial(_embed, images, model), pool, settings)
-        wanted = f"the nearest of {pool.num_rows:,} in {pool.path}"
-    provenance = Provenance(
-        kind="picture",
-        command="evaluate neighbors",
-        parameters={"k": settings.k, "limit": options.limit},
-        seed=seed,
-        inputs=tuple(inputs),
-    )
-    if is_picture_up_to_date(path, provenance, options):
-        return None if options.dry_run else Result(output)
-    if options.dry_run:
-        console.say(f"would draw queries and {wanted}, up to {settings.k} each, to {path}")
-        return None
-    lines = read()
-    brought = "what each query brought" if is_retrieved else "the nearest in the pool by cosine"
-    note = f"left the query, then {brought}, with the similarity"
-    rows = [[[_tile(line[0])], [_tile(each) for each in line[1]]] for line in lines]
-    title = f"Neighbours: {os.path.basename(query.rstrip(os.sep))}"
-    write_picture(draw_sheet(rows, title=title, note=note, tile_px=TILE_PX), path, provenance)
-    return Result(output, {"queries": len(lines), "images": sum(len(near) for _, near in lines)})
+        if manifest is not None:
+            inputs.append(pool.source("pool"))
+            read_queries = partial(_stored_queries, manifest, options.limit)
+        else:
+            images = open_images([query], own, limit=options.limit)
+            model = _model_of(pool, settings, options.seed)
+            inputs, seed = [*images.inputs, pool.source("pool"), model.source], options.seed
+            read_queries = partial(_embedded_queries, images, model)
+        read, what = (
+            partial(_nearest, read_queries, pool, settings.k),
+            f"the nearest of {pool.num_rows:,} in {pool.path}",
+        )
+        note = "left the query, then the nearest in the pool by cosine, with the similarity"
+    parameters: dict[str, object] = {"k": settings.k, "limit": options.limit}
+    provenance = Provenance("picture", "evaluate neighbors", parameters, seed, tuple(inputs))
+
+    def drawn() -> Drawn:
+        lines = read()
+        rows = [[[shown.tile()], [each.tile() for each in near]] for shown, near in lines]
+        title = f"Neighbours: {os.path.basename(query.rstrip(os.sep))}"
+        sheet = draw_sheet(rows, title=title, note=note, tile_px=TILE_PX)
+        return sheet, {"queries": len(lines), "images": sum(len(near) for _, near in lines)}
+
+    described = f"queries and {what}, up to {settings.k} each,"
+    return make_picture(output, provenance, options, described=described, draw=drawn)
 
 
 def _manifest(query: str) -> Manifest | None:
-    """Return the manifest of that name, if it is one with vectors or a selection."""
-    if not (query.endswith(".parquet") or Path(query, "_manifest.json").exists()):
+    """Return the manifest of that name, if it has vectors or is a selection."""
+    if not is_manifest_name(query):
         return None
     manifest = _open("manifest", Path(query))
     return manifest if has_vectors(manifest) else None
@@ -136,7 +140,7 @@ def _queries_of(retrieved: Manifest, settings: NeighborSettings) -> list[Path]:
     """Return the manifests that hold the query images of a selection."""
     if settings.queries is not None:
         return [settings.queries]
-    inputs: Sequence[Source] = retrieved.provenance.inputs if retrieved.provenance else ()
+    inputs = retrieved.provenance.inputs if retrieved.provenance else ()
     recorded = [Path(source.path) for source in inputs if source.role == "queries"]
     missing = [path for path in recorded if not path.exists()]
     if missing or not recorded:
@@ -148,14 +152,14 @@ def _queries_of(retrieved: Manifest, settings: NeighborSettings) -> list[Path]:
 
 
 def _retrieved(retrieved: Manifest, sets: list[Manifest], settings: NeighborSettings, options: Options) -> list[Line]:
-    """Return the first queries of a selection and the images that each brought, by rank."""
-    found = read_images(retrieved).select(["uri", "label"])
-    for name in ("query_id", "rank", "similarity"):
-        found = found.append_column(name, retrieved.read([name]).column(name))
-    found = found.filter(pc.greater_equal(found.column("rank"), 1))  # rank 0: a query that came along
-    wanted = found.column("query_id").unique()[: options.limit]
+    """Return the first queries of a selection and the images that were chosen for each, by rank."""
+    chosen = read_images(retrieved).select(["uri", "label"])
+    for name, column in zip(RETRIEVED, retrieved.read(list(RETRIEVED)).columns, strict=True):
+        chosen = chosen.append_column(name, column)
+    chosen = chosen.filter(pc.greater_equal(chosen.column("rank"), 1))  # rank 0: a query that was included
+    wanted = chosen.column("query_id").unique()[: options.limit]
     if not len(wanted):
-        raise ToolkitError(f"no row of {retrieved.path} was brought by a query; make it by `dinov2 curate retrieve`")
+        raise ToolkitError(f"no row of {retrieved.path} was chosen for a query; make it by `dinov2 curate retrieve`")
     images = pa.concat_tables(read_images(queries).select(["image_id", "uri", "label"]) for queries in sets)
     places = pc.index_in(wanted, value_set=images.column("image_id").combine_chunks())
     if places.null_count:
@@ -166,9 +170,9 @@ def _retrieved(retrieved: Manifest, sets: list[Manifest], settings: NeighborSett
         )
     lines: list[Line] = []
     for query_id, query in zip(wanted, images.take(places).to_pylist(), strict=True):
-        brought = found.filter(pc.equal(found.column("query_id"), query_id)).sort_by("rank")[: settings.k]
-        near = [Found(row["uri"], row["label"], row["similarity"]) for row in brought.to_pylist()]
-        lines.append((Found(query["uri"], query["label"]), near))
+        of_query = chosen.filter(pc.equal(chosen.column("query_id"), query_id)).sort_by("rank")[: settings.k]
+        near = [Shown(row["uri"], row["label"], row["similarity"]) for row in of_query.to_pylist()]
+        lines.append((Shown(query["uri"], query["label"]), near))
     return lines
 
 
@@ -190,33 +194,33 @@ def _model_of(pool: Manifest, settings: NeighborSettings, seed: int) -> FeatureM
     return model
 
 
-def _embed(images: NamedImages, model: FeatureModel) -> Queries:
+def _embedded_queries(images: NamedImages, model: FeatureModel) -> Queries:
     """Return the images that can be read, with the vectors that a model gives them."""
-    found, keys, vectors = [], [], []
+    shown, keys, vectors = [], [], []
     uris = [uri for uri, _ in images.named]
     with closing(extract(model, uris, batch_size=BATCH_SIZE, num_workers=1)) as batches:
         for batch in batches:
             for index, facts in zip(batch.indices, batch.facts, strict=True):
-                found.append(Found(*images.named[index]))
+                shown.append(Shown(*images.named[index]))
                 keys.append(f"{facts.image_id}\n{uris[index]}")
             vectors.append(batch.features.numpy())
             for index, reason in batch.failures:
                 console.warn(f"{uris[index]} left out: {reason}")
-    if not found:
+    if not shown:
         raise ToolkitError(f"none of the {len(uris)} query images can be read; name others")
-    return Queries(found, keys, in_memory(np.concatenate(vectors)), model.source)
+    return Queries(shown, keys, in_memory(np.concatenate(vectors)), model.source)
 
 
-def _embedded(manifest: Manifest, limit: int | None) -> Queries:
+def _stored_queries(manifest: Manifest, limit: int | None) -> Queries:
     """Return the first images of a manifest with their vectors."""
     images = read_images(manifest, limit)
-    found = [Found(row["uri"], row["label"]) for row in images.to_pylist()]
+    shown = [Shown(row["uri"], row["label"]) for row in images.to_pylist()]
     model = manifest.provenance.model() if manifest.provenance else None
-    return Queries(found, _keys(images).to_pylist(), open_vectors(manifest, limit=limit), model)
+    return Queries(shown, _keys(images).to_pylist(), open_vectors(manifest, limit=limit), model)
 
 
-def _nearest(read_queries: Callable[[], Queries], pool: Manifest, settings: NeighborSettings) -> list[Line]:
-    """Return queries and their nearest in the pool, the image itself left out."""
+def _nearest(read_queries: Callable[[], Queries], pool: Manifest, k: int) -> list[Line]:
+    """Return queries and their k nearest in the pool, the image itself left out."""
     queries = read_queries()
     pool_vectors = open_vectors(pool)
     if queries.vectors.dim != pool_vectors.dim:
@@ -235,14 +239,13 @@ def _nearest(read_queries: Callable[[], Queries], pool: Manifest, settings: Neig
     keys = pa.chunked_array([queries.keys], pa.string())
     identity = Identity(_numbers(keys, keys), _numbers(_keys(pool_images), keys))
     order = np.arange(len(pool_vectors))
-    neighbors = nearest(queries.vectors, pool_vectors, settings.k, order=order, identity=identity)
+    neighbors = nearest(queries.vectors, pool_vectors, k, order=order, identity=identity)
     lines: list[Line] = []
-    for row, query in enumerate(queries.images):
-        there = neighbors.indices[row] >= 0
-        found = pool_images.take(neighbors.indices[row][there]).to_pylist()
-        similarities = neighbors.similarities[row][there].tolist()
-        near = [Found(each["uri"], each["label"], cosine) for each, cosine in zip(found, similarities, strict=True)]
-        lines.append((query, near))
+    for query, indices, similarities in zip(queries.images, neighbors.indices, neighbors.similarities, strict=True):
+        found = indices >= 0
+        images = pool_images.take(indices[found]).to_pylist()
+        pairs = zip(images, similarities[found].tolist(), strict=True)
+        lines.append((query, [Shown(image["uri"], image["label"], cosine) for image, cosine in pairs]))
     return lines
 
 
@@ -255,9 +258,3 @@ def _keys(images: pa.Table) -> pa.ChunkedArray:
 def _numbers(keys: pa.ChunkedArray, among: pa.ChunkedArray) -> Int64:
     """Return the place of each key among others, -1 where it is not."""
     return np.asarray(pc.fill_null(pc.index_in(keys, value_set=among.combine_chunks()), -1), dtype=np.int64)
-
-
-def _tile(found: Found) -> Tile:
-    label = found.label or ("" if found.similarity is not None else os.path.basename(found.uri))
-    similarity = "" if found.similarity is None else f"{found.similarity:.3f}"
-    return read_tile(found.uri, f"{similarity}  {label}".strip(), TILE_PX)

@@ -1,4 +1,4 @@
-"""What patch features see: their principal components as colours, the background taken away.
+"""Principal components of patch features as colours, the background removed.
 
 Shapes: N patch tokens of all images together, D embed_dim, h and w patches down and across an image.
 """
@@ -13,26 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from .. import console
-from ..errors import ToolkitError
-from ..features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
+from ..features.sheet import Tile, draw_sheet
 from ..store.artifact import Options, Result
-from ..store.manifest import Provenance
-from ..store.pixels import as_image
-from .whole import open_images, open_viewer
+from ..store.pixels import Picture, as_image
+from .pictures import Drawn, PatchModel, PictureSettings, draw_images
 
 RANGE = (0.02, 0.98)  # quantiles of a component that become no colour and full colour; chosen against stray patches
 PAIRS_A_ROW = 4
 CLEAR_BORDER = 0.6  # chosen: the split is clear when the borders have less than this much of the inside's foreground
-BACKGROUND = 18  # grey level of what was taken away
-
-
-@dataclass(frozen=True)
-class PcaSettings:
-    """What `dinov2 evaluate pca` can be told, beside the options that all commands share."""
-
-    model: str | None = None
-    image_size: int | None = None  # short side in pixels; None: the model's own, or 8 patches
-    null: bool = False  # names on stdin end in NUL
+BACKGROUND = 18  # grey level of the background
 
 
 @dataclass(frozen=True)
@@ -40,58 +29,34 @@ class Colours:
     """The components of several images as colours."""
 
     images: list[npt.NDArray[np.uint8]]  # (h, w, 3) each
-    foreground_share: float | None  # of all patches; None: no clear split, nothing was taken away
+    foreground_share: float | None  # of all patches; None: no clear split, no background removed
 
 
-def draw_pca(arguments: list[str], output: str, settings: PcaSettings, options: Options) -> Result | None:
+def draw_pca(arguments: list[str], output: str, settings: PictureSettings, options: Options) -> Result | None:
     """Draw images and the PCA of their patch features side by side; return None after a dry run.
 
     Raises ToolkitError when no image can be read, the model has no patch tokens, or the size does not suit it.
     """
-    path = check_picture_name(output)
-    images = open_images(arguments, str(path.absolute()), null=settings.null, limit=options.limit)
-    viewer = open_viewer(settings.model, settings.image_size, options.seed)
-    provenance = Provenance(
-        kind="picture",
-        command="evaluate pca",
-        parameters={"image_size": viewer.side_px, "limit": options.limit},
-        seed=options.seed,
-        inputs=(*images.inputs, viewer.source),
-    )
-    if is_picture_up_to_date(path, provenance, options):
-        return None if options.dry_run else Result(output)
-    if options.dry_run:
-        console.say(f"would draw the patch features of {len(images.named)} images at {viewer.side_px} px to {path}")
-        return None
+    return draw_images("pca", arguments, output, settings, options, what="the patch features of", draw=_draw)
 
-    pictures: list[Image.Image] = []
-    captions: list[str] = []
-    tokens: list[Tensor] = []
-    for uri, caption in images.named:
-        picture = viewer.read(uri)
-        if picture is not None:
-            tokens.append(viewer.patch_tokens(picture))
-            pictures.append(as_image(picture))
-            captions.append(caption)
-    if not pictures:
-        raise ToolkitError(f"none of the {len(images.named)} images can be read; name others")
-    colours = colour_patches(tokens, [viewer.grid(picture) for picture in pictures])
+
+def _draw(model: PatchModel, pictures: list[Picture], captions: list[str]) -> Drawn:
+    tokens, grids = [model.patch_tokens(picture) for picture in pictures], [model.grid(picture) for picture in pictures]
+    colours = colour_patches(tokens, grids)
     if colours.foreground_share is None:
         note = "no clear background: components 1, 2, 3 of all patches as red, green, blue"
-        console.warn("the first component separates no background from the image borders; nothing was taken away")
+        console.warn("the first component separates no background from the image borders; no background was removed")
     else:
         note = (
             f"components 2, 3, 4 as red, green, blue; background by component 1 ({colours.foreground_share:.0%} kept)"
         )
     pairs = [
-        [Tile(picture, caption), Tile(_enlarged(image, picture))]
+        [Tile(as_image(picture), caption), Tile(_enlarged(image, picture))]
         for picture, caption, image in zip(pictures, captions, colours.images, strict=True)
     ]
     rows = [pairs[start : start + PAIRS_A_ROW] for start in range(0, len(pairs), PAIRS_A_ROW)]
-    title = f"Principal components of patch features: {viewer.name}, {viewer.side_px} px"
-    write_picture(draw_sheet(rows, title=title, note=note), path, provenance)
-    figures: dict[str, object] = {"images": len(pictures), "foreground_share": colours.foreground_share}
-    return Result(output, figures)
+    picture = draw_sheet(rows, title=f"Principal components of patch features: {model.title}", note=note)
+    return picture, {"images": len(pictures), "foreground_share": colours.foreground_share}
 
 
 def colour_patches(tokens: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Colours:
@@ -99,8 +64,8 @@ def colour_patches(tokens: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -
 
     The first principal component of all patches splits foreground and background, where the variance between both
     sides is largest; the background is the side that has more of the image borders. Of the foreground, the next
-    three components are red, green and blue. Where the first component does not follow the borders, nothing is
-    taken away and the first three are shown.
+    three components are red, green and blue. Where the first component does not follow the borders, no background is
+    removed and the first three are shown.
 
     Source: figure 1 of Oquab et al. 2023 (DINOv2). There, the threshold is 0; here it is found, for a small
     foreground pulls the mean away from the gap.
@@ -167,6 +132,6 @@ def _on_border(height: int, width: int) -> Tensor:
     return ~inside.flatten()
 
 
-def _enlarged(image: npt.NDArray[np.uint8], picture: Image.Image) -> Image.Image:
-    """Return one pixel a patch as large as the picture that it belongs to."""
+def _enlarged(image: npt.NDArray[np.uint8], picture: Picture) -> Image.Image:
+    """Return one pixel a patch, as large as the image that it belongs to."""
     return Image.fromarray(image).resize(picture.size, Image.Resampling.NEAREST)

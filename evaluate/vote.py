@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.knn import TEMPERATURE, knn_guesses
+from ..features.knn import TEMPERATURE, knn_predictions
 from ..store.vectors import Int64
 from .scores import Correct, Measurement, accuracies, resampled_interval
 from .task import Task
@@ -31,11 +31,11 @@ def measure_knn(task: Task, ks: tuple[int, ...] | None, per_class: int | None) -
     parameters: dict[str, object] = {"temperature": TEMPERATURE, "similarity": "cosine"}
     if per_class is None:
         ks = usable_ks(ks, len(train))
-        guesses = knn_guesses(
-            train, task.targets, test, ks, num_guesses=task.num_guesses, progress="searching neighbours"
+        predictions = knn_predictions(
+            train, task.targets, test, ks, topk=task.num_guesses, progress="searching neighbours"
         )
         for k in ks:
-            yield from accuracies({"k": k, **parameters}, guesses[k], task.truth, len(train), task.seed)
+            yield from accuracies({"k": k, **parameters}, predictions[k], task.truth, len(train), task.seed)
         return
 
     drawn = [draw_per_class(task.targets, per_class, task.seed, draw) for draw in range(NUM_DRAWS)]
@@ -44,8 +44,8 @@ def measure_knn(task: Task, ks: tuple[int, ...] | None, per_class: int | None) -
     parameters |= {"per_class": per_class, "draws": NUM_DRAWS}
     correct: dict[int, list[Correct]] = {k: [] for k in ks}
     for rows in drawn:
-        for k, guesses_of_k in knn_guesses(train[rows], task.targets[rows], test, ks).items():
-            correct[k].append(guesses_of_k[:, 0] == task.truth)
+        for k, predictions_of_k in knn_predictions(train[rows], task.targets[rows], test, ks).items():
+            correct[k].append(predictions_of_k[:, 0] == task.truth)
     for k in ks:
         yield from _over_draws({"k": k, **parameters}, np.stack(correct[k]), num_train, task.seed)
 

@@ -16,22 +16,22 @@ BLOCK_VOTES = 4_000_000  # votes (image by class) counted at a time: 32 MB
 EXACT = SearchSettings(memory=256 << 20, recall=1.0)  # chosen: larger blocks are no faster
 
 
-def knn_guesses(
+def knn_predictions(
     train_features: Float32,
     train_labels: Int64,
     test_features: Float32,
     ks: tuple[int, ...],
     *,
     temperature: float = TEMPERATURE,
-    num_guesses: int = 1,
+    topk: int = 1,
     progress: str | None = None,
 ) -> dict[int, Int64]:
-    """Return, for each k, the classes that the k nearest training images vote for, (M, num_guesses), best first.
+    """Return, for each k, the classes that the k nearest training images vote for, (M, topk), best first.
 
     Features (N, D) and (M, D) of any length are compared by cosine, exactly; labels (N,) are 0..C-1; every k is in
     1..N. The similarities of the max(ks) nearest are put through one softmax at `temperature`; for each k, the first k
     weights are summed by class. Ties go to the lowest class, among neighbours to the first training row. A class
-    without a vote is no guess: its place holds -1. `progress` is what the progress line says, None for no line.
+    without a vote is no prediction: its place holds -1. `progress` is what the progress line says, None for no line.
 
     Source: the k-NN evaluation of DINOv2, dinov2/eval/knn.py. There, classes without a vote may stand among the
     five best; here they never count.
@@ -42,7 +42,7 @@ def knn_guesses(
     num_classes = int(train_labels.max()) + 1
     train, test = in_memory(train_features), in_memory(test_features)
     block_rows = max(1, min(BLOCK_ROWS, BLOCK_VOTES // num_classes))
-    guesses: dict[int, list[Int64]] = {k: [] for k in ks}
+    predictions: dict[int, list[Int64]] = {k: [] for k in ks}
     with console.progress(progress, len(test), "images") as advance:
         for start in range(0, len(test), block_rows):
             block = test.take(test.rows[start : start + block_rows])
@@ -51,9 +51,9 @@ def knn_guesses(
             weights = np.exp((found.similarities - found.similarities[:, :1]) / temperature)
             weights /= weights.sum(axis=1, keepdims=True)
             for k in ks:
-                guesses[k].append(_most_voted(labels[:, :k], weights[:, :k], num_classes, num_guesses))
+                predictions[k].append(_most_voted(labels[:, :k], weights[:, :k], num_classes, topk))
             advance(len(block))
-    return {k: np.concatenate(blocks) for k, blocks in guesses.items()}
+    return {k: np.concatenate(blocks) for k, blocks in predictions.items()}
 
 
 def in_memory(features: Float32) -> Vectors:
@@ -61,9 +61,9 @@ def in_memory(features: Float32) -> Vectors:
     return Vectors(features, np.arange(len(features)), Source("features", "", ""))
 
 
-def _most_voted(labels: Int64, weights: Float64, num_classes: int, num_guesses: int) -> Int64:
-    """Return the classes with the largest sums of weights, (B, num_guesses), of labels and weights (B, k)."""
+def _most_voted(labels: Int64, weights: Float64, num_classes: int, topk: int) -> Int64:
+    """Return the classes with the largest sums of weights, (B, topk), of labels and weights (B, k)."""
     places = np.arange(len(labels))[:, None] * num_classes + labels
     votes = np.bincount(places.ravel(), weights.ravel(), len(labels) * num_classes).reshape(-1, num_classes)
-    order = np.argsort(-votes, axis=1, kind="stable")[:, :num_guesses]
+    order = np.argsort(-votes, axis=1, kind="stable")[:, :topk]
     return np.where(np.take_along_axis(votes, order, axis=1) > 0, order, -1)

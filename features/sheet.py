@@ -42,18 +42,13 @@ def draw_sheet(
     above_px = 2 * CAPTION_PX if headings else 0
     line_px = tile_px + (2 * CAPTION_PX if any(tile.caption for row in rows for group in row for tile in group) else 6)
     line_px += above_px
-    head_px = MARGIN_PX + 2 * TITLE_PX + (2 * CAPTION_PX if note else 0)
-    fonts = ImageFont.load_default(TITLE_PX), ImageFont.load_default(CAPTION_PX)
-    text_px = max(fonts[0].getlength(title), *(fonts[1].getlength(text) for text in (note, *headings)))
-    width = 2 * MARGIN_PX + max(round(text_px), *(_row_width(row, tile_px) for row in rows))
-    sheet = Image.new("RGB", (width, head_px + len(rows) * (line_px + GAP_PX) + MARGIN_PX), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN_PX, MARGIN_PX), title, INK, fonts[0])
-    pen.text((MARGIN_PX, MARGIN_PX + round(1.6 * TITLE_PX)), note, FAINT, fonts[1])
+    font = ImageFont.load_default(CAPTION_PX)
+    widths = [*(round(font.getlength(text)) for text in headings), *(_row_width(row, tile_px) for row in rows)]
+    sheet, pen, head_px = titled_sheet(title, note, max(widths, default=0), len(rows) * (line_px + GAP_PX))
     for number, row in enumerate(rows):
         left, top = MARGIN_PX, head_px + number * (line_px + GAP_PX) + above_px
         if headings:
-            pen.text((left, top - round(1.5 * CAPTION_PX)), headings[number], INK, fonts[1])
+            pen.text((left, top - round(1.5 * CAPTION_PX)), headings[number], INK, font)
         for group in row:
             for tile in group:
                 image = fit(tile.image, tile_px)
@@ -61,10 +56,23 @@ def draw_sheet(
                 sheet.paste(image, corner)
                 frame = (corner[0] - 1, corner[1] - 1, corner[0] + image.width, corner[1] + image.height)
                 pen.rectangle(frame, outline=EDGE)
-                pen.text((left, top + tile_px + 4), _shorten(tile.caption, fonts[1], tile_px), FAINT, fonts[1])
+                pen.text((left, top + tile_px + 4), _shorten(tile.caption, font, tile_px), FAINT, font)
                 left += tile_px + GAP_PX
             left += GROUP_GAP_PX - GAP_PX
     return sheet
+
+
+def titled_sheet(title: str, note: str, width_px: int, height_px: int) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+    """Return a sheet with a title and a note and room for content below, its pen, and where the content begins."""
+    fonts = ImageFont.load_default(TITLE_PX), ImageFont.load_default(CAPTION_PX)
+    head_px = MARGIN_PX + 2 * TITLE_PX + (2 * CAPTION_PX if note else 0)
+    text_px = round(max(fonts[0].getlength(title), fonts[1].getlength(note)))
+    size = 2 * MARGIN_PX + max(text_px, width_px), head_px + height_px + MARGIN_PX
+    sheet = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN_PX, MARGIN_PX), title, INK, fonts[0])
+    pen.text((MARGIN_PX, MARGIN_PX + round(1.6 * TITLE_PX)), note, FAINT, fonts[1])
+    return sheet, pen, head_px
 
 
 def read_tile(uri: str | None, caption: str, tile_px: int) -> Tile:

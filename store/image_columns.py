@@ -59,7 +59,7 @@ def image_batches(
         made = []
         for field in wanted:
             if field.name == "uri":
-                made.append(_uris(manifest, made_from.get("uri"), piece))
+                made.append(column_uris(manifest, made_from.get("uri"), piece))
             elif field.name not in made_from:
                 made.append(pa.nulls(len(piece.rows), field.type))
             elif field.name == "label":
@@ -94,11 +94,11 @@ def _uri_column(manifest: Manifest) -> str | None:
     return next((name for name in URI_COLUMNS if name in manifest.names()), None)
 
 
-def _uris(manifest: Manifest, name: str | None, piece: Piece) -> pa.Array:
+def column_uris(manifest: Manifest, name: str | None, piece: Piece) -> pa.Array:
     """Return the names of a piece's images, made from column `name`; None: by row, for the file holds their bytes."""
     if name is None:
         column = _uri_column(manifest)
-        return pa.nulls(len(piece.rows), pa.string()) if column is None else _row_uris(piece, column)
+        return pa.nulls(len(piece.rows), pa.string()) if column is None else row_uris(piece, column)
     kind = manifest.schema.field(name).type
     if pa.types.is_struct(kind):
         return _struct_uris(manifest, name, piece)
@@ -107,7 +107,7 @@ def _uris(manifest: Manifest, name: str | None, piece: Piece) -> pa.Array:
     column = pc.cast(piece.batch.column(name), pa.string())
     if manifest.provenance is not None:
         return column  # ours are absolute already
-    return _absolute(column, manifest.path)
+    return absolute_uris(column, manifest.path)
 
 
 def _struct_uris(manifest: Manifest, name: str, piece: Piece) -> pa.Array:
@@ -116,7 +116,7 @@ def _struct_uris(manifest: Manifest, name: str, piece: Piece) -> pa.Array:
     holds = pc.is_valid(pc.struct_field(structs, "bytes"))
     has_path = structs.type.get_field_index("path") >= 0
     paths = pc.struct_field(structs, "path") if has_path else pa.nulls(len(structs), pa.string())
-    return pc.if_else(holds, _row_uris(piece, name), _absolute(pc.cast(paths, pa.string()), manifest.path))
+    return pc.if_else(holds, row_uris(piece, name), absolute_uris(pc.cast(paths, pa.string()), manifest.path))
 
 
 def _holds_all_bytes(manifest: Manifest, name: str) -> bool:
@@ -131,13 +131,14 @@ def _holds_all_bytes(manifest: Manifest, name: str) -> bool:
     return True
 
 
-def _row_uris(piece: Piece, name: str) -> pa.Array:
+def row_uris(piece: Piece, name: str) -> pa.Array:
+    """Return names by row of what the file itself holds in a column."""
     column = "" if name == "image" else f"&column={quote(name)}"
     rows = pc.cast(pa.array(piece.rows), pa.string())
     return pc.binary_join_element_wise(f"parquet://{quote(str(piece.part.absolute()))}?row=", rows, column, "")
 
 
-def _absolute(uris: pa.Array, manifest_path: Path) -> pa.Array:
+def absolute_uris(uris: pa.Array, manifest_path: Path) -> pa.Array:
     """Return names as they are where they are URLs or absolute paths, else from the manifest's folder."""
     is_whole = pc.or_(pc.match_substring(uris, "://"), pc.starts_with(uris, "/"))
     if pc.all(is_whole).as_py() is not False:  # of nothing but nulls, null

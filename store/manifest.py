@@ -204,6 +204,11 @@ def _within(rows: Rows | None, start: int, stop: int) -> Rows:
     return rows[first:last]
 
 
+def is_manifest_name(name: str) -> bool:
+    """Tell whether a command takes a name for a manifest's: a Parquet file, or a folder with `_manifest.json`."""
+    return name.endswith(".parquet") or Path(name, "_manifest.json").exists()
+
+
 def open_manifest(path: Path) -> Manifest:
     """Open a Parquet file or a folder of parts (with `_manifest.json`).
 

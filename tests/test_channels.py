@@ -13,9 +13,10 @@ from PIL import Image
 from dinov2_toolkit.curate.embed.embed import embed_images
 from dinov2_toolkit.curate.embed.settings import EmbedSettings
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.evaluate.attention import AttentionSettings, draw_attention
+from dinov2_toolkit.evaluate.attention import draw_attention
 from dinov2_toolkit.evaluate.match import MatchSettings, draw_match
-from dinov2_toolkit.evaluate.pca import PcaSettings, draw_pca
+from dinov2_toolkit.evaluate.pca import draw_pca
+from dinov2_toolkit.evaluate.pictures import PictureSettings
 from dinov2_toolkit.evaluate.probe import ProbeSettings, probe
 from dinov2_toolkit.features.extract.extract import extract, feature_model
 from dinov2_toolkit.models.vit import VisionTransformer
@@ -100,8 +101,8 @@ def test_a_pool_of_any_channels_is_embedded_trained_on_measured_and_drawn(tmp_pa
         Options(),
     )
     assert result and result.value is not None
-    draw_pca(uris, str(tmp_path / "pca.png"), PcaSettings(model=str(run)), Options())
-    draw_attention(uris[:1], str(tmp_path / "attention.png"), AttentionSettings(model=str(run)), Options())
+    draw_pca(uris, str(tmp_path / "pca.png"), PictureSettings(model=str(run)), Options())
+    draw_attention(uris[:1], str(tmp_path / "attention.png"), PictureSettings(model=str(run)), Options())
     draw_match(uris[0], uris[1], str(tmp_path / "match.png"), MatchSettings(model=str(run)), Options())
     for name in ("crops", "pca", "attention", "match"):
         with Image.open(tmp_path / f"{name}.png") as picture:

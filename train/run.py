@@ -49,7 +49,7 @@ class MonitorOptions:
     """What is measured and drawn beside the training, which it does not change."""
 
     eval_train: str | None = None  # labelled images that vote in the k-NN of a run's features
-    eval_test: str | None = None  # those whose class is guessed
+    eval_test: str | None = None  # those whose class is predicted
     track: tuple[str, ...] = ()  # trackers that get the metrics
     preview: str | None = None  # a PNG of crops and masks
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.evaluate.attention import AttentionSettings, draw_attention, heat, last_attention
+from dinov2_toolkit.evaluate.attention import draw_attention, heat, last_attention
+from dinov2_toolkit.evaluate.pictures import PictureSettings
 from dinov2_toolkit.models.block import Block
 from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
@@ -65,15 +66,15 @@ def test_the_picture_has_a_map_for_each_head_and_register(tmp_path: Path) -> Non
     save_model(Path("run"), backbone=model, heads={}, preprocess=Preprocess(32, 1.0, half, half))
     for number in range(2):
         Image.new("RGB", (40, 30), (90 * number, 50, 200)).save(f"{number}.png")
-    result = draw_attention(["0.png", "1.png"], "attention.png", AttentionSettings("run"), Options())
+    result = draw_attention(["0.png", "1.png"], "attention.png", PictureSettings("run"), Options())
     assert result is not None
     assert result.figures == {"images": 2, "heads": 3}
     with Image.open("attention.png") as picture:
         assert picture.width > (1 + 1 + 3 + 4) * 128
         assert picture.height > 2 * 96
-    draw_attention(["0.png", "1.png"], "attention.png", AttentionSettings("run"), Options())  # up to date
+    draw_attention(["0.png", "1.png"], "attention.png", PictureSettings("run"), Options())  # up to date
     with pytest.raises(ToolkitError, match="image_size 32, now 48"):
-        draw_attention(["0.png", "1.png"], "attention.png", AttentionSettings("run", 48), Options())
+        draw_attention(["0.png", "1.png"], "attention.png", PictureSettings("run", 48), Options())
 
 
 def test_the_most_is_bright_and_none_is_dark() -> None:
@@ -87,6 +88,6 @@ def test_the_most_is_bright_and_none_is_dark() -> None:
 def test_images_that_cannot_be_read_and_models_without_patches_are_errors() -> None:
     Path("bad.png").write_bytes(b"no image")
     with pytest.raises(ToolkitError, match="none of the 1 images can be read"):
-        draw_attention(["bad.png"], "attention.png", AttentionSettings("random:vit_tiny", 56), Options())
+        draw_attention(["bad.png"], "attention.png", PictureSettings("random:vit_tiny", 56), Options())
     with pytest.raises(ToolkitError, match="'pixels' has no patch tokens"):
-        draw_attention(["bad.png"], "attention.png", AttentionSettings("pixels"), Options())
+        draw_attention(["bad.png"], "attention.png", PictureSettings("pixels"), Options())

@@ -11,19 +11,18 @@ from PIL import Image
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate.pca import (
     BACKGROUND,
-    PcaSettings,
     best_split,
     colour_patches,
     draw_pca,
     principal_directions,
 )
-from dinov2_toolkit.evaluate.whole import open_viewer
+from dinov2_toolkit.evaluate.pictures import PictureSettings, open_patch_model
 from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import build_vit
 from dinov2_toolkit.store.artifact import Options
 
-SMALL_VIT = PcaSettings("random:vit_tiny/14", image_size=56)
+SMALL_VIT = PictureSettings("random:vit_tiny/14", image_size=56)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +109,7 @@ def test_equal_patches_have_equal_colours_in_all_images() -> None:
     np.testing.assert_array_equal(first, second)
 
 
-def test_nothing_is_taken_away_where_the_first_component_ignores_the_borders() -> None:
+def test_no_background_is_removed_where_the_first_component_ignores_the_borders() -> None:
     tokens = 0.01 * torch.randn(8, 8, 6, generator=torch.Generator().manual_seed(0))
     tokens[:, :4, 0] += 10  # left and right halves
     colours = colour_patches([tokens.flatten(0, 1)], [(8, 8)])
@@ -155,7 +154,7 @@ def test_a_second_run_is_up_to_date_and_another_needs_force(tmp_path: Path, caps
     before = Path("pca.png").read_bytes()
     draw_pca([name], "pca.png", SMALL_VIT, Options())
     assert "pca.png is up to date" in capsys.readouterr().err
-    larger = PcaSettings(SMALL_VIT.model, image_size=70)
+    larger = PictureSettings(SMALL_VIT.model, image_size=70)
     with pytest.raises(ToolkitError, match=r"was made otherwise \(image_size 56, now 70\).*--force"):
         draw_pca([name], "pca.png", larger, Options())
     assert Path("pca.png").read_bytes() == before
@@ -181,7 +180,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_size_that_does_not_suit_the_patch_is_an_error(tmp_path: Path, image_size: int, nearest: int) -> None:
     name = str(draw_photo(tmp_path / "photo.png"))
     with pytest.raises(ToolkitError, match=f"--image-size {image_size} is no multiple .* 14, .*; use {nearest}$"):
-        draw_pca([name], "pca.png", PcaSettings(SMALL_VIT.model, image_size), Options())
+        draw_pca([name], "pca.png", PictureSettings(SMALL_VIT.model, image_size), Options())
     assert not Path("pca.png").exists()
 
 
@@ -195,15 +194,15 @@ def test_a_model_that_sees_few_patches_is_shown_at_least_eight_a_side(tmp_path: 
             heads={},
             preprocess=Preprocess(image_size, 1.0, half, half),
         )
-    assert open_viewer("run28", None, 0).side_px == 56
-    assert open_viewer("run70", None, 0).side_px == 70
-    assert open_viewer("run70", 28, 0).side_px == 28
+    assert open_patch_model("run28", None, 0).side_px == 56
+    assert open_patch_model("run70", None, 0).side_px == 70
+    assert open_patch_model("run70", 28, 0).side_px == 28
 
 
 def test_the_model_pixels_is_refused_for_it_has_no_patch_tokens(tmp_path: Path) -> None:
     name = str(draw_photo(tmp_path / "photo.png"))
     with pytest.raises(ToolkitError, match="'pixels' has no patch tokens; name a vision transformer by --model"):
-        draw_pca([name], "pca.png", PcaSettings("pixels"), Options())
+        draw_pca([name], "pca.png", PictureSettings("pixels"), Options())
 
 
 @pytest.mark.parametrize("output", ["pca.jpg", "folder.png"])

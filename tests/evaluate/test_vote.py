@@ -6,7 +6,7 @@ import pytest
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate.task import Task
 from dinov2_toolkit.evaluate.vote import NUM_DRAWS, draw_per_class, measure_knn
-from dinov2_toolkit.features.knn import knn_guesses
+from dinov2_toolkit.features.knn import knn_predictions
 
 
 def task(seed: int = 0) -> Task:
@@ -34,8 +34,8 @@ def test_the_value_is_the_mean_and_the_spread_the_deviation_over_the_draws() -> 
     accuracies = []
     for draw in range(NUM_DRAWS):
         rows = draw_per_class(few.targets, 4, 0, draw)
-        guesses = knn_guesses(few.train[rows], few.targets[rows], few.test, (1,))[1]
-        accuracies.append(np.mean(guesses[:, 0] == few.truth))
+        predictions = knn_predictions(few.train[rows], few.targets[rows], few.test, (1,))[1]
+        accuracies.append(np.mean(predictions[:, 0] == few.truth))
     assert (mean.metric, spread.metric) == ("top1", "top1_std")
     assert mean.value == pytest.approx(np.mean(accuracies))
     assert spread.value == pytest.approx(np.std(accuracies, ddof=1))

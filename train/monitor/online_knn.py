@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ... import console
 from ...errors import ToolkitError
 from ...features.extract.extract import FeatureModel, extract
-from ...features.knn import knn_guesses
+from ...features.knn import knn_predictions
 from ...models.preprocess import Preprocess
 from ...models.vit import VisionTransformer
 from ...store.manifest import Source
@@ -32,7 +32,7 @@ class LabelledImages(NamedTuple):
 
 
 class LabelledSets(NamedTuple):
-    """The images that vote, and those whose class is guessed."""
+    """The images that vote, and those whose class is predicted."""
 
     train: LabelledImages
     test: LabelledImages
@@ -85,8 +85,8 @@ def knn_accuracy(backbone: VisionTransformer, sets: LabelledSets, preprocess: Pr
     test_features, test_labels = _features(model, sets.test, num_workers)
     names, train_classes = np.unique(train_labels, return_inverse=True)
     k = min(K, len(train_classes))
-    guesses = knn_guesses(train_features, train_classes, test_features, (k,))[k]
-    return float((names[guesses[:, 0]] == test_labels).mean())
+    predictions = knn_predictions(train_features, train_classes, test_features, (k,))[k]
+    return float((names[predictions[:, 0]] == test_labels).mean())
 
 
 def _features(model: FeatureModel, images: LabelledImages, num_workers: int) -> tuple[Float32, NDArray[np.str_]]:

@@ -1,0 +1,191 @@
+"""Whole images through a model, at any size that suits its patches, and the pictures that are drawn of them.
+
+Shapes: C channels, H and W pixels down and across, N patch tokens, D embed_dim.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .. import console
+from ..errors import ToolkitError
+from ..features.extract.extract import FeatureModel, best_device, forward, open_model
+from ..features.sheet import check_picture_name, is_picture_up_to_date, write_picture
+from ..models.preprocess import normalise
+from ..models.vit import VisionTransformer
+from ..store.artifact import Options, Result
+from ..store.images import UnreadableImage, read_bytes
+from ..store.manifest import Provenance, Source
+from ..store.pixels import Picture, decode_picture, values_of
+from ..store.sources import entries, open_sources, survey
+from .labelled import short_name
+
+MAX_ASPECT = 4  # a longer image is cut to its middle, this many times as long as it is wide
+MIN_PATCHES = 8  # chosen: fewer a side show no parts, so images are enlarged for models that see fewer
+
+Drawn = tuple[Image.Image, dict[str, object]]  # a picture and its figures
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """What `dinov2 evaluate pca` and `attention` can be told, beside the options that all commands share."""
+
+    model: str | None = None
+    image_size: int | None = None  # short side in pixels; None: the model's own, or 8 patches
+    null: bool = False  # names on stdin end in NUL
+
+
+@dataclass(frozen=True)
+class PatchModel:
+    """A vision transformer and the size at which it sees whole images."""
+
+    model: FeatureModel
+    backbone: VisionTransformer
+    side_px: int  # of the short side
+
+    @property
+    def title(self) -> str:
+        """Return the model and the size, for the title of a picture."""
+        return f"{short_name(self.model.source.path)}, {self.side_px} px"
+
+    def read(self, uri: str) -> Picture | None:
+        """Return the image as the model takes it, None (and a warning) where it cannot be read.
+
+        Its short side is `side_px`, the other a multiple of the patch.
+        """
+        preprocess = self.model.preprocess
+        try:
+            picture, _ = decode_picture(read_bytes(uri), preprocess.in_chans, preprocess.bit_depth)
+        except UnreadableImage as problem:
+            console.warn(f"{uri} left out: {problem.reason}")
+            return None
+        width, height = picture.size
+        scale = self.side_px / min(width, height)
+        longest = MAX_ASPECT * min(width, height)
+        left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+        picture = picture.crop((left, top, width - left, height - top))
+        patch_size = self.backbone.patch_size
+        width, height = (max(1, round(side * scale / patch_size)) * patch_size for side in picture.size)
+        return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+    def patch_tokens(self, picture: Picture) -> Tensor:
+        """Return the patch tokens of what `read` returned, (N, D) float32, row by row."""
+        tokens = forward(self.backbone, self.model.preprocess, pixels_of(picture), best_device()).patch_tokens
+        return tokens[0].float().cpu()
+
+    def normalised(self, picture: Picture) -> Tensor:
+        """Return what `read` returned as the backbone takes it, (1, C, H, W)."""
+        return normalise(pixels_of(picture).to(best_device()), self.model.preprocess)
+
+    def grid(self, picture: Picture) -> tuple[int, int]:
+        """Return how many patches an image has down and across."""
+        return picture.height // self.backbone.patch_size, picture.width // self.backbone.patch_size
+
+
+def open_patch_model(name: str | None, image_size: int | None, seed: int) -> PatchModel:
+    """Return the model that --model names, for images with a short side of --image-size.
+
+    None means the model's own size, or MIN_PATCHES patches where that is more.
+    Raises ToolkitError when the model has no patch tokens, or the size does not suit it.
+    """
+    model = open_model(name, seed)
+    if not isinstance(model.backbone, VisionTransformer):
+        raise ToolkitError(f"the model {model.source.path!r} has no patch tokens; name a vision transformer by --model")
+    backbone = model.backbone.to(best_device()).eval()
+    patch_size = backbone.patch_size
+    side_px = image_size or max(model.preprocess.image_size, MIN_PATCHES * patch_size)
+    if side_px % patch_size or side_px < 3 * patch_size:
+        nearest = max(3, round(side_px / patch_size)) * patch_size
+        raise ToolkitError(
+            f"--image-size {side_px} is no multiple of the model's patch size {patch_size}, or less than 3 patches;"
+            f" use {nearest}"
+        )
+    return PatchModel(model, backbone, side_px)
+
+
+def pixels_of(picture: Picture) -> Tensor:
+    """Return the pixels of an image, (1, C, H, W) uint8 or uint16."""
+    return torch.tensor(values_of(picture)).permute(2, 0, 1)[None]  # (H, W, C) -> (1, C, H, W)
+
+
+@dataclass(frozen=True)
+class NamedImages:
+    """The images that arguments name, and where they come from."""
+
+    inputs: list[Source]
+    named: list[tuple[str, str]]  # uri and caption
+
+
+def open_images(arguments: list[str], own: str, *, null: bool = False, limit: int | None = None) -> NamedImages:
+    """Return the first images that arguments name, without the picture `own` that may lie among them."""
+    sources = open_sources(arguments, null=null)
+    skip = {own}.__contains__
+    inputs = [Source("images", source.path, survey(source, skip)[0]) for source in sources]
+    listed = (entry for source in sources for entry in entries(source, "folder", skip))
+    named = [(entry.uri, entry.label or os.path.basename(entry.uri)) for entry in islice(listed, limit)]
+    return NamedImages(inputs, named)
+
+
+def draw_images(
+    command: str,
+    arguments: list[str],
+    output: str,
+    settings: PictureSettings,
+    options: Options,
+    *,
+    what: str,
+    draw: Callable[[PatchModel, list[Picture], list[str]], Drawn],
+) -> Result | None:
+    """Draw what a model sees in images, unless the picture is up to date; return None after a dry run.
+
+    Args:
+        command: the name behind `evaluate`.
+        arguments: names of images, folders and lists.
+        what: what is drawn of the images, for the dry run.
+        draw: makes the picture and its figures from the images that can be read and their captions.
+
+    Raises:
+        ToolkitError: when no image can be read, the model has no patch tokens, or the size does not suit it.
+    """
+    own = str(check_picture_name(output).absolute())
+    images = open_images(arguments, own, null=settings.null, limit=options.limit)
+    model = open_patch_model(settings.model, settings.image_size, options.seed)
+    provenance = Provenance(
+        kind="picture",
+        command=f"evaluate {command}",
+        parameters={"image_size": model.side_px, "limit": options.limit},
+        seed=options.seed,
+        inputs=(*images.inputs, model.model.source),
+    )
+
+    def drawn() -> Drawn:
+        read = [(picture, caption) for uri, caption in images.named if (picture := model.read(uri)) is not None]
+        if not read:
+            raise ToolkitError(f"none of the {len(images.named)} images can be read; name others")
+        return draw(model, [picture for picture, _ in read], [caption for _, caption in read])
+
+    described = f"{what} {len(images.named)} images at {model.side_px} px"
+    return make_picture(output, provenance, options, described=described, draw=drawn)
+
+
+def make_picture(
+    output: str, provenance: Provenance, options: Options, *, described: str, draw: Callable[[], Drawn]
+) -> Result | None:
+    """Draw a picture with its provenance, unless it is up to date; return None after a dry run.
+
+    Raises ToolkitError when something else stands at the output and --force was not given.
+    """
+    path = check_picture_name(output)
+    if is_picture_up_to_date(path, provenance, options):
+        return None if options.dry_run else Result(output)
+    if options.dry_run:
+        console.say(f"would draw {described} to {path}")
+        return None
+    picture, figures = draw()
+    write_picture(picture, path, provenance)
+    return Result(output, figures)
