@@ -1,6 +1,6 @@
-"""What dedup, cluster and retrieve read: the images of a manifest together with their vectors.
+"""What dedup, cluster, retrieve and union read: the images of a manifest together with their vectors.
 
-What is as long as the pool is numbers: names and labels stay on disk, and are read for the rows that are written.
+Only numbers are held for the whole pool. Names and labels stay on disk, and are read for the rows that are written.
 
 N images, D numbers a vector, R rows of a selection.
 """
@@ -23,36 +23,32 @@ from ..store.manifest import IMAGE_FIELDS, ROW_FIELD, Manifest, Source, open_man
 from ..store.vectors import Float32, Int64, Vectors, locate_vectors, open_vectors, scratch_size
 
 FLOPS_A_CORE = 5e10  # measured: float32 products on an AVX2 core
-PLAIN_MODELS = ("pixels", "copy")  # their vectors say how alike two pictures look, not what they show
-PLACE_FIELD = pa.field("place", pa.int64())  # of a row in what is written, while rows are put in order
+PLAIN_MODELS = ("pixels", "copy")  # their vectors compare looks, not content
+PLACE_FIELD = pa.field("place", pa.int64())  # of a row in the output
 
 
 @dataclass(frozen=True)
 class Input:
-    """A manifest that a step was given, and what is known of it before a vector is read."""
+    """A manifest that a step was given, before its vectors are read."""
 
     role: str  # manifest, queries, pool, against
     manifest: Manifest
     features: Manifest | None  # where --features says the vectors are
-    where: str | None = None  # the condition that rows must fulfil
-    kept: Int64 | None = None  # the rows that do, rising; None: all
+    where: str | None = None  # SQL condition that rows must meet
+    kept: Int64 | None = None  # the rows that do, ascending; None: all
 
     def rows(self, limit: int | None = None) -> Int64:
-        """Return the rows of the manifest that the step works on, rising: of the first `limit`, those kept."""
+        """Return the rows of the manifest that the step works on, ascending: those kept of the first `limit`."""
         stop = self.manifest.num_rows if limit is None else min(limit, self.manifest.num_rows)
         return np.arange(stop) if self.kept is None else self.kept[: np.searchsorted(self.kept, stop)]
 
     def num_rows(self, limit: int | None = None) -> int:
-        """Return how many these are."""
+        """Return the number of rows that the step works on."""
         return len(self.rows(limit))
 
     def model(self) -> Source | None:
-        """Return the model that made the vectors which the step compares, where it is known."""
+        """Return the model that made the vectors, where it is known."""
         return model_of(self.features or self.manifest)
-
-    def features_path(self) -> Path | None:
-        """Return what `store.vectors` takes as `features`."""
-        return None if self.features is None else self.features.path
 
     def sources(self) -> tuple[Source, ...]:
         """Return what to record as inputs."""
@@ -77,7 +73,7 @@ class EmbeddedImages:
     """Images with their vectors, in the order of the manifest's rows."""
 
     source: Input
-    positions: Int64  # (N,) rows of the manifest, rising
+    positions: Int64  # (N,) rows of the manifest, ascending
     rows: pa.Array  # (N,) int64, rows of the base that a selection refers to
     vectors: Vectors  # (N, D)
 
@@ -89,42 +85,38 @@ class EmbeddedImages:
         return image_schema(self.source.manifest)
 
     def batches(self, columns: Sequence[str], indices: Int64 | None = None) -> Iterator[pa.Table]:
-        """Yield image columns of the images at `indices` (R,), which must rise, some thousand at a time."""
+        """Yield image columns of the images at `indices` (R,), ascending, some thousand at a time."""
         rows = self.positions if indices is None else self.positions[indices]
         return image_batches(self.source.manifest, columns, rows=rows)
 
-    def image_column(self, name: str) -> pa.ChunkedArray:
-        """Return an image column of all images, (N,)."""
+    def image_column(self, name: str, indices: Int64 | None = None) -> pa.ChunkedArray:
+        """Return an image column of the images at `indices` (R,), in that order; None means all, (N,)."""
         empty = pa.schema([self.schema().field(name)]).empty_table()
-        return pa.concat_tables([empty, *self.batches([name])]).column(0)
+        if indices is None:
+            return pa.concat_tables([empty, *self.batches([name])]).column(0)
+        ascending, place = np.unique(indices, return_inverse=True)
+        return pa.concat_tables([empty, *self.batches([name], ascending)]).column(0).take(pa.array(place))
+
+    def uris(self, indices: Int64 | None = None) -> pa.ChunkedArray:
+        """Return the uris of the images at `indices` (R,), in that order; None means all, (N,)."""
+        return self.image_column("uri", indices)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return any column of the manifest as it is stored, (N,)."""
         manifest = self.source.manifest
         empty = pa.schema([manifest.schema.field(name)]).remove_metadata().empty_table()
-        read = image_batches(manifest, (), more=[name], rows=self.positions)
-        return pa.concat_tables([empty, *read]).column(0)
-
-    def uris(self, indices: Int64 | None = None) -> pa.ChunkedArray:
-        """Return the uris of the images at `indices` (R,), in that order."""
-        if indices is None:
-            return self.image_column("uri")
-        rising, place = np.unique(indices, return_inverse=True)
-        empty = pa.schema([self.schema().field("uri")]).empty_table()
-        return pa.concat_tables([empty, *self.batches(["uri"], rising)]).column(0).take(pa.array(place))
+        return pa.concat_tables([empty, *image_batches(manifest, (), more=[name], rows=self.positions)]).column(0)
 
     @cached_property
     def order(self) -> Int64:
         """The rank of every image by (image_id, uri, row), (N,), which breaks every tie."""
         schema = pa.schema([*IMAGE_FIELDS[:2], ROW_FIELD, PLACE_FIELD])
-        rank = np.empty(len(self), np.int64)
-        done = 0
         with tables.connect() as connection:
             connection.register("names", tables.stream(schema, self.names()))
             ranked = connection.sql("select place from names order by image_id, uri, row, place")
-            for batch in ranked.to_arrow_reader(tables.BATCH_ROWS):
-                rank[batch.column(0).to_numpy()] = np.arange(done, done + batch.num_rows)
-                done += batch.num_rows
+            places = [batch.column(0).to_numpy() for batch in ranked.to_arrow_reader(tables.BATCH_ROWS)]
+        rank = np.empty(len(self), np.int64)
+        rank[np.concatenate([np.empty(0, np.int64), *places])] = np.arange(len(self))
         return rank
 
     def names(self) -> Iterator[pa.Table]:
@@ -142,9 +134,8 @@ def open_input(
 ) -> Input:
     """Open a manifest; where none is given, the newest one that the catalog has for the role, named on stderr.
 
-    The step's own output, should it stand there from an earlier run, is never chosen. `where` is an SQL condition over
-    the manifest's columns that rows must fulfil.
-    Raises ToolkitError when the condition cannot be asked, or no row fulfils it.
+    The step's own output of an earlier run is never chosen. `where` is an SQL condition over the manifest's columns.
+    Raises ToolkitError when the condition is no SQL for this manifest, or no row meets it.
     """
     if path is None:
         wanted = "queries" if role == "queries" else "pool"
@@ -163,36 +154,31 @@ def open_input(
 
 
 def say_choice(role: str, path: Path) -> None:
-    """Name on stderr what the catalog chose."""
+    """Say which manifest the catalog chose."""
     console.say(f"{role}: {os.path.relpath(path)}, the newest in the catalog")
 
 
 def model_of(manifest: Manifest) -> Source | None:
-    """Return the model by whose features a manifest was made, where it is known."""
+    """Return the model that a manifest was made with, where it is known."""
     return None if manifest.provenance is None else manifest.provenance.model()
 
 
 def read_embedded(source: Input, limit: int | None = None) -> EmbeddedImages:
-    """Make the vectors of a manifest's images ready; what else is known of these stays on disk.
+    """Open the vectors of a manifest's images; names and labels stay on disk.
 
     Raises ToolkitError when there are no vectors, as `store.vectors.open_vectors` says.
     """
-    manifest, features = source.manifest, source.features
-    vectors = open_vectors(manifest, features=source.features_path(), limit=limit)
-    positions = vectors.rows if "embedding" in manifest.names() and features is None else np.arange(len(vectors))
-    rows = pa.array(vectors.rows)
-    if "embedding" in manifest.names():
-        rows = pa.array(positions)
-    elif features is not None and source.base() != features.source("base"):
-        rows = manifest.read(["row"], limit).column("row").cast(pa.int64()).combine_chunks()
+    vectors = open_vectors(source.manifest, features=source.features, limit=limit)
+    is_base = source.features is None or source.base() == source.features.source("base")
+    rows = vectors.rows if is_base else _rows_of_base(source, limit)
     if source.kept is None:
-        return EmbeddedImages(source, positions, rows, vectors)
+        return EmbeddedImages(source, np.arange(len(vectors)), pa.array(rows), vectors)
     kept = source.rows(limit)
-    return EmbeddedImages(source, kept, rows.take(pa.array(kept)), vectors.take(kept))
+    return EmbeddedImages(source, kept, pa.array(rows).take(pa.array(kept)), vectors.take(kept))
 
 
 def read_unembedded(source: Input, limit: int | None = None) -> EmbeddedImages:
-    """Return the images of any manifest, with vectors of no numbers; rows count in its base, or in itself without one.
+    """Return the images of any manifest, with vectors of length 0.
 
     Raises ToolkitError when it names no images.
     """
@@ -203,11 +189,16 @@ def read_unembedded(source: Input, limit: int | None = None) -> EmbeddedImages:
             " it needs a `uri` or `path` column"
         )
     positions = source.rows(limit)
-    rows = pa.array(positions)
-    if "embedding" not in manifest.names() and source.base() is not None:
-        rows = manifest.read(["row"], limit).column("row").cast(pa.int64()).combine_chunks().take(rows)
+    rows = pa.array(_rows_of_base(source, limit)).take(pa.array(positions))
     nothing: Float32 = np.empty((manifest.num_rows, 0), np.float32)
     return EmbeddedImages(source, positions, rows, Vectors(nothing, positions, manifest.source("base")))
+
+
+def _rows_of_base(source: Input, limit: int | None) -> Int64 | pa.Array:
+    """Return the rows of its base that a manifest refers to; its own rows where it has vectors, or no base."""
+    if "embedding" in source.manifest.names() or source.base() is None:
+        return np.arange(source.manifest.num_rows)[:limit]
+    return source.manifest.read(["row"], limit).column("row").cast(pa.int64()).combine_chunks()
 
 
 def check_same_model(one: Input, other: Input) -> None:
@@ -219,19 +210,13 @@ def check_same_model(one: Input, other: Input) -> None:
             f"{paths} were embedded by two models ({models[0].path} and {models[1].path});"
             " embed one of them again with the other's --model"
         )
-    dims = [scratch_size(_embeddings(part))[0] for part in (one, other)]
+    dims = [scratch_size(part.features or locate_vectors(part.manifest)[0])[0] for part in (one, other)]
     if dims[0] != dims[1]:
         raise ToolkitError(f"the vectors of {paths} have {dims[0]} and {dims[1]} numbers; embed both by one model")
 
 
-def _embeddings(source: Input) -> Manifest:
-    if source.features is not None:
-        return source.features
-    return locate_vectors(source.manifest)[0]
-
-
 def warn_of_plain_features(source: Input) -> None:
-    """Warn when vectors say how alike pictures look, but not what they show."""
+    """Warn when vectors compare the looks of pictures, not their content."""
     model = source.model()
     if model is not None and model.path in PLAIN_MODELS:
         console.warn(
@@ -246,15 +231,15 @@ def describe(path: Path, inputs: list[Input], num_products: int, what: str, opti
     `num_products` counts the vector pairs that would be multiplied.
     """
     limits = [options.limit, *(None for _ in inputs[1:])]
-    located = [
-        locate_vectors(part.manifest, features=part.features_path(), limit=limit)
+    bases = [
+        locate_vectors(part.manifest, features=part.features, limit=limit)[0]
         for part, limit in zip(inputs, limits, strict=True)
     ]
-    dim = scratch_size(located[0][0])[0]
-    scratch = sum({base.content_id: scratch_size(base)[1] for base, _ in located}.values())
     counts = [part.num_rows(limit) for part, limit in zip(inputs, limits, strict=True)]
+    read = " and ".join(f"{count:,} vectors of {base.path}" for base, count in zip(bases, counts, strict=True))
+    dim = scratch_size(bases[0])[0]
+    scratch = sum({base.content_id: scratch_size(base)[1] for base in bases}.values())
     seconds = 2 * num_products * dim / (FLOPS_A_CORE * (os.cpu_count() or 1))
-    read = " and ".join(f"{count:,} vectors of {base.path}" for (base, _), count in zip(located, counts, strict=True))
     console.say(
         f"would read {read} ({dim} numbers each; {scratch / 1e6:,.1f} MB to decode into the cache),"
         f" {what}, and write {path}; about {seconds:,.0f} s on the CPU"

@@ -1,4 +1,4 @@
-"""What dedup, cluster and retrieve write: a selection of images, read again from disk row by row.
+"""What dedup, cluster, retrieve and union write: a selection of images, whose columns are read from disk.
 
 R rows of a selection.
 """
@@ -21,11 +21,11 @@ from .inputs import PLACE_FIELD, EmbeddedImages, Input, model_of
 
 @dataclass(frozen=True)
 class Selection:
-    """Rows to write, R of them: images of one or several manifests, and what a step found of each."""
+    """Rows to write, R of them: images of one or several manifests, and the columns that a step adds."""
 
-    parts: tuple[tuple[EmbeddedImages, Int64], ...]  # images and which of them, one part after the other
-    places: Int64  # (R,) where each of these rows goes
-    added: dict[pa.Field, pa.Array]  # (R,) columns in the order of what is written, also dictionaries of strings
+    parts: tuple[tuple[EmbeddedImages, Int64], ...]  # images and the indices of those chosen, part by part
+    places: Int64  # (R,) of these rows in the output
+    added: dict[pa.Field, pa.Array]  # (R,) columns in the order of the output, also dictionaries of strings
 
     @property
     def num_rows(self) -> int:
@@ -42,53 +42,54 @@ class Selection:
         return pa.schema([*fields, *(field for field in self.added if field.name not in declared)])
 
     def append_column(self, field: pa.Field, values: pa.Array) -> "Selection":
-        """Return the selection with one more column, or with another instead of an image column."""
+        """Return the selection with one more column, or with an image column replaced."""
         return replace(self, added={**self.added, field: values})
 
     def batches(self) -> Iterator[pa.Table]:
-        """Yield the rows some thousand at a time; those that do not rise are sorted on disk if they must."""
+        """Yield the rows in the order of the output, some thousand at a time; sorted on disk where necessary."""
         added = {field.name: values for field, values in self.added.items()}
         schema = self.schema
         read = pa.schema([*(field for field in schema if field.name not in added), PLACE_FIELD])
         start = 0
-        for batch in self._in_place(read):
-            given = [
-                added[field.name].slice(start, batch.num_rows) if field.name in added else batch.column(field.name)
+        for table in self._in_place(read):
+            columns = [
+                added[field.name].slice(start, len(table)) if field.name in added else table.column(field.name)
                 for field in schema
             ]
-            columns = [column.cast(field.type) for column, field in zip(given, schema, strict=True)]
-            yield pa.table(columns, schema=schema)
-            start += batch.num_rows
+            cast = [column.cast(field.type) for column, field in zip(columns, schema, strict=True)]
+            yield pa.table(cast, schema=schema)
+            start += len(table)
 
     def _in_place(self, read: pa.Schema) -> Iterator[pa.Table | pa.RecordBatch]:
-        rising = [np.argsort(indices, kind="stable") for _, indices in self.parts]
-        starts = np.cumsum([0, *(len(by) for by in rising)])
-        order = np.concatenate([by + start for by, start in zip(rising, starts, strict=False)])
-        places = self.places[order]
-        if bool(np.all(np.diff(places) > 0)):
-            yield from self._rising(read, order)
+        """Yield the columns that are read, by place."""
+        ascending = []  # the parts, each in the order of its manifest
+        start = 0
+        for images, indices in self.parts:
+            order = np.argsort(indices, kind="stable")
+            ascending.append((images, indices[order], self.places[start + order]))
+            start += len(indices)
+        stored = (table for part in ascending for table in _stored(*part, read))
+        if bool(np.all(np.diff(np.concatenate([places for _, _, places in ascending])) > 0)):
+            yield from stored
             return
         with tables.connect() as connection:
-            connection.register("taken", tables.stream(read, self._rising(read, order)))
-            yield from connection.sql("select * from taken order by place").to_arrow_reader(tables.BATCH_ROWS)
+            connection.register("stored", tables.stream(read, stored))
+            yield from connection.sql("select * from stored order by place").to_arrow_reader(tables.BATCH_ROWS)
 
-    def _rising(self, read: pa.Schema, order: Int64) -> Iterator[pa.Table]:
-        """Yield the rows of part after part as they stand on disk; the `order` (R,) of `places` goes with them."""
-        start = 0
-        part_start = 0
-        for images, indices in self.parts:
-            names = [name for name in read.names if name in images.schema().names]
-            for table in images.batches(names, indices[order[part_start : part_start + len(indices)] - part_start]):
-                mine = order[start : start + table.num_rows]
-                columns = {name: table.column(name) for name in names}
-                columns[ROW_FIELD.name] = images.rows.take(pa.array(indices[mine - part_start]))
-                columns[PLACE_FIELD.name] = pa.array(self.places[mine])
-                columns = {**{field.name: pa.nulls(table.num_rows, field.type) for field in read}, **columns}
-                if "weight" in columns:
-                    columns["weight"] = pc.fill_null(columns["weight"], 1.0)
-                yield pa.table(columns, schema=read)
-                start += table.num_rows
-            part_start += len(indices)
+
+def _stored(images: EmbeddedImages, indices: Int64, places: Int64, read: pa.Schema) -> Iterator[pa.Table]:
+    """Yield columns of the images at `indices` (R,), ascending, and their places (R,)."""
+    names = [name for name in read.names if name in images.schema().names]
+    start = 0
+    for table in images.batches(names, indices):
+        stop = start + len(table)
+        columns = {field.name: pa.nulls(len(table), field.type) for field in read}
+        columns |= {name: table.column(name) for name in names}
+        columns |= {"row": images.rows.take(pa.array(indices[start:stop])), "place": pa.array(places[start:stop])}
+        if "weight" in columns:
+            columns["weight"] = pc.fill_null(columns["weight"], 1.0)
+        yield pa.table(columns, schema=read)
+        start = stop
 
 
 def selected(pool: EmbeddedImages, indices: Int64) -> Selection:

@@ -1,13 +1,13 @@
-"""Several manifests as one, every image once, each part drawn by training as often as it is told to.
+"""Several manifests as one, every image once; weights say how often training draws from each.
 
-What was retrieved and what was sampled evenly, together, make better features than either (section 3.1 of Siméoni et
-al. 2025, DINOv3); a clean pool and what is new of another make the grown pool.
+Retrieved and evenly sampled images together make better features than either (section 3.1 of Siméoni et al. 2025,
+DINOv3). A clean pool and the new images of another make the grown pool.
 
 N images of all parts, R different ones.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +17,19 @@ import pyarrow.compute as pc
 from .. import console
 from ..errors import ToolkitError
 from ..store import tables
-from ..store.artifact import Options, Result, check_manifest_name, is_up_to_date, recorded
-from ..store.manifest import (
-    IMAGE_FIELDS,
-    OPTIONAL_IMAGE_FIELDS,
-    ROW_FIELD,
-    ManifestWriter,
-    Provenance,
-    embedding_field,
-    open_manifest,
-)
+from ..store.artifact import Options, Result, check_manifest_name, make
+from ..store.manifest import OPTIONAL_IMAGE_FIELDS, ROW_FIELD, ManifestWriter, Provenance, embedding_field
 from ..store.memory import memory_budget
 from ..store.vectors import Float64, Int64
 from .inputs import EmbeddedImages, Input, check_same_model, open_input, read_embedded, read_unembedded
 from .selection import Selection
 from .weighted_parts import distinct_names, split_number
 
-SHARE_UNITS = 1 << 60  # what all draws are cut into: whole numbers add up to the same in any order
-KEY_FIELD = pa.field("key", pa.int64())  # what an image without any name is known by
-ROW_BITS = 40  # of such a key: the rest says whose row it is
+SHARE_UNITS = 1 << 60  # of all draws together; integers add up to the same in any order
+NAMES_SCHEMA = pa.schema(
+    {"image_id": pa.string(), "uri": pa.string(), "row": pa.int64()}
+    | {"base": pa.string(), "place": pa.int64(), "units": pa.int64()}
+)
 
 
 @dataclass(frozen=True)
@@ -43,15 +37,15 @@ class Part:
     """A manifest that goes into the union."""
 
     path: Path
-    weight: float | None = None  # how often training draws of it, against the other parts
+    weight: float | None = None  # share of the draws in training, relative to the other parts
 
 
 @dataclass(frozen=True)
 class UnionSettings:
-    """What `dinov2 curate union` can be told, beside the options that all commands share."""
+    """The options of `dinov2 curate union`, beside those that all commands share."""
 
     where: str | None = None  # condition on the rows of every part
-    embeddings: bool = False  # the vectors come along
+    embeddings: bool = False  # copy the vectors too
     memory: str | None = None  # None: a third of the machine
 
 
@@ -88,19 +82,17 @@ def union_manifests(parts: Sequence[Part], output: str, settings: UnionSettings,
             check_same_model(inputs[0], part)
     weights = [part.weight for part in parts if part.weight is not None]
     provenance = _provenance(inputs, names, weights, settings, options)
-    is_made = is_up_to_date(path, provenance, options)
-    if options.dry_run:
-        if not is_made:
-            num_rows = ", ".join(f"{part.num_rows(options.limit):,} of {part.manifest.path}" for part in inputs)
-            console.say(f"would read {num_rows} and write every image once to {path}, as {provenance.kind}")
-        return None
-    if not is_made:
-        with recorded(path) as finished:
-            read = read_embedded if settings.embeddings else read_unembedded
-            images = [read(part, options.limit) for part in inputs]
-            finished.append(_union(images, names, weights, path, settings, provenance))
-    made = open_manifest(path)
-    return Result(output, {} if made.provenance is None else made.provenance.figures)
+
+    def describe() -> None:
+        num_rows = ", ".join(f"{part.num_rows(options.limit):,} of {part.manifest.path}" for part in inputs)
+        console.say(f"would read {num_rows} and write every image once to {path}, as {provenance.kind}")
+
+    def work() -> Provenance:
+        read = read_embedded if settings.embeddings else read_unembedded
+        images = [read(part, options.limit) for part in inputs]
+        return _union(images, names, weights, path, memory_budget(settings.memory), provenance)
+
+    return make(output, provenance, options, describe=describe, work=work)
 
 
 def _provenance(
@@ -112,17 +104,12 @@ def _provenance(
     models = {model.content_id: model for part in inputs if (model := part.model()) is not None}
     shared = tuple(models.values()) if len(models) == 1 else ()
     roles = {part.manifest.provenance.role for part in inputs if part.manifest.provenance is not None}
-    parameters: dict[str, object] = {
-        "parts": names,
-        "weights": weights,
-        "where": settings.where,
-        "embeddings": settings.embeddings,
-        "limit": options.limit,
-    }
+    chosen = asdict(settings)
+    del chosen["memory"]  # does not change the rows
     return Provenance(
         kind="embeddings" if settings.embeddings else "images" if base is None else "selection",
         command="curate union",
-        parameters=parameters,
+        parameters={"parts": names, "weights": weights, **chosen, "limit": options.limit},
         seed=options.seed,
         inputs=(*(source for part in inputs for source in part.sources()), *shared),
         base=None if settings.embeddings else base,
@@ -135,45 +122,50 @@ def _union(
     names: list[str],
     weights: list[float],
     path: Path,
-    settings: UnionSettings,
+    memory: int,
     provenance: Provenance,
 ) -> Provenance:
-    units = _draws(images, weights)
-    first, drawn = _each_once(images, units, memory_budget(settings.memory))
+    first, drawn = _each_once(images, _draws(images, weights), memory)
     starts = np.cumsum([0, *(len(part) for part in images)])
-    bounds = np.searchsorted(first, starts)
+    bounds = np.searchsorted(first, starts)  # of the parts among the rows that are kept
     chosen = [first[low:high] - start for low, high, start in zip(bounds, bounds[1:], starts, strict=False)]
-    source, weight = OPTIONAL_IMAGE_FIELDS
     of_part = np.repeat(np.arange(len(images)), np.diff(bounds))
-    rows = Selection(
-        tuple(zip(images, chosen, strict=True)),
-        np.arange(len(first)),
-        {source: pa.DictionaryArray.from_arrays(pa.array(of_part), pa.array(names))},
-    )
+    source, weight = OPTIONAL_IMAGE_FIELDS
+    added = {source: pa.DictionaryArray.from_arrays(pa.array(of_part), pa.array(names))}
     if weights:
-        rows = rows.append_column(weight, pa.array(drawn / drawn.sum() * len(drawn)))
+        added[weight] = pa.array(drawn / drawn.sum() * len(drawn))
+    rows = Selection(tuple(zip(images, chosen, strict=True)), np.arange(len(first)), added)
+
     total = sum(weights)
     shares = [each / total for each in weights] if weights else [len(part) / max(len(first), 1) for part in chosen]
     composition = [
         {"source": name, "rows": len(part), "images": len(mine), "share": share}
         for name, part, mine, share in zip(names, images, chosen, shares, strict=True)
     ]
-    figures: dict[str, object] = {
-        "images": len(first),
-        "wanted": int(starts[-1]),
-        "collisions": int(starts[-1]) - len(first),
-        "composition": composition,
-    }
     console.say(f"{starts[-1]:,} rows of {len(images)} parts: {len(first):,} images, as {provenance.kind}")
     header = ["part", "rows", "images not in earlier parts", "share of draws" if weights else "share of images"]
-    console.table("what every part brings", header, [list(part.values()) for part in composition])
-    return _write(path, rows, images, chosen, provenance, figures)
+    console.table("images of every part", header, [list(part.values()) for part in composition])
+
+    fields = [field for field in rows.schema if field != ROW_FIELD or provenance.kind == "selection"]
+    if provenance.kind == "embeddings":
+        is_half = all(part.vectors.array.dtype == np.float16 for part in images)
+        fields.append(embedding_field(images[0].vectors.dim, pa.float16() if is_half else pa.float32()))
+    with ManifestWriter(path, fields, provenance) as writer:
+        for table in rows.batches():
+            if provenance.kind == "embeddings":
+                vectors = _vectors(images, first[writer.num_rows : writer.num_rows + len(table)], starts, fields[-1])
+                table = table.append_column(fields[-1], vectors)
+            writer.write(table)
+        writer.set_figures(
+            images=len(first), wanted=int(starts[-1]), collisions=int(starts[-1]) - len(first), composition=composition
+        )
+    return writer.provenance
 
 
 def _draws(images: list[EmbeddedImages], weights: list[float]) -> Int64:
-    """Return the share of draws that every row gets by its part, (N,), in SHARE_UNITS; 0 where parts have no weights.
+    """Return the share of the draws of every row, (N,), in SHARE_UNITS; 0 where parts have no weights.
 
-    Within a part rows are drawn by their own weights.
+    Within a part, rows share by their own weights.
     """
     units = np.zeros(sum(len(part) for part in images), np.int64)
     start = 0
@@ -193,13 +185,17 @@ def _draws(images: list[EmbeddedImages], weights: list[float]) -> Int64:
 
 
 def _each_once(images: list[EmbeddedImages], units: Int64, memory: int) -> tuple[Int64, Float64]:
-    """Return the first row of every image among those of all parts, (R,) rising, and what all its rows get, (R,)."""
-    schema = pa.schema([*IMAGE_FIELDS[:2], KEY_FIELD, pa.field("place", pa.int64()), pa.field("units", pa.int64())])
+    """Return the first row of every image among those of all parts, (R,) ascending, and the units of its rows, (R,).
+
+    An image without a name is identified by its row in the embeddings that its part refers to.
+    """
     first, drawn = [np.empty(0, np.int64)], [np.empty(0)]
     with tables.connect(memory) as connection:
-        connection.register("rows", tables.stream(schema, _named(images, units, schema)))
+        connection.register("rows", tables.stream(NAMES_SCHEMA, _names(images, units)))
         once = connection.sql("""
-            select min(place), sum(units)::double from rows group by image_id, uri, key order by 1
+            select min(place), sum(units)::double from rows
+            group by image_id, uri, case when coalesce(image_id, uri) is null then (base, coalesce(row, -1 - place)) end
+            order by 1
         """)
         for batch in once.to_arrow_reader(tables.BATCH_ROWS):
             first.append(batch.column(0).to_numpy())
@@ -207,55 +203,23 @@ def _each_once(images: list[EmbeddedImages], units: Int64, memory: int) -> tuple
     return np.concatenate(first), np.concatenate(drawn)
 
 
-def _named(images: list[EmbeddedImages], units: Int64, schema: pa.Schema) -> Iterator[pa.Table]:
-    """Yield what names every row: image_id and uri, or where both are null its row in the embeddings."""
-    bases = [part.source.base() for part in images]
-    ids = [None if base is None else base.content_id for base in bases]
+def _names(images: list[EmbeddedImages], units: Int64) -> Iterator[pa.Table]:
+    """Yield what identifies every row of all parts, its place among them and its share of the draws."""
     start = 0
-    for part, base in zip(images, ids, strict=True):
+    for number, part in enumerate(images):
+        base = part.source.base()
+        base_id = f"part {number}" if base is None else base.content_id  # without a base, a row is like no other
         for table in part.names():
-            stop = start + table.num_rows
-            own = pa.array(-1 - np.arange(start, stop))  # of no base: like no other
-            rows = own if base is None else pc.add(table.column("row"), ids.index(base) << ROW_BITS)
-            unnamed = pc.and_(pc.is_null(table.column("image_id")), pc.is_null(table.column("uri")))
-            keys = pc.if_else(unnamed, pc.coalesce(rows, own), None)
-            columns = [table.column("image_id"), table.column("uri"), keys, np.arange(start, stop), units[start:stop]]
-            yield pa.table(columns, schema=schema)
+            stop = start + len(table)
+            own = [pa.repeat(base_id, len(table)), np.arange(start, stop), units[start:stop]]
+            yield pa.table([*(table.column(name) for name in ("image_id", "uri", "row")), *own], schema=NAMES_SCHEMA)
             start = stop
 
 
-def _write(
-    path: Path,
-    rows: Selection,
-    images: list[EmbeddedImages],
-    chosen: list[Int64],
-    provenance: Provenance,
-    figures: dict[str, object],
-) -> Provenance:
-    schema = rows.schema
-    if provenance.kind != "selection":
-        schema = schema.remove(schema.get_field_index(ROW_FIELD.name))
-    field = None
-    if provenance.kind == "embeddings":
-        is_half = all(part.vectors.array.dtype == np.float16 for part in images)
-        field = embedding_field(images[0].vectors.dim, pa.float16() if is_half else pa.float32())
-        schema = schema.append(field)
-    with ManifestWriter(path, list(schema), provenance) as writer:
-        for table in rows.batches():
-            if field is not None:
-                stop = writer.num_rows + table.num_rows
-                table = table.append_column(field, _vectors(images, chosen, writer.num_rows, stop, field))
-            writer.write(table)
-        writer.set_figures(**figures)
-    return writer.provenance
-
-
-def _vectors(images: list[EmbeddedImages], chosen: list[Int64], start: int, stop: int, field: pa.Field) -> pa.Array:
-    """Return the vectors of rows start..stop of the chosen images of all parts."""
-    block = np.empty((stop - start, images[0].vectors.dim), field.type.value_type.to_pandas_dtype())
-    first = 0  # row of the part's first image
-    for part, mine in zip(images, chosen, strict=True):
-        low, high = np.clip([start - first, stop - first], 0, len(mine))
-        block[first + low - start : first + high - start] = part.vectors.take(mine[low:high]).raw(0, high - low)
-        first += len(mine)
-    return pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), type=field.type)
+def _vectors(images: list[EmbeddedImages], rows: Int64, starts: Int64, field: pa.Field) -> pa.Array:
+    """Return the vectors of some `rows` among those of all parts, (R, D)."""
+    vectors = np.empty((len(rows), images[0].vectors.dim), field.type.value_type.to_pandas_dtype())
+    for part, start in zip(images, starts, strict=False):
+        mine = np.flatnonzero((rows >= start) & (rows < start + len(part)))
+        vectors[mine] = part.vectors.take(rows[mine] - start).raw(0, len(mine))
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=field.type)

@@ -1,4 +1,4 @@
-"""Several manifests of one step, each perhaps with a number of its own: A.parquet or A.parquet=32."""
+"""Several manifests as arguments of one step, each with or without a number: A.parquet or A.parquet=32."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from ..errors import ToolkitError
 
 
 def split_number(text: str) -> tuple[Path, str | None]:
-    """Return the path and what stands behind its last `=`, None where there is nothing; a file's name comes first."""
+    """Return the path and the text after its last `=`, None without one; a `=` in an existing file's name is kept."""
     path, sign, number = text.rpartition("=")
     if not sign or Path(text).exists():
         return Path(text), None
@@ -15,7 +15,7 @@ def split_number(text: str) -> tuple[Path, str | None]:
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Return the file names without .parquet, with as many of their folders as it takes to tell them apart.
+    """Return the file names without .parquet, with as many parent folders as make them unique.
 
     Raises ToolkitError when one file is named twice.
     """

@@ -144,7 +144,7 @@ def has_vectors(manifest: Manifest) -> bool:
     return "embedding" in manifest.names() or _base_of(manifest) is not None
 
 
-def open_vectors(manifest: Manifest, *, features: Path | None = None, limit: int | None = None) -> Vectors:
+def open_vectors(manifest: Manifest, *, features: Manifest | None = None, limit: int | None = None) -> Vectors:
     """Return the embeddings of a manifest's rows: its own, those of its base, or those of `features`.
 
     `features` is another embedding manifest of the same images, matched by image_id and uri.
@@ -155,7 +155,7 @@ def open_vectors(manifest: Manifest, *, features: Path | None = None, limit: int
 
 
 def locate_vectors(
-    manifest: Manifest, *, features: Path | None = None, limit: int | None = None
+    manifest: Manifest, *, features: Manifest | None = None, limit: int | None = None
 ) -> tuple[Manifest, Int64]:
     """Return where the vectors are, without reading them: the embedding manifest, and rows (N,) of it.
 
@@ -163,12 +163,11 @@ def locate_vectors(
     """
     num_rows = manifest.num_rows if limit is None else min(limit, manifest.num_rows)
     if features is not None:
-        base = open_manifest(features)
-        if "embedding" not in base.names():
+        if "embedding" not in features.names():
             raise ToolkitError(
-                f"{features} has no `embedding` column; --features takes an output of `dinov2 curate embed`"
+                f"{features.path} has no `embedding` column; --features takes an output of `dinov2 curate embed`"
             )
-        return base, _matching_rows(manifest, base, num_rows)
+        return features, _matching_rows(manifest, features, num_rows)
     if "embedding" in manifest.names():
         return manifest, np.arange(num_rows, dtype=np.int64)
     wanted = _base_of(manifest)

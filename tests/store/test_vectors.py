@@ -91,10 +91,10 @@ def test_other_features_are_matched_by_image(tmp_path: Path) -> None:
     pq.write_table(
         pq.read_table(foreign(tmp_path / "x.parquet", [[7], [8], [9]])).take([2, 1, 0]), tmp_path / "x.parquet"
     )
-    assert open_vectors(selection, features=tmp_path / "x.parquet").raw(0, 2).tolist() == [[9], [7]]
+    assert open_vectors(selection, features=open_manifest(tmp_path / "x.parquet")).raw(0, 2).tolist() == [[9], [7]]
     foreign(tmp_path / "few.parquet", [[7]])
     with pytest.raises(ToolkitError, match="1 of 2 images .* are not in"):
-        open_vectors(selection, features=tmp_path / "few.parquet")
+        open_vectors(selection, features=open_manifest(tmp_path / "few.parquet"))
 
 
 @pytest.mark.parametrize(
