@@ -6,19 +6,17 @@ Settings differ in width, resolution, heads, stochastic depth, activation checkp
 of each, since tensors of changing sizes fragment the heap from step to step.
 """
 
-import json
-import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dinov2_toolkit.benchmarks.measured import write_result
+from dinov2_toolkit.train.monitor.metrics import read_metrics
 
 STEPS = 50
 LARGER = ["patch_size=8", "global_crop_size_px=64", "local_crop_size_px=32", "num_prototypes=4096"]
@@ -50,8 +48,8 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Measure all settings, print the table, and write it to benchmarks/results."""
-    lines = ["| settings | estimated MiB | measured MiB | difference |", "|---|---|---|---|"]
+    """Measure all settings and write the table."""
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         generator = np.random.default_rng(0)
@@ -68,13 +66,11 @@ def main() -> None:
             assert found is not None, said
             estimated = int(found[1].replace(",", ""))
             _dinov2(folder, *command)
-            rows = (folder / f"run-{number}" / "metrics.jsonl").read_text().splitlines()
-            measured = json.loads(rows[-1])["peak_memory_mib"]
-            lines.append(f"| {title} | {estimated:,} | {measured:,.0f} | {estimated / measured - 1:+.0%} |")
-            print(lines[-1], flush=True)
-    versions = f"Python {platform.python_version()}, torch {version('torch')}, {date.today()}"
-    text = f"# Estimated and measured memory\n\n{platform.machine()}, {os.cpu_count()} cores, {versions}\n\n"
-    (Path(__file__).parent / "results" / "memory_estimate.md").write_text(text + "\n".join(lines) + "\n")
+            measured = read_metrics(folder / f"run-{number}")[-1]["peak_memory_mib"]
+            rows.append((title, f"{estimated:,}", f"{measured:,.0f}", f"{estimated / measured - 1:+.0%}"))
+    header = ("settings", "estimated MiB", "measured MiB", "difference")
+    notes = "The factor of the allocator (1.2) in the formula was fitted to these settings."
+    write_result("memory_estimate", "Estimated and measured memory", header, rows, notes)
 
 
 def _dinov2(folder: Path, *arguments: str) -> str:

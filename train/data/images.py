@@ -173,13 +173,13 @@ def read_batches(
                 unreadable.add(row)
         raise ToolkitError(f"{MAX_UNREADABLE} images in a row cannot be read, the last one {uri}; check the manifest")
 
-    def load_part(samples: NDArray[np.int64]) -> list[tuple[int, Values, bool]]:
-        rows = drawn_rows(images, seed, samples).tolist()
-        return [load(*pair) for pair in zip(samples.tolist(), rows, strict=True)]
+    def load_part(part: NDArray[np.int64]) -> list[tuple[int, Values, bool]]:
+        return [load(sample, row) for sample, row in part.tolist()]
 
     num_parts = max(num_workers, 1)
     own, again = tee(np.array(samples[process::num_processes]) for samples in batches)
-    parts = (part for samples in own for part in np.array_split(samples, num_parts))
+    drawn = (np.stack([samples, drawn_rows(images, seed, samples)], axis=1) for samples in own)
+    parts = (part for batch in drawn for part in np.array_split(batch, num_parts))
     with ThreadPoolExecutor(num_parts, thread_name_prefix="decode") as pool:
         ahead = LOOK_AHEAD_BATCHES * num_workers
         with closing(map_in_order(load_part, parts, pool, ahead)) as loaded:

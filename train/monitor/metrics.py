@@ -55,12 +55,10 @@ def write_metrics_table(run_folder: Path, provenance: Provenance) -> None:
 
 def averaged(outputs: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
     """Return a step's outputs with scalars and mean probabilities averaged over the processes; tokens stay local."""
-    values = dict(outputs)
-    if accelerator.num_processes == 1:
-        return values
-    shared = {name: value for name, value in values.items() if value.ndim < 2}
-    reduced: dict[str, Tensor] = accelerator.reduce(shared, reduction="mean")
-    return values | reduced
+    means: dict[str, Tensor] = accelerator.reduce(
+        {name: value for name, value in outputs.items() if value.ndim < 2}, reduction="mean"
+    )
+    return {**outputs, **means}
 
 
 class Throughput:
