@@ -22,6 +22,15 @@ Manifest = Annotated[
     Path | None,
     typer.Argument(metavar="[MANIFEST]", help="Images, one a row. [default: the newest pool]", show_default=False),
 ]
+Recipe = Annotated[
+    str | None,
+    option(
+        METHOD,
+        "tiny (small images, CPU), vitl16-short (the paper's), or a TOML file.",
+        metavar="NAME|FILE",
+        default="tiny, for distill the teacher's own; with --resume the run's own",
+    ),
+]
 Assignments = Annotated[
     list[str] | None, option(METHOD, "Change a setting of the recipe; repeatable.", "--set", metavar="KEY=VALUE")
 ]
@@ -44,7 +53,6 @@ Preview = Annotated[
     str | None,
     option(OUTPUT, "First draw crops and masks of a dozen images; with --dry-run only that.", metavar="FILE.png"),
 ]
-RECIPE_HELP = "tiny (small images, CPU), vitl16-short (the paper's), or a TOML file."
 
 
 @app.command()
@@ -52,10 +60,7 @@ RECIPE_HELP = "tiny (small images, CPU), vitl16-short (the paper's), or a TOML f
 def pretrain(
     manifest: Manifest = None,
     output: Annotated[str, options.output_option("runs/pretrain")] = "runs/pretrain",
-    recipe: Annotated[
-        str | None,
-        option(METHOD, RECIPE_HELP, metavar="NAME|FILE", default="tiny; with --resume the run's own"),
-    ] = None,
+    recipe: Recipe = None,
     assignments: Assignments = None,
     init_from: Annotated[
         str | None, option(MODEL, "Start from a run, a weights file or a Hugging Face folder.", metavar="MODEL")
@@ -98,24 +103,13 @@ def distill(
     output: Annotated[str, options.output_option("runs/distill")] = "runs/distill",
     arch: Annotated[
         list[str] | None,
-        option(
-            MODEL,
-            "The student's architecture; repeated, each student has its run folder in the output.",
-            default="the recipe's",
-        ),
+        option(MODEL, "The student's architecture; repeatable, a run folder for each.", default="the recipe's"),
     ] = None,
     objective: Annotated[
         Literal["heads", "features"] | None,
-        option(
-            METHOD,
-            "What the student learns: the output of the teacher's heads, or, where it has none, its tokens.",
-            default="the recipe's, or heads",
-        ),
+        option(METHOD, "Learn the teacher's prototype probabilities, or its tokens.", default="the recipe's, or heads"),
     ] = None,
-    recipe: Annotated[
-        str | None,
-        option(METHOD, RECIPE_HELP, metavar="NAME|FILE", default="the teacher's own; with --resume the run's own"),
-    ] = None,
+    recipe: Recipe = None,
     assignments: Assignments = None,
     eval_train: EvalTrain = None,
     eval_test: EvalTest = None,

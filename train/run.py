@@ -128,13 +128,12 @@ def run_training(
     launches = num_processes > 1 and not is_launched(os.environ)
     if options.dry_run or launches:
         check_batch(config, num_processes)
-        if is_finished(run, options, resume):
-            return finished_result(output)
-        if options.dry_run:
-            describe_cost(run, build, num_processes)
-            console.say(f"would write {output}")
-            return None
-        launch(num_processes)
+        if not is_finished(run, options, resume):
+            if options.dry_run:
+                describe_cost(run, build, num_processes)
+                console.say(f"would write {output}")
+                return None
+            launch(num_processes)
         return finished_result(output)
 
     # In this process, together with the others where a launcher has started several.
