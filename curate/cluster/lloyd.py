@@ -22,7 +22,7 @@ from ...features.search.centroids import (
 )
 from ...features.search.products import product
 from ...features.search.similarity import tolerance
-from ...features.threads import Workers, map_in_order
+from ...features.threads import Workers
 from ...store.vectors import Float32, Float64, Int32, Int64, unit_length
 from .sampling import allocate, seeded_keys
 
@@ -103,8 +103,7 @@ def reassign(points: Float32, assignments: Int32, centroids: Float32, threads: W
             rows = groups.of(cluster)
             search_candidates(points, rows, targets, neighbors[cluster], JOB_POINTS, nearest, cosines)
 
-    for _ in map_in_order(search, _jobs(groups), threads):
-        pass
+    list(threads.map(search, _jobs(groups)))  # waits for all, and raises what one raises
     return nearest, np.maximum(1 - cosines, 0)
 
 
@@ -143,8 +142,7 @@ def add_points(sums: Float64, points: Float32, rows: Int64, clusters: Int32, thr
             present, places = np.unique(clusters[part], return_index=True)
             sums[present] += sign * np.add.reduceat(points[rows[part]], places, axis=0, dtype=np.float64)
 
-    for _ in map_in_order(add, _jobs(groups), threads):
-        pass
+    list(threads.map(add, _jobs(groups)))
 
 
 def mean_centroids(sums: Float64, sizes: Int64, previous: Float32) -> Float32:
@@ -176,7 +174,7 @@ def initial_centroids(points: Float32, num_clusters: int, seed: int, threads: Wo
     def draw(group: int) -> Int64:
         return _draw(points, groups.of(group), int(counts[group]), np.random.default_rng([seed, 6, group]))
 
-    drawn: Float32 = points[np.concatenate(list(map_in_order(draw, np.flatnonzero(counts).tolist(), threads)))]
+    drawn: Float32 = points[np.concatenate(list(threads.map(draw, np.flatnonzero(counts).tolist())))]
     return drawn
 
 

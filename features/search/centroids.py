@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...store.vectors import Float32, Int32, Int64, unit_length
 from ..grouping import group_by
-from ..threads import Workers, map_in_order
+from ..threads import Workers
 from .products import device, product
 
 EXACT_CENTROIDS = 2_048  # measured: with fewer, a coarse quantizer costs more than it saves
@@ -86,8 +86,7 @@ def search_centroids(
         block = slice(start, start + step)
         nearest[block], cosines[block] = nearest_centroids(points[block], centroids, coarse)
 
-    for _ in map_in_order(search, range(0, len(points), step), threads):
-        pass
+    list(threads.map(search, range(0, len(points), step)))  # waits for all, and raises what one raises
     return nearest, cosines
 
 
@@ -134,7 +133,7 @@ def several_nearest(points: Float32, centroids: Float32, num: int, threads: Work
     def search(start: int) -> Int64:
         return _highest(product(on_device(points[start : start + step]), targets), min(num, len(centroids)))
 
-    return np.concatenate(list(map_in_order(search, range(0, len(points), step), threads)))
+    return np.concatenate(list(threads.map(search, range(0, len(points), step))))
 
 
 def neighbors_of_centroids(centroids: Float32, num: int, threads: Workers) -> Int64:
@@ -153,8 +152,7 @@ def neighbors_of_centroids(centroids: Float32, num: int, threads: Workers) -> In
         places = _highest(product(_take(targets, members), _take(targets, candidates)), num)
         neighbors[members] = candidates[places]
 
-    for _ in map_in_order(search, np.flatnonzero(groups.sizes).tolist(), threads):
-        pass
+    list(threads.map(search, np.flatnonzero(groups.sizes).tolist()))
     return neighbors
 
 
