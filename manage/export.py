@@ -1,13 +1,13 @@
 """`dinov2 export`: a model in another library's format, compared with the model before it counts as done."""
 
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import blake2b, file_digest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .. import console
 from ..errors import ToolkitError
@@ -16,14 +16,15 @@ from ..models.export import Comparison, Format, Reference
 from ..models.weights import Model, load_model
 from ..store.artifact import (
     FILE_PROVENANCE,
+    RUN_PROVENANCE,
     Options,
     Result,
-    difference,
+    make,
+    provenance_at,
     read_run_provenance,
-    recorded,
-    write_run_provenance,
+    write_provenance,
 )
-from ..store.manifest import Provenance, Source, provenance_from, provenance_values, toolkit_version
+from ..store.manifest import Provenance, Source, toolkit_version
 from .model_card import model_card
 
 EXTRAS = {"hf": ("hf", ("transformers",)), "onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime"))}
@@ -76,52 +77,55 @@ def export_model(source: str, output: str, settings: ExportSettings, options: Op
         seed=options.seed,
         inputs=(Source("model", named, original.content_id),),
     )
-    if _is_up_to_date(path, provenance, options):
-        there = _find_provenance(path)
-        return None if options.dry_run or there is None else Result(output, there.figures)
-    if settings.to != "hf":
-        _check_side_files(path, options)
-    num_bytes = sum(4 * weight.numel() for weight in model.backbone.parameters())
-    if options.dry_run:
-        console.say(
-            f"would write {source} as {settings.to} for {size} px to {path}, about {num_bytes / 2**20:,.0f} MiB"
-        )
-        return None
+    _check_place(path, options)
+    num_mib = sum(4 * weight.numel() for weight in model.backbone.parameters()) / 2**20
 
+    def describe() -> None:
+        console.say(f"would write {source} as {settings.to} for {size} px to {path}, about {num_mib:,.0f} MiB")
+
+    def work() -> Provenance:
+        reference = export.make_reference(original, size, options.limit or export.DEFAULT_IMAGES, options.seed)
+        return _write_checked(path, model, source, settings.to, reference, provenance)
+
+    return make(
+        output,
+        provenance,
+        options,
+        describe=describe,
+        work=work,
+        update=path.is_dir() and not any(path.iterdir()),
+        kind="export",
+        find=_export_at,
+    )
+
+
+def _write_checked(
+    path: Path, model: Model, source: str, to: Format, reference: Reference, provenance: Provenance
+) -> Provenance:
+    """Write the export aside, compare what is read back, and move it to its place; return its provenance."""
+    write, compare = STEPS[to]
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        with recorded(path) as finished:
-            reference = export.make_reference(original, size, options.limit or export.DEFAULT_IMAGES, options.seed)
-            written = aside / path.name
-            if settings.to == "hf":
-                written.mkdir()
-            write, compare = STEPS[settings.to]
-            write(model, written)
-            comparison = compare(model, written, reference)
-            _judge(settings.to, comparison, reference, output)
-            figures = _figures(settings.to, comparison, reference)
-            made = replace(
-                provenance, figures=figures, content_id=_content_id(written, settings.to), version=toolkit_version()
-            )
-            if settings.to == "hf":
-                run = read_run_provenance(Path(source)) if Path(source).is_dir() else None
-                card = model_card(model, source, run, comparison, reference)
-                (written / "README.md").write_text(card, encoding="utf-8")
-                write_run_provenance(written, made)
-            else:
-                values = json.dumps(provenance_values(made), indent=1, sort_keys=True)
-                (aside / f"{path.name}{FILE_PROVENANCE}").write_text(values, encoding="utf-8")
-            _put_in_place(aside, path)
-            finished.append(made)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _say(output, comparison, reference)
-    if model.preprocess.bit_depth == 16 and settings.to != "safetensors":
-        console.say(f"no {settings.to} file says that the model takes 16 bits: its images are pixels divided by 65535")
-    return Result(output, figures)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        aside = Path(folder)
+        written = aside / path.name
+        if to == "hf":
+            written.mkdir()
+        write(model, written)
+        comparison = compare(model, written, reference)
+        _check_difference(to, comparison, reference, path)
+        figures = _figures(to, comparison, reference)
+        made = replace(provenance, figures=figures, content_id=_content_id(written, to), version=toolkit_version())
+        if to == "hf":
+            card = model_card(model, source, read_run_provenance(Path(source)), comparison, reference)
+            (written / "README.md").write_text(card, encoding="utf-8")
+            write_provenance(written / RUN_PROVENANCE, made)
+        else:
+            write_provenance(aside / f"{path.name}{FILE_PROVENANCE}", made)
+        _put_in_place(aside, path)
+    _say(path, comparison, reference)
+    if model.preprocess.bit_depth == 16 and to != "safetensors":
+        console.say(f"no {to} file says that the model takes 16 bits: its images are pixels divided by 65535")
+    return made
 
 
 def _check_output(output: str, to: Format) -> Path:
@@ -148,60 +152,36 @@ def _check_extra(to: Format) -> None:
         )
 
 
-def _is_up_to_date(path: Path, provenance: Provenance, options: Options) -> bool:
-    """Tell whether this very export is there already; if so, touch it (so that Make rests) and say so."""
-    empty = path.is_dir() and not any(path.iterdir())
-    if not path.exists() or empty:
-        return False
-    there = _find_provenance(path)
-    if there is None and path.is_dir():  # --force must not remove somebody's folder
-        raise ToolkitError(f"{path} exists and is no export of ours; choose another -o, or remove it yourself")
-    if options.force:
-        return False
-    if there is not None and there.same_work(provenance):
-        console.say(f"{path} is up to date")
-        if not options.dry_run:
-            os.utime(path)
-        return True
-    reason = "is no export of ours" if there is None else f"was made otherwise ({difference(there, provenance)})"
-    raise ToolkitError(f"{path} exists and {reason}; choose another -o, or --force to overwrite it")
-
-
-def _check_side_files(path: Path, options: Options) -> None:
-    """Raise ToolkitError when what goes with an export would take the place of something else without --force."""
-    ours = _find_provenance(path) is not None
+def _check_place(path: Path, options: Options) -> None:
+    """Raise ToolkitError when an export would take the place of somebody's folder or of side files without --force."""
+    is_ours = _export_at(path) is not None
+    if path.is_dir():
+        if not is_ours and any(path.iterdir()):  # which --force must not remove
+            raise ToolkitError(f"{path} exists and is no export of ours; choose another -o, or remove it yourself")
+        return
     for side in (path.with_name(f"{path.name}{ending}") for ending in (FILE_PROVENANCE, export_onnx.WEIGHTS_BESIDE)):
         if side.is_dir():
             raise ToolkitError(f"{side}, which goes with {path}, is a folder; choose another -o, or move it away")
-        if side.exists() and not ours and not options.force:
+        if side.exists() and not is_ours and not options.force:
             raise ToolkitError(
                 f"{side}, which goes with {path}, exists and is of no export of ours;"
                 " choose another -o, or --force to overwrite it"
             )
 
 
-def _find_provenance(path: Path) -> Provenance | None:
-    if path.is_dir():
-        found = read_run_provenance(path)
-        return found if found is not None and found.kind == "export" else None
-    file = path.with_name(f"{path.name}{FILE_PROVENANCE}")
-    if not file.is_file():
-        return None
-    try:
-        return provenance_from(json.loads(file.read_text(encoding="utf-8")), file)
-    except (ValueError, KeyError, TypeError):  # somebody's, by the same name
-        return None
+def _export_at(path: Path) -> Provenance | None:
+    found = provenance_at(path)
+    return found if found is not None and found.kind == "export" else None
 
 
-def _judge(to: Format, comparison: Comparison, reference: Reference, output: str) -> None:
+def _check_difference(to: Format, comparison: Comparison, reference: Reference, path: Path) -> None:
     allowed = export.allowed_difference(to, reference)
-    if comparison.difference <= allowed:
-        return
-    reason = f" ({comparison.note})" if comparison.difference == float("inf") and comparison.note else ""
-    raise ToolkitError(
-        f"{output} was not written: read back by {comparison.reader}, tokens differ by {comparison.difference:.1e}, "
-        f"more than {allowed:.1e}{reason}; update that library, or report it with the output of `dinov2 --version`"
-    )
+    if comparison.difference > allowed:
+        reason = f" ({comparison.note})" if comparison.difference == float("inf") and comparison.note else ""
+        raise ToolkitError(
+            f"{path} was not written: read back by {comparison.reader}, tokens differ by {comparison.difference:.1e}, "
+            f"more than {allowed:.1e}{reason}; update that library, or report it with the output of `dinov2 --version`"
+        )
 
 
 def _figures(to: Format, comparison: Comparison, reference: Reference) -> dict[str, object]:
@@ -216,27 +196,23 @@ def _figures(to: Format, comparison: Comparison, reference: Reference) -> dict[s
     }
 
 
-def _say(output: str, comparison: Comparison, reference: Reference) -> None:
+def _say(path: Path, comparison: Comparison, reference: Reference) -> None:
     size, other_size = reference.image_size, reference.other_images.shape[-1]
     console.say(
-        f"{output}: largest difference of all tokens {comparison.difference:.1e} at {size} px (float32, "
+        f"{path}: largest difference of all tokens {comparison.difference:.1e} at {size} px (float32, "
         f"{len(reference.images)} random images), read back by {comparison.reader}"
     )
     if comparison.other_difference is not None:
-        console.say(_position_policy(comparison.other_difference, other_size, reference.tokens.abs().max().item()))
+        is_same = comparison.other_difference <= 1e-4 * max(1.0, reference.tokens.abs().max().item())
+        how, advice = "as the model does", ""
+        if not is_same:
+            how, advice = "in its own way", f"; `--image-size {other_size}` stores them for that size"
+        console.say(
+            f"at other sizes the reader interpolates position embeddings {how}: tokens differ by "
+            f"{comparison.other_difference:.1e} at {other_size} px{advice}"
+        )
     if comparison.note:
         console.say(comparison.note)
-
-
-def _position_policy(other_difference: float, other_size: int, largest: float) -> str:
-    """Say what another image size than the stored one does to the tokens."""
-    if other_difference <= 1e-4 * max(1.0, largest):
-        how = f"{other_difference:.1e} at {other_size} px"
-        return f"at other sizes the reader interpolates position embeddings as the model does: {how}"
-    return (
-        f"at other sizes the reader interpolates position embeddings in its own way: tokens differ by "
-        f"{other_difference:.1e} at {other_size} px; `--image-size {other_size}` stores them for that size"
-    )
 
 
 def _content_id(written: Path, to: Format) -> str:

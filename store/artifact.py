@@ -89,11 +89,10 @@ def is_up_to_date(
         reason = f"is no {kind} of ours" if there is None else f"was made otherwise ({difference(there, provenance)})"
         raise ToolkitError(f"{output} exists and {reason}; choose another -o, or --force to overwrite it")
     console.say(f"{output} is up to date")
-    path = str(output.absolute())
     if not options.dry_run:
+        path = str(output.absolute())
         touch(Source("manifest", path, there.content_id))
-        is_artifact = there.content_id != ""  # a picture is none
-        if is_artifact and not catalog.artifacts("path = ? and digest = ?", [path, there.content_id]):
+        if there.content_id and not catalog.artifacts("path = ? and digest = ?", [path, there.content_id]):
             catalog.record(output, there, None)
     return True
 
@@ -161,26 +160,29 @@ def make(
     work: Callable[[], Provenance],
     side_files: Mapping[Path, str] | None = None,
     update: bool = False,
+    kind: str = "manifest",
+    find: Callable[[Path], Provenance | None] = provenance_at,
 ) -> Result | None:
     """Run a step unless its output holds this very work already; return what the command prints, None after a dry run.
 
     Args:
-        output: path of the manifest as the user gave it.
+        output: path as the user gave it.
         provenance: of the work that is wanted; without content id and figures.
         describe: says what the step would do; only called in a dry run.
         work: writes the output and returns its provenance with content id and figures.
         side_files: manifests that `work` writes beside the output, and their kinds; checked before any work.
         update: do the work whatever stands at `output`, as a step that resumes or updates it.
+        kind, find: as in `is_up_to_date`.
 
     Raises:
         ToolkitError: when something else stands at `output` or a side file and --force was not given; what `work`
             raises.
     """
     path = Path(output)
-    is_made = not update and is_up_to_date(path, provenance, options)
+    is_made = not update and is_up_to_date(path, provenance, options, kind=kind, find=find)
     if not is_made:
-        for side, kind in (side_files or {}).items():
-            check_side_file(side, kind, path, provenance, options)
+        for side, side_kind in (side_files or {}).items():
+            check_side_file(side, side_kind, path, provenance, options)
     if options.dry_run:
         if not is_made:
             describe()
@@ -188,7 +190,7 @@ def make(
     if not is_made:
         with recorded(path) as finished:
             finished.append(work())
-    made = provenance_at(path)
+    made = find(path)
     return Result(output, {} if made is None else made.figures)
 
 
@@ -196,10 +198,11 @@ def make(
 def recorded(output: Path) -> Iterator[list[Provenance]]:
     """Time a step; afterwards enter `output` in the catalog with the provenance that the block appended.
 
-    The catalog row comes last: if the block raises, nothing is recorded.
+    The catalog row comes last: if the block raises, nothing is recorded. Pictures, which have no content id, never are.
     """
     start = time.monotonic()
     finished: list[Provenance] = []
     yield finished
     (provenance,) = finished
-    catalog.record(output, provenance, time.monotonic() - start)
+    if provenance.content_id:
+        catalog.record(output, provenance, time.monotonic() - start)

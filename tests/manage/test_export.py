@@ -359,6 +359,7 @@ def test_what_stands_beside_an_export_asks_for_force(tmp_path: Path, name: str) 
 def test_force_replaces_a_folder_of_ours_and_never_somebodys(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     run_folder(tmp_path / "run")
+    (tmp_path / "hf").mkdir()
     export(tmp_path / "run", tmp_path / "hf", "hf")
     (tmp_path / "hf" / "left-over").write_text("")
     export(tmp_path / "run", tmp_path / "hf", "hf", force=True)
