@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import console
 from ..models.block import SwiGlu
@@ -57,39 +58,22 @@ def list_models(as_json: bool) -> None:
 
 def architecture_cost(arch: str) -> Cost:
     """Return what a ViT of a named architecture costs, as it was released: patches of 14, no registers."""
-    with torch.device("meta"):
+    with torch.device("meta"), FlopCounterMode(display=False) as counted:  # which counts matrix products
         backbone = build_vit(arch, patch_size=PATCH_SIZE)
+        backbone.forward_features(torch.empty(1, backbone.in_chans, IMAGE_SIZE, IMAGE_SIZE))
     parameters = sum(weight.numel() for weight in backbone.parameters())
-    return Cost(
-        parameters,
-        forward_flop(backbone, IMAGE_SIZE) / 1e9,
-        4 * parameters / 2**20,
-        4 * backbone.depth * kept_activations(backbone, IMAGE_SIZE) / 2**20,
-    )
-
-
-def forward_flop(backbone: VisionTransformer, image_size: int) -> int:
-    """Return the floating point operations of one image's forward pass: those of matrix products, two each."""
-    patches = (image_size // backbone.patch_size) ** 2
-    tokens, width = 1 + backbone.num_register_tokens + patches, backbone.embed_dim
-    patch_pixels = backbone.in_chans * backbone.patch_size**2
-    linear = 4 * width * width + (3 if backbone.ffn == "swiglu" else 2) * width * _hidden_dim(backbone)
-    block = 2 * tokens * linear + 4 * tokens * tokens * width  # linear layers; query-key and weight-value products
-    return backbone.depth * block + 2 * patches * patch_pixels * width
+    activations = backbone.depth * kept_activations(backbone, IMAGE_SIZE)
+    return Cost(parameters, counted.get_total_flops() / 1e9, 4 * parameters / 2**20, 4 * activations / 2**20)
 
 
 def kept_activations(backbone: VisionTransformer, image_size: int) -> int:
     """Return how many numbers a block keeps of one image for the backward pass, attention never held whole."""
     tokens = 1 + backbone.num_register_tokens + (image_size // backbone.patch_size) ** 2
-    width, hidden = backbone.embed_dim, _hidden_dim(backbone)
+    width = backbone.embed_dim
     attention = 6 * width + backbone.num_heads + 2  # norm in and out, q, k, v, attended; log-sums; mean and deviation
-    inner = 4 * hidden if backbone.ffn == "swiglu" else 2 * hidden  # before and after the activation; gate and value
-    return tokens * (attention + 2 * width + 2 + inner)
-
-
-def _hidden_dim(backbone: VisionTransformer) -> int:
     mlp = backbone.get_submodule("blocks.0.mlp")
-    return mlp.w3.in_features if isinstance(mlp, SwiGlu) else 4 * backbone.embed_dim
+    inner = 4 * mlp.w3.in_features if isinstance(mlp, SwiGlu) else 2 * 4 * width  # SwiGLU: gate and value too
+    return tokens * (attention + 2 * width + 2 + inner)
 
 
 def pull_model(name: str, force: bool, dry_run: bool) -> Result | None:
