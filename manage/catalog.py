@@ -1,4 +1,4 @@
-"""What the catalog can tell: listings, lineage, verification; and how it is rebuilt."""
+"""`dinov2 catalog`: lists, shows, traces and verifies artifacts; rebuilds the catalog and empties the cache."""
 
 import json
 import shutil
@@ -9,11 +9,11 @@ from pathlib import Path
 from .. import console
 from ..errors import ToolkitError
 from ..store import catalog
-from ..store.artifact import FILE_PROVENANCE, RUN_PROVENANCE, read_run_provenance
+from ..store.artifact import FILE_PROVENANCE, RUN_PROVENANCE, provenance_at
 from ..store.cache import cached
 from ..store.catalog import Artifact
 from ..store.lock import is_held
-from ..store.manifest import Provenance, data_content_id, open_manifest, provenance_from
+from ..store.manifest import Provenance, data_content_id, open_manifest
 
 
 def list_artifacts(kind: str | None, as_json: bool) -> None:
@@ -25,7 +25,7 @@ def list_artifacts(kind: str | None, as_json: bool) -> None:
     for artifact in found:
         gone = "" if Path(artifact.path).exists() else "  (gone)"
         rows = "" if artifact.rows is None else f"{artifact.rows:,}"
-        print(f"{artifact.time:%Y-%m-%d %H:%M:%S}  {artifact.kind:<10}  {rows:>12}  {_near(artifact.path)}{gone}")
+        print(f"{artifact.time:%Y-%m-%d %H:%M:%S}  {artifact.kind:<10}  {rows:>12}  {_from_here(artifact.path)}{gone}")
 
 
 def show(name: str, as_json: bool) -> None:
@@ -55,22 +55,17 @@ def lineage(name: str, as_json: bool) -> None:
     Raises ToolkitError when the catalog does not have it.
     """
     artifact = catalog.find(name)
-    tree = _ancestors(artifact, {candidate.digest: candidate for candidate in reversed(_all_artifacts())})
+    by_digest = {known.digest: known for known in reversed(catalog.artifacts(table="artifacts"))}
+    tree = _ancestors(artifact, by_digest)
     print(json.dumps(tree) if as_json else "\n".join(_indented(tree)))
-
-
-def _all_artifacts() -> list[Artifact]:
-    with catalog.connect(read_only=True) as connection:
-        return [Artifact(*row) for row in connection.execute("select * from artifacts order by time desc").fetchall()]
 
 
 def _ancestors(artifact: Artifact, by_digest: dict[str, Artifact]) -> dict[str, object]:
     inputs: list[dict[str, object]] = []
     for source in catalog.inputs_of(artifact):
         known = by_digest.get(source.content_id)
-        tree = (
-            _ancestors(known, by_digest) if known and known.id != artifact.id else {"path": source.path, "inputs": []}
-        )
+        is_other = known is not None and known.id != artifact.id
+        tree = _ancestors(known, by_digest) if known and is_other else {"path": source.path, "inputs": []}
         inputs.append({**tree, "as": source.role})
     return {"path": artifact.path, "command": artifact.command, "inputs": inputs}
 
@@ -78,7 +73,7 @@ def _ancestors(artifact: Artifact, by_digest: dict[str, Artifact]) -> dict[str, 
 def _indented(tree: dict[str, object], depth: int = 0) -> list[str]:
     role = f"{tree['as']}: " if "as" in tree else ""
     command = f"  [{tree['command']}]" if "command" in tree else ""
-    lines = [f"{'  ' * depth}{role}{_near(str(tree['path']))}{command}"]
+    lines = [f"{'  ' * depth}{role}{_from_here(str(tree['path']))}{command}"]
     inputs = tree["inputs"]
     assert isinstance(inputs, list)
     for child in inputs:
@@ -97,7 +92,7 @@ def verify(names: list[str], as_json: bool) -> None:
         print(json.dumps({"rows": [{"path": path, "state": state} for path, state in states]}))
     else:
         for path, state in states:
-            print(f"{state:<8}  {_near(path)}")
+            print(f"{state:<8}  {_from_here(path)}")
     if bad := [path for path, state in states if state != "ok"]:
         raise ToolkitError(
             f"{len(bad)} of {len(states)} artifacts are not as they were made, first {bad[0]}; make them again"
@@ -132,26 +127,26 @@ def rebuild(paths: list[Path]) -> None:
 
 
 def _carriers(path: Path) -> list[tuple[Path, Provenance]]:
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    found: list[tuple[Path, Provenance]] = []
-    for file in files:
-        if file.suffix == ".parquet" and (provenance := open_manifest(file).provenance) is not None:
-            found.append((file, provenance))
-    for file in sorted(path.rglob(RUN_PROVENANCE)) if path.is_dir() else []:
-        if (provenance := read_run_provenance(file.parent)) is not None and provenance.content_id:
-            found.append((file.parent, provenance))
-    for file in sorted(path.rglob(f"*{FILE_PROVENANCE}")) if path.is_dir() else []:
-        carrier = file.with_name(file.name.removesuffix(FILE_PROVENANCE))
-        if carrier.name and carrier.exists():
-            found.append((carrier, provenance_from(json.loads(file.read_text(encoding="utf-8")), file)))
-    return sorted(found, key=lambda carrier: carrier[0].stat().st_mtime)
+    """Return what carries provenance at or under a path, oldest first."""
+    carriers = [path]
+    if path.is_dir():
+        runs = [file.parent for file in path.rglob(RUN_PROVENANCE)]
+        files = [file.with_name(file.name.removesuffix(FILE_PROVENANCE)) for file in path.rglob(f"?*{FILE_PROVENANCE}")]
+        carriers = sorted({*path.rglob("*.parquet"), *runs, *files})
+    found = []
+    for carrier in carriers:
+        if carrier.exists():
+            provenance = open_manifest(carrier).provenance if carrier.suffix == ".parquet" else provenance_at(carrier)
+            if provenance is not None and provenance.content_id:  # an unfinished run has none
+                found.append((carrier, provenance))
+    return sorted(found, key=lambda pair: pair[0].stat().st_mtime)
 
 
 def gc() -> None:
     """Empty the cache, and forget artifacts that no longer exist; print how many bytes came free.
 
-    Only what has a name of our making goes. What an `embed` is writing this moment stays; what stopped ones have kept
-    goes, and they start anew. Raises ToolkitError when something that is no cache of ours stands in its place.
+    Only files with names of ours are removed, and not what an `embed` is writing at this moment. What stopped commands
+    have kept is removed too: they start anew. Raises ToolkitError when the folder is no cache of ours.
     """
     freed = 0
     for found in cached():
@@ -171,7 +166,7 @@ def _plain(artifact: Artifact) -> dict[str, object]:
     return {**asdict(artifact), "time": artifact.time.isoformat(sep=" ", timespec="seconds")}
 
 
-def _near(path: str) -> str:
+def _from_here(path: str) -> str:
     """Shorten a path that lies under the working folder."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -156,12 +156,12 @@ def forget(path: Path) -> None:
         _delete(connection, "path = ?", [str(path.absolute())])
 
 
-def artifacts(where: str = "true", values: Sequence[object] = ()) -> list[Artifact]:
-    """Return the newest artifact of each path that fulfils an SQL condition, newest first."""
+def artifacts(where: str = "true", values: Sequence[object] = (), *, table: str = "newest") -> list[Artifact]:
+    """Return the newest artifact of each path that fulfils an SQL condition, newest first; of `artifacts`, all."""
     if not catalog_path().exists():
         return []
     with connect(read_only=True) as connection:
-        rows = connection.execute(f"select * from newest where {where} order by time desc, id desc", list(values))
+        rows = connection.execute(f"select * from {table} where {where} order by time desc, id desc", list(values))
         return [Artifact(*row) for row in rows.fetchall()]
 
 
