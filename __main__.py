@@ -1,4 +1,4 @@
-"""`python -m dinov2_toolkit`: the same as `dinov2`, and what torch's launcher starts."""
+"""`python -m dinov2_toolkit`: the same as `dinov2`, and what `features.launch` starts."""
 
 from .cli import main
 
