@@ -35,8 +35,7 @@ from .parts import (
     read_arrow,
     work_folder,
 )
-from .plan import describe_work, earlier_manifest, start_work, stopped_run
-from .reuse import recogniser
+from .plan import describe_work, earlier_manifest, recogniser, start_work, stopped_run
 from .settings import EmbedSettings as EmbedSettings
 from .settings import chosen_model, extracted, manifest_fields, wanted_provenance
 
@@ -107,7 +106,7 @@ def _lead(
         if listed.num_entries == 0:
             paths = ", ".join(source.path for source in sources)
             raise ToolkitError(f"{paths}: no files there; name a folder with images")
-        wanted = wanted_provenance(sources, listed.inputs, model, settings, options)
+        wanted = wanted_provenance(sources, listed, model, settings, options)
         if options.force and not options.dry_run:
             forget_work(folder)
         stopped = stopped_run(folder, wanted)
@@ -137,7 +136,7 @@ def _embed_share(folder: Path, model: FeatureModel, settings: EmbedSettings, gro
     """Embed this process's share of what is left, a part at a time, until a signal comes."""
     begun, todo = read_run_provenance(folder), read_arrow(folder / "todo.arrow")
     assert begun is not None, "the first process has written it"
-    num_entries, num_failed = (int(str(begun.figures[name])) for name in ("entries", "failed"))
+    num_entries, num_failed = len(read_arrow(folder / "listing.arrow")), 0
     schema = part_schema(manifest_fields(model, settings, []))
     recognise = None if begun.base is None else recogniser(folder)
     waiting: deque[tuple[str, int]] = deque()  # uris and versions that were read, and are not embedded yet

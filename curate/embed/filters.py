@@ -1,4 +1,4 @@
-"""Which images are not worth embedding: too small, too long, almost constant, blurred; found on what is decoded anyway.
+"""Filters for images that are not worth embedding: too small, too elongated, almost constant, blurred.
 
 Shapes: H, W pixels of a picture.
 """
@@ -15,20 +15,16 @@ REASONS = ("below --min-", "above --max-")  # how the reasons of a filter begin
 
 @dataclass(frozen=True)
 class Filters:
-    """What an image must fulfil; None asks nothing."""
+    """Limits that an image must keep; None means no limit."""
 
     min_side: int | None = None  # pixels of the shorter side
     max_aspect: float | None = None  # longer / shorter side
     min_contrast: float | None = None  # standard deviation of the grey levels, 0 to 127.5
     min_sharpness: float | None = None  # variance of the Laplacian of the grey levels
 
-    def __bool__(self) -> bool:
-        """Tell whether anything is asked."""
-        return self != Filters()
-
     @property
     def decode_side(self) -> int:
-        """Return how long the shorter side must be for the measures, where the image has as much."""
+        """Return the shorter side in pixels at which to decode for the measures; 0 where nothing is measured."""
         return MEASURED_SIDE if self.min_contrast is not None or self.min_sharpness is not None else 0
 
     def reason(self, picture: Image.Image, size: tuple[int, int]) -> str | None:

@@ -1,27 +1,38 @@
-"""What an `embed` has to do: what it resumes or updates, and which entries are left to read."""
+"""What an `embed` has to do: what it resumes or updates, what is embedded already, and what is left to read.
+
+An image is recognised by its uri and its version (size and time stamp of the file), without opening it; once it is
+read, by its bytes. Rows are counted through the earlier manifest, then through the parts.
+"""
 
 import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ... import console
 from ...errors import ToolkitError
 from ...features.extract.extract import FeatureModel, best_device
+from ...store import tables
 from ...store.artifact import difference, read_run_provenance, write_run_provenance
-from ...store.manifest import Manifest, Provenance, open_manifest
-from .filters import is_filtered
-from .listing import Listed
-from .parts import finished_parts, forget_work, num_in_parts
-from .reuse import settled, write_unmatched
+from ...store.cache import cache_folder, cache_key
+from ...store.manifest import Manifest, Provenance, Source, open_manifest
+from .listing import SLICE_ENTRIES, Listed
+from .parts import finished_parts, forget_work, num_in_parts, read_arrow
 from .settings import EmbedSettings, extracted
 
 MOST_GONE = 0.5  # chosen: an update that would drop a larger share of an output is more likely a mistake
-TODO_SCHEMA = pa.schema(  # position: among the entries that the earlier manifest does not have
-    {"position": pa.int64(), "uri": pa.string(), "version": pa.int64()}
-)
+
+EARLIER_SCHEMA = pa.schema({"uri": pa.string(), "image_id": pa.string(), "version": pa.int64(), "row": pa.int64()})
+READ_SCHEMA = pa.schema({"uri": pa.string(), "version": pa.int64(), "row": pa.int64(), "reason": pa.string()})
+# position: among the entries that the earlier manifest does not have
+TODO_SCHEMA = pa.schema({"position": pa.int64(), "uri": pa.string(), "version": pa.int64()})
 
 
 def stopped_run(folder: Path, wanted: Provenance) -> Provenance | None:
@@ -70,28 +81,120 @@ def start_work(
             f"{output} has {earlier.num_rows:,} images, and the sources list only {earlier.num_rows - num_gone:,} of"
             " them now; check the sources, choose another -o, or --force to start afresh"
         )
-    num_entries = num_failed = num_new = num_left = num_reused = 0
+    num_new = num_left = num_reused = 0
     with pa.ipc.new_file(str(folder / "todo.arrow"), TODO_SCHEMA) as writer:
-        for entries in settled(folder, earlier, finished_parts(folder)):
-            row, reason = entries.column("row"), entries.column("reason")
-            is_read = entries.column("is_read").to_numpy()
-            is_left = np.array(row.is_null()) & np.array(reason.is_null())
+        for entries in settled(folder, earlier):
+            row, is_read = entries.column("row"), entries.column("is_read").to_numpy()
+            is_left = np.array(row.is_null()) & np.array(entries.column("reason").is_null())
             position = num_new - 1 + np.cumsum(is_read | is_left)
             table = pa.table([position, entries.column("uri"), entries.column("version")], schema=TODO_SCHEMA)
             writer.write_table(table.filter(pa.array(is_left)))
-            num_entries += len(entries)
-            num_failed += sum(not is_filtered(each) for each in reason.drop_null().to_pylist())
             num_new += int((is_read | is_left).sum())
             num_left += int(is_left.sum())
             num_reused += len(entries) - row.null_count - int(is_read.sum())
-    base = None if earlier is None else earlier.source("base")
-    write_run_provenance(folder, replace(wanted, base=base, figures={"entries": num_entries, "failed": num_failed}))
+    write_run_provenance(folder, replace(wanted, base=None if earlier is None else earlier.source("base")))
     if earlier is not None:
-        news = f"{num_new:,} new or changed to read, {num_gone:,} gone"
-        console.say(f"{output}: {num_reused:,} images reused, {news}")
+        console.say(f"{output}: {num_reused:,} images reused, {num_new:,} new or changed to read, {num_gone:,} gone")
     if num_left < num_new:
         console.say(f"resuming: {num_new - num_left:,} of {num_new:,} images are there already")
     return num_new
+
+
+def versions_path(manifest: Source) -> Path:
+    """Return where the versions of a manifest's files are kept, (rows,) int64: in the cache."""
+    return cache_folder() / f"{cache_key(manifest)}-versions.npy"
+
+
+def settled(folder: Path, earlier: Manifest | None) -> Iterator[pa.Table]:
+    """Yield the listing in order, a little at a time, with the `row` that each entry has; null where it has none.
+
+    The `reason` is what the listing or a part says; `is_read` tells that a part has the entry.
+    """
+    with _joined(folder, earlier) as connection:
+        batches = connection.sql(
+            """
+            with known as (
+                select uri, version, row, null as reason, false as is_read from earlier where version is not null
+                union all
+                select uri, version, row, reason, true as is_read from read
+            ), once as (
+                select uri, version, min(row) as row, any_value(reason) as reason, bool_or(is_read) as is_read
+                from known group by uri, version
+            )
+            select listed.* replace (coalesce(listed.reason, once.reason) as reason),
+                row, coalesce(is_read, false) as is_read
+            from listed left join once using (uri, version)
+            order by number
+            """
+        ).to_arrow_reader(tables.BATCH_ROWS)
+        for batch in batches:
+            for start in range(0, len(batch), SLICE_ENTRIES):
+                yield pa.Table.from_batches([batch.slice(start, SLICE_ENTRIES)])
+
+
+def write_unmatched(folder: Path, earlier: Manifest) -> int:
+    """Write image_id and row of what an earlier manifest has beyond the listing; return how many uris are gone."""
+    num_gone = 0
+    with _joined(folder, earlier) as connection:
+        unmatched = connection.sql(
+            """
+            select image_id, row, uri not in (select uri from listed where reason is null) as is_gone
+            from earlier anti join listed using (uri, version)
+            order by image_id, row
+            """
+        ).to_arrow_reader(tables.BATCH_ROWS)
+        with pa.ipc.new_file(str(folder / "unmatched.arrow"), unmatched.schema) as writer:
+            for batch in unmatched:
+                writer.write_batch(batch)
+                num_gone += int(batch.column("is_gone").true_count)
+    return num_gone
+
+
+def recogniser(folder: Path) -> Callable[[str], int | None]:
+    """Return what finds the row of an image by its image_id, in what `write_unmatched` wrote."""
+    ids, rows, _ = read_arrow(folder / "unmatched.arrow").columns
+
+    def find(image_id: str) -> int | None:
+        place = bisect_left(ids, image_id, key=lambda each: each.as_py())
+        return rows[place].as_py() if place < len(ids) and ids[place].as_py() == image_id else None
+
+    return find
+
+
+@contextmanager
+def _joined(folder: Path, earlier: Manifest | None) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open a database with the tables `listed`, `earlier` and `read`; the last two can be scanned once."""
+    with tables.connect() as connection:
+        connection.register("listed", read_arrow(folder / "listing.arrow"))
+        connection.register("earlier", tables.stream(EARLIER_SCHEMA, _earlier_rows(earlier)))
+        connection.register("read", tables.stream(READ_SCHEMA, _read_rows(folder, earlier)))
+        yield connection
+
+
+def _earlier_rows(earlier: Manifest | None) -> Iterator[pa.Table]:
+    """Yield what an earlier manifest has; without versions where the cache has lost them."""
+    if earlier is None:
+        return
+    path = versions_path(earlier.source("earlier"))
+    versions = np.load(path, mmap_mode="r") if path.exists() else np.broadcast_to(-1, earlier.num_rows)
+    start = 0
+    for batch in earlier.batches(["uri", "image_id"]):
+        stop = start + len(batch)
+        version = pa.array(versions[start:stop], mask=versions[start:stop] < 0)
+        yield pa.table([*batch.columns, version, np.arange(start, stop)], schema=EARLIER_SCHEMA)
+        start = stop
+
+
+def _read_rows(folder: Path, earlier: Manifest | None) -> Iterator[pa.Table]:
+    """Yield what parts have; an entry whose bytes the earlier manifest has, with its row there."""
+    start = 0 if earlier is None else earlier.num_rows
+    for part in finished_parts(folder):
+        uri, version, reason, earlier_row = read_arrow(part).select(["uri", "version", "reason", "earlier_row"]).columns
+        stop = start + len(uri)
+        rows = pc.coalesce(earlier_row, pa.array(np.arange(start, stop)))
+        table = pa.table([uri, version, rows, reason], schema=READ_SCHEMA)
+        yield table if earlier is not None else table.filter(pc.is_null(earlier_row))
+        start = stop
 
 
 def describe_work(

@@ -11,16 +11,10 @@ from ...features.extract.extract import FeatureBatch, FeatureModel, extract, ope
 from ...features.extract.tokens import TokenChoice, Tokens
 from ...features.launch import local_count
 from ...store.artifact import Options
-from ...store.manifest import (
-    IMAGE_FIELDS,
-    OPTIONAL_IMAGE_FIELDS,
-    Provenance,
-    Source,
-    embedding_field,
-    patch_fields,
-)
+from ...store.manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, Provenance, embedding_field, patch_fields
 from ...store.sources import ImageSource
 from .filters import Filters
+from .listing import Listed
 
 
 @dataclass(frozen=True)
@@ -59,13 +53,9 @@ def manifest_fields(model: FeatureModel, settings: EmbedSettings, columns: objec
 
 
 def wanted_provenance(
-    sources: list[ImageSource],
-    inputs: tuple[Source, ...],
-    model: FeatureModel,
-    settings: EmbedSettings,
-    options: Options,
+    sources: list[ImageSource], listed: Listed, model: FeatureModel, settings: EmbedSettings, options: Options
 ) -> Provenance:
-    """Return the provenance of the output; `inputs` are the sources with the content ids of what they list."""
+    """Return the provenance of the output, for the state of the sources that was listed."""
     present = {name for source in sources if source.manifest is not None for name in source.manifest.names()}
     chosen = asdict(settings)
     parameters: dict[str, object] = {
@@ -81,7 +71,7 @@ def wanted_provenance(
         command="curate embed",
         parameters=parameters,
         seed=options.seed,
-        inputs=(*inputs, model.source),
+        inputs=(*listed.inputs, model.source),
         role=settings.role,
     )
 
@@ -94,6 +84,6 @@ def extracted(
 ) -> Generator[FeatureBatch, None, None]:
     """Yield the features of images, as `features.extract.extract`; `recognise` finds rows of the same bytes."""
     filters = settings.filters
-    reading = Reading(recognise, filters.reason if filters else None, filters.decode_side)
+    reading = Reading(recognise, filters.reason if filters != Filters() else None, filters.decode_side)
     num_workers = settings.num_workers or max(1, (os.cpu_count() or 1) // local_count())
     return extract(model, uris, batch_size=settings.batch_size, num_workers=num_workers, reading=reading)
