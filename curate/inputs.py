@@ -80,6 +80,11 @@ class EmbeddedImages:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def take(self, indices: Int64) -> "EmbeddedImages":
+        """Return the images at `indices`, which must rise."""
+        rows = self.rows.take(pa.array(indices))
+        return EmbeddedImages(self.source, self.positions[indices], rows, self.vectors.take(indices))
+
     def schema(self) -> pa.Schema:
         """Return the image columns that there are."""
         return image_schema(self.source.manifest)
@@ -171,10 +176,8 @@ def read_embedded(source: Input, limit: int | None = None) -> EmbeddedImages:
     vectors = open_vectors(source.manifest, features=source.features, limit=limit)
     is_base = source.features is None or source.base() == source.features.source("base")
     rows = vectors.rows if is_base else _rows_of_base(source, limit)
-    if source.kept is None:
-        return EmbeddedImages(source, np.arange(len(vectors)), pa.array(rows), vectors)
-    kept = source.rows(limit)
-    return EmbeddedImages(source, kept, pa.array(rows).take(pa.array(kept)), vectors.take(kept))
+    images = EmbeddedImages(source, np.arange(len(vectors)), pa.array(rows), vectors)
+    return images if source.kept is None else images.take(source.rows(limit))
 
 
 def read_unembedded(source: Input, limit: int | None = None) -> EmbeddedImages:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...store.vectors import Int64
-from ..inputs import EmbeddedImages, Input, read_unembedded
+from ..inputs import Input, read_unembedded
 from .decisions import KEPT, RESEMBLES_EVALUATION, SAME_BYTES, SAME_PIXELS, Decisions
 from .image_keys import byte_ids, first_with_same_key, image_ids, pixel_id, read_keys
 from .reference_sets import ImageSets
@@ -51,11 +51,10 @@ def find_exact_duplicates(
     if exact == "pixels":
         distinct = np.flatnonzero(represented_by == everyone)  # (U,)
         place = np.searchsorted(distinct, represented_by)  # (N,)
-        others = np.arange(len(images), len(sets))
-        pixel_ids, figures["unreadable"] = _pixel_ids(sets, np.concatenate([distinct, others]))
+        pixel_ids, figures["unreadable"] = _pixel_ids(ImageSets([images.take(distinct), *sets.sets[1:]]))
         mine, theirs = pixel_ids.slice(0, len(distinct)), pixel_ids.slice(len(distinct))
         labels = distinct[first_with_same_key([mine], len(distinct), memory)][place]
-        by_pixels = first_with_same_key([mine], len(distinct), memory, [[theirs]] if len(others) else [])
+        by_pixels = first_with_same_key([mine], len(distinct), memory, [[theirs]])
         match = np.where(same_bytes, match, by_pixels[place])
 
     duplicate_of = preferred(labels, rank)
@@ -72,19 +71,15 @@ def _read_sets(inputs: list[Input], limit: int | None) -> ImageSets:
     return ImageSets([read_unembedded(each, None if number else limit) for number, each in enumerate(inputs)])
 
 
-def _pixel_ids(sets: ImageSets, positions: Int64) -> tuple[pa.ChunkedArray, int]:
-    """Return the ids of the pixels of the images at `positions` (R,), rising, and how many cannot be read.
+def _pixel_ids(sets: ImageSets) -> tuple[pa.ChunkedArray, int]:
+    """Return the ids of the images' pixels, through all sets, and how many images cannot be read.
 
     An id is null where no other image has the same size, or it cannot be read.
     """
-    shared = of_shared_size(_sizes(sets)[positions])
-    uris = (
-        table.column(0)
-        for images, _, indices in sets.split(positions[shared])
-        for table in images.batches(["uri"], indices)
-    )
+    shared = of_shared_size(_sizes(sets))
+    uris = (table.column(0) for images, _, mine in sets.split(shared) for table in images.batches(["uri"], mine))
     read = read_keys(uris, len(shared), pixel_id, "decoding images")
-    place = np.full(len(positions), -1)
+    place = np.full(len(sets), -1)
     place[shared] = np.arange(len(shared))
     return read.take(pa.array(place, mask=place < 0)), read.null_count
 
@@ -94,15 +89,14 @@ def _sizes(sets: ImageSets) -> Int64:
 
     Sizes in manifests of other tools may be those before the image was turned upright: they do not count.
     """
-    return np.concatenate([_sizes_of(images) for images in sets.sets])
-
-
-def _sizes_of(images: EmbeddedImages) -> Int64:
-    if images.source.manifest.provenance is None:
-        return np.full(len(images), -1)
-    width, height = (pc.cast(images.image_column(name), pa.int64()) for name in ("width", "height"))
-    sizes: Int64 = pc.fill_null(pc.add(pc.multiply(width, 1 << 31), height), -1).to_numpy()
-    return sizes
+    if any(images.source.manifest.provenance is None for images in sets.sets):
+        return np.full(len(sets), -1)
+    width, height = (
+        pa.concat_tables(pa.table({name: images.image_column(name)}) for images in sets.sets).column(0)
+        for name in ("width", "height")
+    )
+    sizes = pc.add(pc.multiply(pc.cast(width, pa.int64()), 1 << 31), height)
+    return np.asarray(pc.fill_null(sizes, -1), np.int64)
 
 
 def of_shared_size(sizes: Int64) -> Int64:

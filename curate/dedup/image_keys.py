@@ -26,9 +26,9 @@ TASK_IMAGES = 8  # chosen: images a thread reads at a time, so that small ones d
 Keys = Iterable[pa.ChunkedArray]  # of strings, null where unknown, in pieces
 
 
-def image_ids(images: EmbeddedImages, indices: Int64 | None = None) -> Iterator[pa.ChunkedArray]:
-    """Yield the `image_id` of the images at `indices`, which must rise, in pieces."""
-    for table in images.batches(["image_id"], indices):
+def image_ids(images: EmbeddedImages) -> Iterator[pa.ChunkedArray]:
+    """Yield the `image_id` of all images, in pieces."""
+    for table in images.batches(["image_id"]):
         yield table.column(0)
 
 

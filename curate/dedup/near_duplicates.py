@@ -60,23 +60,24 @@ def find_near_duplicates(
     rank = preference(keep, images)
     represented_by = preferred(_first_same_bytes(images, search.memory), rank)  # (N,)
     distinct = np.flatnonzero(represented_by == np.arange(len(images)))  # (U,)
+    compared, rank, order = images.take(distinct), rank[distinct], images.order[distinct]
 
     verifier = None
     if is_verified(settings, inputs):
         verifier = Verifier(threshold_of(pool.model()) or FIXED_THRESHOLD, settings.k)
     with nullcontext() if verifier is None else closing(verifier):
-        threshold, origin = _threshold(settings.threshold, images, distinct, others[:num_known], verifier)
+        threshold, origin = _threshold(settings.threshold, compared, others[:num_known], verifier)
         if verifier is not None:
-            verifier.lower_limit(images, _with_different_vectors(images, distinct), threshold)
-        known_matches = find_matches(images, distinct, known, threshold, search, verifier)
-        groups = _groups(images, distinct, known_matches, rank, threshold, settings, search, verifier)
+            verifier.lower_limit(compared, _with_different_vectors(compared), threshold)
+        known_matches = find_matches(compared, known, threshold, search, verifier)
+        groups = _groups(compared, known_matches, rank, threshold, settings, search, verifier)
         if settings.linkage == "components":
-            known_matches = extend_to_groups(known_matches, groups.labels, images, distinct, known)
+            known_matches = extend_to_groups(known_matches, groups.labels, order, compared, known)
         against_threshold, against_verifier = threshold, verifier
         if settings.against_threshold is not None:
             against_threshold, against_verifier = settings.against_threshold, None
-        matches = find_matches(images, distinct, evaluation, against_threshold, search, against_verifier)
-        matches = extend_to_groups(matches, groups.labels, images, distinct, evaluation)
+        matches = find_matches(compared, evaluation, against_threshold, search, against_verifier)
+        matches = extend_to_groups(matches, groups.labels, order, compared, evaluation)
 
     sets = ImageSets([images, *known.sets, *evaluation.sets])
     decisions = _decide(sets, represented_by, groups, known_matches, matches, len(images) + len(known))
@@ -120,7 +121,7 @@ def _first_same_bytes(images: EmbeddedImages, memory: int | None) -> Int64:
 
 
 def _threshold(
-    given: float | None, images: EmbeddedImages, distinct: Int64, known: list[Input], verifier: Verifier | None
+    given: float | None, images: EmbeddedImages, known: list[Input], verifier: Verifier | None
 ) -> tuple[float, str]:
     """Return the threshold and its origin: the user, the known images, or the pool."""
     if given is not None:
@@ -137,21 +138,18 @@ def _threshold(
     if isinstance(threshold, float):
         origin = f"as for {known[0].manifest.path}"
     else:
-        threshold, origin = threshold_from_pool(images.vectors.take(_with_different_vectors(images, distinct)))
+        threshold, origin = threshold_from_pool(images.vectors.take(_with_different_vectors(images)))
     console.say(f"threshold {threshold:.7g}, set {origin}")
     return threshold, origin
 
 
-def _with_different_vectors(images: EmbeddedImages, distinct: Int64) -> Int64:
-    """Return those of the images at `distinct` (U,) that are the first with their vector."""
-    first = first_identical(images.vectors.take(distinct))
-    unlike: Int64 = distinct[first == np.arange(len(first))]
-    return unlike
+def _with_different_vectors(images: EmbeddedImages) -> Int64:
+    """Return the images that are the first with their vector, rising."""
+    return np.flatnonzero(first_identical(images.vectors) == np.arange(len(images)))
 
 
 def _groups(
     images: EmbeddedImages,
-    distinct: Int64,
     known_matches: Matches,
     rank: Int64,
     threshold: float,
@@ -159,24 +157,22 @@ def _groups(
     search: SearchSettings,
     verifier: Verifier | None,
 ) -> DuplicateGroups:
-    """Group the distinct images, (U,) each. No star holds an image that is like a known one: that is alone."""
-    everyone = np.arange(len(distinct))
+    """Group images, (U,) each. No star holds an image that is like a known one: that is alone."""
+    everyone, ones = np.arange(len(images)), np.ones(len(images))
     free = np.flatnonzero(~known_matches.is_direct) if settings.linkage == "star" else everyone
-    ones = np.ones(len(distinct))
     if not len(free):
         return DuplicateGroups(everyone, everyone, ones, 0, 1.0)
 
     def are_copies(left: Int64, right: Int64, cosines: Float64, align: Bools) -> Bools:
         assert verifier is not None
-        pairs = Pairs(images, distinct[free[left]], images, distinct[free[right]], align)
-        return verifier.are_copies(pairs, cosines)
+        return verifier.are_copies(Pairs(images, free[left], images, free[right], align), cosines)
 
     found = group_duplicates(
-        images.vectors.take(distinct[free]),
+        images.vectors.take(free),
         threshold,
         settings.k if verifier is None else verifier.k,
         linkage=settings.linkage,
-        priority=inverse(np.argsort(rank[distinct[free]])),
+        priority=inverse(np.argsort(rank[free])),
         search=search,
         are_copies=None if verifier is None else are_copies,
         num_aligned=0 if verifier is None else verifier.num_aligned,

@@ -58,20 +58,19 @@ class Matches:
 
 def find_matches(
     images: EmbeddedImages,
-    indices: Int64,
     others: ImageSets,
     threshold: float,
     search: SearchSettings,
     verifier: Verifier | None,
 ) -> Matches:
-    """Find for the images at `indices` (N,), rising, one with the same bytes, else the most similar above `threshold`.
+    """Find for every image one with the same bytes, else the most similar above `threshold`.
 
     With a verifier it is the most similar verified copy instead.
     """
-    vectors = images.vectors.take(indices)
+    vectors = images.vectors
     ids = [image_ids(other) for other in others.sets]
-    position = first_with_same_key(image_ids(images, indices), len(indices), search.memory, ids)
-    similarity, recall = np.full(len(indices), -np.inf), 1.0
+    position = first_with_same_key(image_ids(images), len(images), search.memory, ids)
+    similarity, recall = np.full(len(images), -np.inf), 1.0
     for other, rows, theirs in others.split(position):
         cosines = similarities(vectors, rows, other.vectors, theirs)
         is_same = are_same(cosines, vectors, rows, other.vectors, theirs)
@@ -92,7 +91,7 @@ def find_matches(
         cosines = near.similarities
         if verifier is not None:
             rows, column = np.nonzero((near.indices >= 0) & ~same_bytes[:, None])
-            pairs = Pairs(images, indices[rows], other, near.indices[rows, column], column < verifier.num_aligned)
+            pairs = Pairs(images, rows, other, near.indices[rows, column], column < verifier.num_aligned)
             is_copy = verifier.are_copies(pairs, cosines[rows, column])
             cosines = np.full(cosines.shape, -np.inf)
             cosines[rows[is_copy], column[is_copy]] = near.similarities[rows[is_copy], column[is_copy]]
@@ -116,16 +115,19 @@ def are_same(cosines: Float64, vectors: Vectors, positions: Int64, others: Vecto
     return is_same
 
 
-def extend_to_groups(
-    found: Matches, labels: Int64, images: EmbeddedImages, indices: Int64, others: ImageSets
-) -> Matches:
-    """Give all images of a group the match of its most similar direct one; `labels` (N,) are smaller than N."""
+def extend_to_groups(found: Matches, labels: Int64, order: Int64, images: EmbeddedImages, others: ImageSets) -> Matches:
+    """Give all images of a group the match of its most similar direct one.
+
+    Args:
+        labels: (N,) the groups, from 0 to N - 1.
+        order: (N,) by which ties are broken.
+    """
     direct = np.flatnonzero(found.is_direct)
-    groups = group_by(labels[direct], len(labels), -found.similarity[direct], images.order[indices[direct]])
+    groups = group_by(labels[direct], len(labels), -found.similarity[direct], order[direct])
     drawn = np.flatnonzero(~found.is_direct & (groups.sizes[labels] > 0))
     position, similarity = found.position.copy(), found.similarity.copy()
     position[drawn] = found.position[direct[groups.rows[groups.offsets[labels[drawn]]]]]
     for other, places, theirs in others.split(position[drawn]):
         rows = drawn[places]
-        similarity[rows] = similarities(images.vectors, indices[rows], other.vectors, theirs)
+        similarity[rows] = similarities(images.vectors, rows, other.vectors, theirs)
     return replace(found, position=position, similarity=similarity)

@@ -125,11 +125,10 @@ class ThumbnailCache:
     def at(self, positions: Int64) -> tuple[Thumbnails, Tensor]:
         """Return the thumbnails of the images at `positions` (B,), which were read, and which of them are readable."""
         numbers = self.record[positions]
-        offsets = (np.maximum(numbers, 0) * RECORD.itemsize).tolist()
-        data = [
-            os.pread(self.file.fileno(), RECORD.itemsize, offset).ljust(RECORD.itemsize, b"\0") for offset in offsets
-        ]
-        records = np.frombuffer(bytearray().join(data), RECORD)
+        file, size = self.file.fileno(), RECORD.itemsize
+        records = np.empty(len(numbers), RECORD)
+        for row, number in enumerate(np.maximum(numbers, 0).tolist()):
+            records[row] = np.frombuffer(os.pread(file, size, number * size).ljust(size, b"\0"), RECORD)[0]
         thumbnails = Thumbnails(*(torch.from_numpy(records[name]).to(device()) for name in Thumbnails._fields))
         return thumbnails, torch.from_numpy(numbers >= 0).to(device())
 

@@ -94,7 +94,11 @@ class Verifier:
             each.close()
 
     def lower_limit(self, images: EmbeddedImages, distinct: Int64, min_cosine: float) -> None:
-        """Lower the limit if the images at `distinct` (U,) are so much alike that too many would be lost by chance."""
+        """Lower the limit if images are so much alike that too many would be lost by chance.
+
+        Args:
+            distinct: (M,) those with different vectors.
+        """
         vectors = images.vectors.take(distinct)
         sample, near = sample_neighbors(vectors, SAMPLE_ROWS, self.k, above=min_cosine, progress="setting the limit")
         query, column = np.nonzero(near.indices >= 0)
