@@ -30,8 +30,8 @@ def speaks_for_all() -> bool:
 def check_launch(environment: Mapping[str, str]) -> None:
     """Raise ToolkitError where Accelerate would silently train with fewer processes, or otherwise, than asked for."""
     started = "WORLD_SIZE" in environment
-    if started and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
-        missing = sorted({"RANK", "MASTER_ADDR", "MASTER_PORT"} - environment.keys())
+    missing = sorted({"RANK", "MASTER_ADDR", "MASTER_PORT"} - environment.keys())
+    if started and missing:
         raise ToolkitError(
             f"WORLD_SIZE is {environment['WORLD_SIZE']} but {', '.join(missing)} is not set; start with torchrun, "
             "srun or --num-processes, or unset WORLD_SIZE"
@@ -56,15 +56,15 @@ def status_kept(run_folder: Path) -> Iterator[None]:
 
     What the main process says, the others do not say again.
     """
-    is_main = is_main_process()
+    is_main, status = is_main_process(), run_folder / STATUS
     if is_main:
-        _write_status(run_folder, pid=os.getpid())
+        write_text(status, json.dumps({"pid": os.getpid()}))
     try:
         yield
     except (Stopped, ToolkitError) as problem:
         code = 75 if isinstance(problem, Stopped) else 1
         if is_main:
-            _write_status(run_folder, exit_code=code, message=str(problem))
+            write_text(status, json.dumps({"exit_code": code, "message": str(problem)}))
             raise
         if code == 1:
             time.sleep(1)  # for the main process to write its own
@@ -72,11 +72,7 @@ def status_kept(run_folder: Path) -> Iterator[None]:
             raise SystemExit(code) from None
         raise
     if is_main:
-        _write_status(run_folder, exit_code=0)
-
-
-def _write_status(run_folder: Path, **status: int | str) -> None:
-    write_text(run_folder / STATUS, json.dumps(status))
+        write_text(status, json.dumps({"exit_code": 0}))
 
 
 def read_status(run_folder: Path) -> dict[str, object]:

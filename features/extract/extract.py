@@ -25,6 +25,8 @@ from .decoding import ImageBatch, ImageFacts, Reading, Tiling, load_batches
 from .tokens import TokenChoice, chosen_tokens, concatenate
 from .windows import cut
 
+Started = tuple[ImageBatch, Tensor, list[Tensor]]  # a batch, its vectors and patches, which a GPU may still compute
+
 PIXELS_SIDE = 16
 MODEL_HELP = "a run folder, a weights file, a Hugging Face folder, random:ARCH, pixels or copy"
 
@@ -175,20 +177,18 @@ def extract(
     """
     device = best_device()
     model.backbone.to(device).eval()
-    running: tuple[ImageBatch, Tensor, list[Tensor]] | None = None
+    running: Started | None = None
     sizes = {"batch_size": batch_size, "num_workers": num_workers}
     for batch in load_batches(uris, model.preprocess, **sizes, reading=reading, tiling=_tiling(model)):
         if batch.indices:
             blocks = _forward_batch(model, batch, device, batch_size)
-            started = (batch, *chosen_tokens(blocks, model.choice, batch.layouts))
+            started: Started | None = (batch, *chosen_tokens(blocks, model.choice, batch.layouts))
         else:  # only failures
             started = (batch, torch.empty(0, model.dim), [])
-        if device.type == "cpu":
+        if device.type == "cuda":  # which gets this batch before it is asked for the last one
+            started, running = running, started
+        if started is not None:
             yield _fetch(*started)
-            continue
-        if running is not None:  # fetched only now, so that a GPU has the next batch before it is asked for the last
-            yield _fetch(*running)
-        running = started
     if running is not None:
         yield _fetch(*running)
 

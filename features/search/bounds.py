@@ -14,7 +14,7 @@ import torch
 from ... import console
 from ...store.vectors import Float32, Float64, Int64, Vectors
 from ..threads import map_in_order, workers
-from .cells import Cells
+from .cells import Cells, evenly_spread
 from .products import product, unit_rows
 from .similarity import tolerance
 
@@ -36,7 +36,7 @@ def bounded_batches(vectors: Vectors, cells: Cells, threshold: float) -> list[It
     centroids = unit_rows(cells.centroids)
     sizes = np.diff(cells.offsets)
 
-    sample = np.unique(np.linspace(0, len(cells) - 1, min(SAMPLE_ROWS, len(cells))).astype(np.int64))
+    sample = evenly_spread(len(cells), SAMPLE_ROWS)
     own = np.asarray(cells.nearest[sample, 0])
     products = product(unit_rows(vectors.array[sample]), centroids)
     farther = np.take_along_axis(products, own[:, None].astype(np.int64), axis=1) - products

@@ -14,7 +14,7 @@ from ...store.vectors import Float32, Int32, Int64, PageRelease, Vectors, releas
 from ..grouping import group_by
 from ..threads import map_in_order, workers
 from .candidates import TopK
-from .cells import Cells, open_cells
+from .cells import Cells, evenly_spread, open_cells
 from .exact_search import Identity, KnnTask, Neighbors, SearchSettings, exact_neighbors, rerank, scan
 from .products import product, unit_rows
 
@@ -55,8 +55,7 @@ def cell_neighbors(task: KnnTask, search: SearchSettings, progress: str | None) 
 
 def _measured_probes(task: KnnTask, cells: Cells, recall: float) -> tuple[int, float]:
     """Return how many cells a query must probe to find the share `recall` of its neighbours, and the share it finds."""
-    num_queries = len(task.queries)
-    sample = np.unique(np.linspace(0, num_queries - 1, min(num_queries, MEASURED_QUERIES)).astype(np.int64))
+    sample = evenly_spread(len(task.queries), MEASURED_QUERIES)
     identity = None if task.identity is None else Identity(task.identity.queries[sample], task.identity.pool)
     sampled = replace(task, queries=task.queries.take(sample), identity=identity)
     found = exact_neighbors(sampled, progress="measuring recall").indices

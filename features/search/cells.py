@@ -100,9 +100,14 @@ def cells_key(pool: Vectors, seed: int, num_nearest: int) -> str:
     made_by = (ROWS_A_CELL, SAMPLE_A_CELL, ITERATIONS, CELLS_A_GROUP, seed, num_nearest)
     digest.update(repr((cache_key(pool.base), pool.array.shape, pool.array.dtype.str, *made_by)).encode())
     digest.update(np.ascontiguousarray(pool.rows).data)
-    sample = np.linspace(0, len(pool) - 1, min(len(pool), 64)).astype(np.int64)
+    sample = evenly_spread(len(pool), 64)
     digest.update(np.ascontiguousarray(pool.take(sample).raw(0, len(sample))).data)
     return digest.hexdigest()
+
+
+def evenly_spread(num: int, count: int) -> Int64:
+    """Return `count` of the numbers below `num`, evenly spread; all of them where there are fewer."""
+    return np.unique(np.linspace(0, num - 1, min(num, count)).astype(np.int64))
 
 
 def fit_centroids(pool: Vectors, num_cells: int, seed: int) -> tuple[Float32, Int64]:
@@ -173,8 +178,11 @@ def _write(pool: Vectors, centroids: Float32, groups: Int64, num_nearest: int, p
                     with temporary.open("wb") as file:
                         np.save(file, whole[name])
                 else:
+                    source = gathered[name]
                     rows = pool.rows[by_cell.rows] if name == "stored" else by_cell.rows
-                    _gather(gathered[name], rows, temporary)
+                    target = np.lib.format.open_memmap(temporary, "w+", source.dtype, (len(rows), source.shape[1]))
+                    _gather(source, rows, target)
+                    target.flush()
 
 
 def _assign(pool: Vectors, centroids: Float32, groups: Int64, nearest: Int32, gaps: Float16) -> None:
@@ -219,20 +227,15 @@ def nearest_cells(points: Tensor, cells: Tensor, coarse: Tensor, groups: Int64, 
 
 
 def _stored(pool: Vectors, positions: Int64) -> Stored:
-    """Return the vectors at `positions` (M,) as stored, (M, D), read here and there."""
+    """Return the vectors at `positions` (M,) as stored, (M, D)."""
     stored = np.empty((len(positions), pool.dim), pool.array.dtype)
-    for start in range(0, len(positions), RELEASED_ROWS):
-        some = pool.rows[positions[start : start + RELEASED_ROWS]]
-        stored[start : start + len(some)] = pool.array[some]
-        release(pool.array)
+    _gather(pool.array, pool.rows[positions], stored)
     return stored
 
 
-def _gather(source: npt.NDArray[np.generic], rows: Int64, target: Path) -> None:
-    """Write the given rows of an array to a .npy file, in their order."""
-    written = np.lib.format.open_memmap(target, mode="w+", dtype=source.dtype, shape=(len(rows), *source.shape[1:]))
+def _gather(source: npt.NDArray[np.generic], rows: Int64, target: npt.NDArray[np.generic]) -> None:
+    """Write the given rows of an array to another one, in their order; of mapped arrays, pages are given back."""
     for start in range(0, len(rows), RELEASED_ROWS):
-        written[start : start + RELEASED_ROWS] = source[rows[start : start + RELEASED_ROWS]]
+        target[start : start + RELEASED_ROWS] = source[rows[start : start + RELEASED_ROWS]]
         release(source)
-        release(written)
-    written.flush()
+        release(target)

@@ -10,7 +10,7 @@ from ... import console
 from ...store.vectors import Float64, Int64, PageRelease, Vectors
 from ..grouping import group_by
 from ..threads import map_in_order, workers
-from .cells import Cells
+from .cells import Cells, evenly_spread
 from .exact_search import Identity, KnnTask, SearchSettings, exact_neighbors
 from .products import device, tile_above, unit_rows
 
@@ -35,13 +35,12 @@ def probe_radius(vectors: Vectors, cells: Cells, threshold: float, search: Searc
     left, right, probed = _pairs_in_many_cells(vectors, cells, rows, threshold)
 
     has_pair = np.isin(rows, left)
-    chosen, stands_for = [], []  # places in `rows`, and for how many of its kind each stands
-    for kind in (np.flatnonzero(has_pair), np.flatnonzero(~has_pair)):
-        if len(kind):
-            spread = np.unique(np.linspace(0, len(kind) - 1, min(len(kind), EXACT_ROWS)).astype(np.int64))
-            chosen.append(kind[spread])
-            stands_for.append(np.full(len(spread), len(kind) / len(spread)))
-    sample, weights = np.concatenate(chosen), np.concatenate(stands_for)
+    kinds = [kind for kind in (np.flatnonzero(has_pair), np.flatnonzero(~has_pair)) if len(kind)]
+    samples = [kind[evenly_spread(len(kind), EXACT_ROWS)] for kind in kinds]
+    sample = np.concatenate(samples)  # places in `rows`
+    weights = np.concatenate(
+        [np.full(len(some), len(kind) / len(some)) for kind, some in zip(kinds, samples, strict=True)]
+    )
     everything = np.arange(len(cells))
     identity = Identity(rows[sample], everything)
     task = KnnTask(vectors.take(rows[sample]), vectors, MAX_PAIRS, everything, identity, threshold)
