@@ -76,7 +76,7 @@ def regression_on_pixels(train: Split, test: Split) -> float:
     features, unseen = (images.reshape(len(images), -1) for images in shares)
     labels = train.labels.astype(np.int64)
     models = regression_path(features, labels, int(labels.max()) + 1, PENALTIES)
-    return max(float((model.guesses(unseen)[:, 0] == test.labels).mean()) for model in models)
+    return max(float((model.predict(unseen)[:, 0] == test.labels).mean()) for model in models)
 
 
 def main() -> None:

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import console
-from ..errors import ToolkitError
 from ..store.vectors import Float32, Int64
-from .labelled import held_back
 from .linear import threads_for
 from .scores import Measurement, accuracies
-from .task import Task
+from .task import Task, hold_out, most_likely
 
 PENALTIES = tuple(np.logspace(-6, 5, 45).tolist())  # C: the weight of the data against the L2 penalty
-PATIENCE = 12  # chosen: the path ends when so many penalties, three decades, have brought nothing better
-HELD_BACK = 10  # every tenth image of a class chooses the penalty
+PATIENCE = 12  # chosen: the path ends when so many penalties, three decades, were no better
+HELD_OUT = 10  # one image in ten of a class chooses the penalty
 MAX_ITERATIONS = 1_000
 GRADIENT_TOLERANCE = 1e-7  # chosen: in units in which the curvature is about 1
 LOSS_TOLERANCE = 1e-11  # chosen: of the mean loss, from one step to the next
@@ -34,48 +32,40 @@ class LogisticRegression:
     weight: Tensor  # (D, C) float64
     bias: Tensor  # (C,)
 
-    def guesses(self, features: Float32, num_guesses: int = 1) -> Int64:
-        """Return the most likely classes of features (M, D), (M, num_guesses), best first."""
-        scores = torch.from_numpy(features.astype(np.float64)) @ self.weight + self.bias
-        order: Int64 = np.argsort(-scores.numpy(), axis=1, kind="stable")[:, :num_guesses]
-        return order
+    def predict(self, features: Float32, topk: int = 1) -> Int64:
+        """Return the most likely classes of features (M, D), (M, topk), best first."""
+        return most_likely(torch.from_numpy(features.astype(np.float64)) @ self.weight + self.bias, topk)
 
 
 def measure_logreg(task: Task) -> Iterator[Measurement]:
-    """Yield the accuracy of the logistic regression whose penalty is best on every tenth training image.
+    """Yield the accuracy of the logistic regression whose penalty is best on a tenth of the training images.
 
     Source: the logistic regression of DINOv2, dinov2/eval/log_regression.py (class token as it is, float64, 45
     penalties from 1e-6 to 1e5, 1,000 iterations).
-    Raises ToolkitError when there are too few images to hold any back.
+    Raises ToolkitError when there are too few images to hold any out.
     """
-    train, test = task.train_tokens, task.test_tokens
-    if len(train) < HELD_BACK:
-        raise ToolkitError(
-            f"{len(train)} labelled training images are too few for a logistic regression, which chooses its"
-            f" penalty on every tenth; give at least {HELD_BACK}, or use --method knn"
-        )
-    held = held_back(task.targets, HELD_BACK, task.seed)
-    fit = np.setdiff1d(np.arange(len(train)), held)
+    train, test = task.class_tokens()
+    labels = task.train_labels
+    fit, held_out = hold_out(labels, HELD_OUT, task.seed, "a logistic regression, which chooses its penalty")
     accuracy: list[float] = []
     with console.progress("logistic regressions", len(PENALTIES), "penalties") as advance:
-        for fitted in regression_path(train[fit], task.targets[fit], task.num_classes, PENALTIES):
-            accuracy.append(float(np.mean(fitted.guesses(train[held])[:, 0] == task.targets[held])))
+        for fitted in regression_path(train[fit], labels[fit], task.num_classes, PENALTIES):
+            accuracy.append(float(np.mean(fitted.predict(train[held_out])[:, 0] == labels[held_out])))
             advance()
             if len(accuracy) - int(np.argmax(accuracy)) > PATIENCE:
                 break
     best = PENALTIES[int(np.argmax(accuracy))]  # of equals the strongest penalty
 
-    (chosen,) = regression_path(train, task.targets, task.num_classes, (best,))
+    (chosen,) = regression_path(train, labels, task.num_classes, (best,))
     parameters: dict[str, object] = {
         "C": best,
         "penalty": "L2: sum of losses + |W|^2 / (2 C), the bias free",
         "grid": f"{len(PENALTIES)} values from {PENALTIES[0]:g} to {PENALTIES[-1]:g}, up to {PATIENCE} beyond the best",
-        "chosen_on": f"1/{HELD_BACK} of train",
+        "chosen_on": f"1/{HELD_OUT} of train",
         "max_iterations": MAX_ITERATIONS,
         "features": "class token, not normalised",
     }
-    guesses = chosen.guesses(test, task.num_guesses)
-    yield from accuracies(parameters, guesses, task.truth, len(train), task.seed)
+    yield from accuracies(parameters, chosen.predict(test, task.topk), task.test_labels, len(train), task.seed)
 
 
 def regression_path(
@@ -83,11 +73,11 @@ def regression_path(
 ) -> Iterator[LogisticRegression]:
     """Yield the minimum of sum_i cross-entropy_i + |W|^2 / (2 C) over weights W and biases, for each C in `penalties`.
 
-    Each starts where the one before ended, so the penalties had best rise. Features are (N, D), labels (N,) in 0..C-1.
+    Each starts where the one before ended, so give rising penalties. Features are (N, D), labels (N,) in 0..C-1.
 
-    The minimum is that of the features as they are. It is looked for in coordinates in which the problem is round:
-    centred, along the principal directions, each divided by the square root of its curvature (the variance, times the
-    1/C by which a class changes at most, plus the penalty). That takes a tenth of the steps.
+    The features are preconditioned: centred, turned to their principal directions, and each direction divided by the
+    square root of its curvature (the variance over the number of classes, plus the penalty). That takes a tenth of the
+    steps, and the weights are returned for the features as they are.
     """
     inputs = torch.from_numpy(features.astype(np.float64))
     shift = inputs.mean(dim=0)

@@ -1,4 +1,4 @@
-"""Images with a mask each: where a segmentation probe finds them, and what a mask says.
+"""Images with a segmentation mask each: where a probe finds them, and what a mask says.
 
 M images.
 """
@@ -6,20 +6,18 @@ M images.
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from .. import console
 from ..errors import ToolkitError
-from ..store.image_columns import read_images
+from ..store.image_columns import absolute_uris, column_uris, read_images, row_uris
 from ..store.images import DECODE_ERRORS, UnreadableImage, read_bytes
-from ..store.manifest import Manifest, Source, open_manifest
+from ..store.manifest import Manifest, Source, is_manifest_name, open_manifest
 
 IGNORE = 255  # the value of pixels that count for nothing
 
@@ -27,7 +25,7 @@ Mask = npt.NDArray[np.uint8]  # (height, width), a class each pixel
 
 
 @dataclass(frozen=True)
-class MaskedSide:
+class MaskedSplit:
     """The images of --train or --test and their masks."""
 
     source: Source  # its role is train or test
@@ -35,13 +33,13 @@ class MaskedSide:
     mask_uris: list[str]  # (M,)
 
 
-def open_masked_side(role: str, name: str, column: str, limit: int | None) -> MaskedSide:
+def open_masked_split(role: str, name: str, column: str, limit: int | None) -> MaskedSplit:
     """Open --train or --test and leave out rows without a mask, saying how many.
 
     `column` holds paths or uris of masks (relative ones count from the manifest's folder), or encoded masks.
     Raises ToolkitError when it is no manifest with such a column, or nothing is left.
     """
-    if not (name.endswith(".parquet") or Path(name, "_manifest.json").exists()):
+    if not is_manifest_name(name):
         raise ToolkitError(
             f"--{role} {name} is no Parquet file; segmentation takes a manifest with masks in its column {column!r}"
         )
@@ -52,43 +50,30 @@ def open_masked_side(role: str, name: str, column: str, limit: int | None) -> Ma
             " name another by --masks"
         )
     images = read_images(manifest, limit).column("uri").to_pylist()
-    both = zip(images, _mask_uris(manifest, column)[: len(images)], strict=True)
-    pairs = [(image, mask) for image, mask in both if image is not None and mask is not None]
+    rows = zip(images, _mask_uris(manifest, column, limit), strict=True)
+    pairs = [(image, mask) for image, mask in rows if image is not None and mask is not None]
     if not pairs:
         raise ToolkitError(
             f"none of the {len(images):,} rows of {name} has an image and a mask; fill its column {column!r}"
         )
     if len(pairs) < len(images):
         console.say(f"{role}: {len(images) - len(pairs):,} of {len(images):,} rows have no mask and are left out")
-    return MaskedSide(manifest.source(role), [image for image, _ in pairs], [mask for _, mask in pairs])
+    return MaskedSplit(manifest.source(role), [image for image, _ in pairs], [mask for _, mask in pairs])
 
 
-def _mask_uris(manifest: Manifest, column: str) -> list[str | None]:
+def _mask_uris(manifest: Manifest, column: str, limit: int | None) -> list[str | None]:
     """Return the name of each row's mask: as it is written, or by row where the file holds the mask itself."""
+    kind = manifest.schema.field(column).type
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     uris: list[str | None] = []
-    for part in manifest.parts:
-        for batch in pq.ParquetFile(part, pre_buffer=False).iter_batches(columns=[column]):
-            values, first = batch.column(0), len(uris)
-            paths: list[str | None] = [None] * len(values)
-            if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-                uris += [None if path is None else _absolute(path, manifest) for path in values.to_pylist()]
-                continue
-            if pa.types.is_struct(values.type):
-                if values.type.get_field_index("path") >= 0:
-                    paths = pc.struct_field(values, "path").to_pylist()
-                values = pc.struct_field(values, "bytes")
-            if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
-                raise ToolkitError(
-                    f"the `{column}` column of {manifest.path} is {values.type}; it must hold names or encoded masks"
-                )
-            place = f"parquet://{quote(str(part.absolute()))}?column={quote(column)}&row="
-            for number, (held, path) in enumerate(zip(pc.is_valid(values).to_pylist(), paths, strict=True)):
-                uris.append(f"{place}{first + number}" if held else path and _absolute(path, manifest))
+    for piece in manifest.pieces([column], limit):
+        if is_bytes:
+            held = pc.is_valid(piece.batch.column(column))
+            names = pc.if_else(held, row_uris(piece, column), None)
+        else:
+            names = absolute_uris(column_uris(manifest, column, piece), manifest.path)
+        uris += names.to_pylist()
     return uris
-
-
-def _absolute(uri: str, manifest: Manifest) -> str:
-    return uri if "://" in uri else str(manifest.path.absolute().parent / uri)
 
 
 def read_mask(uri: str, image_uri: str, width: int, height: int) -> Mask:
@@ -103,10 +88,9 @@ def read_mask(uri: str, image_uri: str, width: int, height: int) -> Mask:
                     f"the mask {uri} is of mode {picture.mode}; a mask is a picture of one channel, its values classes"
                 )
             values = np.asarray(picture)
-    except UnreadableImage as problem:
-        raise ToolkitError(f"the mask {uri} of {image_uri} cannot be read: {problem.reason}; correct the row") from None
-    except DECODE_ERRORS as problem:
-        raise ToolkitError(f"the mask {uri} of {image_uri} cannot be read: {problem}; correct the row") from None
+    except (UnreadableImage, *DECODE_ERRORS) as problem:
+        reason = getattr(problem, "reason", problem)
+        raise ToolkitError(f"the mask {uri} of {image_uri} cannot be read: {reason}; correct the row") from None
     if values.shape != (height, width):
         raise ToolkitError(
             f"the mask {uri} is {values.shape[1]} x {values.shape[0]} pixels, but its image {image_uri}"

@@ -1,4 +1,4 @@
-"""How good are frozen features: several protocols, from images with a model or from embeddings.
+"""How good frozen features are: several protocols, from images with a model or from embeddings.
 
 train and test -> features -> protocol -> measurements with their intervals -> scores.parquet
 """
@@ -14,17 +14,18 @@ from ..errors import ToolkitError
 from ..features.extract.extract import FeatureModel, open_model, with_choice
 from ..features.extract.tokens import TokenChoice
 from ..models.vit import VisionTransformer
-from ..store.artifact import Options, Result, check_manifest_name, is_up_to_date, recorded
+from ..store import artifact
+from ..store.artifact import Options, Result, check_manifest_name
 from ..store.manifest import Provenance, Source
-from .labelled import Side, check_classes, class_numbers, open_side, short_name, side_features
+from .knn import measure_knn
+from .labelled import LabelledSplit, check_classes, class_numbers, open_split, short_name, split_features
 from .linear import BLOCKS, measure_linear
 from .logreg import measure_logreg
-from .masks import MaskedSide, open_masked_side
+from .masks import MaskedSplit, open_masked_split
 from .retrieval import measure_retrieval
 from .scores import Measurement, Score, best_score, read_scores, show_scores, write_scores
 from .segment import measure_segment
-from .task import NO_SUCH_CLASS, Task
-from .vote import measure_knn
+from .task import UNKNOWN_CLASS, Task
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ProbeSettings:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Probed:
     """What is measured: a model, or the embeddings that the manifests hold."""
 
     name: str
@@ -52,11 +53,11 @@ class Contender:
 
 
 def probe(train: str, test: str, output: str, settings: ProbeSettings, options: Options) -> Result | None:
-    """Learn from one set to classify or segment another, and write the scores; return None after a dry run.
+    """Train on one split to classify or segment another, and write the scores; return None after a dry run.
 
     `train` and `test` are embedding manifests or selections over them, or anything that names images; for `segment`
     manifests with masks. The result's value is the best figure.
-    Raises ToolkitError when there are no labels, no two classes to tell apart, or no features to be had.
+    Raises ToolkitError when there are no labels, no two classes to tell apart, or no features.
     """
     path = check_manifest_name(output)
     methods = tuple(dict.fromkeys(settings.methods))
@@ -64,40 +65,46 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
         raise ToolkitError(
             f"--per-class {settings.per_class} is for --method knn alone; add it, or leave --per-class out"
         )
-    roles = (("train", train), ("test", test))
-    sides: list[Side] = []
+    names = {"train": train, "test": test}
+    labelled: list[LabelledSplit] = []  # none for segment alone
+    masked: list[MaskedSplit] = []  # none without segment
     if set(methods) != {"segment"}:
         from_images = bool(settings.models) or "segment" in methods
-        sides = [
-            open_side(role, name, path, labels=settings.labels, limit=options.limit, from_images=from_images)
-            for role, name in roles
+        labelled = [
+            open_split(role, name, path, labels=settings.labels, limit=options.limit, from_images=from_images)
+            for role, name in names.items()
         ]
-        check_classes(*sides)
-    masked: list[MaskedSide] = []
+        check_classes(*labelled)
     if "segment" in methods:
-        masked = [open_masked_side(role, name, settings.masks, options.limit) for role, name in roles]
-    contenders = _contenders(sides, settings, options)
+        masked = [open_masked_split(role, name, settings.masks, options.limit) for role, name in names.items()]
+    splits = labelled or masked
+    probed = _probed(labelled, settings, options.seed)
     provenance = Provenance(
         kind="scores",
         command="evaluate probe",
         parameters=_parameters(methods, settings, options),
         seed=options.seed,
-        inputs=(
-            *(side.source for side in sides or masked),
-            *(contender.source for contender in contenders if contender.source),
-        ),
+        inputs=(*(split.source for split in splits), *(each.source for each in probed if each.source)),
         role="eval",
     )
-    if not is_up_to_date(path, provenance, options):
-        if options.dry_run:
-            _describe(output, sides, masked, contenders, methods)
-            return None
-        with recorded(path) as finished:
-            scores: list[Score] = []
-            for contender in contenders:  # a model is let go before the next is opened
-                scores += _scores(sides, masked, contender, methods, settings, options.seed)
-            finished.append(write_scores(path, provenance, scores))
-    elif options.dry_run:
+
+    def describe() -> None:
+        num_train, num_test = (len(split.uris) for split in splits)
+        models = " and ".join(each.name for each in probed)
+        is_embedded = bool(labelled) and labelled[0].manifest is not None
+        images = "embeddings," if is_embedded else f"images, embedded by {models},"
+        console.say(
+            f"would train {' and '.join(methods)} on {num_train:,} {images} test on {num_test:,}"
+            f" and write the scores to {output}"
+        )
+
+    def work() -> Provenance:
+        scores: list[Score] = []
+        for each in probed:  # a model is let go before the next is opened
+            scores += _scores(each, labelled, masked, methods, settings, options.seed)
+        return write_scores(path, provenance, scores)
+
+    if artifact.make(output, provenance, options, describe=describe, work=work) is None:
         return None
     scores = read_scores(path)
     show_scores(scores)
@@ -128,93 +135,60 @@ def _parameters(methods: tuple[str, ...], settings: ProbeSettings, options: Opti
     return parameters
 
 
-def _contenders(sides: list[Side], settings: ProbeSettings, options: Options) -> list[Contender]:
-    manifests = [side.manifest for side in sides if side.manifest is not None]
+def _probed(splits: list[LabelledSplit], settings: ProbeSettings, seed: int) -> list[Probed]:
+    manifests = [split.manifest for split in splits if split.manifest is not None]
     if not manifests:
-        return [_named(name, options.seed) for name in settings.models or (None,)]
-    if len(manifests) < len(sides):
-        bare = next(side.source for side in sides if side.manifest is None)
+        # Each model is opened to identify it, and let go, for several may not fit in memory.
+        sources = [open_model(name, seed).source for name in settings.models or (None,)]
+        return [Probed(short_name(source.path), source, source.path) for source in sources]
+    if len(manifests) < len(splits):
+        bare = next(split.source for split in splits if split.manifest is None)
         raise ToolkitError(
-            f"{bare.path} has no embeddings, but the other side has; embed --{bare.role} too, or give --model for both"
+            f"{bare.path} has no embeddings, but the other split has; embed --{bare.role} too, or give --model for both"
         )
     made_by = [manifest.provenance.model() if manifest.provenance else None for manifest in manifests]
-    known = {source.content_id: source.path for source in made_by if source is not None}
+    known = {source.content_id: source for source in made_by if source is not None}
     if len(known) > 1:
         raise ToolkitError(
-            f"the embeddings of --train and --test come from two models ({', '.join(known.values())});"
-            " embed both by the same, or give --model"
+            "the embeddings of --train and --test come from two models"
+            f" ({', '.join(source.path for source in known.values())}); embed both by the same, or give --model"
         )
-    source = next((source for source in made_by if source is not None), None)
-    return [Contender(short_name(source.path) if source else "unknown", source, None)]
-
-
-def _named(name: str | None, seed: int) -> Contender:
-    """Return a model as a contender; it is opened to be identified, and let go, for several may not fit in memory."""
-    source = open_model(name, seed).source
-    return Contender(short_name(source.path), source, source.path)
-
-
-def _describe(
-    output: str,
-    sides: list[Side],
-    masked: list[MaskedSide],
-    contenders: list[Contender],
-    methods: tuple[str, ...],
-) -> None:
-    train, test = (len(side.uris) for side in sides or masked)
-    embedded = " and ".join(contender.name for contender in contenders)
-    task = "embeddings," if sides and sides[0].manifest else f"images, embedded by {embedded},"
-    console.say(
-        f"would train {' and '.join(methods)} on {train:,} {task} test on {test:,} and write the scores to {output}"
-    )
+    source = next(iter(known.values()), None)
+    return [Probed(short_name(source.path) if source else "unknown", source, None)]
 
 
 def _scores(
-    sides: list[Side],
-    masked: list[MaskedSide],
-    contender: Contender,
+    probed: Probed,
+    labelled: list[LabelledSplit],
+    masked: list[MaskedSplit],
     methods: tuple[str, ...],
     settings: ProbeSettings,
     seed: int,
 ) -> Iterator[Score]:
-    """Yield what every protocol finds of a contender."""
-    model = None if contender.model is None else open_model(contender.model, seed)
-    task = _task(sides, model, methods, settings, seed) if sides else None
+    """Yield what every protocol measures."""
+    model = None if probed.model is None else open_model(probed.model, seed)
+    task = _task(labelled, model, methods, settings, seed) if labelled else None
     for method in methods:
-        for found in _measured(method, task, model, masked, settings, seed):
-            yield Score(
-                contender.name,
-                method,
-                json.dumps(found.parameters),
-                found.metric,
-                found.value,
-                *found.interval,
-                found.num_train,
-                found.num_test,
+        if method == "segment":
+            assert model is not None, "segmentation is never of embeddings"
+            measured = measure_segment(
+                model,
+                *masked,
+                image_size=settings.image_size,
+                batch_size=settings.batch_size,
+                num_workers=settings.num_workers,
+                seed=seed,
             )
+        else:
+            assert task is not None, "all others have labelled splits"
+            measured = _classified(method, task, settings)
+        for each in measured:
+            parameters = json.dumps(each.parameters)
+            sizes = each.num_train, each.num_test
+            yield Score(probed.name, method, parameters, each.metric, each.value, *each.interval, *sizes)
 
 
-def _measured(
-    method: str,
-    task: Task | None,
-    model: FeatureModel | None,
-    masked: list[MaskedSide],
-    settings: ProbeSettings,
-    seed: int,
-) -> Iterator[Measurement]:
-    if method == "segment":
-        assert model is not None, "segmentation is never of embeddings"
-        train, test = masked
-        return measure_segment(
-            model,
-            train,
-            test,
-            image_size=settings.image_size,
-            batch_size=settings.batch_size,
-            num_workers=settings.num_workers,
-            seed=seed,
-        )
-    assert task is not None, "all others have labelled sides"
+def _classified(method: str, task: Task, settings: ProbeSettings) -> Iterator[Measurement]:
     match method:
         case "knn":
             return measure_knn(task, settings.ks, settings.per_class)
@@ -229,33 +203,33 @@ def _measured(
 
 
 def _task(
-    sides: list[Side], model: FeatureModel | None, methods: tuple[str, ...], settings: ProbeSettings, seed: int
+    splits: list[LabelledSplit],
+    model: FeatureModel | None,
+    methods: tuple[str, ...],
+    settings: ProbeSettings,
+    seed: int,
 ) -> Task:
-    """Return the features and classes of both sides, by one pass of the model over the images."""
+    """Return the features and classes of both splits, by one pass of the model over the images."""
     blocks, has_mean = 1, False
     if "linear" in methods and model is not None and isinstance(model.backbone, VisionTransformer):
         blocks, has_mean = min(BLOCKS, model.backbone.depth), True
         model = with_choice(model, TokenChoice("cls+mean", blocks))
-    (train, train_places), (test, test_places) = (
-        side_features(side, model, batch_size=settings.batch_size, num_workers=settings.num_workers) for side in sides
-    )
-    if train.shape[1] != test.shape[1]:
+    train, test = splits
+    train_features, train_rows = split_features(train, model, settings.batch_size, settings.num_workers)
+    test_features, test_rows = split_features(test, model, settings.batch_size, settings.num_workers)
+    dims = train_features.shape[1], test_features.shape[1]
+    if dims[0] != dims[1]:
         raise ToolkitError(
-            f"train embeddings have {train.shape[1]} numbers and test embeddings {test.shape[1]};"
-            " embed both by the same model"
+            f"train embeddings have {dims[0]} numbers and test embeddings {dims[1]}; embed both by the same model"
         )
-    train_labels, test_labels = (
-        [side.labels[place] for place in places.tolist()]
-        for side, places in zip(sides, (train_places, test_places), strict=True)
-    )
-    number = class_numbers(sides[0], train_labels)
+    number = class_numbers(train, [train.labels[row] for row in train_rows])
     return Task(
-        train,
-        np.array([number[label] for label in train_labels]),
-        test,
-        np.array([number.get(label, NO_SUCH_CLASS) for label in test_labels]),
-        [sides[0].uris[place] for place in train_places.tolist()],
-        [sides[1].uris[place] for place in test_places.tolist()],
+        train_features,
+        np.array([number[train.labels[row]] for row in train_rows]),
+        test_features,
+        np.array([number.get(test.labels[row], UNKNOWN_CLASS) for row in test_rows]),
+        [train.uris[row] for row in train_rows],
+        [test.uris[row] for row in test_rows],
         blocks,
         has_mean,
         seed,

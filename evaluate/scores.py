@@ -41,9 +41,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a protocol found, before it is known of which model."""
+    """One figure of a protocol."""
 
-    parameters: dict[str, object]  # all that one needs to do it again
+    parameters: dict[str, object]  # all that is needed to repeat it
     metric: str
     value: float
     interval: tuple[float, float]  # 95 %
@@ -52,36 +52,33 @@ class Measurement:
 
 
 def accuracies(
-    parameters: dict[str, object], guesses: Int64, truth: Int64, num_train: int, seed: int
+    parameters: dict[str, object], predictions: Int64, labels: Int64, num_train: int, seed: int
 ) -> Iterator[Measurement]:
-    """Yield the share of test images whose truth (M,) is the first of the guesses (M, G), and is among them."""
-    correct = {"top1": guesses[:, 0] == truth}
-    if guesses.shape[1] > 1:
-        correct["top5"] = (guesses == truth[:, None]).any(axis=1)
+    """Yield top-1 accuracy and, of several predictions an image (M, G), top-5 accuracy, by the test labels (M,)."""
+    correct = {"top1": predictions[:, 0] == labels}
+    if predictions.shape[1] > 1:
+        correct["top5"] = (predictions == labels[:, None]).any(axis=1)
     for metric, is_correct in correct.items():
         value, interval = float(is_correct.mean()), bootstrap_interval(is_correct, seed)
-        yield Measurement(parameters, metric, value, interval, num_train, len(truth))
+        yield Measurement(parameters, metric, value, interval, num_train, len(labels))
 
 
 def bootstrap_interval(correct: Correct, seed: int) -> tuple[float, float]:
-    """Return the 95 % interval of the share of True in (M,), by drawing M images with replacement again and again.
-
-    The number of True among M draws is binomial, so it is drawn as such.
-    """
+    """Return the 95 % bootstrap interval of the share of True in (M,); the number of True among M draws is binomial."""
     counts = np.random.default_rng([seed, 2]).binomial(len(correct), correct.mean(), BOOTSTRAP_DRAWS)
     low, high = np.quantile(counts / len(correct), INTERVAL)
     return float(low), float(high)
 
 
 def resampled_interval(statistic: Callable[[np.random.Generator], float], seed: int) -> tuple[float, float]:
-    """Return the 95 % interval of a statistic that draws its images, with replacement, by the generator it is given."""
+    """Return the 95 % bootstrap interval of a statistic that draws images, with replacement, by a generator."""
     random = np.random.default_rng([seed, 2])
     low, high = np.quantile([statistic(random) for _ in range(RESAMPLES)], INTERVAL)
     return float(low), float(high)
 
 
 def mean_interval(values: Float64, seed: int) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of (M,) by bootstrap."""
+    """Return the 95 % bootstrap interval of the mean of (M,)."""
     return resampled_interval(lambda random: values[random.integers(len(values), size=len(values))].mean(), seed)
 
 
@@ -105,7 +102,7 @@ def best_score(scores: list[Score]) -> float:
 
 
 def show_scores(scores: list[Score]) -> None:
-    """Print the headlines, one a line, as a table on stderr; what else was measured stands behind each."""
+    """Print a table of the headline metrics on stderr; other metrics stand behind the headline of their method."""
     header = ["model", "method", "setting", "metric", "value", "95 % interval", "also", "train", "test"]
     rows: list[list[object]] = []
     for score in scores:

@@ -1,4 +1,4 @@
-"""The segmentation protocol: a linear layer on patch tokens names the class of every pixel.
+"""The segmentation protocol: a linear layer on patch tokens predicts the class of every pixel.
 
 M images, D numbers a patch token, rows x columns patches of an image, S patches a side of a tile, B tiles, P pixels,
 C classes, V values that a mask's pixel may have.
@@ -7,8 +7,8 @@ C classes, V values that a mask's pixel may have.
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 import torch
@@ -17,24 +17,24 @@ from torch import Tensor, nn
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.extract.extract import FeatureModel, best_device, extract, with_choice
+from ..features.extract.extract import FeatureModel, best_device, with_choice
 from ..features.extract.tokens import TokenChoice
 from ..features.extract.windows import MAX_ASPECT
 from ..models.vit import VisionTransformer
 from ..store.cache import open_cache
 from ..store.vectors import Float64, Int64
-from .labelled import short_name
-from .masks import IGNORE, Mask, MaskedSide, read_mask
+from .labelled import extract_split
+from .masks import IGNORE, Mask, MaskedSplit, read_mask
 from .scores import Measurement, resampled_interval
 
 NUM_VALUES = 256  # V
-OWN_SIZE = 1 << 30  # the short side, in pixels, down to which larger images are resized: none is
+OWN_SIZE = 1 << 30  # short side in pixels to which larger images are resized: none is
 BATCH_TILES = 16  # B
-PIXELS_A_TILE = 1_024  # chosen: random pixels of a tile whose loss stands for that of all
+PIXELS_A_TILE = 1_024  # chosen: random pixels of a tile that the loss is computed on
 MIN_STEPS, MAX_STEPS, PASSES = 500, 40_000, 100  # chosen: passes over the tiles, within these numbers of steps
 LEARNING_RATE = 1e-2  # chosen: DINOv3's configuration has 1e-3, for 80 times as many steps
 WEIGHT_DECAY, WARMUP = 1e-3, 0.05  # the warm-up is a share of the steps
-PREDICTED_NUMBERS = 16_000_000  # pixels by classes looked at together: 64 MB
+PREDICTED_NUMBERS = 16_000_000  # pixels by classes that are predicted at a time: 64 MB
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Sample:
 
 def measure_segment(
     model: FeatureModel,
-    train: MaskedSide,
-    test: MaskedSide,
+    train: MaskedSplit,
+    test: MaskedSplit,
     *,
     image_size: int | None,
     batch_size: int,
@@ -57,10 +57,10 @@ def measure_segment(
 ) -> Iterator[Measurement]:
     """Yield mean intersection over union and pixel accuracy of a batch norm and a 1 x 1 convolution on patch tokens.
 
-    Images keep their size (smaller ones are enlarged to `image_size` on the short side) and are looked at by sliding
-    windows of `image_size`, the model's own by default; patch tokens of overlapping windows are averaged, scores
-    between patches interpolated. The tokens of the training images are computed once. Pixels of value 255 count for
-    nothing; the mean is over the classes that stand in the test masks or are guessed.
+    Images keep their size (smaller ones are enlarged to `image_size` on the short side). Windows of `image_size`, the
+    model's own by default, slide over them; patch tokens of overlapping windows are averaged, logits are interpolated
+    between patches. The tokens of the training images are computed once. Pixels of value 255 are ignored; the mean is
+    over the classes that stand in the test masks or are predicted.
 
     Raises ToolkitError when the model has no patch tokens, masks do not suit their images or name a single class.
     Source: the linear segmentation of DINOv2 (Oquab et al. 2023, section 7.4), optimised as DINOv3's published
@@ -72,20 +72,20 @@ def measure_segment(
             " name a vision transformer by --model"
         )
     side_px = image_size or model.preprocess.image_size
-    sees = with_choice(model, TokenChoice("patches"), side_px, OWN_SIZE)
+    windowed = with_choice(model, TokenChoice("patches"), side_px, OWN_SIZE)
     side = side_px // model.backbone.patch_size
-    with Scratch() as scratch:
-        samples = [scratch.keep(sample) for sample in _samples(sees, train, batch_size, num_workers)]
+    with tempfile.TemporaryFile(dir=open_cache()) as file:
+        samples = [_on_disk(sample, file) for sample in _samples(windowed, train, batch_size, num_workers)]
         classes = _classes(samples, train)
         steps = num_steps(sum(len(_offsets(sample.tokens, side)) for sample in samples))
         head = train_head(samples, classes, side=side, steps=steps, seed=seed)
 
-    counts = []
-    for sample in _samples(sees, test, batch_size, num_workers):
-        guesses = classes[predict(head, sample.tokens, sample.mask.shape)]
-        counts.append(overlaps(guesses, sample.mask))
+    counts = [
+        pixel_counts(classes[predict(head, sample.tokens, sample.mask.shape)], sample.mask)
+        for sample in _samples(windowed, test, batch_size, num_workers)
+    ]
     by_image = np.stack(counts)  # (M, 3, V)
-    _say_unknown(by_image, classes)
+    _warn_of_unknown(by_image, classes)
     parameters: dict[str, object] = {
         "image_size": side_px,
         "windows": "sliding, evenly spaced, tokens averaged",
@@ -97,68 +97,43 @@ def measure_segment(
         "classes": len(classes),
         "ignored_value": IGNORE,
     }
-    for metric, of in (("miou", mean_iou), ("pixel_accuracy", pixel_accuracy)):
+    for metric, score in (("miou", mean_iou), ("pixel_accuracy", pixel_accuracy)):
 
         def resampled(random: np.random.Generator) -> float:
-            chosen = np.bincount(random.integers(len(by_image), size=len(by_image)), minlength=len(by_image))
-            return of(np.tensordot(chosen, by_image, axes=1))  # noqa: B023  # called before the next metric
+            drawn = np.bincount(random.integers(len(by_image), size=len(by_image)), minlength=len(by_image))
+            return score(np.tensordot(drawn, by_image, axes=1))  # noqa: B023  # called before the next metric
 
         interval = resampled_interval(resampled, seed)
-        yield Measurement(parameters, metric, of(by_image.sum(axis=0)), interval, len(samples), len(by_image))
+        yield Measurement(parameters, metric, score(by_image.sum(axis=0)), interval, len(samples), len(by_image))
 
 
 # Tokens and masks
 
 
-class Scratch:
-    """Samples that wait on the disk, in a file that is gone when this is closed."""
-
-    def __enter__(self) -> "Scratch":
-        self._file = tempfile.TemporaryFile(dir=open_cache())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def keep(self, sample: Sample) -> Sample:
-        """Return the same sample, read from the disk as it is needed."""
-        start = self._file.seek(0, os.SEEK_END)
-        tokens = np.ascontiguousarray(sample.tokens.numpy())
-        self._file.write(tokens.tobytes() + sample.mask.tobytes())
-        self._file.flush()
-        # Copy on write, for torch warns of arrays that cannot be written to.
-        kept = np.memmap(self._file, tokens.dtype, "c", start, tokens.shape)
-        mask: Mask = np.memmap(self._file, np.uint8, "c", start + tokens.nbytes, sample.mask.shape)
-        return Sample(torch.from_numpy(kept), mask)
+def _on_disk(sample: Sample, file: IO[bytes]) -> Sample:
+    """Return the same sample, read from a temporary file as it is needed."""
+    start = file.seek(0, os.SEEK_END)
+    tokens = np.ascontiguousarray(sample.tokens.numpy())
+    file.write(tokens.tobytes() + sample.mask.tobytes())
+    file.flush()
+    # Copy on write, for torch warns of arrays that cannot be written to.
+    kept = np.memmap(file, tokens.dtype, "c", start, tokens.shape)
+    mask: Mask = np.memmap(file, np.uint8, "c", start + tokens.nbytes, sample.mask.shape)
+    return Sample(torch.from_numpy(kept), mask)
 
 
-def _samples(model: FeatureModel, side: MaskedSide, batch_size: int, num_workers: int | None) -> Iterator[Sample]:
-    """Yield the tokens and mask of every image of a side that can be read; what cannot is said."""
-    failures = []
-    num_workers = num_workers or os.cpu_count() or 1
-    description = f"{short_name(model.source.path)} on {side.source.role}"
-    with (
-        console.progress(description, len(side.uris), "images") as advance,
-        closing(extract(model, side.uris, batch_size=batch_size, num_workers=num_workers)) as batches,
-    ):
-        for batch in batches:
-            for index, facts, tokens in zip(batch.indices, batch.facts, batch.patches, strict=True):
-                uri = side.uris[index]
-                if max(facts.width, facts.height) > MAX_ASPECT * min(facts.width, facts.height):
-                    raise ToolkitError(f"{uri} is {facts.width} x {facts.height} pixels, too long; cut it to pieces")
-                yield Sample(tokens.half(), read_mask(side.mask_uris[index], uri, facts.width, facts.height))
-            failures += batch.failures
-            advance(len(batch.indices) + len(batch.failures))
-    if failures:
-        row, reason = failures[0]
-        text = f"{side.source.role}: {len(failures):,} images left out, first {side.uris[row]} ({reason})"
-        if len(failures) == len(side.uris):
-            raise ToolkitError(f"{text}; none is left")
-        console.warn(text)
+def _samples(model: FeatureModel, split: MaskedSplit, batch_size: int, num_workers: int | None) -> Iterator[Sample]:
+    """Yield the tokens and mask of every image of a split that can be read."""
+    for batch in extract_split(model, split.source, split.uris, batch_size, num_workers):
+        for index, facts, tokens in zip(batch.indices, batch.facts, batch.patches, strict=True):
+            uri, size = split.uris[index], (facts.width, facts.height)
+            if max(size) > MAX_ASPECT * min(size):
+                raise ToolkitError(f"{uri} is {facts.width} x {facts.height} pixels, too long; cut it to pieces")
+            yield Sample(tokens.half(), read_mask(split.mask_uris[index], uri, *size))
 
 
-def _classes(samples: list[Sample], train: MaskedSide) -> Int64:
-    """Return the values that stand in the training masks, (C,), rising.
+def _classes(samples: list[Sample], train: MaskedSplit) -> Int64:
+    """Return the values in the training masks, (C,), rising.
 
     Raises ToolkitError when there is only one.
     """
@@ -173,9 +148,8 @@ def _classes(samples: list[Sample], train: MaskedSide) -> Int64:
     return classes
 
 
-def _say_unknown(by_image: Int64, classes: Int64) -> None:
-    there = np.flatnonzero(by_image[:, 1].sum(axis=0))
-    unknown = np.setdiff1d(there, classes)
+def _warn_of_unknown(by_image: Int64, classes: Int64) -> None:
+    unknown = np.setdiff1d(np.flatnonzero(by_image[:, 1].sum(axis=0)), classes)
     if len(unknown):
         listed = ", ".join(map(str, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
         console.warn(f"the test masks hold classes that no training mask has ({listed}); their pixels count as wrong")
@@ -192,8 +166,8 @@ def num_steps(num_tiles: int) -> int:
 def train_head(samples: list[Sample], classes: Int64, *, side: int, steps: int, seed: int) -> nn.Module:
     """Return a batch norm and a 1 x 1 convolution, (B, D, rows, columns) -> (B, C, rows, columns), trained on samples.
 
-    The loss is the cross-entropy at PIXELS_A_TILE random pixels of each tile of side x side patches, between patches
-    by interpolation: that of all pixels in expectation, at a fraction of the cost.
+    The loss is the cross-entropy at PIXELS_A_TILE random pixels of each tile of side x side patches, where logits are
+    interpolated between patches: in expectation the loss of all pixels, for a fraction of the work.
     """
     device = best_device()
     random = np.random.default_rng([seed, 4])
@@ -216,12 +190,12 @@ def train_head(samples: list[Sample], classes: Int64, *, side: int, steps: int, 
             for tile in order[step * BATCH_TILES : (step + 1) * BATCH_TILES]:
                 sample, top, left = tiles[tile]
                 tokens.append(sample.tokens[top : top + side, left : left + side].permute(2, 0, 1).float())
-                of_tile, values = _random_pixels(sample, top, left, side, random)
-                points.append(of_tile)
+                places, values = _random_pixels(sample, top, left, side, random)
+                points.append(places)
                 truth.append(values)
-            logits = head(torch.stack(tokens).to(device))  # (B, C, S, S)
-            scores = at_points(logits, torch.stack(points)[:, None].to(device))[:, :, 0]  # (B, C, P)
-            loss = F.cross_entropy(scores, number[torch.stack(truth)].to(device), reduction="sum")
+            maps = head(torch.stack(tokens).to(device))  # (B, C, S, S)
+            logits = at_points(maps, torch.stack(points)[:, None].to(device))[:, :, 0]  # (B, C, P)
+            loss = F.cross_entropy(logits, number[torch.stack(truth)].to(device), reduction="sum")
             optimizer.zero_grad()
             (loss / (BATCH_TILES * PIXELS_A_TILE)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -231,7 +205,7 @@ def train_head(samples: list[Sample], classes: Int64, *, side: int, steps: int, 
 
 
 def _offsets(tokens: Tensor, side: int) -> list[tuple[int, int]]:
-    """Return where tiles of side x side patches begin that cover a map of tokens, top and left."""
+    """Return top and left of the tiles of side x side patches that cover a map of tokens."""
     tops, lefts = (sorted({*range(0, length - side + 1, side), length - side}) for length in tokens.shape[:2])
     return [(top, left) for top in tops for left in lefts]
 
@@ -239,7 +213,7 @@ def _offsets(tokens: Tensor, side: int) -> list[tuple[int, int]]:
 def _random_pixels(
     sample: Sample, top: int, left: int, side: int, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return places in a tile (P, 2), across and down in [-1, 1], and the mask's values there (P,)."""
+    """Return random places in a tile (P, 2), across and down in [-1, 1], and the mask's values there (P,)."""
     places, pixels = [], []
     for first, patches, length in zip((top, left), sample.tokens.shape[:2], sample.mask.shape, strict=True):
         pixel = ((first + random.random(PIXELS_A_TILE) * side) / patches * length).astype(np.int64)
@@ -262,33 +236,34 @@ def predict(head: nn.Module, tokens: Tensor, size: tuple[int, ...]) -> Int64:
     logits = head(tokens.permute(2, 0, 1)[None].float().to(device))  # (1, C, rows, columns)
     across = (torch.arange(width, device=device) + 0.5) / width * 2 - 1
     down = (torch.arange(height, device=device) + 0.5) / height * 2 - 1
-    guesses = np.empty((height, width), dtype=np.int64)
+    predictions = np.empty((height, width), dtype=np.int64)
     strip = max(1, PREDICTED_NUMBERS // (logits.shape[1] * width))
     for start in range(0, height, strip):
         rows, columns = torch.meshgrid(down[start : start + strip], across, indexing="ij")
-        scores = at_points(logits, torch.stack([columns, rows], dim=-1)[None])
-        guesses[start : start + strip] = scores[0].argmax(dim=0).cpu().numpy()
-    return guesses
+        strip_logits = at_points(logits, torch.stack([columns, rows], dim=-1)[None])
+        predictions[start : start + strip] = strip_logits[0].argmax(dim=0).cpu().numpy()
+    return predictions
 
 
 # The scores
 
 
-def overlaps(guesses: Int64, mask: Mask) -> Int64:
-    """Return, for each value, how many pixels are guessed right, are there, and are guessed: (3, V)."""
+def pixel_counts(predictions: Int64, mask: Mask) -> Int64:
+    """Return, for each value, how many pixels are predicted correctly, labelled and predicted as such: (3, V)."""
     counts = mask != IGNORE
-    guessed, there = guesses[counts], mask[counts]
-    return np.stack([np.bincount(of, minlength=NUM_VALUES) for of in (there[guessed == there], there, guessed)])
+    predicted, labels = predictions[counts], mask[counts]
+    correct = labels[predicted == labels]
+    return np.stack([np.bincount(values, minlength=NUM_VALUES) for values in (correct, labels, predicted)])
 
 
 def mean_iou(counts: Int64) -> float:
-    """Return the mean intersection over union of the classes that are there or guessed, from `overlaps` (3, V)."""
-    right, there, guessed = counts.astype(np.float64)
-    union = there + guessed - right
-    shares: Float64 = right[union > 0] / union[union > 0]
+    """Return the mean intersection over union of the classes that are labelled or predicted, from `pixel_counts`."""
+    correct, labelled, predicted = counts.astype(np.float64)
+    union = labelled + predicted - correct
+    shares: Float64 = correct[union > 0] / union[union > 0]
     return float(shares.mean()) if len(shares) else 0.0
 
 
 def pixel_accuracy(counts: Int64) -> float:
-    """Return the share of pixels that are guessed right, from `overlaps` (3, V)."""
+    """Return the share of pixels that are predicted correctly, from `pixel_counts`."""
     return float(counts[0].sum() / max(counts[1].sum(), 1))

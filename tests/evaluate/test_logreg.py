@@ -48,8 +48,8 @@ def test_a_penalty_too_strong_to_learn_leaves_the_shares_of_the_classes() -> Non
 
 
 def task(num_train: int = 300) -> Task:
-    (train, targets), (test, truth) = blobs(num_train, seed=0), blobs(200, seed=1)
-    return Task(train, targets, test, truth, [], [])
+    (train, train_labels), (test, test_labels) = blobs(num_train, seed=0), blobs(200, seed=1)
+    return Task(train, train_labels, test, test_labels, [], [])
 
 
 def test_the_penalty_is_the_best_on_a_tenth_and_fitted_again_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +57,8 @@ def test_the_penalty_is_the_best_on_a_tenth_and_fitted_again_on_all(monkeypatch:
     (measured,) = measure_logreg(task())
     assert measured.metric == "top1"
     assert measured.parameters["C"] in (1e-1, 1.0)
-    (fitted,) = regression_path(task().train, task().targets, 4, (float(str(measured.parameters["C"])),))
-    assert measured.value == np.mean(fitted.guesses(task().test)[:, 0] == task().truth) > 0.5
+    (fitted,) = regression_path(task().train, task().train_labels, 4, (float(str(measured.parameters["C"])),))
+    assert measured.value == np.mean(fitted.predict(task().test)[:, 0] == task().test_labels) > 0.5
     assert (measured.num_train, measured.num_test) == (300, 200)
 
 

@@ -17,9 +17,9 @@ from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate import linear
 from dinov2_toolkit.evaluate import probe as probe_module
+from dinov2_toolkit.evaluate.knn import usable_ks
 from dinov2_toolkit.evaluate.probe import ProbeSettings, parse_ks, probe
 from dinov2_toolkit.evaluate.scores import bootstrap_interval
-from dinov2_toolkit.evaluate.vote import usable_ks
 from dinov2_toolkit.features.extract.extract import FeatureModel, open_model
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, Result
@@ -303,9 +303,9 @@ def test_embeddings_of_two_models_are_not_compared() -> None:
         measure(train, test)
 
 
-def test_one_side_without_embeddings_is_an_error(tmp_path: Path) -> None:
+def test_one_split_without_embeddings_is_an_error(tmp_path: Path) -> None:
     train, test = embedded("train", [0, 90], ["red", "blue"]), draw_classes(tmp_path / "test", 3, seed=0)
-    with pytest.raises(ToolkitError, match="has no embeddings, but the other side has; embed --test too"):
+    with pytest.raises(ToolkitError, match="has no embeddings, but the other split has; embed --test too"):
         measure(train, str(test))
 
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate import segment
-from dinov2_toolkit.evaluate.masks import open_masked_side, read_mask
+from dinov2_toolkit.evaluate.masks import open_masked_split, read_mask
 from dinov2_toolkit.evaluate.probe import ProbeSettings, probe
 from dinov2_toolkit.evaluate.scores import read_scores
-from dinov2_toolkit.evaluate.segment import at_points, mean_iou, overlaps, pixel_accuracy, predict
+from dinov2_toolkit.evaluate.segment import at_points, mean_iou, pixel_accuracy, pixel_counts, predict
 from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
@@ -99,9 +99,9 @@ def test_masks_may_lie_in_the_file_itself() -> None:
 
 def test_scores_are_their_definition() -> None:
     mask = np.array([[0, 0, 1, 255], [2, 1, 1, 255]], np.uint8)
-    guesses = np.array([[0, 1, 1, 7], [0, 1, 3, 7]])
-    counts = overlaps(guesses, mask)
-    assert mean_iou(counts) == pytest.approx(np.mean([1 / 3, 2 / 4, 0 / 1, 0 / 1]))  # classes 0, 1, 2, and 3 guessed
+    predictions = np.array([[0, 1, 1, 7], [0, 1, 3, 7]])
+    counts = pixel_counts(predictions, mask)
+    assert mean_iou(counts) == pytest.approx(np.mean([1 / 3, 2 / 4, 0 / 1, 0 / 1]))  # classes 0, 1, 2, and 3 predicted
     assert pixel_accuracy(counts) == pytest.approx(3 / 6)
 
 
@@ -109,8 +109,8 @@ def test_pixels_between_patches_are_those_of_bilinear_enlargement(monkeypatch: p
     monkeypatch.setattr(segment, "PREDICTED_NUMBERS", 5 * 29 * 3)  # strips of three rows
     logits = torch.randn(1, 5, 4, 7, generator=torch.Generator().manual_seed(0))
     enlarged = torch.nn.functional.interpolate(logits, (18, 29), mode="bilinear", align_corners=False)
-    guesses = predict(torch.nn.Identity(), logits[0].permute(1, 2, 0), (18, 29))
-    np.testing.assert_array_equal(guesses, enlarged[0].argmax(dim=0).numpy())
+    predictions = predict(torch.nn.Identity(), logits[0].permute(1, 2, 0), (18, 29))
+    np.testing.assert_array_equal(predictions, enlarged[0].argmax(dim=0).numpy())
 
 
 def test_random_pixels_of_a_tile_get_the_logits_of_the_whole_map() -> None:
@@ -159,8 +159,8 @@ def test_rows_without_a_mask_are_left_out_and_counted(capsys: pytest.CaptureFixt
     train = draw("train", 3, seed=0)
     table = pq.read_table(train)
     pq.write_table(table.set_column(1, "mask", pa.array([None, "train/1.mask.png", None], pa.string())), train)
-    side = open_masked_side("train", train, "mask", None)
-    assert [Path(uri).name for uri in side.uris] == ["1.png"]
+    split = open_masked_split("train", train, "mask", None)
+    assert [Path(uri).name for uri in split.uris] == ["1.png"]
     assert "train: 2 of 3 rows have no mask and are left out" in capsys.readouterr().err
 
 

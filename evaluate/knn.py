@@ -1,4 +1,4 @@
-"""The k-NN protocol: the nearest training images vote; of all of them, or of few a class, drawn again and again.
+"""The k-NN protocol: the nearest training images vote, of all or of a few random ones of each class.
 
 N training images, M test images, R draws.
 """
@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import console
 from ..errors import ToolkitError
+from ..features.grouping import group_by
 from ..features.knn import TEMPERATURE, knn_predictions
 from ..store.vectors import Int64
 from .scores import Correct, Measurement, accuracies, resampled_interval
@@ -22,57 +23,54 @@ def measure_knn(task: Task, ks: tuple[int, ...] | None, per_class: int | None) -
     """Yield the accuracy of the votes of the k nearest training images, for each k.
 
     With `per_class`, only so many images of each class vote, drawn NUM_DRAWS times: the value is the mean over the
-    draws, its interval that of images and draws together, and `top1_std` the standard deviation over the draws.
+    draws, its interval covers images and draws, and `top1_std` is the standard deviation over the draws.
 
     Raises ToolkitError when a k is above the number of training images that vote.
     Source: the k-NN evaluation of DINOv2, dinov2/eval/knn.py.
     """
-    train, test = task.train_tokens, task.test_tokens
+    train, test = task.class_tokens()
     parameters: dict[str, object] = {"temperature": TEMPERATURE, "similarity": "cosine"}
     if per_class is None:
         ks = usable_ks(ks, len(train))
         predictions = knn_predictions(
-            train, task.targets, test, ks, topk=task.num_guesses, progress="searching neighbours"
+            train, task.train_labels, test, ks, topk=task.topk, progress="searching neighbours"
         )
         for k in ks:
-            yield from accuracies({"k": k, **parameters}, predictions[k], task.truth, len(train), task.seed)
+            yield from accuracies({"k": k, **parameters}, predictions[k], task.test_labels, len(train), task.seed)
         return
 
-    drawn = [draw_per_class(task.targets, per_class, task.seed, draw) for draw in range(NUM_DRAWS)]
+    drawn = [draw_per_class(task.train_labels, per_class, task.seed, draw) for draw in range(NUM_DRAWS)]
     num_train = len(drawn[0])
     ks = usable_ks(ks, num_train)
     parameters |= {"per_class": per_class, "draws": NUM_DRAWS}
     correct: dict[int, list[Correct]] = {k: [] for k in ks}
     for rows in drawn:
-        for k, predictions_of_k in knn_predictions(train[rows], task.targets[rows], test, ks).items():
-            correct[k].append(predictions_of_k[:, 0] == task.truth)
+        for k, of_k in knn_predictions(train[rows], task.train_labels[rows], test, ks).items():
+            correct[k].append(of_k[:, 0] == task.test_labels)
     for k in ks:
         yield from _over_draws({"k": k, **parameters}, np.stack(correct[k]), num_train, task.seed)
 
 
-def draw_per_class(targets: Int64, per_class: int, seed: int, draw: int) -> Int64:
-    """Return the rows of `per_class` random images of each class (N,), all where it has fewer, in rising order."""
-    shuffled = np.random.default_rng([seed, 3, draw]).permutation(len(targets))
-    by_class = shuffled[np.argsort(targets[shuffled], kind="stable")]
-    classes = targets[by_class]
-    place = np.arange(len(classes)) - np.searchsorted(classes, classes)  # 0 for a class's first
-    return np.sort(by_class[place < per_class])
+def draw_per_class(labels: Int64, per_class: int, seed: int, draw: int) -> Int64:
+    """Return the rows of `per_class` random images of each class, all where it has fewer, in rising order."""
+    shuffled = np.random.default_rng([seed, 3, draw]).permutation(len(labels))
+    ranks = group_by(labels[shuffled], int(labels.max()) + 1).ranks()
+    return np.sort(shuffled[ranks < per_class])
 
 
 def _over_draws(parameters: dict[str, object], correct: Correct, num_train: int, seed: int) -> Iterator[Measurement]:
-    """Yield mean and spread over the draws of what is correct, (R, M)."""
+    """Yield mean and standard deviation over the draws of what is correct, (R, M)."""
     num_draws, num_test = correct.shape
     by_draw = correct.mean(axis=1)
 
-    def mean_of_others(random: np.random.Generator) -> float:
+    def resampled_mean(random: np.random.Generator) -> float:
         draws, images = random.integers(num_draws, size=num_draws), random.integers(num_test, size=num_test)
         return float(correct[draws].mean(axis=0)[images].mean())
 
-    interval = resampled_interval(mean_of_others, seed)
+    interval = resampled_interval(resampled_mean, seed)
     yield Measurement(parameters, "top1", float(by_draw.mean()), interval, num_train, num_test)
-    spread = float(by_draw.std(ddof=1))
     interval = resampled_interval(lambda random: float(random.choice(by_draw, num_draws).std(ddof=1)), seed)
-    yield Measurement(parameters, "top1_std", spread, interval, num_train, num_test)
+    yield Measurement(parameters, "top1_std", float(by_draw.std(ddof=1)), interval, num_train, num_test)
 
 
 def usable_ks(ks: tuple[int, ...] | None, num_train: int) -> tuple[int, ...]:
