@@ -24,8 +24,8 @@ def test_multipliers_equal_the_official_ones(part: str, depth: int) -> None:
             patch_embed_lr_mult=EXPECTED["patch_embed_lr_mult"],
         )
         lr, weight_decay, is_last_layer = expected
-        assert multipliers.lr == pytest.approx(lr, rel=1e-5)
-        assert (multipliers.weight_decay, multipliers.is_last_layer) == (weight_decay, is_last_layer)
+        assert multipliers.lr_multiplier == pytest.approx(lr, rel=1e-5)
+        assert (multipliers.wd_multiplier, multipliers.is_last_layer) == (weight_decay, is_last_layer)
 
 
 def test_the_table_names_every_parameter() -> None:

@@ -1,6 +1,6 @@
 """The student's forward and backward pass for a step: at once, or in micro-batches whose gradients add up."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -46,9 +46,9 @@ def forward_backward(
     """
     while True:
         torch.manual_seed(seed)
+        batches = split_microbatches(step, sequential_views=sequential_views, num_images=micro_batch_size)
         try:
-            outputs = _every_microbatch(wrapped, step, accelerator, seed, sequential_views, micro_batch_size)
-            return outputs, micro_batch_size
+            return _accumulate(wrapped, batches, accelerator, seed), micro_batch_size
         except torch.OutOfMemoryError:
             pass  # go on below, where nothing refers to the tensors of the failed attempt
         size = micro_batch_size or step.num_images
@@ -82,26 +82,21 @@ def halved(micro_batch_size: int, num_images: int, smallest: int) -> int | None:
     return None
 
 
-def _every_microbatch(
-    wrapped: nn.Module,
-    step: MicroBatch,
-    accelerator: Accelerator,
-    seed: int,
-    sequential_views: bool,
-    micro_batch_size: int,
+def _accumulate(
+    wrapped: nn.Module, microbatches: Iterable[MicroBatch], accelerator: Accelerator, seed: int
 ) -> dict[str, Tensor]:
-    batches = list(split_microbatches(step, sequential_views=sequential_views, num_images=micro_batch_size))
+    batches = list(microbatches)
     # FSDP reduces the gradients of every micro-batch: whole gradients would take the memory that sharding saves.
     is_sharded = isinstance(next(wrapped.parameters()), DTensor)
     outputs: list[dict[str, Tensor]] = []
+    num_views = 2
     for number, batch in enumerate(batches):
-        if sequential_views and (number == 0 or len(batch.global_crops) != len(batches[number - 1].global_crops)):
-            cpu.give_back_freed_memory(batch.masks.device)  # tensors of another size would not fit in its holes
-        is_last = batch is batches[-1]
-        with nullcontext() if is_last or is_sharded else accelerator.no_sync(wrapped):
-            outputs.append(
-                microbatch_backward(wrapped, batch, accelerator.backward, derived_seed(seed, "part", number))
-            )
+        if len(batch.cls_targets) != num_views:
+            cpu.give_back_freed_memory(batch.masks.device)  # tensors of other sizes do not fit in the holes it left
+            num_views = len(batch.cls_targets)
+        with nullcontext() if is_sharded or batch is batches[-1] else accelerator.no_sync(wrapped):
+            part_seed = derived_seed(seed, "part", number)
+            outputs.append(microbatch_backward(wrapped, batch, accelerator.backward, part_seed))
     return sum_outputs(outputs)
 
 

@@ -1,4 +1,4 @@
-"""AdamW with the recipe's parameter groups, clipping per part, and the rates of a step written into the groups."""
+"""AdamW with the recipe's parameter groups, a step's rates for them, and gradient clipping per network."""
 
 import re
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from .fsdp import full_tensor
 
 
 class Multipliers(NamedTuple):
-    """How a parameter departs from the schedules' learning rate and weight decay."""
+    """How a parameter departs from the schedules; the optimizer's groups have these keys."""
 
-    lr: float
-    weight_decay: float
+    lr_multiplier: float
+    wd_multiplier: float
     is_last_layer: bool  # follows the schedule that is 0 for the first steps
-    is_head: bool = True  # false: of the backbone, which may be frozen for the first steps
+    is_head: bool = True  # False: of the backbone, which may be frozen for the first steps
 
 
 def parameter_multipliers(
@@ -46,46 +46,33 @@ def parameter_multipliers(
 
 
 def build_optimizer(
-    parts: nn.ModuleDict,
+    networks: nn.ModuleDict,
     *,
     layerwise_decay: float = 0.9,
     patch_embed_lr_mult: float = 0.2,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
-    """Return AdamW over the trained parameters of backbone and heads, grouped by equal multipliers.
+    """Return AdamW over the trained parameters of backbone and heads, one group for each `Multipliers`.
+
+    The learning rate is 0 until `apply_schedules`.
 
     Args:
-        parts: such as SSLModel's `student`; the heads have rate 1 throughout.
+        networks: such as SSLModel's `student`; the heads have rate 1 throughout.
         layerwise_decay, patch_embed_lr_mult: as in `parameter_multipliers`.
         betas: of AdamW.
-
-    Each group carries `lr_multiplier`, `wd_multiplier`, `is_last_layer` and `is_head`; its learning rate is 0 until
-    `apply_schedules`.
     """
     groups: dict[Multipliers, list[nn.Parameter]] = {}
-    for part in parts.values():
-        depth = part.depth if isinstance(part, VisionTransformer) else 0
-        for name, parameter in part.named_parameters():
+    for network in networks.values():
+        depth = network.depth if isinstance(network, VisionTransformer) else 0
+        for name, parameter in network.named_parameters():
             if parameter.requires_grad:
                 multipliers = parameter_multipliers(
-                    name,
-                    depth=depth,
-                    layerwise_decay=layerwise_decay,
-                    patch_embed_lr_mult=patch_embed_lr_mult,
+                    name, depth=depth, layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult
                 )
                 groups.setdefault(multipliers, []).append(parameter)
     devices = {parameter.device.type for parameters in groups.values() for parameter in parameters}
     return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "lr_multiplier": multipliers.lr,
-                "wd_multiplier": multipliers.weight_decay,
-                "is_last_layer": multipliers.is_last_layer,
-                "is_head": multipliers.is_head,
-            }
-            for multipliers, parameters in groups.items()
-        ],
+        [{"params": parameters, **multipliers._asdict()} for multipliers, parameters in groups.items()],
         lr=0.0,
         betas=betas,
         eps=1e-8,
@@ -103,7 +90,7 @@ def apply_schedules(
 ) -> None:
     """Write a step's learning rate and weight decay, times their multipliers, into every group.
 
-    The backbone's learning rate is `lr` where it has none of its own.
+    `backbone_lr` None means `lr`.
     """
     for group in optimizer.param_groups:
         rate = last_layer_lr if group["is_last_layer"] else lr
@@ -113,6 +100,9 @@ def apply_schedules(
         group["weight_decay"] = weight_decay * group["wd_multiplier"]
 
 
-def clip_gradients(parts: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
-    """Scale each part's gradients down to a norm of `max_norm` by itself; return the norms before, by part."""
-    return {name: full_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm)) for name, part in parts.items()}
+def clip_gradients(networks: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
+    """Scale each network's gradients to a norm of at most `max_norm`; return the norms before, by network."""
+    return {
+        name: full_tensor(nn.utils.clip_grad_norm_(network.parameters(), max_norm))
+        for name, network in networks.items()
+    }

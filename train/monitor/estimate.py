@@ -1,7 +1,7 @@
-"""What a run will cost, before it starts: arithmetic, memory and time.
+"""Estimates of what a run will cost: operations, memory and time.
 
-Shapes: B images of this process's step, b of a part of it, 2 global and L local crops of each; n tokens of a crop, of
-which r are read by a loss; D embed_dim, F numbers a token between the linear layers of the feed-forward, K prototypes.
+Shapes: 2 global and L local crops of an image; n tokens of a crop, of which a loss reads r; D embed_dim, F numbers a
+token between the linear layers of the feed-forward, K prototypes.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ... import console
 from ...features.extract.extract import best_device
+from ...models.block import Block
 from ...models.cpu import GROWTH
 from ...models.head import ProjectionHead
 from ...models.vit import VisionTransformer
@@ -25,7 +26,7 @@ from ..engine.optimizer import build_optimizer
 from ..engine.schedules import batch_sizes
 from ..objective.micro_batch import split_microbatches
 from ..objective.multi_student import MultiStudent
-from ..objective.networks import update_teacher
+from ..objective.networks import backbone_of, update_teacher
 from ..objective.ssl_model import SSLModel
 
 BACKWARD = 2  # times a forward pass, for the gradients of inputs and of weights
@@ -36,7 +37,7 @@ TRIAL_DEPTH, TRIAL_IMAGES, TRIAL_STEPS = 2, 8, 3  # chosen; the first step warms
 
 @dataclass(frozen=True)
 class Crops:
-    """The crops of one kind that a part holds of each image."""
+    """The crops of one size that a micro-batch has of each image."""
 
     number: int
     num_tokens: int  # n, class and register tokens included
@@ -69,31 +70,36 @@ def crops_of(config: TrainConfig, *, is_masked: bool) -> tuple[Crops, Crops]:
 def flop_per_image(config: TrainConfig, model: TrainedModel) -> float:
     """Return the floating-point operations of a training step for one image: 2 for a multiplication and its addition.
 
-    Counted are matrix products: those of the student forward and backward, those of whoever teaches forward. Skipped
-    branches (stochastic depth) and tokens that no loss reads cost nothing, in the last block and the heads.
+    Matrix products are counted: of the students forward and backward, of the teacher forward. Branches that stochastic
+    depth skips cost nothing; nor do, in the last block and the heads, tokens that no loss reads.
     """
     is_masked = isinstance(model, SSLModel)
     crops = crops_of(config, is_masked=is_masked)
-    kept = 1 - config.drop_path
     total = 0.0
     for student in _students(model):
-        forward = sum(_backbone_flop(_backbone(student), each, kept, only_read=is_masked) for each in crops)
+        keep = 1 - config.drop_path
+        forward = sum(_backbone_flop(backbone_of(student), kind, keep, only_read=is_masked) for kind in crops)
         again = forward if config.activation_checkpointing == "full" else 0.0
-        forward += sum(each.read for each in crops) * _head_flop(student)
+        forward += sum(kind.read for kind in crops) * _head_flop(student)
         total += (1 + BACKWARD) * forward + again
-    teaching = model.teacher if isinstance(model, SSLModel) else model.frozen.networks
-    teacher = _backbone_flop(_backbone(teaching), crops[0], 1.0, only_read=is_masked)
-    return total + teacher + crops[0].read * _head_flop(teaching)
+    teacher = model.teacher if isinstance(model, SSLModel) else model.frozen.networks
+    total += _backbone_flop(backbone_of(teacher), crops[0], 1.0, only_read=is_masked)
+    return total + crops[0].read * _head_flop(teacher)
 
 
 def _students(model: TrainedModel) -> list[nn.ModuleDict]:
     return [each.student for each in (model.models.values() if isinstance(model, MultiStudent) else [model])]
 
 
-def _backbone_flop(backbone: VisionTransformer, crops: Crops, kept: float, *, only_read: bool) -> float:
+def _feed_forward(backbone: VisionTransformer) -> tuple[nn.Linear, nn.Linear]:
+    block = backbone.blocks[0]
+    assert isinstance(block, Block)
+    return block.mlp.layers
+
+
+def _backbone_flop(backbone: VisionTransformer, crops: Crops, keep: float, *, only_read: bool) -> float:
     dim, tokens = backbone.embed_dim, crops.tokens
-    feed_forward = sum(layer.weight.numel() for layer in backbone.blocks[0].modules() if isinstance(layer, nn.Linear))
-    feed_forward -= 4 * dim**2  # what is not attention's
+    feed_forward = sum(layer.weight.numel() for layer in _feed_forward(backbone))
     block: float = 2 * tokens * (4 * dim**2 + feed_forward) + 4 * tokens * crops.num_tokens * dim
     last = block
     if only_read:
@@ -101,99 +107,90 @@ def _backbone_flop(backbone: VisionTransformer, crops: Crops, kept: float, *, on
         last = 2 * tokens * 2 * dim**2 + 2 * crops.read * (2 * dim**2 + feed_forward)
         last += 4 * crops.read * crops.num_tokens * dim
     patches = 2 * tokens * dim * backbone.in_chans * backbone.patch_size**2
-    return patches + kept * ((backbone.depth - 1) * block + last)
+    return patches + keep * ((backbone.depth - 1) * block + last)
 
 
-def _head_flop(modules: nn.ModuleDict) -> float:
-    """Return the operations of one token in a head; of the first, where class and patch tokens have one each."""
-    head = next((module for module in modules.values() if isinstance(module, ProjectionHead)), None)
-    if head is None:
-        return 0.0
-    return 2 * sum(weight.numel() for weight in head.parameters() if weight.ndim == 2)
+def _head_of(networks: nn.ModuleDict) -> ProjectionHead | None:
+    """Return the first head: class and patch tokens may have one each, of about the same size."""
+    return next((network for network in networks.values() if isinstance(network, ProjectionHead)), None)
+
+
+def _head_flop(networks: nn.ModuleDict) -> float:
+    """Return the operations of one token in a head."""
+    head = _head_of(networks)
+    return 0.0 if head is None else 2 * sum(weight.numel() for weight in head.parameters() if weight.ndim == 2)
 
 
 def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, base_bytes: float) -> float:
     """Return the most memory that one process will hold, in bytes.
 
-    The formula, with numbers of 4 bytes (2 for what matrix products read and give under bf16):
+    The sum of these, where a number takes 4 bytes (inputs and outputs of matrix products 2 under bf16):
 
-    - `base_bytes` of the process itself before it trains, with the images it keeps decoded; 130 MiB that torch takes
-      in its first step
-    - 4 (1 + 2) bytes a trained weight (itself and Adam's moments) and 4 each of any other; the gradients' 4 when the
-      step has several parts or little is kept, for otherwise they come as what was kept goes
+    - `base_bytes` that the process holds before it trains, with the images it keeps decoded; 130 MiB for torch's first
+      step
+    - 3 numbers for a trained weight (itself and Adam's moments), 1 for any other; a fourth for the gradient where the
+      step has several micro-batches or backward computes blocks again; otherwise gradients replace activations
     - the crops of the step
-    - teacher's targets, 4 K bytes for the class token of each global crop, twice, and each masked patch
-    - what the student keeps for going backward, of the largest part: a block keeps (9 D + 2 F) numbers a token
-      (inputs and outputs of two norms, queries, keys and values, attention's result twice, the feed-forward's inside
-      before and after its activation) and its scaled last layers; with activation_checkpointing=selective (7 D + F),
-      with full D; stochastic depth keeps its share, and the update of each branch besides (2 D); the last block keeps
-      that of the tokens read, and keys and values of all
+    - teacher's targets: K numbers for the class token of each global crop, twice, and for each masked patch
+    - activations of the largest micro-batch: (9 D + 2 F) numbers a token and block (inputs and outputs of two norms,
+      queries, keys and values, attention's result twice, the feed-forward before and after its activation); (7 D + F)
+      with activation_checkpointing=selective; D with full. Stochastic depth keeps its share, and 2 D for the updates.
+      The last block keeps those of the tokens that are read, and keys and values of all
     - logits of the student, K numbers a row, and twice as much for their gradients
-    - a block once more while it goes backward, and again where it is made again
-    - a fifth more of all that was kept, which the allocator loses; on a CPU a tenth more of everything, by which the
-      process may grow from step to step (`TidyHeap`)
+    - one block once more while backward passes it, twice where it is computed again
+    - a fifth of the activations, which the allocator loses; on a CPU a tenth of everything, by which the process may
+      grow (`cpu.TidyHeap`)
     """
     crops = crops_of(config, is_masked=isinstance(model, SSLModel))
     size = max(batch_sizes(config.batch_size).sizes) // num_processes
-    part_size = min(config.micro_batch_size or size, size)
-    copies = 4 if config.sequential_views or part_size < size or config.activation_checkpointing == "full" else 3
+    micro_batch_size = min(config.micro_batch_size or size, size)
+    copies = 4 if config.sequential_views or micro_batch_size < size or config.activation_checkpointing == "full" else 3
     weights = sum(
         weight.numel() * weight.element_size() * (copies if weight.requires_grad else 1)
         for weight in model.parameters()
     )
     pixels = sum(
-        each.number * side**2
-        for each, side in zip(crops, (config.global_crop_size_px, config.local_crop_size_px), strict=True)
+        kind.number * side**2
+        for kind, side in zip(crops, (config.global_crop_size_px, config.local_crop_size_px), strict=True)
     )
     inputs = 4 * config.in_chans * size * pixels
-    head = next((module for module in model.student.values() if isinstance(module, ProjectionHead)), None)
+    head = _head_of(model.student)
     num_prototypes = 0 if head is None else head.num_prototypes
     targets = 4 * size * num_prototypes * (2 * crops[0].number + crops[0].read)
-    kinds = [list(crops)]
+    passes = [list(crops)]
     if config.sequential_views:
-        kinds = [[replace(crops[0], number=1)], [replace(crops[1], number=(crops[1].number + 1) // 2)]]
+        passes = [[replace(crops[0], number=1)], [replace(crops[1], number=(crops[1].number + 1) // 2)]]
     is_masked = isinstance(model, SSLModel)
-    kept = max(
-        part_size * sum(_kept_bytes(config, _backbone(student), kind, is_masked) for student in _students(model))
-        + part_size * 3 * 4 * num_prototypes * sum(each.read for each in kind)
-        for kind in kinds
+    kept = micro_batch_size * max(
+        sum(_kept_bytes(config, backbone_of(student), kinds, is_masked) for student in _students(model))
+        + 3 * 4 * num_prototypes * sum(kind.read for kind in kinds)
+        for kinds in passes
     )
     of_step = weights + ALLOCATOR * (inputs + targets + kept)
     return GROWTH * (base_bytes + FIRST_STEP_BYTES + of_step) if base_bytes else of_step
 
 
 def _kept_bytes(config: TrainConfig, backbone: VisionTransformer, crops: list[Crops], is_masked: bool) -> float:
-    """Return what an image's crops take in the student's backbone between forward and backward, at its peak."""
-    dim, kept = backbone.embed_dim, 1 - config.drop_path
+    """Return the bytes of an image's activations in the student's backbone at the peak, between forward and backward."""
+    dim, keep = backbone.embed_dim, 1 - config.drop_path
     number = 2 if config.mixed_precision == "bf16" else 4
-    hidden = _hidden_numbers(backbone)
+    hidden = _feed_forward(backbone)[0].out_features
     updates = 2 * dim if config.drop_path else 0
     whole = 9 * dim + 2 * hidden + updates
-    block = {"none": whole, "selective": 7 * dim + hidden + updates, "full": dim}[config.activation_checkpointing]
-    tokens, read = sum(each.tokens for each in crops), sum(each.read for each in crops)
-    per_block = block if config.activation_checkpointing == "full" else kept * block
-    last = kept * (4 * dim * tokens + whole * read) if is_masked else per_block * tokens
-    backward = kept * whole * tokens * (2 if config.activation_checkpointing == "full" else 1)
+    is_full = config.activation_checkpointing == "full"
+    selective = 7 * dim + hidden + updates
+    per_block = dim if is_full else keep * (selective if config.activation_checkpointing == "selective" else whole)
+    tokens, read = sum(kind.tokens for kind in crops), sum(kind.read for kind in crops)
+    last = keep * (4 * dim * tokens + whole * read) if is_masked else per_block * tokens
+    backward = keep * whole * tokens * (2 if is_full else 1)
     streams = 2 * dim * tokens
     return number * (tokens * per_block * (backbone.depth - 1) + last + backward + streams)
-
-
-def _hidden_numbers(backbone: VisionTransformer) -> int:
-    """Return F, the numbers a token has between the feed-forward's linear layers."""
-    widths = [layer.out_features for layer in backbone.blocks[0].modules() if isinstance(layer, nn.Linear)]
-    return max(widths[2:])  # after attention's two
-
-
-def _backbone(modules: nn.ModuleDict) -> VisionTransformer:
-    backbone = modules["backbone"]
-    assert isinstance(backbone, VisionTransformer)
-    return backbone
 
 
 def measured_flops(config: TrainConfig, device: torch.device) -> float:
     """Return the operations a second that this process reaches in a few steps of a shallow model of this width.
 
-    Random crops, everything else as in training, two blocks: so that it takes seconds whatever the model's size.
+    Random crops and two blocks, everything else as in training, so that it takes seconds whatever the model's size.
     """
     shallow = replace(config, depth=min(TRIAL_DEPTH, config.depth or TRIAL_DEPTH), activation_checkpointing="none")
     model = build_model(shallow).to(device).train()
@@ -223,7 +220,7 @@ def say_cost(config: TrainConfig, model: TrainedModel, num_processes: int, base_
 
     Args:
         model: may be on the meta device.
-        base_bytes: what a process holds beside it, not on a GPU: libraries, the manifest, decoded images.
+        base_bytes: what a process holds besides, in main memory: libraries, the manifest, decoded images.
     """
     device = best_device()
     memory = memory_bytes(config, model, num_processes, 0.0 if device.type == "cuda" else base_bytes)

@@ -50,7 +50,7 @@ def test_every_trained_parameter_is_in_one_group_with_its_own_rates() -> None:
                 continue
             expected = parameter_multipliers(name, depth=2 if part == "backbone" else 0, layerwise_decay=0.8)
             lr = 0.25 if expected.is_last_layer else 1.0
-            assert rates[id(parameter)] == (lr * expected.lr, 0.5 * expected.weight_decay)
+            assert rates[id(parameter)] == (lr * expected.lr_multiplier, 0.5 * expected.wd_multiplier)
     assert len(optimizer.param_groups) < 14  # grouped, not one a parameter
 
 
