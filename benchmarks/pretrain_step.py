@@ -2,9 +2,9 @@
 
     python benchmarks/pretrain_step.py --batch 8 --steps 5
 
-A timed step = student and teacher forward, losses, backward, clipping, AdamW, EMA; crops and masks are made between
-the steps, outside the timer, for they are made ahead in training. The result is that of the median step. Ends with one
-JSON line. Defaults: ViT-S/16, 2 x 224 + 8 x 96 px, 8,192 prototypes, one shared head, softmax centering, float32,
+A timed step = student and teacher forward, losses, backward, clipping, AdamW, EMA. Crops and masks are made between
+the steps, outside the timer, since training makes them ahead. The result is that of the median step. Ends with one JSON
+line. Defaults: ViT-S/16, 2 x 224 + 8 x 96 px, 8,192 prototypes, one shared head, softmax centering, float32,
 2 threads, drop path 0.3, KoLeo 0.1.
 """
 
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from dinov2_toolkit.models.block import ActivationCheckpointing
 from dinov2_toolkit.models.cpu import keep_freed_memory
-from dinov2_toolkit.models.head import ProjectionHead
-from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.train.config import TrainConfig
 from dinov2_toolkit.train.data.masking import block_masks
 from dinov2_toolkit.train.engine.accumulate import forward_backward
+from dinov2_toolkit.train.engine.build import build_model
 from dinov2_toolkit.train.engine.optimizer import apply_schedules, build_optimizer, clip_gradients
 from dinov2_toolkit.train.objective.networks import update_teacher
-from dinov2_toolkit.train.objective.ssl_model import Centering, SSLModel
+from dinov2_toolkit.train.objective.ssl_model import SSLModel
 
 NUMBERS = {
     "batch": 4,
@@ -64,19 +64,21 @@ def parse_arguments() -> argparse.Namespace:
 
 def build(args: argparse.Namespace) -> SSLModel:
     """Return the model, student and teacher alike."""
-    backbone = VisionTransformer(
+    config = TrainConfig(
         patch_size=args.patch,
-        embed_dim=args.dim,
         depth=args.depth,
+        embed_dim=args.dim,
         num_heads=args.heads,
-        img_size=args.global_size,
+        global_crop_size_px=args.global_size,
+        local_crop_size_px=args.local_size,
         drop_path=args.drop_path,
+        separate_heads=args.separate_head,
+        num_prototypes=args.prototypes,
+        ibot_num_prototypes=args.prototypes,
+        centering="softmax_center" if args.centering == "centering" else "sinkhorn_knopp",
+        activation_checkpointing=args.activation_checkpointing,
     )
-    for block in backbone.blocks:
-        block.activation_checkpointing = args.activation_checkpointing
-    heads = [ProjectionHead(args.dim, args.prototypes) for _ in range(2 if args.separate_head else 1)]
-    centering: Centering = "softmax_center" if args.centering == "centering" else "sinkhorn_knopp"
-    return SSLModel(backbone, *heads, centering=centering).train()
+    return build_model(config).train()
 
 
 def make_batch(args: argparse.Namespace, generator: np.random.Generator) -> tuple[Tensor, Tensor | None, Tensor]:

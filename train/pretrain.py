@@ -28,7 +28,7 @@ from .data.multicrop import decoded_side_px, make_views, preprocess_of
 from .engine.accumulate import forward_backward, weighted_losses
 from .engine.build import build_model
 from .engine.checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint, save_teacher
-from .engine.fsdp import whole_optimizer_state
+from .engine.fsdp import full_optimizer_state
 from .engine.optimizer import apply_schedules, clip_gradients
 from .engine.parallelize import prepare
 from .engine.schedules import batch_sizes, last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
@@ -93,7 +93,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
     config, images, labelled = run.config, run.images, run.labelled
     num_processes, process, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     is_main = accelerator.is_main_process
-    wrapped, optimizer, whole_model = prepare(model.train(), config, accelerator)
+    wrapped, optimizer, full_model = prepare(model.train(), config, accelerator)
 
     # Resume from the latest checkpoint.
     counts = {"step": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "replaced_images": 0}
@@ -202,7 +202,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
                     console.warn(f"step {step + 1}: {reason}")
                     collapse_since = None
                 if is_measured and labelled is not None:
-                    figures |= knn_figures(whole_model(), labelled, config)
+                    figures |= knn_figures(full_model(), labelled, config)
                 if is_main:
                     append_metrics(run.folder, figures)
                 accelerator.log(figures, step=step + 1)
@@ -214,11 +214,11 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             # Save; not while gradients are bad, for then the weights may be.
             is_due = (step + 1) % config.checkpoint_every == 0 and not counts["skipped_in_a_row"]
             if is_due or is_last or num_stopped:
-                save(run, optimizer, whole_model, counts, is_main=is_main)
+                save(run, optimizer, full_model, counts, is_main=is_main)
                 accelerator.wait_for_everyone()
             if num_stopped and not is_last:
                 raise Stopped(f"stopped at step {step + 1:,} of {config.steps:,}, all saved; go on with --resume")
-    if (finished := whole_model()) is not None:
+    if (finished := full_model()) is not None:
         save_teacher(run.folder, finished, preprocess_of(config))
     return figures
 
@@ -253,14 +253,14 @@ def rates_at(step: int, config: TrainConfig) -> Rates:
 def save(
     run: Run,
     optimizer: torch.optim.Optimizer,
-    whole_model: Callable[[], TrainedModel | None],
+    full_model: Callable[[], TrainedModel | None],
     counts: Mapping[str, int],
     *,
     is_main: bool,
 ) -> None:
     """Write a checkpoint and `metrics.parquet`. All processes must call it; the main one writes."""
-    optimizer_state = whole_optimizer_state(optimizer, wanted=is_main)
-    model = whole_model()
+    optimizer_state = full_optimizer_state(optimizer, wanted=is_main)
+    model = full_model()
     if model is not None:
         preprocess = preprocess_of(run.config)
         keep = run.config.keep_checkpoints

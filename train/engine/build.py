@@ -1,4 +1,4 @@
-"""The model that pretraining starts with: a new one by the settings, or one with other weights in it."""
+"""The model that pretraining starts from: new weights, or those of another model."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -56,18 +56,12 @@ def build_model(config: TrainConfig, init_from: str | None = None) -> SSLModel:
             backbone.embed_dim, num_prototypes, hidden_dim=config.hidden_dim, bottleneck_dim=bottleneck_dim
         )
 
-    dino_head = head(config.num_prototypes, config.bottleneck_dim)
-    ibot_head = head(config.ibot_num_prototypes, config.ibot_bottleneck_dim) if config.separate_heads else None
+    heads = {"dino_head": head(config.num_prototypes, config.bottleneck_dim)}
+    if config.separate_heads:
+        heads["ibot_head"] = head(config.ibot_num_prototypes, config.ibot_bottleneck_dim)
     if init_from is not None:
-        heads = {"dino_head": dino_head} | ({} if ibot_head is None else {"ibot_head": ibot_head})
         initialise(backbone, heads, init_from)
-    return SSLModel(
-        backbone,
-        dino_head,
-        ibot_head,
-        centering=config.centering,
-        losses=loss_settings(config),
-    )
+    return SSLModel(backbone, **heads, centering=config.centering, losses=loss_settings(config))
 
 
 def loss_settings(config: TrainConfig) -> LossSettings:
@@ -76,10 +70,10 @@ def loss_settings(config: TrainConfig) -> LossSettings:
 
 
 def initialise(backbone: VisionTransformer, heads: Mapping[str, ProjectionHead], source: str) -> None:
-    """Copy another model's weights: the backbone's, its position embedding resampled, and heads of the same shape.
+    """Copy another model's weights: the backbone's, with a resampled position embedding, and heads of the same shape.
 
-    A patch projection of other channels is their mean, given to every channel and scaled by theirs / ours, so that an
-    image whose channels are all equal gives the same tokens.
+    Where the numbers of channels differ, every channel gets the mean of the patch projection's channels, scaled by
+    theirs / ours: an image whose channels are all equal gives the same tokens.
 
     Raises:
         ToolkitError: if the backbones differ in more than the size and the channels of their images.
@@ -88,8 +82,8 @@ def initialise(backbone: VisionTransformer, heads: Mapping[str, ProjectionHead],
     weights = loaded.state_dict()
     weights["pos_embed"] = loaded.interpolated_pos_embed(backbone.pos_grid, backbone.pos_grid).detach()
     if loaded.in_chans != backbone.in_chans:
-        share = weights["patch_embed.proj.weight"].sum(dim=1, keepdim=True) / backbone.in_chans
-        weights["patch_embed.proj.weight"] = share.expand(-1, backbone.in_chans, -1, -1)
+        channel = weights["patch_embed.proj.weight"].sum(dim=1, keepdim=True) / backbone.in_chans
+        weights["patch_embed.proj.weight"] = channel.expand(-1, backbone.in_chans, -1, -1)
         console.say(
             f"{source} takes {loaded.in_chans} channels, the recipe {backbone.in_chans}: each starts with the mean of "
             "its patch projection"
@@ -107,7 +101,7 @@ def initialise(backbone: VisionTransformer, heads: Mapping[str, ProjectionHead],
         if name in found and _shapes(found[name].state_dict()) == _shapes(head.state_dict()):
             head.load_state_dict(found[name].state_dict())
         else:
-            console.say(f"{source} has no {name} of this shape: it starts anew")
+            console.say(f"{source} has no {name} of this shape: it starts untrained")
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -1,14 +1,15 @@
-"""Checkpoints: everything a run needs to go on exactly where it was, written so that no crash leaves half of one.
+"""Checkpoints: everything a run needs to resume exactly where it was.
 
 `checkpoints/step-NNNNNNN/` holds
 
     model.json, teacher.safetensors   the teacher's backbone and heads, as a model that every command can read
     student.safetensors               the student's, by the same names
-    buffers.safetensors               what else the model keeps, such as centers
+    buffers.safetensors               the model's other tensors, such as centers
     optimizer.pt                      torch.save; loads with weights_only=True
     state.json                        steps done, and what the loop adds
 
-Chance needs no state: every draw is a function of the seed and the number of samples seen (see draws.py).
+A folder is written under a hidden name and renamed when it is complete. Random numbers need no state: they are a
+function of the seed and the number of samples seen (see counter_rng.py).
 """
 
 import json
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ...errors import ToolkitError
 from ...models.head import ProjectionHead
@@ -31,7 +31,7 @@ from ..objective.distill_model import DistillModel
 from ..objective.feature_distill_model import FeatureDistillModel
 from ..objective.multi_student import MultiStudent
 from ..objective.ssl_model import SSLModel
-from .fsdp import placed_like
+from .fsdp import placed_like, trained_state
 
 TrainedModel = SSLModel | DistillModel | FeatureDistillModel | MultiStudent
 
@@ -44,10 +44,7 @@ STUDENT_FILE, BUFFERS_FILE, OPTIMIZER_FILE, STATE_FILE = (
 
 
 def save_teacher(folder: Path, model: TrainedModel, preprocess: Preprocess) -> None:
-    """Write the teacher as a model folder, `model.json` last, which says how to prepare its images.
-
-    Several students get a folder each in it, and `model.json` names them.
-    """
+    """Write the teacher as a model folder, `model.json` last; of several students one folder each, inside it."""
     if isinstance(model, MultiStudent):
         for name, student in model.models.items():
             save_teacher(folder / name, student, preprocess)
@@ -73,18 +70,18 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint aside, flush it, rename it into place, and remove all but the last `keep`.
+    """Write a checkpoint, flush it, rename it into place, and remove all but the last `keep`.
 
     Args:
         folder: the run's `checkpoints` folder, made if missing.
-        model: not wrapped, its shards put together.
-        optimizer_state: the state_dict of the student's optimizer, likewise.
+        model: not wrapped, with full tensors.
+        optimizer_state: the state_dict of the student's optimizer, with full tensors.
         state: the loop's counts; `step`, the number of steps done, names the checkpoint.
-        preprocess: how the teacher wants its images.
+        preprocess: how images are prepared for the teacher.
         keep: how many checkpoints stay, this one included.
 
     Returns:
-        The checkpoint's folder. One that is there already is left alone: same step, same content.
+        The checkpoint's folder. An existing one is left alone: the same step has the same content.
     """
     final = folder / f"step-{state['step']:07d}"
     if final.exists():
@@ -92,20 +89,19 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step-*"):  # of a killed process
         shutil.rmtree(leftover)
-    aside = folder / f".{final.name}"
-    save_teacher(aside, model, preprocess)
-    parts: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}, "": {}}
-    for name, value in _own_state(model).items():
-        part, _, rest = name.partition(".")
-        holder, key = (part, rest) if part in parts else ("", name)
-        parts[holder][key] = value.detach().contiguous()
-    save_file(parts["student"], aside / STUDENT_FILE)
-    save_file(parts[""], aside / BUFFERS_FILE)
-    torch.save(optimizer_state, aside / OPTIMIZER_FILE)
-    (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
-    for path in [*aside.iterdir(), aside]:
+    temporary = folder / f".{final.name}"
+    save_teacher(temporary, model, preprocess)
+    student = {name: value.contiguous() for name, value in model.student.state_dict().items()}
+    buffers = {
+        name: value for name, value in trained_state(model).items() if not name.startswith(("student.", "teacher."))
+    }
+    save_file(student, temporary / STUDENT_FILE)
+    save_file(buffers, temporary / BUFFERS_FILE)
+    torch.save(optimizer_state, temporary / OPTIMIZER_FILE)
+    (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
+    for path in [*temporary.iterdir(), temporary]:
         _flush(path)
-    os.rename(aside, final)
+    os.rename(temporary, final)
     _flush(folder)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -123,15 +119,15 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Set the model and the optimizer, in shards or not, to a checkpoint's and return its state.
+    """Load a checkpoint into the model and the optimizer, sharded or not, and return its state.
 
     Raises:
         ToolkitError: if it was made by another model.
     """
     tensors = load_file(path / BUFFERS_FILE)
-    for part, file in (("student", STUDENT_FILE), ("teacher", TEACHER_FILE)):
-        tensors |= {f"{part}.{name}": value for name, value in load_file(path / file).items()}
-    own = _own_state(model)
+    for side, file in (("student", STUDENT_FILE), ("teacher", TEACHER_FILE)):
+        tensors |= {f"{side}.{name}": value for name, value in load_file(path / file).items()}
+    own = trained_state(model)
     expected = {name: value.shape for name, value in own.items()}
     found = {name: value.shape for name, value in tensors.items()}
     if expected != found:
@@ -141,10 +137,10 @@ def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Opti
             "resume with the run's own config.toml"
         )
     placed = {name: placed_like(value, own[name]) for name, value in tensors.items()}
-    model.load_state_dict(placed, strict=False)  # compared above; what is frozen comes from elsewhere
+    model.load_state_dict(placed, strict=False)  # compared above; a frozen teacher is not in it
     saved = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    for number, entries in saved["state"].items():  # AdamW's averages lie as their weight does, its count is a number
+    for number, entries in saved["state"].items():  # AdamW's averages are placed as their weight
         weight = weights[number]
         entries |= {name: placed_like(value, weight) for name, value in entries.items() if value.shape == weight.shape}
     optimizer.load_state_dict(saved)
@@ -152,18 +148,12 @@ def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Opti
     return state
 
 
-def _own_state(model: TrainedModel) -> dict[str, Tensor]:
-    """Return all that training changes: everything but the frozen model of a distillation."""
-    state: dict[str, Tensor] = model.state_dict()
-    return {name: value for name, value in state.items() if not name.startswith("frozen.")}
-
-
 def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
     return str(tuple(shapes[name])) if name in shapes else "missing"
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk."""
+    """Write a file, or a folder's entries, through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

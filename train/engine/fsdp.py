@@ -1,8 +1,8 @@
-"""Student and teacher in shards: each process keeps a part of every weight, and has a block whole while it computes.
+"""FSDP2: each process keeps a shard of every weight of student and teacher, and gathers a block while it computes it.
 
-Accelerate's settings ask for it (`accelerate launch --use_fsdp --fsdp_version 2`, or a file of its). torch's own
-`fully_shard` does it, since Accelerate shards on GPUs alone, and one model with one forward: here the teacher answers
-by itself before the student learns. Names of weights, parameter groups and files stay what they are without shards.
+Accelerate's settings turn it on (`accelerate launch --use_fsdp --fsdp_version 2`, or its configuration file). We call
+torch's `fully_shard`: Accelerate shards only on GPUs, and only a model with one forward, while the teacher here runs
+separately. Names of weights, parameter groups and files are the same with shards and without.
 """
 
 import copy
@@ -24,10 +24,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin | None:
-    """Return Accelerate's settings of FSDP2 from its environment variables, None where they do not ask for FSDP.
+    """Return Accelerate's FSDP2 settings from its environment variables, None without FSDP.
 
     Raises:
-        ToolkitError: for settings that this training cannot follow.
+        ToolkitError: for settings that are not supported here.
     """
     if environment.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return None
@@ -54,71 +54,77 @@ def sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin |
 def shard(student: nn.ModuleDict, teacher: nn.ModuleDict, device: torch.device, *, keep_gathered: bool) -> None:
     """Shard backbones, block by block, and heads over all processes, in place.
 
-    Weights are gathered in float32, whatever the autocast, so that the numbers are those of a model in one piece.
+    Weights are gathered in float32, whatever the autocast, so that results are those of an unsharded model.
 
     Args:
-        keep_gathered: the student's weights stay whole from the way forward to the way back, for less traffic. Never
-            the teacher's, which have no way back, and whose next update would not reach what was gathered.
+        keep_gathered: the student's weights stay gathered from forward to backward, for less traffic. The teacher's
+            never do: without a backward pass they would stay gathered, and miss the next update.
     """
-    # A backbone's features are views of one tensor, which nothing changes in place.
+    # Features are views of one tensor, which nothing changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for side in (student, teacher):
         reshard = side is teacher or not keep_gathered
-        for part in side.values():
-            if isinstance(part, VisionTransformer):
-                for block in part.blocks:
-                    fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-            fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
-            if isinstance(part, VisionTransformer):
-                register_fsdp_forward_method(part, "forward_selected")
+        for network in side.values():
+            for block in network.blocks if isinstance(network, VisionTransformer) else []:
+                fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+            fully_shard(network, mesh=mesh, reshard_after_forward=reshard)
+            if isinstance(network, VisionTransformer):
+                register_fsdp_forward_method(network, "forward_selected")
 
 
 def meta_copy(model: Model) -> Model:
-    """Return a copy whose weights have shapes and no numbers, before the model is sharded: afterwards it has none."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): _hollow(tensor) for tensor in tensors})
+    """Return a copy on the meta device, for `full_model`; made before the model is sharded, which cannot be copied."""
+    copies: dict[int, object] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        copies[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, copies)
 
 
-def _hollow(tensor: Tensor) -> Tensor:
-    hollow = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state_dict without the frozen teacher of a distillation."""
+    state: dict[str, Tensor] = model.state_dict()
+    return {name: value for name, value in state.items() if not name.startswith("frozen.")}
 
 
-def whole_model(model: Model, hollow: Model, *, wanted: bool) -> Model | None:
-    """Return a model whose shards have been put together, in memory; None where it is not wanted. All must ask.
+def full_model(model: Model, empty: Model, *, wanted: bool) -> Model | None:
+    """Return a model with full tensors in main memory, without its frozen teacher; None where it is not wanted.
 
-    What is frozen, and so the same everywhere, is left out.
+    All processes must call it.
+
+    Args:
+        model: sharded.
+        empty: its `meta_copy`.
     """
     state = {}
-    for name, value in model.state_dict().items():
-        if not name.startswith("frozen."):
-            gathered = full_tensor(value)
-            if wanted:
-                state[name] = gathered.cpu()
+    for name, value in trained_state(model).items():
+        gathered = full_tensor(value)
+        if wanted:
+            state[name] = gathered.cpu()
     if not wanted:
         return None
-    whole = copy.deepcopy(hollow)
-    whole.load_state_dict(state, strict=False, assign=True)
-    return whole
+    full = copy.deepcopy(empty)
+    full.load_state_dict(state, strict=False, assign=True)
+    return full
 
 
-def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, wanted: bool) -> dict[str, object]:
-    """Return the optimizer's state_dict with its shards put together, in memory where wanted. All must ask."""
+def full_optimizer_state(optimizer: torch.optim.Optimizer, *, wanted: bool) -> dict[str, object]:
+    """Return the optimizer's state_dict with full tensors in main memory, where wanted. All processes must call it."""
     state_dict = optimizer.state_dict()
     for number, entries in state_dict["state"].items():
-        whole = {name: full_tensor(value) for name, value in entries.items()}
-        state_dict["state"][number] = {name: value.cpu() for name, value in whole.items()} if wanted else {}
+        full = {name: full_tensor(value) for name, value in entries.items()}
+        state_dict["state"][number] = {name: value.cpu() for name, value in full.items()} if wanted else {}
     return state_dict
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor with its shards, if it is in shards, put together; all processes must ask."""
+    """Return a tensor with its shards, if it has any, gathered; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """Return a whole tensor, the same in all processes, as the example of its shape lies: whole, or this one's part."""
+    """Return a full tensor, the same in all processes, sharded as an example of its shape is, or not."""
     if not isinstance(example, DTensor):
         return tensor
     on_device = tensor.to(example.device)

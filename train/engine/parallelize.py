@@ -1,4 +1,4 @@
-"""A model made ready for the loop: its blocks compiled, its processes joined, its optimizer built."""
+"""Compile, shard or wrap a model for the loop, and build its optimizer."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from ...errors import ToolkitError
 from ...models.vit import VisionTransformer
 from ..config import TrainConfig
 from .checkpoint import TrainedModel
-from .fsdp import meta_copy, shard, sharding, whole_model
+from .fsdp import full_model, meta_copy, shard, sharding
 from .optimizer import build_optimizer
 
 COMPILED_SHAPES = 64  # chosen: kinds of batch that a block is compiled for before it is an error
@@ -23,14 +23,14 @@ COMPILED_SHAPES = 64  # chosen: kinds of batch that a block is compiled for befo
 def prepare(
     model: TrainedModel, config: TrainConfig, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], TrainedModel | None]]:
-    """Return what forward is called on, the student's optimizer, and how to get the model as a single process has it.
+    """Return the module to call forward on, the student's optimizer, and a function that returns the full model.
 
-    Where Accelerate's settings ask for FSDP2, `model` is sharded in place. The third is to be called by all processes
-    at once, and returns None in all but the main one.
+    Where Accelerate's settings ask for FSDP2, `model` is sharded in place. All processes must call that function; it
+    returns None in all but the main one.
     """
     settings = sharding(os.environ)
     is_main, device = accelerator.is_main_process, accelerator.device
-    hollow = None if settings is None else meta_copy(model)
+    empty = None if settings is None else meta_copy(model)
     if config.compile:
         compile_blocks(model)
     if settings is not None:
@@ -39,11 +39,11 @@ def prepare(
     optimizer: torch.optim.Optimizer = build_optimizer(
         model.student, layerwise_decay=config.layerwise_decay, patch_embed_lr_mult=config.patch_embed_lr_mult
     )
-    if hollow is None:
+    if empty is None:
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         return wrapped, optimizer, lambda: model if is_main else None
     wrapped = accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone, and no DDP
-    return wrapped, optimizer, lambda: whole_model(model, hollow, wanted=is_main)
+    return wrapped, optimizer, lambda: full_model(model, empty, wanted=is_main)
 
 
 def compile_blocks(model: TrainedModel) -> None:

@@ -171,7 +171,7 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
 
 
 def _kept_bytes(config: TrainConfig, backbone: VisionTransformer, crops: list[Crops], is_masked: bool) -> float:
-    """Return the bytes of an image's activations in the student's backbone at the peak, between forward and backward."""
+    """Return the bytes of an image's activations in the student's backbone at the peak."""
     dim, keep = backbone.embed_dim, 1 - config.drop_path
     number = 2 if config.mixed_precision == "bf16" else 4
     hidden = _feed_forward(backbone)[0].out_features

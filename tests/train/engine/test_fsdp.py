@@ -24,7 +24,7 @@ from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone
 from dinov2_toolkit.train.config import TrainConfig
 from dinov2_toolkit.train.engine.checkpoint import TrainedModel, load_checkpoint, save_checkpoint
-from dinov2_toolkit.train.engine.fsdp import sharding, whole_optimizer_state
+from dinov2_toolkit.train.engine.fsdp import full_optimizer_state, sharding
 from dinov2_toolkit.train.engine.optimizer import apply_schedules, clip_gradients
 from dinov2_toolkit.train.engine.parallelize import prepare
 from dinov2_toolkit.train.monitor.metrics import read_metrics
@@ -155,7 +155,7 @@ def train_three_steps(build: Callable[[], TrainedModel], accelerator: Accelerato
     for start, stop in ((0, 2), (2, 3)):
         torch.manual_seed(start)  # the second model begins otherwise, and becomes the first by its checkpoint
         model = build().train()
-        wrapped, optimizer, whole_model = prepare(model, TrainConfig(mixed_precision="no"), accelerator)
+        wrapped, optimizer, full_model = prepare(model, TrainConfig(mixed_precision="no"), accelerator)
         assert all(isinstance(weight, DTensor) == in_shards for weight in model.student.parameters())
         assert all(isinstance(weight, DTensor) == in_shards for weight in model.teacher.parameters())
         if start:
@@ -173,8 +173,8 @@ def train_three_steps(build: Callable[[], TrainedModel], accelerator: Accelerato
             update_teacher(model.teacher, model.student, 0.9)
             results[f"loss {step}"] = accelerator.reduce(losses["total"].detach(), reduction="mean")
             results |= {f"norm {step} {name}": norm for name, norm in norms.items()}
-        state = whole_optimizer_state(optimizer, wanted=accelerator.is_main_process)
-        whole = whole_model()
+        state = full_optimizer_state(optimizer, wanted=accelerator.is_main_process)
+        whole = full_model()
         assert (whole is None) != accelerator.is_main_process
         if whole is not None:
             preprocess = Preprocess(8, 1.0, (0.5,) * 3, (0.5,) * 3)
