@@ -5,6 +5,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import console, options
 from .curate.cli import app as curate
@@ -20,13 +21,22 @@ ClickException: Any = UsageError.__bases__[0]
 
 EXIT_ERROR, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
-app = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+class InOrder(TyperGroup):
+    """Lists the commands in the order in which a project uses them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names for --help."""
+        return ["curate", "train", "evaluate", "export", "models", "catalog"]
+
+
+app = typer.Typer(cls=InOrder, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.add_typer(curate, name="curate")
 app.add_typer(train, name="train")
 app.add_typer(evaluate, name="evaluate")
-app.add_typer(catalog, name="catalog")
-app.add_typer(models, name="models")
 app.command()(export)
+app.add_typer(models, name="models")
+app.add_typer(catalog, name="catalog")
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,7 +14,8 @@ from . import console
 if TYPE_CHECKING:
     from .store.artifact import Result
 
-INPUT, OUTPUT, MODEL, FILTERS, METHOD, ADVANCED = "Input", "Output", "Model", "Filters", "Method", "Advanced"  # panels
+PANELS = ("Input", "Filters", "Model", "Method", "Output", "Advanced")  # in the order of --help
+INPUT, FILTERS, MODEL, METHOD, OUTPUT, ADVANCED = PANELS
 MODEL_HELP = "Run folder, weights file, Hugging Face folder, name of pulled weights, random:ARCH, pixels or copy."
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ DryRun = Annotated[bool, option(OUTPUT, "Check everything and say what it would 
 Limit = Annotated[int | None, option(INPUT, "Read only the first N rows or images.", "--limit", min=1)]
 Json = Annotated[bool, option(OUTPUT, "Print the result as one JSON object.", "--json")]
 Quiet = Annotated[bool, option(OUTPUT, "Say nothing on stderr but errors.", "-q", "--quiet")]
-Verbose = Annotated[int, option(OUTPUT, "Say more on stderr.", "-v", "--verbose", count=True)]
+Verbose = Annotated[int, option(OUTPUT, "Say more on stderr.", "-v", "--verbose", count=True, show_default=False)]
 Null = Annotated[bool, option(INPUT, "Names on stdin end in NUL (for find -print0).", "-0", "--null")]
 Memory = Annotated[
     str | None,
@@ -101,12 +102,19 @@ def with_shared(*without: str, **defaults: Any) -> Callable[[Callable[..., "Resu
             shared = {each.name: values.pop(each.name) for each in added if each.name in values}
             emit(function(**values, shared=Options(**shared)), as_json)
 
-        parameters = [*own.values(), *added]
+        own_by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own.values()]
+        parameters = sorted([*own_by_name, *added], key=_panel_number)
         command.__dict__["__signature__"] = inspect.Signature(parameters)
         command.__annotations__ = {each.name: each.annotation for each in parameters}
         return command
 
     return decorate
+
+
+def _panel_number(parameter: inspect.Parameter) -> int:
+    """Return where --help shows the panel of an option, which is where its first option stands; -1 for an argument."""
+    panels = (getattr(info, "rich_help_panel", None) for info in getattr(parameter.annotation, "__metadata__", ()))
+    return next((PANELS.index(panel) for panel in panels if panel in PANELS), -1)
 
 
 def settings_of(kind: type[T], values: Mapping[str, Any]) -> T:

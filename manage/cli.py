@@ -1,4 +1,4 @@
-"""`dinov2 catalog`, `models` and `export`: what was made, what there is to start from, and how it is handed over."""
+"""The command lines of `dinov2 export`, `models` and `catalog`."""
 
 from dataclasses import replace
 from enum import StrEnum
@@ -26,12 +26,14 @@ from ..options import (
 if TYPE_CHECKING:
     from ..store.artifact import Options, Result
 
-models = typer.Typer(help="Architectures, released weights, and how to get them here.")
+models = typer.Typer(help="List architectures and released weights, and download weights.")
 app = typer.Typer(
-    invoke_without_command=True, callback=help_when_bare, help="What was made, from what, with which settings."
+    invoke_without_command=True, callback=help_when_bare, help="Show what was made, from what, with which settings."
 )
 
-Name = Annotated[str, typer.Argument(help="A path, or the file name of an artifact, with or without .parquet.")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="Path or file name of an artifact, with or without .parquet.")
+]
 
 
 @app.command("list")
@@ -63,8 +65,11 @@ def lineage(name: Name, as_json: Json = False) -> None:
 
 @app.command()
 def sql(
-    query: Annotated[str, typer.Argument(help="SQL over artifacts, newest, inputs, metrics, and any 'file.parquet'.")],
-    output: Annotated[str | None, output_option("none: the rows go to the terminal")] = None,
+    query: Annotated[
+        str,
+        typer.Argument(metavar="QUERY", help="SQL over artifacts, newest, inputs, metrics, and any 'file.parquet'."),
+    ],
+    output: Annotated[str | None, output_option("the rows go to stdout")] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -78,7 +83,9 @@ def sql(
 
 @app.command()
 def verify(
-    names: Annotated[list[str] | None, typer.Argument(help="Artifacts to read again; all by default.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Artifacts to read again; all by default.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read every artifact whole and compare it with its content id; exit 1 if one differs or is gone."""
@@ -89,9 +96,11 @@ def verify(
 
 @app.command()
 def rebuild(
-    paths: Annotated[list[Path], typer.Argument(help="Manifests, run folders, or folders that hold them.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH", help="Manifests, run folders, or folders that hold them.")
+    ],
 ) -> None:
-    """Enter manifests and runs again from the provenance that they carry."""
+    """Make the catalog again from the provenance in manifests and runs."""
     from .catalog import rebuild as run
 
     run(paths)
@@ -116,13 +125,13 @@ def list_models(context: typer.Context, as_json: Json = False) -> None:
 
 @models.command()
 def pull(
-    name: Annotated[str, typer.Argument(help="Name of released weights, such as dinov2_vits14_reg.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Released weights, such as dinov2_vits14_reg.")],
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fetch released weights into the cache ($DINOV2_CACHE), from where --model NAME takes them."""
+    """Download released weights to $DINOV2_CACHE, where --model NAME finds them."""
     from .models import pull_model as run
 
     console.set_verbosity(quiet, 0)
@@ -142,7 +151,10 @@ class ExportFormat(StrEnum):
 @with_shared()
 def export(
     model: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, weights, or whatever --model takes.")],
-    to: Annotated[ExportFormat, option(OUTPUT, "What will load it: a folder for hf, else a file.")],
+    to: Annotated[
+        ExportFormat,
+        option(OUTPUT, "hf (a folder), official, timm, onnx or safetensors (a file).", metavar="FORMAT"),
+    ],
     output: Annotated[str, option(OUTPUT, "Where the result goes.", "-o", "--output")],
     image_size: Annotated[
         int | None,
@@ -157,7 +169,7 @@ def export(
     *,
     shared: "Options",
 ) -> "Result | None":
-    """Write a model for other libraries, load it back, compare all tokens, and only then call it done."""
+    """Write a model in another library's format, checked by reading it back and comparing all tokens."""
     from .export import ExportSettings, export_model
 
     return export_model(model, output, ExportSettings(to.value, image_size), replace(shared, limit=limit))

@@ -1,22 +1,40 @@
 """The command line as its users meet it: exit codes, one line on stderr, nothing but results on stdout."""
 
-import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
+from dinov2_toolkit import cli, console, options
+
 DINOV2 = [sys.executable, "-m", "dinov2_toolkit"]
+Run = Callable[..., SimpleNamespace]
 
 
-def run(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*DINOV2, *arguments], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=120, env=environment
-    )
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process; return its returncode, stdout and stderr."""
+    monkeypatch.setattr(console, "_verbosity", 1)  # what -q and -v change comes back after the test
+
+    def command(*arguments: str, cwd: Path | None = None) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["dinov2", *arguments])
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code, stdout=printed.out, stderr=printed.err)
+
+    return command
 
 
 @pytest.fixture
@@ -48,7 +66,9 @@ def photos(tmp_path: Path) -> Path:
         (["curate", "embed"], 2, "SOURCE"),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_code(photos: Path, arguments: list[str], code: int, words: str) -> None:
+def test_a_mistake_is_one_line_and_an_exit_code(
+    run: Run, photos: Path, arguments: list[str], code: int, words: str
+) -> None:
     done = run(*arguments, cwd=photos.parent)
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
@@ -59,7 +79,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(photos: Path, arguments: list[st
     assert not list(photos.parent.glob("*.parquet")) and not (photos.parent / "run").exists()
 
 
-def test_an_unknown_recipe_key_names_the_nearest(photos: Path) -> None:
+def test_an_unknown_recipe_key_names_the_nearest(run: Run, photos: Path) -> None:
     run("curate", "embed", "photos", "-o", "a.parquet", "--model", "pixels", cwd=photos.parent)
     done = run(
         "train", "pretrain", "a.parquet", "-o", "run", "--recipe", "tiny", "--set", "stepps=3", cwd=photos.parent
@@ -68,7 +88,7 @@ def test_an_unknown_recipe_key_names_the_nearest(photos: Path) -> None:
     assert not (photos.parent / "run").exists()
 
 
-def test_stdout_is_the_output_as_it_was_given(photos: Path) -> None:
+def test_stdout_is_the_output_as_it_was_given(run: Run, photos: Path) -> None:
     done = run("curate", "embed", "photos", "-o", "./out//a.parquet", "--model", "pixels", cwd=photos.parent)
     assert (done.returncode, done.stdout) == (0, "./out//a.parquet\n"), done.stderr
     again = run("curate", "embed", "photos", "-o", "./out//a.parquet", "--model", "pixels", cwd=photos.parent)
@@ -80,7 +100,7 @@ def test_stdout_is_the_output_as_it_was_given(photos: Path) -> None:
     assert other.returncode == 1 and "--force" in other.stderr and other.stdout == ""
 
 
-def test_quiet_says_nothing_and_dry_run_writes_nothing(photos: Path) -> None:
+def test_quiet_says_nothing_and_dry_run_writes_nothing(run: Run, photos: Path) -> None:
     quiet = run("curate", "embed", "photos", "-o", "a.parquet", "--model", "pixels", "-q", cwd=photos.parent)
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "a.parquet\n", "")
     dry = run("curate", "embed", "photos", "-o", "b.parquet", "--model", "pixels", "--dry-run", cwd=photos.parent)
@@ -88,7 +108,7 @@ def test_quiet_says_nothing_and_dry_run_writes_nothing(photos: Path) -> None:
     assert not (photos.parent / "b.parquet").exists()
 
 
-def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_error(run: Run, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("no image")
     done = run("curate", "embed", "texts", "-o", "a.parquet", "--model", "pixels", cwd=tmp_path)
@@ -107,6 +127,53 @@ def test_a_reader_that_leaves_a_pipe_early_is_no_error(photos: Path) -> None:
     assert done.stdout == "range\n" and "Traceback" not in done.stderr
 
 
-def test_version_and_help_end_well(tmp_path: Path) -> None:
+def test_the_version_is_printed(run: Run, tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path).stdout.strip().count(".") == 2
-    assert run("--help", cwd=tmp_path).returncode == 0
+
+
+# Help pages
+
+
+def help_page(run: Run, *arguments: str) -> str:
+    """Return what a terminal of 80 columns shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        done = run(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return str(done.stdout)
+
+
+def commands(group: Any, name: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Return the words of every command and group, in the order of --help."""
+    below = getattr(group, "commands", {})
+    return [name, *(each for word in below for each in commands(below[word], (*name, word)))]
+
+
+COMMANDS = commands(typer.main.get_command(cli.app))
+
+
+@pytest.mark.parametrize("group", ["", "curate", "train", "evaluate", "catalog"])
+def test_a_bare_group_prints_its_help(run: Run, group: str) -> None:
+    page = help_page(run, *group.split())
+    assert page.split() == help_page(run, *group.split(), "--help").split()
+    assert f"Usage: dinov2 {group}".rstrip() in page
+
+
+def test_the_root_lists_its_commands_in_the_order_of_a_project(run: Run) -> None:
+    listed = re.findall(r"^│ (\w+) ", help_page(run, "--help").partition("Commands")[2], re.MULTILINE)
+    assert listed == ["curate", "train", "evaluate", "export", "models", "catalog"]
+    assert set(listed) == {name[0] for name in COMMANDS if name}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_help_page_fits_80_columns_and_shows_options_in_panels(run: Run, command: tuple[str, ...]) -> None:
+    page = help_page(run, *command, "--help")
+    assert max(map(len, page.splitlines())) <= 80
+    titles = re.findall(r"╭─ (\w+) ─", page)
+    panels = [title for title in titles if title in options.PANELS]
+    assert panels == [panel for panel in options.PANELS if panel in panels]
+    if "--output" in page:
+        assert {"Output"} <= set(panels)
+    if panels:
+        (own,) = re.findall(r"╭─ Options ─.*?╰", page, re.DOTALL)
+        assert set(re.findall(r"--[a-z-]+", own)) == {"--help"}
