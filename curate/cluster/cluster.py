@@ -3,7 +3,7 @@
 N images, K_l clusters at level l.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ from .lloyd import NUM_ITERATIONS, NUM_NEIGHBORS, POINTS_A_CENTROID
 from .report import check_report, write_report
 from .sampling import balanced_sample, seeded_keys
 from .sheet import draw_clusters
-from .table import describe_levels, table_path, write_cluster_table
+from .table import describe_levels, table_path
 
 NOT_PARAMETERS = ("features", "where", "memory", "report", "sheet")  # recorded otherwise, or do not change the rows
 FORMER_OPTIONS = {"metric": "cosine", "init": "k-means++", "polish": 0}  # recorded, so that old outputs are up to date
@@ -150,7 +150,7 @@ def _cluster(
         )
 
     clusters, figures = describe_levels(images, levels, positions)
-    write_cluster_table(path, clusters, provenance)
+    write_table(table_path(path), clusters, replace(provenance, kind="clusters", base=None), {})
     table = selected(images, positions)
     of_images: Int64 | Int32 = positions
     for level, made in enumerate(levels):

@@ -197,7 +197,7 @@ def kmeans_plus_plus(points: Float32, num: int, rng: np.random.Generator) -> Int
 
     def squared_distances(places: Int64) -> Float32:
         """Return those of all points to the ones at `places` (M,), (S, M), with zero where rounding leaves a little."""
-        products = product(targets, targets[places])
+        products = product(targets, on_device(points[places]))
         sums = squares[:, None] + squares[places]
         distances: Float32 = sums - 2 * products
         distances[distances < ROUNDING * sums] = 0

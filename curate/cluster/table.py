@@ -6,7 +6,6 @@ N images, K_l clusters at level l.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pyarrow as pa
 
 from ... import console
 from ...errors import ToolkitError
-from ...store.manifest import ManifestWriter, Provenance, embedding_field
+from ...store.manifest import embedding_field
 from ...store.vectors import Bools, Float32, Float64, Int32, Int64
 from ..inputs import EmbeddedImages
 from . import metrics
@@ -61,13 +60,6 @@ def checked_table_path(path: Path) -> Path:
     if not clusters.exists():
         raise ToolkitError(f"no {clusters}, which `curate cluster` wrote beside {path}; make it again by --force")
     return clusters
-
-
-def write_cluster_table(path: Path, table: pa.Table, provenance: Provenance) -> None:
-    """Write the table of the clusters of the selection at `path`."""
-    about = replace(provenance, kind="clusters", base=None)
-    with ManifestWriter(table_path(path), list(table.schema), about) as writer:
-        writer.write(table)
 
 
 def describe_levels(

@@ -13,7 +13,7 @@ from ...features.search.neighbors import Identity, SearchSettings, nearest
 from ...store.vectors import Float32, Int64, Vectors, unit_length
 from ..cluster.kmeans import cluster_vectors
 from ..inputs import EmbeddedImages
-from .assignment import Pairs, QuerySet, concatenate
+from .assignment import Pairs, QuerySet
 
 CLUSTER_COLUMN = "cluster_0"  # the finest clusters of a pool that `cluster` made
 NUM_RESAMPLINGS = 10  # where clusters are made here
@@ -73,8 +73,7 @@ def nearest_in_clusters(
     hit = np.flatnonzero(queries.sizes >= min_queries)
     if not len(hit):
         console.warn(f"no cluster holds {min_queries} queries of {part.name}; lower --min-queries")
-    nothing = np.empty(0, np.int64)
-    pairs = [Pairs(nothing, nothing, nothing, np.empty(0))]
+    parts = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
     with console.progress(f"comparing within clusters of {part.name}", len(hit), "clusters") as advance:
         for cluster in hit.tolist():
             members, mine = images.of(cluster + 1), queries.of(cluster)
@@ -88,11 +87,11 @@ def nearest_in_clusters(
                 search=exact,
                 progress=None,
             )
-            similarity, place, no_rank = found.similarities[:, 0], found.indices[:, 0], np.zeros(len(members), np.int64)
+            similarity, place = found.similarities[:, 0], found.indices[:, 0]
             best = np.lexsort((pool.order[members], -similarity))[: part.number]
             best = best[place[best] >= 0]
-            pairs.append(Pairs(members[best], mine[place[best]] + part.start, no_rank[best], similarity[best]))
+            parts.append((members[best], mine[place[best]] + part.start, similarity[best]))
             advance()
-    made = concatenate(pairs)
-    ranks = group_by(made.query, part.start + len(part), -made.similarity, pool.order[made.pool]).ranks() + 1
-    return replace(made, rank=ranks), len(hit)
+    chosen, query, similarity = (np.concatenate(column) for column in zip(*parts, strict=True))
+    ranks = group_by(query, part.start + len(part), -similarity, pool.order[chosen]).ranks() + 1
+    return Pairs(chosen, query, ranks, similarity), len(hit)

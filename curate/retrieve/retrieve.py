@@ -170,8 +170,7 @@ def _retrieve(
         most = sum(len(part) * part.number for part in sets)
         if most < len(pool):
             console.say(
-                f"{num_queries:,} queries give at most {most:,} of {len(pool):,} images by --k; --per-cluster M would"
-                " give up to M of each cluster that they fall into"
+                f"--k gives at most {most:,} of {len(pool):,} images, --per-cluster M up to M a cluster of queries"
             )
         lists = [search(part, part.places, part.number) for part in sets]
         found = [candidates(part, neighbors) for part, neighbors in zip(sets, lists, strict=True)]

@@ -349,7 +349,7 @@ def test_few_queries_are_told_what_they_can_give(tmp_path: Path, capsys: pytest.
     pool = write_embeddings(tmp_path / "pool.parquet", drawn(200, 18))
     retrieve(queries, pool, tmp_path / "curated.parquet", k=4)
     said = capsys.readouterr().err
-    assert "3 queries give at most 12 of 200 images by --k" in said and "--per-cluster M would give up to M" in said
+    assert "--k gives at most 12 of 200 images, --per-cluster M up to M a cluster" in said
 
 
 def test_a_bare_retrieve_takes_the_newest_queries_and_pool(
