@@ -253,9 +253,9 @@ def read_recipe(recipe: str) -> dict[str, object]:
     return values
 
 
-def write_config(config: TrainConfig, path: Path, header: str) -> None:
-    """Write every setting as TOML, so that `--recipe PATH` repeats the run; `header` becomes its first comment."""
-    lines = [f"# {line}" for line in header.splitlines()]
+def write_config(config: TrainConfig, path: Path) -> None:
+    """Write every setting as TOML, so that `--recipe PATH` repeats the run."""
+    lines = ["# Every setting of this run; --recipe with this file repeats it."]
     # TOML writes these values as JSON does.
     lines += [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in asdict(config).items()]
     write_text(path, "\n".join(lines) + "\n")

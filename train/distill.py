@@ -202,8 +202,7 @@ def _finish_run_folder(output: Path, student: str, config: DistillConfig) -> Non
         return
     provenance = read_run_provenance(output)
     assert provenance is not None
-    header = "Every setting of this run; --recipe repeats it alone."
-    write_config(replace(config, arch=student), folder / CONFIG_FILE, header)
+    write_config(replace(config, arch=student), folder / CONFIG_FILE)
     metrics = [student_figures(figures, student, config.students) for figures in read_metrics(output)]
     (folder / METRICS_FILE).unlink(missing_ok=True)  # of a killed attempt
     for figures in metrics:

@@ -214,8 +214,7 @@ def own_folder(run: Run, options: Options) -> Iterator[None]:
             elif entry.name != LOCK:
                 entry.unlink()
         write_run_provenance(run.folder, run.provenance)
-        header = "Every setting of this run; --recipe with this file repeats it."
-        write_config(run.config, run.folder / CONFIG_FILE, header)
+        write_config(run.config, run.folder / CONFIG_FILE)
         yield
 
 

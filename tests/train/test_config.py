@@ -108,9 +108,9 @@ def test_setting_the_steps_alone_scales_the_schedule_and_keeps_what_is_set_besid
 
 def test_the_written_config_repeats_the_run(tmp_path: Path) -> None:
     config = settings("tiny", assignments=["steps=77", 'arch=a "b\\c', "mask_ratio=[0.25, 0.5]"])
-    write_config(config, tmp_path / "config.toml", "two\nlines")
+    write_config(config, tmp_path / "config.toml")
     assert settings(str(tmp_path / "config.toml")) == config
-    assert (tmp_path / "config.toml").read_text().startswith("# two\n# lines\n")
+    assert (tmp_path / "config.toml").read_text().startswith("# Every setting of this run")
 
 
 def test_every_shipped_recipe_is_valid_and_states_the_shared_keys() -> None:
@@ -125,7 +125,7 @@ def test_a_batch_that_grows_survives_the_run_folder(tmp_path: Path) -> None:
     growth = ["batch_size=[[0, 8], [100, 16]]"]
     config = resolve(TrainConfig, recipe="tiny", assignments=growth)
     assert config.batch_size == ((0, 8), (100, 16))
-    write_config(config, tmp_path / "config.toml", "header")
+    write_config(config, tmp_path / "config.toml")
     repeated = resolve(TrainConfig, recipe=str(tmp_path / "config.toml"))
     assert repeated == config
 

@@ -31,17 +31,20 @@ def append_metrics(run_folder: Path, figures: Mapping[str, float]) -> None:
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     """Return the lines of `metrics.jsonl`, null as not a number; a last one that a crash cut short is left out."""
-    path = run_folder / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = map(json.loads, _complete_lines(run_folder))
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def rewind_metrics(run_folder: Path, steps_done: int) -> None:
     """Drop the lines of later steps, which the resumed run will write again."""
+    kept = [line for line in _complete_lines(run_folder) if json.loads(line)["step"] <= steps_done]
+    write_text(run_folder / METRICS_FILE, "".join(kept))
+
+
+def _complete_lines(run_folder: Path) -> list[str]:
     path = run_folder / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps_done))
+    return [line for line in lines if line.endswith("\n")]
 
 
 def write_metrics_table(run_folder: Path, provenance: Provenance) -> None:
@@ -55,9 +58,8 @@ def write_metrics_table(run_folder: Path, provenance: Provenance) -> None:
 
 def averaged(outputs: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
     """Return a step's outputs with scalars and mean probabilities averaged over the processes; tokens stay local."""
-    means: dict[str, Tensor] = accelerator.reduce(
-        {name: value for name, value in outputs.items() if value.ndim < 2}, reduction="mean"
-    )
+    local = {name: value for name, value in outputs.items() if value.ndim < 2}
+    means: dict[str, Tensor] = accelerator.reduce(local, reduction="mean")
     return {**outputs, **means}
 
 
