@@ -116,12 +116,11 @@ class EmbeddedImages:
     def order(self) -> Int64:
         """The rank of every image by (image_id, uri, row), (N,), which breaks every tie."""
         schema = pa.schema([*IMAGE_FIELDS[:2], ROW_FIELD, PLACE_FIELD])
+        rank = np.empty(len(self), np.int64)
         with tables.connect() as connection:
             connection.register("names", tables.stream(schema, self.names()))
             ranked = connection.sql("select place from names order by image_id, uri, row, place")
-            places = [batch.column(0).to_numpy() for batch in ranked.to_arrow_reader(tables.BATCH_ROWS)]
-        rank = np.empty(len(self), np.int64)
-        rank[np.concatenate([np.empty(0, np.int64), *places])] = np.arange(len(self))
+            rank[ranked.fetchnumpy()["place"]] = np.arange(len(self))
         return rank
 
     def names(self) -> Iterator[pa.Table]:
@@ -247,3 +246,28 @@ def describe(path: Path, inputs: list[Input], num_products: int, what: str, opti
         f"would read {read} ({dim} numbers each; {scratch / 1e6:,.1f} MB to decode into the cache),"
         f" {what}, and write {path}; about {seconds:,.0f} s on the CPU"
     )
+
+
+def split_number(text: str) -> tuple[Path, str | None]:
+    """Return the path and the text after its last `=`, None without one; a `=` in an existing file's name is kept."""
+    path, sign, number = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return Path(text), None
+    return Path(path), number
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Return the file names without .parquet, with as many parent folders as make them unique.
+
+    Raises ToolkitError when one file is named twice.
+    """
+    whole = [path.absolute() for path in paths]
+    for position, path in enumerate(whole):
+        if path in whole[:position]:
+            raise ToolkitError(f"{paths[position]} is given twice; give every manifest once")
+    depth = 1
+    while True:
+        names = ["/".join(path.parts[-depth:]).removesuffix(".parquet") for path in whole]
+        if len(set(names)) == len(names):
+            return names
+        depth += 1

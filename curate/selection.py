@@ -52,12 +52,9 @@ class Selection:
         read = pa.schema([*(field for field in schema if field.name not in added), PLACE_FIELD])
         start = 0
         for table in self._in_place(read):
-            columns = [
-                added[field.name].slice(start, len(table)) if field.name in added else table.column(field.name)
-                for field in schema
-            ]
-            cast = [column.cast(field.type) for column, field in zip(columns, schema, strict=True)]
-            yield pa.table(cast, schema=schema)
+            columns = {name: column.slice(start, len(table)) for name, column in added.items()}
+            columns |= {name: table.column(name) for name in schema.names if name not in added}
+            yield pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)
             start += len(table)
 
     def _in_place(self, read: pa.Schema) -> Iterator[pa.Table | pa.RecordBatch]:
@@ -97,13 +94,11 @@ def selected(pool: EmbeddedImages, indices: Int64) -> Selection:
     return Selection(((pool, indices),), np.arange(len(indices)), {})
 
 
-def write_table(
-    path: Path, table: pa.Table | Selection, provenance: Provenance, figures: dict[str, object]
-) -> Provenance:
+def write_table(path: Path, rows: Selection, provenance: Provenance, figures: dict[str, object]) -> Provenance:
     """Write a manifest and return its provenance, now with content id and figures."""
-    with ManifestWriter(path, list(table.schema), provenance) as writer:
-        for part in [table] if isinstance(table, pa.Table) else table.batches():
-            writer.write(part)
+    with ManifestWriter(path, list(rows.schema), provenance) as writer:
+        for table in rows.batches():
+            writer.write(table)
         writer.set_figures(**figures)
     return writer.provenance
 

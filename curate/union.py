@@ -21,9 +21,17 @@ from ..store.artifact import Options, Result, check_manifest_name, make
 from ..store.manifest import OPTIONAL_IMAGE_FIELDS, ROW_FIELD, ManifestWriter, Provenance, embedding_field
 from ..store.memory import memory_budget
 from ..store.vectors import Float64, Int64
-from .inputs import EmbeddedImages, Input, check_same_model, open_input, read_embedded, read_unembedded
+from .inputs import (
+    EmbeddedImages,
+    Input,
+    check_same_model,
+    distinct_names,
+    open_input,
+    read_embedded,
+    read_unembedded,
+    split_number,
+)
 from .selection import Selection
-from .weighted_parts import distinct_names, split_number
 
 SHARE_UNITS = 1 << 60  # of all draws together; integers add up to the same in any order
 NAMES_SCHEMA = pa.schema(
@@ -189,18 +197,14 @@ def _each_once(images: list[EmbeddedImages], units: Int64, memory: int) -> tuple
 
     An image without a name is identified by its row in the embeddings that its part refers to.
     """
-    first, drawn = [np.empty(0, np.int64)], [np.empty(0)]
     with tables.connect(memory) as connection:
         connection.register("rows", tables.stream(NAMES_SCHEMA, _names(images, units)))
         once = connection.sql("""
-            select min(place), sum(units)::double from rows
+            select min(place) as first, sum(units)::double as drawn from rows
             group by image_id, uri, case when coalesce(image_id, uri) is null then (base, coalesce(row, -1 - place)) end
-            order by 1
-        """)
-        for batch in once.to_arrow_reader(tables.BATCH_ROWS):
-            first.append(batch.column(0).to_numpy())
-            drawn.append(batch.column(1).to_numpy())
-    return np.concatenate(first), np.concatenate(drawn)
+            order by first
+        """).fetchnumpy()
+    return once["first"], once["drawn"]
 
 
 def _names(images: list[EmbeddedImages], units: Int64) -> Iterator[pa.Table]:

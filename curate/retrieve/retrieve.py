@@ -23,13 +23,14 @@ from ..inputs import (
     EmbeddedImages,
     check_same_model,
     describe,
+    distinct_names,
     open_input,
     read_embedded,
     say_choice,
+    split_number,
     warn_of_plain_features,
 )
 from ..selection import Selection, selection_provenance, write_table
-from ..weighted_parts import distinct_names, split_number
 from .assignment import Pairs, QuerySet, assign_to_most_similar, candidates, cap, concatenate, fill
 from .by_cluster import clusters_of, nearest_in_clusters
 from .same_image import identity_of
