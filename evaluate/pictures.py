@@ -22,7 +22,7 @@ from ..store.artifact import Options, Result
 from ..store.images import UnreadableImage, read_bytes
 from ..store.manifest import Provenance, Source
 from ..store.pixels import Picture, decode_picture, values_of
-from ..store.sources import entries, open_sources, survey
+from ..store.sources import entries, listing_id, open_sources
 from .labelled import short_name
 
 MAX_ASPECT = 4  # a longer image is cut to its middle, this many times as long as it is wide
@@ -125,7 +125,7 @@ def open_images(arguments: list[str], own: str, *, null: bool = False, limit: in
     """Return the first images that arguments name, without the picture `own` that may lie among them."""
     sources = open_sources(arguments, null=null)
     skip = {own}.__contains__
-    inputs = [Source("images", source.path, survey(source, skip)[0]) for source in sources]
+    inputs = [Source("images", source.path, listing_id(source, skip)) for source in sources]
     listed = (entry for source in sources for entry in entries(source, "folder", skip))
     named = [(entry.uri, entry.label or os.path.basename(entry.uri)) for entry in islice(listed, limit)]
     return NamedImages(inputs, named)

@@ -1,4 +1,4 @@
-"""Encoded images that lie in Parquet files, by row number; quick when rows are read more or less in order."""
+"""Encoded images in Parquet files, by row number; fast when rows are read more or less in order."""
 
 import os
 import threading
@@ -6,6 +6,8 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,13 +37,16 @@ class Piece:
     first_row: int
     values: pa.Array  # binary
 
+    def __contains__(self, row: int) -> bool:
+        return 0 <= row - self.first_row < len(self.values)
+
 
 class ParquetRows:
     """Reads single values of binary columns, from any thread; keeps the files and pieces used last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._files: OrderedDict[FileKey, OpenFile] = OrderedDict()
+        self._open = lru_cache(OPEN_FILES)(_open)
         self._streams: OrderedDict[GroupKey, Iterator[Piece]] = OrderedDict()
         self._pieces: OrderedDict[tuple[GroupKey, int], Piece] = OrderedDict()  # by group and first row
 
@@ -57,38 +62,22 @@ class ParquetRows:
             file = self._open(key)
             if row >= file.first_rows[-1]:
                 raise LookupError(f"there is no row {row}; the file has {file.first_rows[-1]}")
-            group = bisect_right(file.first_rows, row) - 1
-            piece = self._find(file, (key, column, group), row)
+            piece = self._find(file, (key, column, bisect_right(file.first_rows, row) - 1), row)
         value: bytes | None = piece.values[row - piece.first_row].as_py()
         return value
 
-    def _open(self, key: FileKey) -> OpenFile:
-        if key not in self._files:
-            # A row group may exceed the memory: it is read through a buffer, and not in advance.
-            parquet = pq.ParquetFile(Path(key[0]), pre_buffer=False, buffer_size=1 << 20)
-            first_rows = [0]
-            for group in range(parquet.num_row_groups):
-                first_rows.append(first_rows[-1] + parquet.metadata.row_group(group).num_rows)
-            self._files[key] = OpenFile(parquet, first_rows)
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(key)
-        return self._files[key]
-
     def _find(self, file: OpenFile, group: GroupKey, row: int) -> Piece:
-        for key, piece in reversed(self._pieces.items()):  # a handful, the one wanted nearly always the newest
-            if key[0] == group and 0 <= row - piece.first_row < len(piece.values):
+        for key, piece in reversed(self._pieces.items()):  # few, and nearly always the newest
+            if key[0] == group and row in piece:
                 self._pieces.move_to_end(key)
                 return piece
-        for attempt in ("go on", "from the start"):
-            if attempt == "from the start" or group not in self._streams:
-                self._streams[group] = _decode(file, group[1], group[2])
-                self._streams.move_to_end(group)
-                if len(self._streams) > OPEN_FILES:
-                    self._streams.popitem(last=False)
-            for piece in self._streams[group]:
+        for stream in (self._streams.pop(group, iter(())), _decode(file, *group[1:])):  # go on, else from the start
+            for piece in stream:
                 self._keep(group, piece)
-                if 0 <= row - piece.first_row < len(piece.values):
+                if row in piece:
+                    self._streams[group] = stream
+                    if len(self._streams) > OPEN_FILES:
+                        self._streams.popitem(last=False)
                     return piece
         raise LookupError(f"row group {group[2]} ends before row {row}")
 
@@ -96,6 +85,13 @@ class ParquetRows:
         self._pieces[group, piece.first_row] = piece
         while len(self._pieces) > 1 and sum(kept.values.nbytes for kept in self._pieces.values()) > CACHE_BYTES:
             self._pieces.popitem(last=False)
+
+
+def _open(key: FileKey) -> OpenFile:
+    # A row group may exceed the memory: it is read through a buffer, and not in advance.
+    parquet = pq.ParquetFile(Path(key[0]), pre_buffer=False, buffer_size=1 << 20)
+    sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    return OpenFile(parquet, list(accumulate(sizes, initial=0)))
 
 
 def _decode(file: OpenFile, column: str, group: int) -> Iterator[Piece]:
@@ -110,7 +106,7 @@ def _decode(file: OpenFile, column: str, group: int) -> Iterator[Piece]:
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)
     piece_rows = max(1, metadata.num_rows * PIECE_BYTES // max(size, PIECE_BYTES))
     first_row = file.first_rows[group]
-    # One thread: a single column gains nothing by more, and Arrow's pool does not survive a fork in a bad moment.
+    # One thread: a single column gains nothing by more, and Arrow's pool may not survive a fork.
     batches = file.parquet.iter_batches(piece_rows, row_groups=[group], columns=[leaf], use_threads=False)
     for batch in batches:
         values = pc.struct_field(batch.column(0), "bytes") if is_struct else batch.column(0)

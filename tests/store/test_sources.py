@@ -15,7 +15,7 @@ import pytest
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store import sources as sources_module
 from dinov2_toolkit.store.manifest import IMAGE_FIELDS, ManifestWriter, Provenance
-from dinov2_toolkit.store.sources import Entry, check_labels, entries, open_source, open_sources, survey
+from dinov2_toolkit.store.sources import Entry, check_labels, entries, listing_id, open_source, open_sources
 
 Feed = Callable[[bytes], None]
 
@@ -106,7 +106,6 @@ def test_every_entry_that_is_no_folder_is_accounted_for(tmp_path: Path) -> None:
         "linked": "a link to a folder, not followed",
         "loop": "a link to a folder, not followed",
     }
-    assert survey(open_source(str(source)), nothing)[1] == len(reasons)
 
 
 def test_a_link_given_as_source_is_followed(tmp_path: Path) -> None:
@@ -193,7 +192,7 @@ def test_a_manifest_of_ours_is_a_source(tmp_path: Path) -> None:
         row = {"image_id": ["1"], "uri": ["/a.png"], "width": [1], "height": [1], "label": ["cat"]}
         writer.write(pa.table(row))
     assert listed(path) == [Entry("/a.png", "cat")]
-    assert survey(open_source(str(path)), nothing) == (writer.provenance.content_id, 1)
+    assert listing_id(open_source(str(path)), nothing) == writer.provenance.content_id
 
 
 def test_the_content_id_of_a_folder_is_its_listing(tmp_path: Path) -> None:
@@ -201,7 +200,7 @@ def test_the_content_id_of_a_folder_is_its_listing(tmp_path: Path) -> None:
     fill(source, "a.png", "sub/b.png")
 
     def content_id() -> str:
-        return survey(open_source(str(source)), nothing)[0]
+        return listing_id(open_source(str(source)), nothing)
 
     first = content_id()
     assert content_id() == first
@@ -219,7 +218,9 @@ def test_paths_to_skip_are_left_out(tmp_path: Path) -> None:
     own = {str(tmp_path / "own.parquet"), str(tmp_path / "cache")}
     source = open_source(str(tmp_path))
     assert [entry.uri for entry in entries(source, "folder", own.__contains__)] == [str(tmp_path / "a.png")]
-    assert survey(source, own.__contains__)[1] == 1
+    before = listing_id(source, own.__contains__)
+    (tmp_path / "own.parquet").write_text("other")
+    assert listing_id(source, own.__contains__) == before != listing_id(source, nothing)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
