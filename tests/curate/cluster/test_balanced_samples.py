@@ -86,7 +86,7 @@ def test_a_sample_repeats_by_its_seed(tmp_path: Path) -> None:
     assert samples[0] == samples[1] != samples[2]
 
 
-def test_a_sample_of_one_level_is_filled_like_water_and_takes_the_closest_when_told(tmp_path: Path) -> None:
+def test_a_sample_of_one_level_is_water_filling_with_the_closest_images(tmp_path: Path) -> None:
     vectors, _ = long_tail(4)
     vectors[300:310] = vectors[299]  # ties, settled by image_id
     image_ids = [f"{number:032x}" for number in np.random.default_rng(0).permutation(600).tolist()]
@@ -164,7 +164,7 @@ def test_a_bare_cluster_again_is_up_to_date(tmp_path: Path, monkeypatch: pytest.
         cluster_images(None, "clusters.parquet", ClusterSettings("6"), Options())
 
 
-def test_what_cannot_be_is_said_by_a_dry_run_too(tmp_path: Path) -> None:
+def test_impossible_settings_are_errors_of_a_dry_run_too(tmp_path: Path) -> None:
     pool = write_embeddings(tmp_path / "pool.parquet", long_tail(10, 50)[0])
     for settings, words in (
         (ClusterSettings("51"), "more clusters than the 50 images"),

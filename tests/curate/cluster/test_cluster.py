@@ -170,7 +170,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_sample(tmp_
 
 
 @pytest.mark.parametrize(("model", "warned"), [("pixels", True), ("copy", True), ("runs/first", False)])
-def test_clusters_of_looks_are_warned_of(
+def test_plain_features_are_warned_about(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, warned: bool
 ) -> None:
     pool = write_embeddings(tmp_path / "pool.parquet", blobs()[0], model=model)
@@ -230,7 +230,7 @@ def test_balance_rises_from_random_to_flat_to_resampled_and_with_a_level_above()
 
 
 @pytest.mark.parametrize(("supers", "found"), [(8, True), (0, False)])
-def test_a_level_over_clusters_without_a_hierarchy_is_said(
+def test_a_level_without_a_hierarchy_is_warned_about(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], supers: int, found: bool
 ) -> None:
     pool = write_embeddings(tmp_path / "pool.parquet", two_levels(supers=supers)[0])
@@ -239,7 +239,7 @@ def test_a_level_over_clusters_without_a_hierarchy_is_said(
     assert figures_of(tmp_path / "clusters.parquet")["hub_1"] is not found
 
 
-def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
+def test_impossible_settings_are_errors(tmp_path: Path) -> None:
     pool = write_embeddings(tmp_path / "pool.parquet", blobs()[0])
     for settings, words in (
         (ClusterSettings("5", sample=301), "--sample 301 of 300"),
@@ -273,7 +273,7 @@ def pictures(folder: Path, belongs: Int64) -> list[str]:
     return [str(folder / f"{row}.png") for row in range(len(belongs))]
 
 
-def test_a_report_and_a_sheet_tell_of_the_clusters(tmp_path: Path) -> None:
+def test_report_and_sheet_show_the_clusters(tmp_path: Path) -> None:
     vectors, belongs = blobs()
     vectors, belongs = vectors[:60], belongs[:60]
     labels = [None if row == 0 else f"group <{group}>" for row, group in enumerate(belongs)]

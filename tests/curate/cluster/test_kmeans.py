@@ -233,7 +233,7 @@ def test_empty_clusters_take_the_farthest_of_the_costliest() -> None:
     assert assignments.tolist() == [0, 4, 0, 2, 1, 3]
 
 
-def test_sums_are_those_of_the_members_and_can_be_taken_away() -> None:
+def test_points_are_added_to_sums_and_subtracted() -> None:
     points, clusters = mixture(9_000, 8), np.random.default_rng(0).integers(7, size=9_000).astype(np.int32)
     clusters[:5_000] = 3  # more than one job
     sums = np.zeros((7, 8))
@@ -274,7 +274,7 @@ def test_copies_by_the_hundred_thousand_zero_vectors_one_row_and_one_cluster() -
     np.testing.assert_allclose(made.centroids, unit(mean), atol=1e-6)
 
 
-def test_the_sample_is_as_large_as_memory_allows_and_too_little_is_said() -> None:
+def test_the_sample_is_as_large_as_memory_allows_and_too_little_is_an_error() -> None:
     vectors = in_memory(mixture(2_000, 64))
     sizes = []
     fit = kmeans.fit_centroids

@@ -41,7 +41,7 @@ def test_every_level_is_shared_as_evenly_as_its_clusters_allow(num_levels: int, 
         assert set(taken) == set(members[np.argsort(preference[members])][: len(taken)])
 
 
-def test_who_gets_the_odd_ones_depends_on_the_seed_alone() -> None:
+def test_the_remainder_of_a_division_goes_by_the_seed_alone() -> None:
     levels, preference = [np.repeat(np.arange(30), 10)], np.arange(300)
     samples = [balanced_sample(levels, 100, [preference], seed).tolist() for seed in (3, 3, 4)]
     assert samples[0] == samples[1] != samples[2]
@@ -83,7 +83,7 @@ def drawn_sizes(seed: int) -> Int64:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equal_weights_equal_handing_out_one_by_one(seed: int) -> None:
+def test_equal_weights_give_what_handing_out_one_by_one_gives(seed: int) -> None:
     sizes = drawn_sizes(seed)
     keys = seeded_keys(len(sizes), seed, 0)
     drawn = np.random.default_rng(seed).integers(sizes.sum() + 1, size=10).tolist()
@@ -94,7 +94,7 @@ def test_equal_weights_equal_handing_out_one_by_one(seed: int) -> None:
 
 @pytest.mark.parametrize("power", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("seed", range(20))
-def test_shares_are_exact_within_sizes_monotone_and_the_same_in_any_order(power: float, seed: int) -> None:
+def test_counts_are_exact_within_sizes_monotone_and_the_same_in_any_order(power: float, seed: int) -> None:
     sizes = drawn_sizes(seed)
     keys = seeded_keys(len(sizes), seed, 0)
     rng = np.random.default_rng(seed)
@@ -110,7 +110,7 @@ def test_shares_are_exact_within_sizes_monotone_and_the_same_in_any_order(power:
         assert again.tolist() == counts[order].tolist()
 
 
-def test_weights_share_in_proportion_until_someone_has_no_more() -> None:
+def test_counts_are_in_proportion_to_weights_until_a_cluster_is_exhausted() -> None:
     def shares(sizes: list[int], total: int, power: float) -> list[int]:
         given, keys = np.array(sizes), seeded_keys(len(sizes), 0, 0)
         counts: list[int] = allocate(given, np.array([total]), keys, weights=given.astype(float) ** power).tolist()
@@ -123,7 +123,7 @@ def test_weights_share_in_proportion_until_someone_has_no_more() -> None:
     assert shares([0, 5], 5, 1.0) == [0, 5]
 
 
-def test_what_has_no_weight_gives_only_what_the_others_cannot() -> None:
+def test_a_cluster_without_weight_gives_only_what_the_others_cannot() -> None:
     sizes, keys = np.array([50, 50, 50]), seeded_keys(3, 0, 0)
     for total, expected in ((60, [0, 10, 50]), (100, [0, 50, 50]), (110, [10, 50, 50])):
         counts = allocate(sizes, np.array([total]), keys, weights=np.array([0.0, 1.0, 7.0]))
@@ -142,7 +142,7 @@ def test_the_children_of_every_parent_add_up_to_its_total() -> None:
         assert counts[mine].tolist() == alone.tolist() and alone.sum() == totals[parent]
 
 
-def test_more_than_there_is_cannot_be_shared_out() -> None:
+def test_a_total_above_the_sizes_is_an_error() -> None:
     with pytest.raises(ValueError, match="a total of 4 of 3"):
         allocate(np.array([1, 2]), np.array([4]), seeded_keys(2, 0, 0))
 

@@ -85,7 +85,7 @@ def test_filling_gives_what_a_greedy_pass_over_all_pairs_gives(
     assert figures["fill_depth"] == num_pool if k == 50 else figures["fill_rounds"] > 1  # type: ignore[operator]
 
 
-def test_filling_changes_nothing_where_nobody_collides(tmp_path: Path) -> None:
+def test_filling_changes_nothing_where_no_candidates_collide(tmp_path: Path) -> None:
     pool = write_embeddings(tmp_path / "pool.parquet", np.eye(12, dtype=np.float32))
     sets = [Queries(query_set(tmp_path / "q.parquet", np.eye(12, dtype=np.float32)[[2, 7]]))]
     filled, figures = retrieve(sets, pool, tmp_path / "filled.parquet", k=1, fill=True)
@@ -234,7 +234,7 @@ def test_numbers_stand_behind_the_last_equals_sign(tmp_path: Path) -> None:
             parse_queries([text])
 
 
-def test_settings_that_cannot_be_are_one_line(tmp_path: Path) -> None:
+def test_impossible_settings_are_errors(tmp_path: Path) -> None:
     manifest = write_embeddings(tmp_path / "pool.parquet", drawn(20, 14))
     for settings, words in (
         ({"max_images": 0}, "--max-images 0"),

@@ -248,7 +248,7 @@ def test_a_bare_retrieve_without_both_or_by_two_models_lists_what_there_is(tmp_p
         retrieve_images(None, None, output, RetrieveSettings(), Options())
 
 
-def test_what_cannot_be_is_said_by_a_dry_run_too(tmp_path: Path) -> None:
+def test_impossible_settings_are_errors_of_a_dry_run_too(tmp_path: Path) -> None:
     queries, pool = planted(tmp_path)
     output = tmp_path / "curated.parquet"
     other = write_embeddings(tmp_path / "other.parquet", queries.vectors, model="another", role="queries")
@@ -307,7 +307,7 @@ def test_a_query_that_is_in_the_pool_never_finds_itself(tmp_path: Path) -> None:
         assert [(row["row"], row["query_id"]) for row in rows] == [(50 + row, f"{row:032x}") for row in range(10)]
 
 
-def test_rows_without_any_name_are_themselves_by_row(tmp_path: Path) -> None:
+def test_rows_without_names_are_identified_by_row(tmp_path: Path) -> None:
     vectors = drawn(30, 8)
     pool = tmp_path / "pool.parquet"
     pq.write_table(pa.table({"embedding": vectors.astype(np.float32).tolist()}), pool)
@@ -344,12 +344,12 @@ def test_queries_are_written_before_what_they_retrieve(tmp_path: Path) -> None:
     assert order == sorted(order)
 
 
-def test_few_queries_are_told_what_they_can_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_few_queries_say_how_many_images_k_can_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     queries = query_set(tmp_path, drawn(3, 17))
     pool = write_embeddings(tmp_path / "pool.parquet", drawn(200, 18))
     retrieve(queries, pool, tmp_path / "curated.parquet", k=4)
     said = capsys.readouterr().err
-    assert "--k gives at most 12 of 200 images, --per-cluster M up to M a cluster" in said
+    assert "--k gives at most 12 of 200 images; --per-cluster M up to M from each" in said
 
 
 def test_a_bare_retrieve_takes_the_newest_queries_and_pool(
@@ -382,7 +382,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_four_images_are_retrieved_when_nothing_else_is_said(tmp_path: Path) -> None:
+def test_four_images_a_query_are_retrieved_by_default(tmp_path: Path) -> None:
     pool = write_embeddings(tmp_path / "pool.parquet", drawn(50, 4))
     assert len(retrieve(query_set(tmp_path, drawn(1, 3)), pool, tmp_path / "curated.parquet")) == 4
 
