@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dinov2_toolkit.models.copy_descriptor import PREPROCESS, WEIGHTS_FILE, CopyDescriptor, evened, without_margins
+from dinov2_toolkit.models.copy_descriptor import PREPROCESS, WEIGHTS_FILE, CopyDescriptor, crop_margins, standardise
 from dinov2_toolkit.models.preprocess import crop_picture, normalise
 
 Rng = np.random.Generator
@@ -82,13 +82,13 @@ BATCH = 64
 def pixels_of(pictures: Pictures) -> Tensor:
     """Return (N, 3, 64, 64) in [0, 1] without margins."""
     pixels = torch.stack([crop_picture(picture, PREPROCESS) for picture in pictures])
-    return without_margins(normalise(pixels, PREPROCESS))
+    return crop_margins(normalise(pixels, PREPROCESS))
 
 
-def measured(descriptor: CopyDescriptor, pictures: Pictures) -> Tensor:
+def map_inputs(descriptor: CopyDescriptor, pictures: Pictures) -> Tensor:
     """Return what the map will see, (N, E) float64."""
     batches = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
-    return torch.cat([descriptor.measure(*evened(pixels_of(batch))).double() for batch in batches])
+    return torch.cat([descriptor.gabor_colour_features(*standardise(pixels_of(batch))).double() for batch in batches])
 
 
 def discriminant_map(pictures: Tensor, copies: Tensor, weights: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -127,11 +127,11 @@ def make_map(descriptor: CopyDescriptor, pictures: Pictures, rng: Rng) -> None:
     with torch.inference_mode():
         copies = torch.stack(
             [
-                measured(descriptor, [copy_of(picture, rng, MAP_KINDS, MAP_COUNTS) for picture in pictures])
+                map_inputs(descriptor, [copy_of(picture, rng, MAP_KINDS, MAP_COUNTS) for picture in pictures])
                 for _ in range(COPIES)
             ]
         )
-        originals = measured(descriptor, pictures)
+        originals = map_inputs(descriptor, pictures)
         weights, dim = torch.ones(copies.shape[:2], dtype=torch.float64), CopyDescriptor.embed_dim
         first = discriminant_map(originals, copies, weights, dim)
         weight, bias = discriminant_map(originals, copies, nearness(originals, copies, *first), dim)
@@ -170,7 +170,8 @@ def picture_set(descriptor: CopyDescriptor, pictures: Pictures, num_copies: int)
     with multiprocessing.get_context("fork").Pool() as pool:
         flat = torch.from_numpy(np.concatenate(pool.map(trimmed, jobs, chunksize=8)))
     with torch.no_grad():
-        vectors = torch.cat([descriptor.mapped(descriptor.measure(*evened(part / 255))) for part in flat.split(512)])
+        inputs = (descriptor.gabor_colour_features(*standardise(part / 255)) for part in flat.split(512))
+        vectors = torch.cat([descriptor.project(features) for features in inputs])
         originals = vectors[: len(pictures)]
         alike = torch.cat([(part @ originals.T).topk(1 + NEAREST, dim=1).indices for part in originals.split(1_000)])
     shape = 1 + num_copies, len(pictures)
@@ -227,9 +228,9 @@ def learn_correction(descriptor: CopyDescriptor, sets: dict[str, PictureSet], rn
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rate
         pixels, mapped, same = pairs(sets[names[rng.choice(len(names), p=list(SHARES.values()))]], rng)
-        even, plain = evened(pixels)
+        standardised, plain = standardise(pixels)
         with torch.autocast("cpu", torch.bfloat16):
-            correction = network(even, plain)
+            correction = network(standardised, plain)
         loss = loss_of(F.normalize(mapped + correction.float(), dim=1), same, limit)
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""What a model is built with, read off a module or off its tensors, and strict loading of the tensors.
+"""The settings that a model is built with, read from a module or from its tensors, and strict loading of tensors.
 
 Shapes: D embed_dim, K prototypes.
 """
@@ -35,14 +35,7 @@ class BackboneSettings:
     pos_embed_offset: float
 
 
-@dataclass(frozen=True)
-class HeadSettings:
-    """The arguments of `ProjectionHead`."""
-
-    in_dim: int
-    num_prototypes: int
-    hidden_dim: int
-    bottleneck_dim: int
+HEAD_ARGUMENTS = ("in_dim", "num_prototypes", "hidden_dim", "bottleneck_dim")  # of `ProjectionHead`
 
 
 def backbone_settings(backbone: VisionTransformer) -> BackboneSettings:
@@ -50,9 +43,9 @@ def backbone_settings(backbone: VisionTransformer) -> BackboneSettings:
     return BackboneSettings(**{field.name: getattr(backbone, field.name) for field in fields(BackboneSettings)})
 
 
-def head_settings(head: ProjectionHead) -> HeadSettings:
-    """Return the numbers a head was built with."""
-    return HeadSettings(head.in_dim, head.num_prototypes, head.hidden_dim, head.bottleneck_dim)
+def head_settings(head: ProjectionHead) -> dict[str, int]:
+    """Return the arguments a head was built with."""
+    return {name: getattr(head, name) for name in HEAD_ARGUMENTS}
 
 
 def inferred_backbone_settings(tensors: Mapping[str, Tensor], name: str, num_heads: int | None) -> BackboneSettings:
@@ -96,12 +89,13 @@ def inferred_backbone_settings(tensors: Mapping[str, Tensor], name: str, num_hea
     )
 
 
-def inferred_head_settings(tensors: Mapping[str, Tensor], name: str) -> HeadSettings:
-    """Return the settings that a head's tensors show (arguments and errors as for a backbone)."""
+def inferred_head_settings(tensors: Mapping[str, Tensor], name: str) -> dict[str, int]:
+    """Return the arguments that a head's tensors show (parameters and errors as for a backbone)."""
     first, last = tensors.get("mlp.0.weight"), tensors.get("last_layer.weight_v")
     if first is None or last is None or first.ndim != 2 or last.ndim != 2:
         raise ToolkitError(f"{name} is not whole: only {listed(sorted(tensors))}; name another file")
-    return HeadSettings(first.shape[1], last.shape[0], first.shape[0], last.shape[1])
+    sizes = first.shape[1], last.shape[0], first.shape[0], last.shape[1]
+    return dict(zip(HEAD_ARGUMENTS, sizes, strict=True))
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:

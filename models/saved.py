@@ -65,7 +65,7 @@ def model_description(backbone: VisionTransformer, heads: Mapping[str, Projectio
     content = {
         "format": 1,
         "backbone": asdict(backbone_settings(backbone)),
-        "heads": {name: asdict(head_settings(head)) for name, head in heads.items()},
+        "heads": {name: head_settings(head) for name, head in heads.items()},
         "preprocessing": asdict(preprocess),
     }
     return json.dumps(content, indent=1) + "\n"

@@ -179,9 +179,8 @@ def load_heads(source: str | Path | Mapping[str, Tensor]) -> dict[str, Projectio
         tensors = {key.removeprefix(prefix): value for key, value in weights.heads.items() if key.startswith(prefix)}
         if not tensors:
             continue
-        settings = inferred_head_settings(tensors, described)
         with torch.device("meta"):
-            head = ProjectionHead(**asdict(settings))
+            head = ProjectionHead(**inferred_head_settings(tensors, described))
         load_strictly(head, tensors, described)
         heads[name] = head.eval()
     return heads

@@ -1,6 +1,5 @@
 """`dinov2 evaluate pca`: components against known ones, the split of the background, and the picture."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,8 @@ SMALL_VIT = PictureSettings("random:vit_tiny/14", image_size=56)
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder of its own, and one thread: models this small gain nothing by more."""
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw_photo(path: Path, width: int = 40, height: int = 40) -> Path:

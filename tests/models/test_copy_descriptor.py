@@ -17,8 +17,8 @@ from dinov2_toolkit.models.copy_descriptor import (
     CopyDescriptor,
     content_bounds,
     copy_content_id,
+    crop_margins,
     load_copy_descriptor,
-    without_margins,
 )
 from dinov2_toolkit.models.preprocess import crop_picture, normalise
 from dinov2_toolkit.store.images import decode
@@ -160,9 +160,9 @@ def test_what_is_left_fills_the_square() -> None:
     middles = (torch.arange(64) + 0.5) / 64
     across, down = ((low + (high - low) * middles).long() for low, high in ((left, right), (top, bottom)))
     nearest = framed[0][:, down][:, :, across]
-    assert torch.corrcoef(torch.stack([without_margins(framed).flatten(), nearest.flatten()]))[0, 1] > 0.8
+    assert torch.corrcoef(torch.stack([crop_margins(framed).flatten(), nearest.flatten()]))[0, 1] > 0.8
     whole = noise(128, 128)[None]
-    torch.testing.assert_close(without_margins(whole), torch.nn.functional.avg_pool2d(whole, 2))
+    torch.testing.assert_close(crop_margins(whole), torch.nn.functional.avg_pool2d(whole, 2))
 
 
 def test_plain_pictures_have_vectors_and_tell_their_colours(descriptor: CopyDescriptor) -> None:

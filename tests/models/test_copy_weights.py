@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from dinov2_toolkit.models.copy_descriptor import CopyDescriptor, evened, load_copy_descriptor, without_margins
+from dinov2_toolkit.models.copy_descriptor import CopyDescriptor, crop_margins, load_copy_descriptor, standardise
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -119,8 +119,8 @@ def test_the_network_learns_what_the_map_confuses(weights: ModuleType, monkeypat
     weights.learn_correction(descriptor, sets, np.random.default_rng(0))
     descriptor.eval()
     with torch.inference_mode():
-        even, plain = evened(pixels[0].float() / 255)
-        corrected = F.normalize(mapped + descriptor.correction(even, plain), dim=-1)
+        standardised, plain = standardise(pixels[0].float() / 255)
+        corrected = F.normalize(mapped + descriptor.correction(standardised, plain), dim=-1)
 
     def apart(vectors: torch.Tensor) -> float:
         cosines = vectors[1] @ vectors[2].T
@@ -135,9 +135,9 @@ def test_the_shipped_network_corrects_and_does_not_replace_the_map() -> None:
     images = torch.rand(16, 3, 128, 128, generator=torch.Generator().manual_seed(0))
 
     with torch.inference_mode():
-        even, plain = evened(without_margins(images))
-        mapped = descriptor.mapped(descriptor.measure(even, plain))
-        correction = descriptor.correction(even, plain)
+        standardised, plain = standardise(crop_margins(images))
+        mapped = descriptor.project(descriptor.gabor_colour_features(standardised, plain))
+        correction = descriptor.correction(standardised, plain)
         whole = descriptor.forward_features(images).cls_token
     assert 0.1 < float(correction.norm(dim=1).mean()) < 1
     torch.testing.assert_close(whole, F.normalize(mapped + correction, dim=1))
