@@ -1,4 +1,4 @@
-# Everything runs in .venv, which is made when there is none and again when pyproject.toml changes.
+# Everything runs in .venv, which is created when there is none and updated when pyproject.toml changes.
 .PHONY: demo test lint check clean
 PYTHON ?= python3
 
@@ -7,11 +7,11 @@ PYTHON ?= python3
 	.venv/bin/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: .venv/installed  ## the whole road on real images: curate, pretrain, distil, probe (about 10 minutes on two cores)
+demo: .venv/installed  ## curate, pretrain, distil and probe on real images (14 minutes on two cores)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -C examples
 
 test: .venv/installed  ## the fast tests; `.venv/bin/pytest -m slow` and `-m gpu` run the others
-	.venv/bin/pytest -q
+	.venv/bin/pytest -q -n auto --dist worksteal
 
 lint: .venv/installed  ## ruff, formatting, types
 	.venv/bin/ruff check .
