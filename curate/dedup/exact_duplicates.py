@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from ...store.vectors import Int64
 from ..inputs import Input, read_unembedded
 from .decisions import KEPT, RESEMBLES_EVALUATION, SAME_BYTES, SAME_PIXELS, Decisions
-from .image_keys import byte_ids, first_with_same_key, image_ids, pixel_id, read_keys
+from .image_keys import byte_ids, first_with_same_key, pixel_id, read_keys, without_byte_id
 from .reference_sets import ImageSets
 from .representative import Keep, preference, preferred
 from .settings import Exact
@@ -20,10 +20,9 @@ def describe_exact(exact: Exact, inputs: list[Input], limit: int | None) -> str:
     """Say what comparing the images of some manifests would take."""
     sets = _read_sets(inputs, limit)
     if exact == "bytes":
-        unknown = sum(ids.null_count for images in sets.sets for ids in image_ids(images))
-        return f"compare the ids of {len(sets):,} images" + (f", reading {unknown:,} of them for it" if unknown else "")
-    num_decoded = len(of_shared_size(_sizes(sets)))
-    return f"decode {num_decoded:,} of {len(sets):,} images, those whose size another has too"
+        num_read = sum(len(without_byte_id(images)) for images in sets.sets)
+        return f"compare the bytes of {len(sets):,} images, {num_read:,} of which are read for it"
+    return f"decode {len(of_shared_size(_sizes(sets))):,} of {len(sets):,} images, those whose size another has too"
 
 
 def find_exact_duplicates(

@@ -32,20 +32,24 @@ def image_ids(images: EmbeddedImages) -> Iterator[pa.ChunkedArray]:
         yield table.column(0)
 
 
-def byte_ids(images: EmbeddedImages) -> pa.ChunkedArray:
-    """Return the ids of the images' bytes, (N,); images without an id of ours are read."""
-    ids = images.image_column("image_id")
-    is_unknown = pc.fill_null(pc.not_equal(pc.utf8_length(ids), ID_LENGTH), True)
+def without_byte_id(images: EmbeddedImages) -> Int64:
+    """Return the images without an id of their bytes, rising: they have none, or one of another tool."""
     if images.source.manifest.provenance is None:
-        is_unknown = pa.chunked_array([pa.repeat(True, len(ids))])
-    unknown = np.flatnonzero(is_unknown.to_numpy())
+        return np.arange(len(images))
+    is_ours = pc.equal(pc.utf8_length(images.image_column("image_id")), ID_LENGTH)
+    return np.flatnonzero(~pc.fill_null(is_ours, False).to_numpy())
+
+
+def byte_ids(images: EmbeddedImages) -> pa.ChunkedArray:
+    """Return the ids of the images' bytes, (N,); images without one are read."""
+    ids, unknown = images.image_column("image_id"), without_byte_id(images)
     if not len(unknown):
         return ids
     uris = (table.column(0) for table in images.batches(["uri"], unknown))
-    read = read_keys(uris, len(unknown), image_id, "reading images")
-    place = np.zeros(len(ids), np.int64)
+    place = np.full(len(ids), -1)
     place[unknown] = np.arange(len(unknown))
-    return pc.if_else(is_unknown, read.take(pa.array(place)), ids)
+    read = read_keys(uris, len(unknown), image_id, "reading images").take(pa.array(place, mask=place < 0))
+    return pc.if_else(pa.array(place < 0), ids, read)
 
 
 def pixel_id(data: bytes) -> str:

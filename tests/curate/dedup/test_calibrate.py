@@ -139,7 +139,7 @@ def test_of_the_descriptor_for_copies_no_threshold_below_its_own_is_suggested(
     assert suggested["a model"] < suggested["copy"] == THRESHOLD
 
 
-def test_few_images_give_a_guess_and_none_or_one_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_few_images_give_a_guess_and_one_or_none_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = write_embeddings(tmp_path / "few.parquet", pool_of(7, 6, 1, 0.01))
     result = calibrate_threshold(few, str(tmp_path / "few.png"), CalibrateSettings(), Options())
     assert result is not None and result.value == FIXED_THRESHOLD and "too few" in capsys.readouterr().err

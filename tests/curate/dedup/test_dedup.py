@@ -74,19 +74,19 @@ def test_dedup_equals_brute_force(tmp_path: Path) -> None:
 
     exact = unit(vectors)
     labels = brute_force_groups(exact, 0.9)
-    stays: list[tuple[int, int]] = []
-    goes: list[tuple[str, str, float]] = []
+    expected_kept: list[tuple[int, int]] = []
+    expected_removed: list[tuple[str, str, float]] = []
     for row in range(600):
         members = [other for other in range(600) if labels[other] == labels[row]]
         best = min(members, key=lambda other: (-sizes[other][0] * sizes[other][1], image_ids[other]))
         if best == row:
-            stays.append((row, len(members) - 1))
+            expected_kept.append((row, len(members) - 1))
         else:
-            goes.append((f"/pool/{row}.png", f"/pool/{best}.png", similarity(exact[row], exact[best])))
-    assert [(row["row"], row["duplicates"]) for row in kept] == stays
-    assert [row["image_id"] for row in kept] == [image_ids[row] for row, _ in stays]
-    assert [(row["uri"], row["duplicate_of"]) for row in removed] == [(uri, of) for uri, of, _ in goes]
-    assert [row["similarity"] for row in removed] == pytest.approx([s for _, _, s in goes], abs=1e-7)
+            expected_removed.append((f"/pool/{row}.png", f"/pool/{best}.png", similarity(exact[row], exact[best])))
+    assert [(row["row"], row["duplicates"]) for row in kept] == expected_kept
+    assert [row["image_id"] for row in kept] == [image_ids[row] for row, _ in expected_kept]
+    assert [(row["uri"], row["duplicate_of"]) for row in removed] == [(uri, of) for uri, of, _ in expected_removed]
+    assert [row["similarity"] for row in removed] == pytest.approx([s for _, _, s in expected_removed], abs=1e-7)
     assert {row["reason"] for row in removed} == {DUPLICATE}
 
 
@@ -143,7 +143,7 @@ def test_nothing_is_above_a_threshold_of_one() -> None:
     assert groups_of(planted(6, 200), 1.0, 4) == (list(range(200)), 0)
 
 
-def test_what_resembles_an_evaluation_image_goes_with_its_group(tmp_path: Path) -> None:
+def test_images_like_an_evaluation_image_are_removed_with_their_group(tmp_path: Path) -> None:
     vectors = planted(7)
     pool = write_embeddings(tmp_path / "pool.parquet", vectors)
     rng = np.random.default_rng(8)
@@ -180,14 +180,14 @@ def test_what_resembles_an_evaluation_image_goes_with_its_group(tmp_path: Path) 
     assert not {row["uri"] for row in kept} & set(found) and len(kept) + len(removed) == 600
 
 
-def test_the_pool_image_that_is_an_evaluation_image_goes(tmp_path: Path) -> None:
+def test_evaluation_images_in_the_pool_are_removed(tmp_path: Path) -> None:
     vectors = planted(9, 50)
     pool = write_embeddings(tmp_path / "pool.parquet", vectors)
     kept, removed = dedup(pool, threshold=0.999, against=(pool,))
     assert kept == [] and len(removed) == 50
 
 
-def test_keep_chooses_the_image_that_stays(tmp_path: Path) -> None:
+def test_keep_chooses_the_image_that_is_kept(tmp_path: Path) -> None:
     vectors = np.array([[1, 0], [1, 0.01], [1, 0.02], [1, 0.03], [0, 1]], np.float32)
     pool = write_embeddings(
         tmp_path / "pool.parquet",
@@ -196,10 +196,10 @@ def test_keep_chooses_the_image_that_stays(tmp_path: Path) -> None:
         sizes=[(None, None), (2, 3), (3, 2), (1, 1), (9, 9)],
         more={"score": pa.array([0.5, None, float("nan"), 0.7, 0.1]), "name": pa.array(["x", "z", "y", "z", "w"])},
     )
-    for keep, stays in (("largest", 2), ("first", 0), ("column:score", 3), ("column:name", 1)):
+    for keep, best in (("largest", 2), ("first", 0), ("column:score", 3), ("column:name", 1)):
         kept, removed = dedup(pool, threshold=0.9, keep=keep)
-        assert [(row["row"], row["duplicates"]) for row in kept] == [(stays, 3), (4, 0)], keep
-        assert {row["duplicate_of"] for row in removed} == {f"/pool/{stays}.png"}
+        assert [(row["row"], row["duplicates"]) for row in kept] == [(best, 3), (4, 0)], keep
+        assert {row["duplicate_of"] for row in removed} == {f"/pool/{best}.png"}
 
 
 def test_the_threshold_learnt_from_the_pool_finds_the_planted_copies(tmp_path: Path) -> None:
@@ -248,17 +248,17 @@ def test_star_equals_going_through_the_images_by_preference(tmp_path: Path) -> N
     kept, removed = dedup(
         write_embeddings(tmp_path / "pool.parquet", vectors, sizes=sizes), threshold=0.9, linkage="star"
     )
-    stays: dict[int, int] = {}
+    heads: dict[int, int] = {}
     for row in sorted(range(300), key=lambda row: -sizes[row][0]):
-        near = [head for head in stays if similarity(exact[row], exact[head]) > 0.9 and stays[head] == head]
-        stays[row] = near[0] if near else row
-    assert [row["row"] for row in kept] == sorted(row for row, head in stays.items() if row == head)
+        near = [head for head in heads if similarity(exact[row], exact[head]) > 0.9 and heads[head] == head]
+        heads[row] = near[0] if near else row
+    assert [row["row"] for row in kept] == sorted(row for row, head in heads.items() if row == head)
     assert {row["uri"]: row["duplicate_of"] for row in removed} == {
-        f"/pool/{row}.png": f"/pool/{head}.png" for row, head in stays.items() if row != head
+        f"/pool/{row}.png": f"/pool/{head}.png" for row, head in heads.items() if row != head
     }
 
 
-def test_the_same_bytes_go_at_any_threshold_and_the_preferred_copy_stays(tmp_path: Path) -> None:
+def test_same_bytes_are_removed_at_any_threshold_and_the_preferred_copy_is_kept(tmp_path: Path) -> None:
     vectors = np.random.default_rng(23).normal(size=(40, 8)).astype(np.float16)
     vectors[[11, 12]] = vectors[10]
     vectors[21] = vectors[20] * np.float16(2)  # the same image, embedded into numbers a little different
@@ -329,7 +329,7 @@ def test_new_images_beside_known_ones_give_the_grown_pool(tmp_path: Path) -> Non
     assert open_manifest(tmp_path / "grown.parquet").num_rows == 60 + 47
 
 
-def test_a_bridge_to_a_known_image_goes_with_its_component_but_not_with_a_star(tmp_path: Path) -> None:
+def test_a_known_image_removes_a_whole_component_but_no_whole_star(tmp_path: Path) -> None:
     def at(*degrees: float) -> Stored:
         return np.array([[np.cos(np.radians(angle)), np.sin(np.radians(angle))] for angle in degrees], np.float32)
 
@@ -356,7 +356,7 @@ def test_what_each_evaluation_set_removes_is_recorded(tmp_path: Path, capsys: py
     assert "removed for images of other sets" in capsys.readouterr().err
 
 
-def test_the_same_manifests_whatever_the_memory_threads_and_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_threads_and_k_do_not_change_the_manifests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = write_embeddings(tmp_path / "pool.parquet", planted(26, 400))
     against = write_embeddings(tmp_path / "against.parquet", planted(27, 30))
     made = []
@@ -381,7 +381,7 @@ def test_one_image_and_one_image_a_thousand_times_are_one_image(tmp_path: Path) 
     assert len(dedup(same_id)[0]) == 1
 
 
-def test_an_empty_pool_and_numbers_that_are_none_are_one_line(tmp_path: Path) -> None:
+def test_an_empty_pool_and_vectors_that_are_not_finite_are_errors(tmp_path: Path) -> None:
     pool = write_embeddings(tmp_path / "pool.parquet", planted(28, 50))
     dedup(pool, threshold=0.999, against=(pool,))
     for settings in (DedupSettings(), DedupSettings(exact="bytes")):
@@ -481,7 +481,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
+def test_settings_that_make_no_sense_are_errors(tmp_path: Path) -> None:
     pool = write_embeddings(tmp_path / "pool.parquet", planted(18, 50))
     other = write_embeddings(tmp_path / "other.parquet", planted(18, 50), model="another")
     wide = write_embeddings(tmp_path / "wide.parquet", planted(18, 50, 40), model="a model")

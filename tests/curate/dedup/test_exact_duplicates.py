@@ -69,7 +69,7 @@ def test_the_first_of_equal_keys_is_found_and_null_equals_nothing() -> None:
     assert first_with_same_key(keys(*values), 200, None).tolist() == expected
 
 
-def test_arrays_are_the_same_by_all_their_values_though_three_channels_are_shown() -> None:
+def test_arrays_are_the_same_only_if_all_their_values_are() -> None:
     values = np.random.default_rng(0).integers(0, 65536, (8, 12, 5), dtype=np.uint16)
     hidden, fine = values.copy(), values.copy()
     hidden[0, 0, 4] ^= 1  # beyond the channels that are shown
@@ -119,7 +119,7 @@ def test_reading_keys_says_what_cannot_be_read_and_keeps_the_order(
     assert "1 of 40 images cannot be read" in said and "7.png: no such file" in said
 
 
-def test_exact_copies_go_without_any_vectors(tmp_path: Path) -> None:
+def test_exact_copies_are_removed_without_any_vectors(tmp_path: Path) -> None:
     files = {f"{number}.png": encoded(picture(number), "PNG") for number in range(6)}
     files["copy.png"] = files["2.png"]
     files["again.png"] = files["2.png"]
@@ -157,7 +157,7 @@ def test_every_planted_exact_copy_is_found(tmp_path: Path) -> None:
         assert mine == of
 
 
-def test_what_other_sets_hold_exactly_goes(tmp_path: Path) -> None:
+def test_exact_copies_of_other_sets_are_removed(tmp_path: Path) -> None:
     images = {f"{number}.png": encoded(picture(number), "PNG") for number in range(5)}
     pool = write_images(tmp_path, images)
     known = write_images(tmp_path, {"known.bmp": encoded(picture(1), "BMP"), "known.png": images["2.png"]}, "k.parquet")
@@ -173,7 +173,7 @@ def test_what_other_sets_hold_exactly_goes(tmp_path: Path) -> None:
     assert names(removed) == ["2.png"]
 
 
-def test_an_image_that_cannot_be_read_stays_and_of_none_that_can_one_line_is_said(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_kept_and_none_readable_is_an_error(tmp_path: Path) -> None:
     pool = write_images(
         tmp_path, {"0.png": encoded(picture(0), "PNG"), "broken.png": b"no image", "x.png": b"no image"}
     )

@@ -182,7 +182,7 @@ def test_the_rows_that_probe_a_cell_are_those_near_enough(by_cells: None, monkey
     assert len(probing) > 900
 
 
-def test_threads_and_memory_do_not_show(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_memory_do_not_change_the_groups(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = concepts(2_000, 10)
     found = []
     for threads, memory in ((1, None), (2, 1 << 28), (4, None)):
@@ -194,7 +194,7 @@ def test_threads_and_memory_do_not_show(by_cells: None, monkeypatch: pytest.Monk
     assert_same(found[0], found[2])
 
 
-def test_a_join_that_was_stopped_goes_on(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_join_resumes(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, ones = in_memory(concepts(2_000, 11)), np.ones(2_000, np.int64)
     whole = components_above(vectors, 0.9, weights=ones, enough=8)
     monkeypatch.setattr("dinov2_toolkit.store.progress.SAVE_EVERY_S", 0.0)
@@ -256,7 +256,7 @@ def test_zero_vectors_are_alone_above_zero_and_together_below() -> None:
     assert groups_of(vectors, -0.5, 4).labels.tolist() == [0] * 5
 
 
-def test_where_few_cells_are_too_few_more_are_looked_in(
+def test_more_cells_are_probed_where_few_are_too_few(
     by_cells: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vectors = np.random.default_rng(14).normal(size=(2_000, 6)).astype(np.float32)  # pairs everywhere, no clusters

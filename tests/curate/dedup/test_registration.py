@@ -148,7 +148,7 @@ def small(number: int) -> Image.Image:
     return coarse.resize((28, 28), Image.Resampling.BICUBIC)
 
 
-def test_a_picture_is_made_as_small_as_the_other() -> None:
+def test_images_are_compared_at_the_size_of_the_smaller_one() -> None:
     """Of 28 pixels a side much is lost at 14; the rest has no residual."""
     pictures = [small(number) for number in range(6)]
     smaller = [picture.resize((14, 14), Image.Resampling.BICUBIC) for picture in pictures]
@@ -182,7 +182,7 @@ def drawing(disc: tuple[int, int, int]) -> Image.Image:
     return picture
 
 
-def test_what_turns_white_is_no_difference() -> None:
+def test_clipping_to_white_is_no_difference() -> None:
     pale, brown = drawing((240, 215, 200)), drawing((150, 130, 100))
     brighter = ImageEnhance.Brightness(pale).enhance(1.3)
     assert residual_of(pale, brighter) < 0.001 and residual_of(brighter, pale) < 0.001

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -70,6 +71,17 @@ def test_the_sheet_is_drawn_with_the_result_or_later_and_shows_missing_images_em
     assert not (tmp_path / "other.parquet").exists()
 
 
+def test_groups_are_read_from_manifests_with_the_old_column_name(tmp_path: Path) -> None:
+    output = tmp_path / "unique.parquet"
+    dedup_images(crowds(tmp_path, [3, 2, 1]), str(output), DedupSettings(0.5), Options())
+    groups = shown_groups(open_manifest(output))
+    table = pq.read_table(output)
+    old = ["weakest" if name == "min_similarity_to_kept" else name for name in table.column_names]
+    metadata = {key: value for key, value in pq.read_metadata(output).metadata.items() if key != b"ARROW:schema"}
+    pq.write_table(table.rename_columns(old).replace_schema_metadata(metadata), output)
+    assert len(groups) == 2 and shown_groups(open_manifest(output)) == groups
+
+
 def test_without_groups_there_is_no_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pool = crowds(tmp_path, [1, 1])
     settings = DedupSettings(0.99, sheet=tmp_path / "groups.png")
@@ -77,7 +89,7 @@ def test_without_groups_there_is_no_sheet(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "groups.png").exists() and "not drawn" in capsys.readouterr().err
 
 
-def test_what_cannot_be_read_is_an_empty_tile(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_an_empty_tile(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     for uri in (None, str(tmp_path / "missing.png"), str(tmp_path / "broken.png"), "https://example.org/a.png"):
         tile = read_tile(uri, "0.9", 32)

@@ -44,7 +44,7 @@ def test_in_a_crowd_the_descriptors_threshold_rises_until_chance_costs_no_more(t
     assert LOSS / 2 < lost < 2 * LOSS
 
 
-def test_the_threshold_of_a_crowd_does_not_see_pairs_of_copies() -> None:
+def test_pairs_of_copies_do_not_change_the_threshold_of_a_crowd() -> None:
     vectors = spread(2_000, 5)
     rng = np.random.default_rng(4)
     copies = vectors[:600] + 1e-3 * rng.normal(size=(600, 5))
