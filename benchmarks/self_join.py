@@ -162,7 +162,7 @@ def main() -> None:
     best = {name: min(parts, key=lambda part: part["cpu"]) for name, parts in runs.items()}
 
     def row(name: str, part: dict[str, float]) -> tuple[str, ...]:
-        told = f"{part['measured']:.4f}" if "measured" in part else ""
+        recall = f"{part['measured']:.4f}" if "measured" in part else ""
         ratios = [f"{best['faiss'][key] / part[key]:.2f}" for key in ("wall", "cpu")]
         return (
             name,
@@ -171,7 +171,7 @@ def main() -> None:
             f"{part['cpu']:.1f}",
             ratios[1],
             f"{part['found']:.4f}",
-            told,
+            recall,
             f"{part['peak']:.0f}",
         )
 

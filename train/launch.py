@@ -1,4 +1,4 @@
-"""What a run of several processes needs beside its launcher: checks of the environment, and one voice for all.
+"""A training run of several processes: checks of its launcher's settings, its exit code, and who speaks for all.
 
 torchrun turns every failure into exit code 1, so a run leaves its own code in `status.json` of its folder.
 """
@@ -28,7 +28,7 @@ def speaks_for_all() -> bool:
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
-    """Raise ToolkitError where Accelerate would silently train with fewer processes, or otherwise, than asked for."""
+    """Raise ToolkitError where Accelerate would silently train with fewer processes or other settings than asked for."""
     started = "WORLD_SIZE" in environment
     missing = sorted({"RANK", "MASTER_ADDR", "MASTER_PORT"} - environment.keys())
     if started and missing:

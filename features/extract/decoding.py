@@ -129,7 +129,7 @@ def _tasks(uris: Iterable[str | None]) -> Iterator[list[tuple[int, str]] | None]
 
 
 def load(uri: str, preprocess: Preprocess, reading: Reading, tiling: Tiling | None) -> Loaded | int | str:
-    """Return the image behind a uri, ready for the model; the reason why there is none; or what it is known by."""
+    """Return the image behind a uri, ready for the model; or the reason why there is none; or its number if known."""
     side = preprocess.min_side if tiling is None else tiling.decode_side
     try:
         data = read_bytes(uri)

@@ -21,7 +21,7 @@ from ..threads import Workers, map_in_order, workers
 from .products import device, product, unit_rows
 
 BLOCK_BYTES = 1 << 29  # chosen: what the queries that go through the pool together may take; 190,000 of 384, k = 64
-TILE = 1_024  # chosen: queries and pool vectors of a tile; it stays in a cache with what it is made of
+TILE = 1_024  # chosen: queries and pool vectors of a tile; its product and vectors stay in a cache
 GPU_TILE_POOL = 1 << 17
 GPU_MAX_K = 2_048  # FAISS finds no more of each query on a GPU
 SLACK = 2  # candidates that are collected before they are cut to the best, times C

@@ -95,7 +95,7 @@ def usual_nearest(num_cells: int) -> int:
 
 
 def cells_key(pool: Vectors, seed: int, num_nearest: int) -> str:
-    """Return a name for a pool's cells: by the vectors it is made of, and what they are divided by."""
+    """Return a name for a pool's cells, a hash of its vectors and of all that decides how they are divided."""
     digest = hashlib.blake2b(digest_size=16)
     made_by = (ROWS_A_CELL, SAMPLE_A_CELL, ITERATIONS, CELLS_A_GROUP, seed, num_nearest)
     digest.update(repr((cache_key(pool.base), pool.array.shape, pool.array.dtype.str, *made_by)).encode())
@@ -113,7 +113,7 @@ def evenly_spread(num: int, count: int) -> Int64:
 def fit_centroids(pool: Vectors, num_cells: int, seed: int) -> tuple[Float32, Int64]:
     """Return centroids (K, D) by two levels of spherical k-means on a sample, and where each group of them starts.
 
-    The groups (G + 1,) take cells in proportion to their rows, so that cells are of like size.
+    The groups (G + 1,) take cells in proportion to their rows, so that cells are of similar size.
     """
     rng = np.random.default_rng([seed % 2**63, 1])
     num_groups = max(1, round(num_cells**0.5))

@@ -15,7 +15,7 @@ from ...store.vectors import Bools, Int64
 class Graph:
     """Components and degrees. A row points to a smaller row of its component, the smallest to itself.
 
-    Threads may add pairs at the same time; the order in which they come does not show.
+    Threads may add pairs at the same time; their order does not change the result.
     """
 
     weights: Int64  # (N,) how many images a row stands for

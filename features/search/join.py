@@ -26,7 +26,7 @@ from .products import TILE, tile_above, unit_rows
 MORE = 3  # chosen: so many times the usual number of nearest cells, where that is too few
 EXACT_ROWS = 4_096  # rows a block of the exact join
 OWN_ROWS = 256  # rows a tile where a run meets itself: half of the products are the other half's
-PROBE_ROWS = 65_536  # rows whose probed cells are looked up at a time
+PROBE_ROWS = 65_536  # rows whose probed cells are listed at a time
 TASK_ROWS = 4_096  # chosen: rows of a task, so that no task takes long and no thread waits long for another's
 AHEAD = 32  # chosen: tasks that wait for each thread, for they differ in size
 BATCHES = 100  # chosen: into so many parts the cells are divided; after each the join can be resumed
