@@ -28,7 +28,7 @@ def speaks_for_all() -> bool:
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
-    """Raise ToolkitError where Accelerate would silently train with fewer processes or other settings than asked for."""
+    """Raise ToolkitError where Accelerate would silently train with fewer processes, or by other means, than asked."""
     started = "WORLD_SIZE" in environment
     missing = sorted({"RANK", "MASTER_ADDR", "MASTER_PORT"} - environment.keys())
     if started and missing:
