@@ -101,6 +101,16 @@ def is_launched(environment: Mapping[str, str]) -> bool:
     return "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
+def is_main_process() -> bool:
+    """Tell whether this process is the first of those that were started together."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
+def prints_result() -> bool:
+    """Tell whether this process prints the result: the one that the user started, or the first of theirs."""
+    return is_main_process() and LAUNCHED not in os.environ
+
+
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     """Set what torch.distributed reads (RANK, WORLD_SIZE, ...) from the variables of an `srun` step with many tasks."""
     if "WORLD_SIZE" in environment or not is_launched(environment):

@@ -76,8 +76,8 @@ def pretrain(
     shared: "Options",
 ) -> "Result | None":
     """Train a vision transformer by DINOv2's objective, from nothing or from other weights."""
+    from ..features.launch import prints_result
     from .config import TrainConfig, command_config
-    from .launch import speaks_for_all
     from .pretrain import pretrain as run
     from .run import MonitorOptions
 
@@ -92,7 +92,7 @@ def pretrain(
         num_processes=num_processes,
         monitor=MonitorOptions(eval_train, eval_test, tuple(track or ()), preview),
     )
-    return result if speaks_for_all() else None
+    return result if prints_result() else None
 
 
 @app.command()
@@ -122,9 +122,9 @@ def distill(
     shared: "Options",
 ) -> "Result | None":
     """Train smaller vision transformers to give the outputs of a larger, frozen one."""
+    from ..features.launch import prints_result
     from .distill import distill as run
     from .distill import distill_config
-    from .launch import speaks_for_all
     from .run import MonitorOptions
 
     config = distill_config(
@@ -140,4 +140,4 @@ def distill(
         num_processes=num_processes,
         monitor=MonitorOptions(eval_train, eval_test, tuple(track or ()), preview),
     )
-    return result if speaks_for_all() else None
+    return result if prints_result() else None

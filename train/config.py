@@ -17,10 +17,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .. import console
 from ..errors import ToolkitError
+from ..features.launch import prints_result
 from ..store.files import write_text
 from ..store.renamed import RECIPE_KEYS, with_present_settings
 from .engine.schedules import Growth, batch_sizes
-from .launch import speaks_for_all
 
 CONFIG_FILE = "config.toml"  # in a run folder
 RECIPES = files("dinov2_toolkit.train") / "recipes"
@@ -217,7 +217,7 @@ def command_config(
     Without a recipe it is the run's own config.toml when a run is resumed, otherwise `default_recipe`, said on stderr.
     """
     recipe = given_recipe(output, recipe, resume)
-    if recipe is None and speaks_for_all():
+    if recipe is None and prints_result():
         console.say(f"no --recipe: taking {default_recipe}")
     flags = {**flags, **({} if seed is None else {"seed": seed})}
     return resolve(kind, recipe=recipe or default_recipe, environment=os.environ, flags=flags, assignments=assignments)

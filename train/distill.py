@@ -13,6 +13,7 @@ import torch
 
 from .. import console
 from ..errors import ToolkitError
+from ..features.launch import is_main_process
 from ..models.saved import MODEL_JSON
 from ..models.weights import load_heads, load_model, model_content_id
 from ..store.artifact import Options, Result, read_run_provenance, recorded, write_run_provenance
@@ -21,7 +22,6 @@ from .config import CONFIG_FILE, TrainConfig, command_config, given_recipe, read
 from .counter_rng import derived_seed
 from .data.multicrop import preprocess_of
 from .engine.build import build_backbone, loss_settings
-from .launch import is_main_process
 from .monitor.metrics import METRICS_FILE, append_metrics, read_metrics, write_metrics_table
 from .objective.distill_model import DistillModel
 from .objective.feature_distill_model import FeatureDistillModel

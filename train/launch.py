@@ -1,4 +1,4 @@
-"""A training run of several processes: checks of its launcher's settings, its exit code, and who speaks for all.
+"""A training run of several processes: checks of its launcher's settings, and its status file.
 
 torchrun turns every failure into exit code 1, so a run leaves its own code in `status.json` of its folder.
 """
@@ -11,20 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import Stopped, ToolkitError
-from ..features.launch import LAUNCHED
+from ..features.launch import is_main_process
 from ..store.files import write_text
 
 STATUS = "status.json"
-
-
-def is_main_process() -> bool:
-    """Tell whether this process speaks, writes and prints for all."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
-
-
-def speaks_for_all() -> bool:
-    """Tell whether this process prints the result: the one that the user started, or the first of theirs."""
-    return is_main_process() and LAUNCHED not in os.environ
 
 
 def check_launch(environment: Mapping[str, str]) -> None:

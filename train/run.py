@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.launch import Group, adopt_slurm, is_launched, launch
+from ..features.launch import Group, adopt_slurm, is_launched, launch, prints_result
 from ..models.cpu import keep_freed_memory
 from ..models.saved import MODEL_JSON
 from ..models.vit import VisionTransformer
@@ -34,7 +34,7 @@ from .engine.checkpoint import TrainedModel, checkpoints
 from .engine.fsdp import sharding
 from .engine.parallelize import check_compiler
 from .engine.schedules import batch_sizes, scaled_lr
-from .launch import check_launch, speaks_for_all, status_kept
+from .launch import check_launch, status_kept
 from .monitor.estimate import say_cost
 from .monitor.metrics import peak_memory_mib
 from .monitor.online_knn import LabelledSets, labelled_sets
@@ -122,7 +122,7 @@ def run_training(
         check_compiler(os.environ)
     provenance = run_provenance(command, config, options, (manifest.source("images"), *sources))
     run = Run(Path(output), config, provenance, images, labelled)
-    if monitor.preview is not None and speaks_for_all():
+    if monitor.preview is not None and prints_result():
         draw_preview(monitor.preview, images, config, provenance, options)
 
     launches = num_processes > 1 and not is_launched(os.environ)

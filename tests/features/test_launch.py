@@ -18,6 +18,7 @@ from dinov2_toolkit.features.launch import (
     join_group,
     launch,
     local_count,
+    prints_result,
 )
 
 
@@ -143,3 +144,11 @@ def test_a_first_signal_is_noted_and_a_second_one_acts(capsys: pytest.CaptureFix
             assert signal.getsignal(number) == before
         assert signal.getsignal(number) == before
     assert "SIGTERM: saving after this step" in capsys.readouterr().err
+
+
+def test_the_process_that_the_user_started_prints_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prints_result()
+    monkeypatch.setenv("RANK", "0")
+    assert prints_result()
+    monkeypatch.setenv("DINOV2_LAUNCHED", "1")
+    assert not prints_result()

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dinov2_toolkit.errors import Stopped, ToolkitError
-from dinov2_toolkit.train.launch import check_launch, read_status, speaks_for_all, status_kept
+from dinov2_toolkit.train.launch import check_launch, read_status, status_kept
 
 
 def test_the_status_file_carries_the_exit_code(tmp_path: Path) -> None:
@@ -31,14 +31,6 @@ def test_other_processes_end_as_the_main_one_without_a_word(tmp_path: Path, monk
     with pytest.raises(ToolkitError, match="of its own"), status_kept(tmp_path):
         raise ToolkitError("of its own")
     assert read_status(tmp_path) == {"exit_code": 1, "message": "bad"}
-
-
-def test_the_process_that_the_user_started_prints_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert speaks_for_all()
-    monkeypatch.setenv("RANK", "0")
-    assert speaks_for_all()
-    monkeypatch.setenv("DINOV2_LAUNCHED", "1")
-    assert not speaks_for_all()
 
 
 def test_launches_that_accelerate_would_silently_misunderstand_are_errors() -> None:
