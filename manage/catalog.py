@@ -12,8 +12,9 @@ from ..store import catalog
 from ..store.artifact import FILE_PROVENANCE, RUN_PROVENANCE, provenance_at
 from ..store.cache import cached
 from ..store.catalog import Artifact
+from ..store.content_id import data_content_id
 from ..store.lock import is_held
-from ..store.manifest import Provenance, data_content_id, open_manifest
+from ..store.manifest import Provenance, open_manifest
 
 
 def list_artifacts(kind: str | None, as_json: bool) -> None:

@@ -1,14 +1,13 @@
-"""Manifests: the Parquet files that every command reads and writes. Column names and types are declared here, once."""
+"""Manifests: the Parquet files that every command reads and writes, with their columns and their provenance."""
 
 import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from io import BufferedWriter, FileIO
+from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
+from .content_id import HashingFile, foreign_content_id
 from .files import replacing
 from .renamed import COLUMNS, FIGURES, PARAMETERS, with_present_names, with_present_settings
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 FORMAT_VERSION = 1
 PROVENANCE_KEY = "dinov2_toolkit"  # schema metadata: the Provenance as JSON, known before the first row
@@ -197,7 +194,7 @@ class Manifest:
 
 
 def _within(rows: Rows | None, start: int, stop: int) -> Rows:
-    """Return those of `rows`, of all by default, that lie in start..stop."""
+    """Return the rows from start up to stop: those of `rows`, or all."""
     if rows is None:
         return np.arange(start, stop)
     first, last = np.searchsorted(rows, [start, stop])
@@ -283,52 +280,11 @@ def provenance_from(values: dict[str, Any], path: Path) -> Provenance:
     return Provenance(**{**known, "inputs": inputs, "base": base})
 
 
-def foreign_content_id(path: Path) -> str:
-    """Return a cheap content id for a Parquet file of other origin: size, footer and 64 samples of 64 KiB."""
-    digest = hashlib.blake2b(digest_size=16)
-    size = path.stat().st_size
-    digest.update(str(size).encode())
-    with path.open("rb") as file:
-        for position in sorted({size * part // 64 for part in range(64)} | {data_bytes(path)}):
-            file.seek(position)
-            digest.update(file.read(65_536))
-    return digest.hexdigest()
-
-
-def data_bytes(path: Path) -> int:
-    """Return how many bytes of a Parquet file stand before its footer."""
-    footer_bytes: int = pq.read_metadata(path).serialized_size
-    return path.stat().st_size - 8 - footer_bytes  # behind it stand its length and a mark, 4 bytes each
-
-
-def data_content_id(path: Path) -> str:
-    """Read a file that a step wrote and return its content id: BLAKE2b-128 of everything before the footer."""
-    digest = hashlib.blake2b(digest_size=16)
-    left = data_bytes(path)
-    with path.open("rb") as file:
-        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.hexdigest()
-
-
-class _HashingFile(BufferedWriter):
-    """A file that hashes what is written to it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(FileIO(path, "w"))
-        self.digest = hashlib.blake2b(digest_size=16)
-
-    def write(self, data: "ReadableBuffer") -> int:
-        self.digest.update(data)
-        return super().write(data)
-
-
 class ManifestWriter:
-    """Writes a manifest beside its place and renames it there when all went well.
+    """Writes a manifest, as a context manager.
 
-    Use as a context manager: after the block, `provenance.content_id` is set and the file stands; after an
-    exception the old file, if any, stands as it was.
+    After the block, `provenance.content_id` is set and the file stands; after an exception the old file, if any, stands
+    as it was.
     """
 
     def __init__(self, path: Path, fields: list[pa.Field], provenance: Provenance) -> None:
@@ -345,10 +301,8 @@ class ManifestWriter:
         self._writer = self._writing.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writing.__exit__(kind, problem, trace)
+    def __exit__(self, *problem: Any) -> None:  # as contextlib has it
+        self._writing.__exit__(*problem)
 
     @contextmanager
     def _open(self) -> Iterator[pq.ParquetWriter]:
@@ -359,7 +313,7 @@ class ManifestWriter:
             "use_dictionary": [leaf for leaf in leaves if leaf not in plain],
             "compression": {leaf: "NONE" if leaf in plain else "ZSTD" for leaf in leaves},
         }
-        with replacing(self.path) as temporary, _HashingFile(temporary) as file:
+        with replacing(self.path) as temporary, HashingFile(temporary) as file:
             with pq.ParquetWriter(pa.PythonFile(file, mode="w"), self.schema, **how) as writer:
                 yield writer
                 if len(self._waiting):
@@ -395,8 +349,6 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
 
 def toolkit_version() -> str:
     """Return the installed version of the toolkit."""
-    from importlib.metadata import version
-
     return version("dinov2-toolkit")
 
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.store.content_id import data_content_id
 from dinov2_toolkit.store.manifest import (
     IMAGE_FIELDS,
     PROVENANCE_KEY,
@@ -16,7 +17,6 @@ from dinov2_toolkit.store.manifest import (
     ManifestWriter,
     Provenance,
     Source,
-    data_content_id,
     embedding_field,
     open_manifest,
     removed_path,
