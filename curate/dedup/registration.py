@@ -160,15 +160,11 @@ def _residual_of_contents(one: Thumbnails, other: Thumbnails) -> Tensor:
 
 def _map_between_wholes(fixed: Tensor, moving: Tensor) -> Tensor:
     """Return the maps by which the whole images coincide, from bounds of contents (B, 4)."""
-    rows = []
-    for axis in (0, 1):
-        (first, last), (other_first, other_last) = (each[:, 2 * axis : 2 * axis + 2].T for each in (fixed, moving))
-        half = (other_last - other_first) / 2
-        row = torch.zeros(len(fixed), 3, device=fixed.device)
-        row[:, axis] = (last - first) / 2 / half
-        row[:, 2] = ((first + last) / 2 - (other_first + other_last) / 2) / half
-        rows.append(row)
-    return torch.stack(rows, dim=1)
+    (first, last), (other_first, other_last) = ((each[:, ::2], each[:, 1::2]) for each in (fixed, moving))
+    half = (other_last - other_first) / 2  # (B, 2), across and down
+    scale = (last - first) / 2 / half
+    shift = ((first + last) / 2 - (other_first + other_last) / 2) / half
+    return torch.cat([torch.diag_embed(scale), shift[..., None]], dim=2)
 
 
 def _pixel_grid(side: int, device: torch.device) -> Tensor:

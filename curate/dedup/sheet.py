@@ -47,16 +47,12 @@ def shown_groups(selection: Manifest) -> dict[int, tuple[str, str | None]]:
         found = connection.execute(
             """
             with groups as (
-                select *, row_number() over (order by duplicates desc, group_id) as by_size
+                select *, row_number() over (order by duplicates desc, group_id) as by_size, by_size <= $num as is_large
                 from rows where duplicates > 0
-            ), ranked as (
-                select *, by_size <= $num as is_large,
-                    row_number() over (order by by_size <= $num, min_similarity_to_kept, group_id) as by_similarity
-                from groups
             )
-            select if(is_large, 'large', 'loose'), uri, group_id, min_similarity_to_kept, duplicates + 1 from ranked
-            where is_large or by_similarity <= $num
-            order by not is_large, if(is_large, by_size, by_similarity)
+            select if(is_large, 'large', 'loose'), uri, group_id, min_similarity_to_kept, duplicates + 1 from groups
+            qualify is_large or row_number() over (order by is_large, min_similarity_to_kept, group_id) <= $num
+            order by not is_large, if(is_large, by_size, 0), min_similarity_to_kept, group_id
             """,
             {"num": GROUPS},
         ).fetchall()

@@ -32,7 +32,7 @@ CONTENT = slice(MARGIN_PX, MARGIN_PX + CONTENT_PX)
 BLURRED_PX = 1  # at the border of an image that are left out, for they blur into what was put around it
 
 READ_BATCH = 64
-UNKNOWN, UNREADABLE = -2, -1  # instead of a record's number
+UNKNOWN, UNREADABLE = -2, -1  # mark images that were not read yet, and those that cannot be
 
 
 class Thumbnails(NamedTuple):

@@ -34,7 +34,7 @@ LIMIT_STEP = 2**0.125  # by which the limit is lowered
 MAX_LOST = 0.02  # chosen: share of the images that may be lost by chance; of a crowded pool more would be
 SAMPLE_ROWS = 2_000  # images by whose neighbours it is judged how crowded a pool is
 BATCH = {"cpu": 64, "cuda": 2_048}  # pairs registered at a time
-UNREADABLE = -1.0  # instead of a residual
+UNREADABLE = -1.0  # marks a pair with an image that cannot be read
 
 
 @dataclass(frozen=True)
