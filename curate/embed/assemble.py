@@ -19,7 +19,7 @@ from ...store.vectors import Int64
 from .filters import is_filtered
 from .listing import OUTPUT_COLUMNS
 from .parts import finished_parts, forget_work, read_arrow
-from .plan import settled, versions_path
+from .plan import match_listing, versions_path
 
 OPEN_GROUPS = 2  # chosen: row groups of the earlier manifest that are kept decoded
 
@@ -43,7 +43,7 @@ def assemble(
         ManifestWriter(output, fields, wanted) as embedded,
         ManifestWriter(removed_path(output), list(REMOVED_FIELDS), replace(wanted, kind="removed")) as removed,
     ):
-        for entries in settled(folder, earlier):
+        for entries in match_listing(folder, earlier):
             num_entries += len(entries)
             is_kept = pc.is_null(entries.column("reason"))
             kept, gone = entries.filter(is_kept), entries.filter(pc.invert(is_kept))

@@ -35,7 +35,7 @@ from .parts import (
     read_arrow,
     work_folder,
 )
-from .plan import describe_work, earlier_manifest, recogniser, start_work, stopped_run
+from .plan import describe_work, earlier_manifest, load_unmatched, start_work, stopped_run
 from .settings import EmbedSettings as EmbedSettings
 from .settings import chosen_model, extracted, manifest_fields, wanted_provenance
 
@@ -59,7 +59,7 @@ def embed_images(arguments: list[str], output: str, settings: EmbedSettings, opt
     try:
         if group.is_first:
             with nullcontext() if options.dry_run else locked(folder, path):
-                return _lead(arguments, output, folder, settings, options, group)
+                return _run_first(arguments, output, folder, settings, options, group)
         if group.decide(lambda: True):  # what the first process says
             _embed_share(folder, chosen_model(settings, options), settings, group)
             group.wait()
@@ -73,26 +73,26 @@ def embed_images(arguments: list[str], output: str, settings: EmbedSettings, opt
         ) from None
 
 
-def _lead(
+def _run_first(
     arguments: list[str], output: str, folder: Path, settings: EmbedSettings, options: Options, group: Group
 ) -> Result | None:
     """Run the command as the first process: list, plan, embed a share and assemble."""
     path = Path(output)
-    has_begun = False
+    has_started = False
 
     def work() -> Provenance:
-        nonlocal has_begun
+        nonlocal has_started
         num_new = start_work(folder, path, wanted, stopped, earlier)
         num_before = num_in_parts(folder)
-        has_begun = group.decide(lambda: True)
+        has_started = group.decide(lambda: True)
         _embed_share(folder, model, settings, group)
         group.wait()
-        num_done = num_in_parts(folder)
-        if num_done - num_before < len(read_arrow(folder / "todo.arrow")):
-            if num_done == 0:
+        num_kept = num_in_parts(folder)
+        if num_kept - num_before < len(read_arrow(folder / "todo.arrow")):
+            if num_kept == 0:
                 raise KeyboardInterrupt
             raise Stopped(
-                f"stopped: {num_done:,} of {num_new:,} images are embedded and kept; the same command resumes"
+                f"stopped: {num_kept:,} of {num_new:,} images are embedded and kept; the same command resumes"
             )
         fields = manifest_fields(model, settings, wanted.parameters["columns"])
         return assemble(folder, wanted, earlier, fields, path, settings.max_failed)
@@ -121,11 +121,11 @@ def _lead(
             update=earlier is not None or (stopped is not None and stopped.same_work(wanted)),
         )
     finally:
-        if not has_begun:
+        if not has_started:
             group.decide(lambda: False)
     if result is None:
         return None
-    if not has_begun:
+    if not has_started:
         forget_work(folder)
     images, removed, filtered = (int(str(result.figures.get(name, 0))) for name in ("images", "removed", "filtered"))
     check_failed(removed - filtered, images + removed, settings.max_failed, f"see {removed_path(path)}")
@@ -138,7 +138,7 @@ def _embed_share(folder: Path, model: FeatureModel, settings: EmbedSettings, gro
     assert begun is not None, "the first process has written it"
     num_entries, num_failed = len(read_arrow(folder / "listing.arrow")), 0
     schema = part_schema(manifest_fields(model, settings, []))
-    recognise = None if begun.base is None else recogniser(folder)
+    recognise = None if begun.base is None else load_unmatched(folder)
     waiting: deque[tuple[str, int]] = deque()  # uris and versions that were read, and are not embedded yet
 
     def uris() -> Iterator[str | None]:
@@ -156,7 +156,7 @@ def _embed_share(folder: Path, model: FeatureModel, settings: EmbedSettings, gro
     device = best_device()
     if device.type == "cuda" and len(todo):
         console.say(f"embedding in {str(precision(device)).removeprefix('torch.')} on {group.count} GPU(s)")
-    start, waited_s, num_settled = time.perf_counter(), 0.0, 0
+    start, waited_s, num_done = time.perf_counter(), 0.0, 0
     title = "embedding" if group.count == 1 else f"embedding, 1 of {group.count} processes"
     with (
         caught_signals("batch") as signals,
@@ -166,9 +166,9 @@ def _embed_share(folder: Path, model: FeatureModel, settings: EmbedSettings, gro
     ):
         for batch in batches:
             entries = [waiting.popleft() for _ in (*batch.indices, *batch.failures, *batch.known)]
-            table = part_rows(batch, num_settled, entries, schema, settings.dtype)
+            table = part_rows(batch, num_done, entries, schema, settings.dtype)
             parts.add(table)
-            num_settled += len(entries)
+            num_done += len(entries)
 
             reasons = zip(table.column("uri").to_pylist(), table.column("reason").to_pylist(), strict=True)
             if failed := [f"{uri}: {reason}" for uri, reason in reasons if reason and not is_filtered(reason)]:

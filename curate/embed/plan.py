@@ -83,7 +83,7 @@ def start_work(
         )
     num_new = num_left = num_reused = 0
     with pa.ipc.new_file(str(folder / "todo.arrow"), TODO_SCHEMA) as writer:
-        for entries in settled(folder, earlier):
+        for entries in match_listing(folder, earlier):
             row, is_read = entries.column("row"), entries.column("is_read").to_numpy()
             is_left = np.array(row.is_null()) & np.array(entries.column("reason").is_null())
             position = num_new - 1 + np.cumsum(is_read | is_left)
@@ -105,7 +105,7 @@ def versions_path(manifest: Source) -> Path:
     return cache_folder() / f"{cache_key(manifest)}-versions.npy"
 
 
-def settled(folder: Path, earlier: Manifest | None) -> Iterator[pa.Table]:
+def match_listing(folder: Path, earlier: Manifest | None) -> Iterator[pa.Table]:
     """Yield the listing in order, a little at a time, with the `row` that each entry has; null where it has none.
 
     The `reason` is what the listing or a part says; `is_read` tells that a part has the entry.
@@ -133,7 +133,10 @@ def settled(folder: Path, earlier: Manifest | None) -> Iterator[pa.Table]:
 
 
 def write_unmatched(folder: Path, earlier: Manifest) -> int:
-    """Write image_id and row of what an earlier manifest has beyond the listing; return how many uris are gone."""
+    """Write image_id and row of what an earlier manifest has beyond the listing; return how many uris are gone.
+
+    These images were moved, changed or removed.
+    """
     num_gone = 0
     with _joined(folder, earlier) as connection:
         unmatched = connection.sql(
@@ -150,8 +153,8 @@ def write_unmatched(folder: Path, earlier: Manifest) -> int:
     return num_gone
 
 
-def recogniser(folder: Path) -> Callable[[str], int | None]:
-    """Return what finds the row of an image by its image_id, in what `write_unmatched` wrote."""
+def load_unmatched(folder: Path) -> Callable[[str], int | None]:
+    """Return a function that finds the earlier row of an image_id, in what `write_unmatched` wrote."""
     ids, rows, _ = read_arrow(folder / "unmatched.arrow").columns
 
     def find(image_id: str) -> int | None:

@@ -332,6 +332,53 @@ def test_images_that_come_while_it_is_stopped_cost_only_themselves(
     assert sum(seen) <= NUM_IMAGES + 1 + 8
 
 
+def test_rows_of_a_manifest_are_resumed_and_later_recognised_by_their_bytes(
+    photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris = [str(path) for path in sorted(photos.rglob("*.png"))]
+    pq.write_table(pa.table({"uri": uris}), "list.parquet")
+    monkeypatch.setenv("STOP_AFTER", "4")
+    with pytest.raises(Stopped):
+        embedded(["list.parquet"], settings)
+    monkeypatch.delenv("STOP_AFTER")
+    embedded(["list.parquet"], settings)
+    assert NUM_IMAGES <= sum(seen) <= NUM_IMAGES + 8
+    before = rows()
+    seen.clear()
+    draw(photos / "cat" / "00.png", 500)
+    pq.write_table(pa.table({"uri": uris[::-1]}), "list.parquet")
+    embedded(["list.parquet"], settings)
+    assert sum(seen) == 1
+    changed = str(photos / "cat" / "00.png")
+    after = [row for row in rows()[::-1] if row["uri"] != changed]
+    assert after == [row for row in before if row["uri"] != changed]
+
+
+def test_a_file_that_is_listed_twice_has_two_equal_rows(
+    photos: Path, settings: EmbedSettings, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOP_AFTER", "2")
+    with pytest.raises(Stopped):
+        embedded(["photos", "photos/dog"], EmbedSettings(str(settings.model), labels="none"))
+    monkeypatch.delenv("STOP_AFTER")
+    embedded(["photos", "photos/dog"], EmbedSettings(str(settings.model), labels="none"))
+    table = rows()
+    dogs = [row for row in table[:NUM_IMAGES] if "/dog/" in str(row["uri"])]
+    assert table[NUM_IMAGES:] == dogs and len(dogs) == NUM_IMAGES // 2
+
+
+def test_parts_of_an_older_version_are_discarded_with_a_message(
+    photos: Path, settings: EmbedSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = work_folder(Path("pool.parquet"))
+    folder.mkdir(parents=True)
+    (folder / "work.json").write_text("{}")
+    parts.write_part(folder / "part-000000000000-000000000008.arrow", pa.table({"number": range(8)}))
+    embedded(["photos"], settings)
+    assert "discarding 8 images that a stopped run embedded" in " ".join(capsys.readouterr().err.split())
+    assert len(rows()) == NUM_IMAGES and not folder.exists()
+
+
 def test_an_update_that_would_drop_most_images_is_refused(photos: Path, settings: EmbedSettings) -> None:
     embedded(["photos"], settings)
     written = files()
