@@ -4,7 +4,6 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,8 @@ from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.extract import extract
 from dinov2_toolkit.features.extract.extract import FeatureModel, pixels_model
-from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, crop_picture, normalise
-from dinov2_toolkit.models.saved import save_model
-from dinov2_toolkit.models.vit import Features, VisionTransformer
+from dinov2_toolkit.models.preprocess import Preprocess, crop_picture, normalise
+from dinov2_toolkit.models.vit import Features
 from dinov2_toolkit.store import catalog, manifest
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.images import decode, image_id
@@ -31,20 +29,6 @@ from dinov2_toolkit.store.manifest import open_manifest
 from dinov2_toolkit.store.vectors import open_vectors
 
 PIXELS = EmbedSettings(model="pixels", batch_size=8, num_workers=2)
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """Leave the cores to the decoding threads: models this small gain nothing by more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -69,16 +53,6 @@ def source(tmp_path: Path) -> Path:
 def rows(path: str) -> list[dict[str, object]]:
     listed: list[dict[str, object]] = pq.read_table(path).to_pylist()
     return listed
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder that holds a small backbone with random weights."""
-    torch.manual_seed(0)
-    backbone = VisionTransformer(patch_size=7, embed_dim=24, depth=2, num_heads=3, img_size=28, layer_scale=1.0)
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    save_model(folder, backbone=backbone, heads={}, preprocess=Preprocess(28, 1.0, IMAGENET_MEAN, IMAGENET_STD))
-    return folder
 
 
 def test_every_entry_is_a_row_or_a_removed_row_with_its_reason(source: Path) -> None:

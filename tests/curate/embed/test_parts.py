@@ -6,14 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,9 +21,6 @@ from dinov2_toolkit.curate.embed.filters import Filters
 from dinov2_toolkit.curate.embed.parts import finished_parts, read_arrow, work_folder
 from dinov2_toolkit.errors import Stopped, ToolkitError
 from dinov2_toolkit.features.extract import extract
-from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from dinov2_toolkit.models.saved import save_model
-from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.cache import cache_folder
 
@@ -34,16 +29,7 @@ FILES = ("pool.parquet", "pool.removed.parquet")
 
 
 @pytest.fixture(autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embed, "BLOCK_ENTRIES", 20)
 
 
@@ -61,15 +47,6 @@ def photos(tmp_path: Path) -> Path:
         draw(folder / ("cat", "dog")[number % 2] / f"{number:02}.png", number)
     for number in range(NUM_BROKEN):
         (folder / "cat" / f"{number}x.png").write_text("no image")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    backbone = VisionTransformer(patch_size=7, embed_dim=24, depth=2, num_heads=3, img_size=28, layer_scale=1.0)
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    save_model(folder, backbone=backbone, heads={}, preprocess=Preprocess(28, 1.0, IMAGENET_MEAN, IMAGENET_STD))
     return folder
 
 
