@@ -40,8 +40,8 @@ class ViewSettings:
     solarize: tuple[float, ...]
     flip: float = 0.5
     jitter: float = 0.8
-    strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # of JITTERS
-    gray: float = 0.2
+    jitter_strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # of JITTERS
+    grayscale: float = 0.2
     blur_sigma_px: tuple[float, float] = (0.1, 2.0)
     mean: tuple[float, ...] = IMAGENET_MEAN  # a number a channel, of values in [0, 1], by which crops are normalised
     std: tuple[float, ...] = IMAGENET_STD
@@ -79,8 +79,8 @@ def draw_crops(
     numbers = counter_rng.uniform(seed, purpose, samples, num_views * slots)
     numbers = numbers.reshape(len(samples), num_views, slots).transpose(2, 1, 0)  # (B, V * slots) -> (slots, V, B)
     box, place, factors, keys, rest = np.split(numbers, np.cumsum([2 * CROP_ATTEMPTS, 2, 4, 4]))
-    low = np.array([max(0.0, 1 - s) for s in view.strength[:3]] + [-view.strength[3]])
-    high = np.array([1 + s for s in view.strength[:3]] + [view.strength[3]])
+    neutral, strength = np.array([1.0, 1.0, 1.0, 0.0]), np.array(view.jitter_strength)
+    low, high = np.maximum(neutral - strength, [0.0, 0.0, 0.0, -np.inf]), neutral + strength
     flip, jitter, gray, blur, sigma, solarize, _ = rest
     lowest_sigma, highest_sigma = view.blur_sigma_px
     return Crops(
@@ -90,7 +90,7 @@ def draw_crops(
         jitter=jitter < view.jitter,
         factors=low + factors.transpose(1, 2, 0) * (high - low),
         order=keys.transpose(1, 2, 0).argsort(axis=-1),
-        gray=gray < view.gray,
+        gray=gray < view.grayscale,
         blur_sigma_px=np.where(
             blur < np.array(view.blur)[:, None], lowest_sigma + sigma * (highest_sigma - lowest_sigma), 0.0
         ),

@@ -37,18 +37,15 @@ def preprocess_of(config: TrainConfig) -> Preprocess:
 def view_settings(config: TrainConfig) -> tuple[ViewSettings, ViewSettings | None]:
     """Return how the two global views are drawn, and how the local ones are, if there are any."""
     preprocess = preprocess_of(config)
+    shared = ("flip", "jitter", "jitter_strength", "grayscale", "blur_sigma_px")
     global_views = ViewSettings(
         size_px=config.global_crop_size_px,
         scale=config.global_crop_scale,
         blur=config.blur[:2],
         solarize=config.solarize[:2],
-        flip=config.flip,
-        jitter=config.jitter,
-        strength=config.jitter_strength,
-        gray=config.grayscale,
-        blur_sigma_px=config.blur_sigma_px,
         mean=preprocess.mean,
         std=preprocess.std,
+        **{name: getattr(config, name) for name in shared},
     )
     if not config.num_local_crops:
         return global_views, None
