@@ -94,10 +94,12 @@ def selected(pool: EmbeddedImages, indices: Int64) -> Selection:
     return Selection(((pool, indices),), np.arange(len(indices)), {})
 
 
-def write_table(path: Path, rows: Selection, provenance: Provenance, figures: dict[str, object]) -> Provenance:
+def write_table(
+    path: Path, rows: Selection | pa.Table, provenance: Provenance, figures: dict[str, object]
+) -> Provenance:
     """Write a manifest and return its provenance, now with content id and figures."""
     with ManifestWriter(path, list(rows.schema), provenance) as writer:
-        for table in rows.batches():
+        for table in rows.batches() if isinstance(rows, Selection) else [rows]:
             writer.write(table)
         writer.set_figures(**figures)
     return writer.provenance
