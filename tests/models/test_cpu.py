@@ -46,7 +46,7 @@ def test_products_and_gradients_are_those_of_double_precision(shape: tuple[int, 
         torch.testing.assert_close(tensor.grad.double(), exact_tensor.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_only_gradients_that_are_asked_for_are_made() -> None:
+def test_only_required_gradients_are_computed() -> None:
     rows, weight, bias = inputs((7,), has_bias=True)
     output = linear(rows.detach(), weight, bias.detach())
     torch.autograd.backward(output.sum())
@@ -54,7 +54,7 @@ def test_only_gradients_that_are_asked_for_are_made() -> None:
     torch.testing.assert_close(weight.grad, rows.detach().sum(0).expand(20, -1))
 
 
-def test_other_kinds_of_numbers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_dtypes_and_devices_take_torchs_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     double = inputs((7,), has_bias=True, dtype=torch.float64)
     assert torch.equal(linear(*double), F.linear(*double))
     single = inputs((7,), has_bias=True)
@@ -66,7 +66,7 @@ def test_other_kinds_of_numbers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> N
     assert not is_ours(linear(*single))
 
 
-def test_exported_it_is_torchs() -> None:
+def test_an_export_has_torchs_layer() -> None:
     class Layer(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -104,7 +104,7 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def test_both_run_at_once_on_half_of_the_cores_in_the_callers_modes() -> None:
+def test_both_threads_have_half_of_the_cores_and_the_callers_modes() -> None:
     barrier = threading.Barrier(2, timeout=60)
 
     def seen(number: int) -> tuple[int, int, bool, torch.dtype]:
@@ -126,11 +126,11 @@ def test_both_run_at_once_on_half_of_the_cores_in_the_callers_modes() -> None:
         torch.set_num_threads(before)
 
 
-def test_a_single_row_is_no_two_halves() -> None:
+def test_a_single_row_is_not_split() -> None:
     assert in_halves(lambda rows: (rows + 1, rows + 2), torch.zeros(1)) == (torch.ones(1), torch.full((1,), 2.0))
 
 
-def test_what_goes_wrong_in_a_half_is_raised(num_threads: int) -> None:
+def test_an_error_in_one_thread_is_raised(num_threads: int) -> None:
     def fail(number: int) -> int:
         if number == 2:
             raise ValueError("the second")
@@ -141,7 +141,7 @@ def test_what_goes_wrong_in_a_half_is_raised(num_threads: int) -> None:
     assert torch.get_num_threads() == num_threads
 
 
-def test_steps_go_by_halves_on_a_cpu_alone() -> None:
+def test_only_a_cpu_runs_halves() -> None:
     assert runs_in_halves(torch.device("cpu"))
     assert not runs_in_halves(torch.device("meta"))
 
@@ -177,7 +177,7 @@ print(faults() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks to glibc")
-def test_what_was_kept_is_given_back_when_asked_for() -> None:
+def test_kept_memory_is_given_back_when_asked_for() -> None:
     resident_mib_before_and_after = """
 import numpy, pathlib, torch
 from dinov2_toolkit.models.cpu import give_back_freed_memory, keep_freed_memory

@@ -145,7 +145,7 @@ def test_a_masked_patch_shows_its_position_and_not_its_pixels() -> None:
     assert_same(backbone.forward_features(repainted, masks), backbone.forward_features(images, masks))
 
 
-def test_registers_stand_behind_the_class_token_without_a_position() -> None:
+def test_registers_follow_the_class_token_and_have_no_position() -> None:
     backbone = tiny_vit()
     embedded = backbone.embed(torch.randn(2, 3, 16, 16), None)
     assert backbone.register_tokens is not None
@@ -250,7 +250,7 @@ def cubic_weights(position: float) -> list[tuple[int, float]]:
     return [(p, kernel(position - p)) for p in range(start, start + 4)]
 
 
-def test_any_number_of_channels_goes_in() -> None:
+def test_images_may_have_any_number_of_channels() -> None:
     assert tiny_vit(in_chans=5).forward_features(torch.randn(1, 5, 8, 8)).cls_token.shape == (1, 24)
 
 
@@ -259,7 +259,7 @@ def test_a_loaded_half_precision_model_stays_half() -> None:
     assert features.cls_token.dtype == torch.bfloat16
 
 
-def test_what_does_not_fit_is_said_in_one_line() -> None:
+def test_sizes_that_do_not_fit_are_one_line_errors() -> None:
     backbone = tiny_vit()
     cases: list[tuple[Tensor, str]] = [
         (torch.randn(1, 3, 10, 16), "10 x 16 pixels are not a multiple of the patch size 4"),

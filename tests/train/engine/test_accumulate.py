@@ -104,7 +104,7 @@ def test_out_of_memory_halves_the_images_at_a_time_and_changes_nothing_else(
         gradients(SmallMemory(model, 1, backward=backward), step, 0)
 
 
-def test_half_as_many_images_leave_no_part_too_small() -> None:
+def test_half_as_many_images_leave_no_micro_batch_too_small() -> None:
     assert halved(8, 8, 2) == 4
     assert halved(9, 9, 2) == 3  # 4 would leave one
     assert halved(9, 9, 1) == 4
@@ -122,7 +122,7 @@ def test_a_run_that_is_out_of_memory_is_the_run_with_that_micro_batch(
         Image.fromarray(generator.integers(0, 256, (14, 14, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
     uris = [str(tmp_path / f"{number}.png") for number in range(8)]
     pq.write_table(pa.table({"uri": uris}), tmp_path / "images.parquet")
-    pretrain(tmp_path / "images.parquet", str(tmp_path / "told"), settings("micro_batch_size=4"), Options())
+    pretrain(tmp_path / "images.parquet", str(tmp_path / "given"), settings("micro_batch_size=4"), Options())
     whole = SSLModel.forward
 
     def small(model: SSLModel, part: MicroBatch) -> dict[str, Tensor]:
@@ -132,11 +132,11 @@ def test_a_run_that_is_out_of_memory_is_the_run_with_that_micro_batch(
 
     monkeypatch.setattr(SSLModel, "forward", small)
     pretrain(tmp_path / "images.parquet", str(tmp_path / "found"), settings(), Options())
-    told, found = (read_metrics(tmp_path / name) for name in ("told", "found"))
+    given, found = (read_metrics(tmp_path / name) for name in ("given", "found"))
     assert [line["micro_batch_size"] for line in found] == [4, 4]
-    assert [line["total"] for line in found] == [line["total"] for line in told]
-    told_weights, found_weights = (load_file(tmp_path / name / "teacher.safetensors") for name in ("told", "found"))
-    assert all(torch.equal(value, found_weights[name]) for name, value in told_weights.items())
+    assert [line["total"] for line in found] == [line["total"] for line in given]
+    given_weights, found_weights = (load_file(tmp_path / name / "teacher.safetensors") for name in ("given", "found"))
+    assert all(torch.equal(value, found_weights[name]) for name, value in given_weights.items())
 
 
 def test_a_micro_batch_that_leaves_one_image_for_koleo_is_an_error(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_loaded_checkpoint_goes_on_exactly_as_the_run_would_have(tmp_path: Path) -> None:
+def test_a_loaded_checkpoint_continues_exactly_as_the_run_would_have(tmp_path: Path) -> None:
     model = small_model(0).train()
     optimizer = build_optimizer(model.student)
     one_step(model, optimizer, 1)
@@ -61,7 +61,7 @@ def test_a_loaded_checkpoint_goes_on_exactly_as_the_run_would_have(tmp_path: Pat
     assert equal(other.state_dict(), model.state_dict())
 
 
-def test_the_frozen_model_of_a_distillation_is_not_saved(tmp_path: Path) -> None:
+def test_the_frozen_teacher_of_a_distillation_is_not_saved(tmp_path: Path) -> None:
     backbone = VisionTransformer(patch_size=4, embed_dim=8, depth=1, num_heads=2, img_size=8)
     model = DistillModel(backbone, FrozenTeacher(dict(small_model(0).teacher.items())))
     optimizer = build_optimizer(model.student)

@@ -80,7 +80,7 @@ def manifest(tmp_path: Path) -> Path:
     return tmp_path / "images.parquet"
 
 
-def test_only_settings_of_accelerate_that_are_followed_are_taken() -> None:
+def test_unsupported_settings_of_accelerate_are_refused() -> None:
     assert sharding({}) is None and sharding({"ACCELERATE_USE_FSDP": "false"}) is None
     wrap = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}
     assert sharding(FSDP2 | wrap) is not None
@@ -97,7 +97,7 @@ def test_only_settings_of_accelerate_that_are_followed_are_taken() -> None:
             sharding(FSDP2 | unfit)
 
 
-def test_shards_for_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharding_over_one_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in FSDP2.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ToolkitError, match="FSDP is asked for with one process alone; start several"):
@@ -132,7 +132,7 @@ MODELS: dict[str, Callable[[], TrainedModel]] = {
 }
 
 
-def test_two_processes_in_shards_train_as_two_that_each_hold_all(tmp_path: Path) -> None:
+def test_two_sharded_processes_train_as_two_unsharded_ones(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # not used: they meet by a file
     processes = [
@@ -245,7 +245,7 @@ def assert_equal_runs(first: Path, second: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_in_shards_is_the_run_of_whole_models_and_leaves_the_same_files(manifest: Path) -> None:
+def test_a_sharded_run_equals_an_unsharded_one_and_leaves_the_same_files(manifest: Path) -> None:
     images = str(manifest.parent / "images")
     watch = ["--eval-train", images, "--eval-test", images]
     whole = trained(manifest, "whole", shards=False, more=watch)
@@ -257,9 +257,7 @@ def test_a_run_in_shards_is_the_run_of_whole_models_and_leaves_the_same_files(ma
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first_in_shards", [False, True])
-def test_a_checkpoint_made_in_shards_goes_on_without_and_the_other_way_round(
-    manifest: Path, first_in_shards: bool
-) -> None:
+def test_a_sharded_checkpoint_resumes_unsharded_and_the_other_way_round(manifest: Path, first_in_shards: bool) -> None:
     whole = trained(manifest, "whole", shards=False)
     half = trained(manifest, "half", shards=first_in_shards)
     for later in ("model.json", "teacher.safetensors"):
@@ -270,7 +268,7 @@ def test_a_checkpoint_made_in_shards_goes_on_without_and_the_other_way_round(
 
 
 @pytest.mark.slow
-def test_shards_in_micro_batches_and_views_and_kept_gathered_train_as_whole_models_do(
+def test_micro_batches_sequential_views_and_kept_weights_train_the_same_sharded(
     manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = ["sequential_views=true", "micro_batch_size=2", "activation_checkpointing=full"]
@@ -280,7 +278,7 @@ def test_shards_in_micro_batches_and_views_and_kept_gathered_train_as_whole_mode
 
 
 @pytest.mark.slow
-def test_shards_in_bfloat16_train_as_whole_models_do(manifest: Path) -> None:
+def test_bfloat16_trains_the_same_sharded(manifest: Path) -> None:
     whole = trained(manifest, "whole", "mixed_precision=bf16", shards=False)
     shards = trained(manifest, "shards", "mixed_precision=bf16", shards=True)
     for mine, theirs in zip(read_metrics(whole), read_metrics(shards), strict=True):
@@ -291,7 +289,7 @@ def test_shards_in_bfloat16_train_as_whole_models_do(manifest: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_settings_file_of_the_documentation_starts_a_run_in_shards(manifest: Path) -> None:
+def test_the_settings_file_of_the_documentation_starts_a_sharded_run(manifest: Path) -> None:
     page = (Path(dinov2_toolkit.__path__[0]) / "docs" / "gpus.md").read_text()
     file = manifest.parent / "fsdp.yaml"
     file.write_text(page.split("```yaml\n")[1].split("```")[0].replace("num_processes: 8", "num_processes: 2"))

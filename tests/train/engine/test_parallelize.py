@@ -54,7 +54,7 @@ def test_compiled_blocks_have_the_losses_gradients_and_names_of_others(checkpoin
     assert list(model.state_dict()) == names
 
 
-def test_every_block_but_the_last_is_compiled_where_the_settings_say_so() -> None:
+def test_compile_compiles_every_block_but_the_last() -> None:
     for wanted in (False, True):
         model = small_model()
         prepare(model, TrainConfig(mixed_precision="no", compile=wanted), Accelerator(cpu=True))
@@ -98,7 +98,7 @@ def test_compiled_students_have_the_losses_of_others() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_compiling_is_no_part_of_what_a_run_is() -> None:
+def test_compile_is_not_among_the_parameters_of_a_run() -> None:
     assert "compile" in COST_KEYS and not TrainConfig().compile
 
 

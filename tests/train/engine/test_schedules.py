@@ -40,7 +40,7 @@ def test_weight_decay_and_momentum_rise_from_the_first_step() -> None:
     assert warmup_then_cosine(50, base=0.992, final=1.0, num_steps=100) == pytest.approx(0.996)
 
 
-def test_the_last_layer_waits() -> None:
+def test_the_last_layer_is_frozen_for_the_first_steps() -> None:
     assert [last_layer_lr(step, 0.1, freeze_steps=2) for step in range(4)] == [0.0, 0.0, 0.1, 0.1]
 
 

@@ -70,7 +70,7 @@ def test_flop_of_a_step_are_those_that_torch_counts(ffn: str, monkeypatch: pytes
     "change",
     [*(f"activation_checkpointing={kind}" for kind in get_args(ActivationCheckpointing)), "drop_path=0.25"],
 )
-def test_what_a_block_keeps_is_what_autograd_saves(change: str) -> None:
+def test_estimated_activations_of_a_block_are_those_that_autograd_saves(change: str) -> None:
     def saved_bytes(depth: int) -> int:
         model = build_model(settings(change, f"depth={depth}")).train()
         step = step_of(model)
@@ -109,7 +109,7 @@ def test_what_a_block_keeps_is_what_autograd_saves(change: str) -> None:
     assert (estimated_bytes(6) - estimated_bytes(4)) / 2 == pytest.approx(wanted, rel=0.07)
 
 
-def test_memory_grows_with_batch_and_shrinks_with_parts() -> None:
+def test_memory_grows_with_the_batch_and_shrinks_with_micro_batches() -> None:
     def memory(*changes: str) -> float:
         config = settings("batch_size=32", *changes)
         with torch.device("meta"):

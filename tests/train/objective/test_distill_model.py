@@ -85,9 +85,9 @@ def test_a_step_is_the_sum_over_all_pairs_and_all_patches(separate: bool) -> Non
     student, student_backbone = model.student, model.student["backbone"]
     assert isinstance(student_backbone, VisionTransformer)
     patch_head = "ibot_head" if separate else "dino_head"
-    taught = frozen["backbone"].forward_features(global_crops)  # type: ignore[operator]
-    cls_probs = slow_sinkhorn(frozen["dino_head"](taught.cls_token), 0.05)
-    patch_probs = slow_sinkhorn(frozen[patch_head](taught.patch_tokens.reshape(-1, 24)), 0.05)
+    features = frozen["backbone"].forward_features(global_crops)  # type: ignore[operator]
+    cls_probs = slow_sinkhorn(frozen["dino_head"](features.cls_token), 0.05)
+    patch_probs = slow_sinkhorn(frozen[patch_head](features.patch_tokens.reshape(-1, 24)), 0.05)
     features = student_backbone.forward_features(global_crops)
     views = [student["dino_head"](part) for part in features.cls_token.chunk(2)]
     local_tokens = student_backbone.forward_features(local_crops).cls_token
@@ -139,8 +139,8 @@ def test_a_teacher_of_another_patch_size_sees_the_crops_at_the_size_of_the_same_
     step = model.teacher_targets(crops, None, torch.zeros(4, 9, dtype=torch.bool), teacher_temp=0.05)
     smaller = torch.nn.functional.interpolate(crops, size=(12, 12), mode="bicubic", antialias=True)
     with torch.no_grad():
-        taught = frozen["backbone"].forward_features(smaller)  # type: ignore[operator]
-        logits = frozen["dino_head"](taught.patch_tokens.reshape(-1, 24))
+        features = frozen["backbone"].forward_features(smaller)  # type: ignore[operator]
+        logits = frozen["dino_head"](features.patch_tokens.reshape(-1, 24))
     torch.testing.assert_close(step.patch_targets, slow_sinkhorn(logits, 0.05), rtol=1e-4, atol=1e-6)
     assert torch.equal(step.global_crops, crops)
     assert model(step)["total"].isfinite()
@@ -158,7 +158,7 @@ def test_the_teacher_sees_pixels_normalised_by_its_own_numbers() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_teacher_kept_in_half_precision_answers_bit_for_bit_what_autocast_makes_of_it() -> None:
+def test_a_teacher_kept_in_half_precision_has_bit_for_bit_the_features_under_autocast() -> None:
     torch.manual_seed(0)
     parts = teacher(True)
     crops, masks = torch.randn(6, 3, 12, 12), torch.zeros(6, 9, dtype=torch.bool)
@@ -246,7 +246,7 @@ def test_a_teacher_without_heads_is_one_clear_line(manifest: Path, tmp_path: Pat
         build_distill_model(config, str(tmp_path / "released.pth"))
 
 
-def test_a_teacher_teaches_the_same_in_whatever_form_it_comes(tmp_path: Path) -> None:
+def test_every_form_of_a_teacher_gives_the_same_targets(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vit = VisionTransformer(patch_size=4, embed_dim=64, depth=1, num_heads=1, img_size=12, layer_scale=1.0)
     heads = {"dino_head": ProjectionHead(64, 10, hidden_dim=16, bottleneck_dim=6)}

@@ -102,7 +102,7 @@ def test_a_step_is_the_sum_over_all_tokens_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(("by_view", "num_images"), [(True, 0), (True, 1), (False, 2)])
-def test_the_parts_of_a_step_add_up_to_it(by_view: bool, num_images: int) -> None:
+def test_micro_batches_add_up_to_the_step(by_view: bool, num_images: int) -> None:
     model, *crops_and_masks = model_and_crops(koleo_weight=0.0)
     step = model.teacher_targets(*crops_and_masks, teacher_temp=0.05)
     whole = model(step)

@@ -76,7 +76,7 @@ def test_each_student_is_bit_for_bit_what_it_is_alone(objective: str, manifest: 
         assert {name: row[name] for name in alike.keys() - measured if row[name] != alike[name]} == {}
 
 
-def test_the_teacher_answers_once_a_step(manifest: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teacher_runs_once_a_step(manifest: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     answer = FrozenTeacher.forward
 
@@ -89,7 +89,7 @@ def test_the_teacher_answers_once_a_step(manifest: Path, teacher: str, monkeypat
     assert calls == [8] * 4  # both global crops of 4 images, in each of 4 steps
 
 
-def test_each_students_folder_is_a_run_and_the_one_around_them_names_them(manifest: Path, teacher: str) -> None:
+def test_each_students_folder_is_a_run_and_the_outer_folder_names_them(manifest: Path, teacher: str) -> None:
     together = manifest.parent / "together"
     distill(manifest, str(together), settings(BOTH), Options(), teacher=teacher)
     found = {path.name for path in (together / "vit_tiny").iterdir()}
@@ -108,7 +108,7 @@ def test_each_students_folder_is_a_run_and_the_one_around_them_names_them(manife
     distill(manifest, str(together), settings(BOTH), Options(), teacher=teacher)  # up to date
 
 
-def test_all_go_on_together_from_one_checkpoint(manifest: Path, teacher: str) -> None:
+def test_all_students_resume_from_one_checkpoint(manifest: Path, teacher: str) -> None:
     whole, resumed = manifest.parent / "whole", manifest.parent / "resumed"
     for output in (whole, resumed):
         distill(manifest, str(output), settings(BOTH), Options(), teacher=teacher)
@@ -127,7 +127,7 @@ def test_a_student_named_twice_is_an_error() -> None:
         settings("vit_tiny,vit_tiny")
 
 
-def test_own_figures_leave_out_the_other_students_and_the_sum() -> None:
+def test_figures_of_one_student_leave_out_the_others_and_the_sum() -> None:
     figures = {
         "step": 3.0,
         "total": 9.0,

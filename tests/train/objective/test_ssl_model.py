@@ -82,10 +82,10 @@ def test_the_losses_are_those_of_a_slow_loop_over_crops_and_pairs(separate: bool
     teacher, student = plain_dict(model.teacher), plain_dict(model.student)
     with torch.no_grad():
         # One crop a pass; all class tokens, and all masked patches, are centered together.
-        taught = [teacher["backbone"].forward_features(crop[None]) for crop in global_crops]
-        cls_probs = sinkhorn_knopp(torch.cat([teacher["dino_head"](features.cls_token) for features in taught]), 0.06)
+        theirs = [teacher["backbone"].forward_features(crop[None]) for crop in global_crops]
+        cls_probs = sinkhorn_knopp(torch.cat([teacher["dino_head"](features.cls_token) for features in theirs]), 0.06)
         patch_probs = sinkhorn_knopp(
-            torch.cat([teacher[patch_head](f.patch_tokens[0, mask]) for f, mask in zip(taught, masks, strict=True)]),
+            torch.cat([teacher[patch_head](f.patch_tokens[0, mask]) for f, mask in zip(theirs, masks, strict=True)]),
             0.06,
         )
         seen = [
@@ -266,7 +266,7 @@ def in_halves(
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @pytest.mark.parametrize("num_locals", [0, 1, 3, NUM_LOCALS])
 @pytest.mark.parametrize("kind", ["shared head", "separate heads", "distilled"])
-def test_halves_at_once_add_up_to_the_packed_pass(kind: str, num_locals: int, num_threads: int) -> None:
+def test_halves_in_threads_add_up_to_the_packed_pass(kind: str, num_locals: int, num_threads: int) -> None:
     model = tiny_distill_model() if kind == "distilled" else tiny_model(separate=kind == "separate heads")
     whole, whole_gradients, _ = losses_and_gradients(model, num_locals, by_view=False)
     before = torch.get_num_threads()
@@ -294,7 +294,7 @@ def test_a_step_is_the_same_without_the_paths_for_a_cpu(monkeypatch: pytest.Monk
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_what_stochastic_depth_draws_in_halves_is_a_matter_of_the_seed_alone() -> None:
+def test_stochastic_depth_in_halves_depends_on_the_seed_alone() -> None:
     model = tiny_model(drop_path=0.5)
     (first, gradients), (again, same), (other, _) = (in_halves(model, NUM_LOCALS, seed) for seed in (3, 3, 4))
     assert all(torch.equal(again[name], value) for name, value in first.items())
@@ -325,7 +325,7 @@ def test_halves_have_a_view_each_and_share_the_local_crops() -> None:
 
 @pytest.mark.parametrize("by_view", [False, True])
 @pytest.mark.parametrize("num_images", [1, 3, NUM_IMAGES])
-def test_without_koleo_images_in_turn_add_up_too(num_images: int, by_view: bool) -> None:
+def test_without_koleo_micro_batches_of_images_add_up_too(num_images: int, by_view: bool) -> None:
     model = tiny_model(separate=True, koleo_weight=0.0)
     whole, whole_gradients, _ = losses_and_gradients(model, NUM_LOCALS, by_view=False)
     split, gradients, num_parts = losses_and_gradients(model, NUM_LOCALS, by_view=by_view, num_images=num_images)
