@@ -39,8 +39,6 @@ from .threshold import (
 PRECISIONS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)  # chosen: shown beside the precision asked for
 PAIRS = 3  # shown on either side of a threshold
 TILE_PX = 84
-BINS, BAR_CHARS = 24, 40  # lines of the histogram, and the length of its longest bar
-MOST_NINES = 7.0  # similarities above 1 - 1e-7 count as this: what float16 vectors can tell apart
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,8 @@ class Candidate:
 
     precision: float | None  # expected; None: not known
     threshold: float
+    above: int  # different images of the pool with a neighbour above it, about
+    by_chance: int  # of these
     removed: int  # images of the pool, about
 
 
@@ -123,8 +123,9 @@ def _calibrate(
     removed = removed_share(chance)
 
     def candidate(asked: float | None, threshold: float) -> Candidate:
-        share = float(np.interp(-threshold, -chance.thresholds, removed))
-        return Candidate(asked, threshold, num_identical + round(share * len(distinct)))
+        shares = (chance.observed / len(sample), chance.expected / len(sample), removed)
+        at = [float(np.interp(-threshold, -chance.thresholds, share)) * len(distinct) for share in shares]
+        return Candidate(asked, threshold, round(at[0]), round(at[1]), num_identical + round(at[2]))
 
     if k < min(FAR_NEIGHBOR, 3 * MIN_FAR_NEIGHBOR):
         console.warn(f"{len(distinct)} distinct images are too few to learn from; {FIXED_THRESHOLD} is a guess")
@@ -139,7 +140,6 @@ def _calibrate(
         console.say(f"the descriptor `copy` has a threshold of its own, {own}: a pool may raise it and not lower it")
         suggested = candidate(None, own)
         candidates = sorted([*candidates, suggested], key=lambda each: each.threshold)
-    _show_histogram(near.similarities[:, 0], chance, len(distinct) / len(sample))
     _show_candidates(candidates, suggested, len(images))
     console.say(
         f"from {len(sample):,} of {len(images):,} images; {num_identical:,} have exactly the vector of another and are"
@@ -185,50 +185,21 @@ def nearest_pairs(sample: Int64, found: Int64, similarity: Float64, num: int) ->
     return *np.divmod(pairs[order], num), similarity[once[order]]
 
 
-def histogram(nearest: Float64, chance: ChanceModel, num: int) -> tuple[Float64, Float64, Float64]:
-    """Return the edges (num + 1,) of even bins in `nines`, how many images are in each, and how many by chance.
-
-    Args:
-        nearest: (S,) similarity of every image to its nearest.
-    """
-    places = nines(nearest)
-    edges = np.linspace(float(np.floor(10 * places.min()) / 10), float(np.ceil(10 * places.max()) / 10) + 0.1, num + 1)
-    counts, _ = np.histogram(places, edges)
-    thresholds = nines(chance.thresholds)
-    above = np.interp(edges, thresholds[::-1], chance.expected[::-1])  # beyond the loosest it stays as it is
-    above[edges > thresholds[0]] = 0.0
-    return edges, counts.astype(np.float64), np.maximum(above[:-1] - above[1:], 0.0)
-
-
-def nines(similarities: Float64) -> Float64:
-    """Return -log10(1 - similarity): 1 is 0.9, 2 is 0.99 and so on, for near-duplicates differ in the last digits."""
-    place: Float64 = -np.log10(np.maximum(1 - similarities, 10**-MOST_NINES))
-    return place
-
-
-def _show_histogram(nearest: Float64, chance: ChanceModel, scale: float) -> None:
-    """Show the histogram on stderr; an image of the sample stands for `scale` images of the pool."""
-    edges, counts, by_chance = histogram(nearest, chance, BINS)
-    bars = np.round(BAR_CHARS * counts / max(counts.max(), 1)).astype(int)
-    rows = [
-        (f"{1 - 10**-edge:.7g}", f"{count * scale:,.0f}", f"{expected * scale:,.0f}", "█" * bar)
-        for edge, count, expected, bar in zip(edges, counts, by_chance, bars, strict=False)
-    ]
-    console.table("similarity to the nearest image", ("from", "images", "by chance", ""), rows)
-
-
 def _show_candidates(candidates: list[Candidate], suggested: Candidate, num_images: int) -> None:
     rows = [
         (
             "" if each.precision is None else f"{each.precision:g}",
             _rounded(each.threshold),
+            f"{each.above:,}",
+            f"{each.by_chance:,}",
             f"{each.removed:,}",
             f"{each.removed / num_images:.2%}",
             "suggested" if each is suggested else "",
         )
         for each in candidates
     ]
-    console.table("thresholds", ("expected precision", "threshold", "images removed", "share", ""), rows)
+    titles = ("expected precision", "threshold", "with a neighbour", "by chance", "images removed", "share", "")
+    console.table("thresholds", titles, rows)
 
 
 def _draw_pairs(
