@@ -34,12 +34,7 @@ Images = Annotated[
 Model = Annotated[str | None, option(MODEL, MODEL_HELP, default="the newest finished run")]
 ImageSize = Annotated[
     int | None,
-    option(
-        MODEL,
-        "Short side in pixels, a multiple of the patch.",
-        min=1,
-        default="the model's own, or 8 patches",
-    ),
+    option(MODEL, "Short side in pixels, a multiple of the patch.", min=1, default="the model's own, or 8 patches"),
 ]
 
 

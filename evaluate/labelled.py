@@ -6,7 +6,7 @@ N images, E numbers a feature.
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ..store.cache import cache_folder
 from ..store.manifest import Manifest, Source, is_manifest_name, open_manifest
 from ..store.sources import ImageSource, check_labels, entries, listing_id, open_source
 from ..store.vectors import Float32, Int64, has_vectors, open_vectors
+from .task import UNKNOWN_CLASS
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class LabelledSplit:
     rows: Int64  # (N,) of the manifest
     uris: list[str]  # (N,)
     labels: list[str]  # (N,)
+    classes: Int64 = field(default_factory=lambda: np.empty(0, np.int64))  # (N,) numbers of the labels
 
 
 def open_split(
@@ -60,32 +62,29 @@ def open_split(
     return LabelledSplit(Source(role, source.path, content_id), manifest, np.array(rows, np.int64), uris, classes)
 
 
-def check_classes(train: LabelledSplit, test: LabelledSplit) -> None:
-    """Say which test images are of a class that no training image has.
+def number_classes(train: LabelledSplit, test: LabelledSplit) -> list[LabelledSplit]:
+    """Return both splits with their classes, numbered by the alphabet, UNKNOWN_CLASS for those of test images alone.
 
     Raises ToolkitError when the training images are all of one class.
     """
-    known = class_numbers(train, train.labels)
-    unknown = [label for label in test.labels if label not in known]
-    if unknown:
-        console.warn(
-            f"{len(unknown):,} of {len(test.labels):,} test images are of a class that no training image has"
-            f" ({', '.join(sorted(set(unknown))[:3])}{', ...' if len(set(unknown)) > 3 else ''}); they count as wrong"
-        )
-
-
-def class_numbers(train: LabelledSplit, labels: list[str]) -> dict[str, int]:
-    """Return the number of each class, in alphabetical order.
-
-    Raises ToolkitError when there is only one.
-    """
-    classes = sorted(set(labels))
+    classes = sorted(set(train.labels))
     if len(classes) == 1:
         raise ToolkitError(
-            f"all {len(labels):,} labelled images of {train.source.path} are {classes[0]!r};"
+            f"all {len(train.labels):,} labelled images of {train.source.path} are {classes[0]!r};"
             " a probe needs two classes or more to tell apart"
         )
-    return {label: number for number, label in enumerate(classes)}
+    numbers = {label: number for number, label in enumerate(classes)}
+    unknown = [label for label in test.labels if label not in numbers]
+    if unknown:
+        listed = ", ".join(sorted(set(unknown))[:3]) + (", ..." if len(set(unknown)) > 3 else "")
+        console.warn(
+            f"{len(unknown):,} of {len(test.labels):,} test images are of a class that no training image has"
+            f" ({listed}); they count as wrong"
+        )
+    return [
+        replace(split, classes=np.array([numbers.get(label, UNKNOWN_CLASS) for label in split.labels]))
+        for split in (train, test)
+    ]
 
 
 def split_features(

@@ -5,9 +5,7 @@ train and test -> features -> protocol -> measurements with their intervals -> s
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-
-import numpy as np
+from dataclasses import dataclass
 
 from .. import console
 from ..errors import ToolkitError
@@ -16,16 +14,16 @@ from ..features.extract.tokens import TokenChoice
 from ..models.vit import VisionTransformer
 from ..store import artifact
 from ..store.artifact import Options, Result, check_manifest_name
-from ..store.manifest import Provenance, Source
+from ..store.manifest import Provenance, Source, open_manifest
 from .knn import measure_knn
-from .labelled import LabelledSplit, check_classes, class_numbers, open_split, short_name, split_features
+from .labelled import LabelledSplit, number_classes, open_split, short_name, split_features
 from .linear import BLOCKS, measure_linear
 from .logreg import measure_logreg
 from .masks import MaskedSplit, open_masked_split
 from .retrieval import measure_retrieval
-from .scores import Measurement, Score, best_score, read_scores, show_scores, write_scores
+from .scores import Measurement, Score, best_score, score_row, show_scores, write_scores
 from .segment import measure_segment
-from .task import UNKNOWN_CLASS, Task
+from .task import Task
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
             open_split(role, name, path, labels=settings.labels, limit=options.limit, from_images=from_images)
             for role, name in names.items()
         ]
-        check_classes(*labelled)
+        labelled = number_classes(*labelled)
     if "segment" in methods:
         masked = [open_masked_split(role, name, settings.masks, options.limit) for role, name in names.items()]
     splits = labelled or masked
@@ -106,9 +104,9 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
 
     if artifact.make(output, provenance, options, describe=describe, work=work) is None:
         return None
-    scores = read_scores(path)
+    scores = open_manifest(path).read().to_pylist()
     show_scores(scores)
-    rows = [{**asdict(score), "parameters": json.loads(score.parameters)} for score in scores]
+    rows = [{**row, "parameters": json.loads(row["parameters"])} for row in scores]
     return Result(output, {"rows": rows}, best_score(scores))
 
 
@@ -171,21 +169,12 @@ def _scores(
     for method in methods:
         if method == "segment":
             assert model is not None, "segmentation is never of embeddings"
-            measured = measure_segment(
-                model,
-                *masked,
-                image_size=settings.image_size,
-                batch_size=settings.batch_size,
-                num_workers=settings.num_workers,
-                seed=seed,
-            )
+            sizes = settings.batch_size, settings.num_workers
+            measured = measure_segment(model, *masked, image_size=settings.image_size, sizes=sizes, seed=seed)
         else:
             assert task is not None, "all others have labelled splits"
             measured = _classified(method, task, settings)
-        for each in measured:
-            parameters = json.dumps(each.parameters)
-            sizes = each.num_train, each.num_test
-            yield Score(probed.name, method, parameters, each.metric, each.value, *each.interval, *sizes)
+        yield from (score_row(probed.name, method, each) for each in measured)
 
 
 def _classified(method: str, task: Task, settings: ProbeSettings) -> Iterator[Measurement]:
@@ -222,12 +211,11 @@ def _task(
         raise ToolkitError(
             f"train embeddings have {dims[0]} numbers and test embeddings {dims[1]}; embed both by the same model"
         )
-    number = class_numbers(train, [train.labels[row] for row in train_rows])
     return Task(
         train_features,
-        np.array([number[train.labels[row]] for row in train_rows]),
+        train.classes[train_rows],
         test_features,
-        np.array([number.get(test.labels[row], UNKNOWN_CLASS) for row in test_rows]),
+        test.classes[test_rows],
         [train.uris[row] for row in train_rows],
         [test.uris[row] for row in test_rows],
         blocks,

@@ -7,36 +7,23 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any  # of a row's values
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from .. import console
-from ..store.manifest import SCORE_FIELDS, ManifestWriter, Provenance, open_manifest
+from ..store.manifest import SCORE_FIELDS, ManifestWriter, Provenance
 from ..store.vectors import Float64, Int64
 
 Correct = npt.NDArray[np.bool_]
+Score = dict[str, Any]  # a row of the scores; its keys are SCORE_FIELDS
 
 BOOTSTRAP_DRAWS = 10_000  # of a share, where a draw costs nothing
 RESAMPLES = 2_000  # of anything else
 INTERVAL = (0.025, 0.975)
 HEADLINES = ("top1", "miou", "map")  # the metric that a probe prints: the first of these that was measured
-
-
-@dataclass(frozen=True)
-class Score:
-    """One measurement; its fields are SCORE_FIELDS."""
-
-    model: str
-    method: str
-    parameters: str  # JSON
-    metric: str
-    value: float
-    low: float
-    high: float
-    num_train: int
-    num_test: int
 
 
 @dataclass(frozen=True)
@@ -82,45 +69,47 @@ def mean_interval(values: Float64, seed: int) -> tuple[float, float]:
     return resampled_interval(lambda random: values[random.integers(len(values), size=len(values))].mean(), seed)
 
 
+def score_row(model: str, method: str, measured: Measurement) -> Score:
+    """Return a measurement as a row of the scores."""
+    low, high = measured.interval
+    row = {"model": model, "method": method, **asdict(measured), "low": low, "high": high}
+    return {**row, "parameters": json.dumps(measured.parameters)}
+
+
 def write_scores(path: Path, provenance: Provenance, scores: list[Score]) -> Provenance:
     """Write a scores manifest and return its provenance, which has the values as figures."""
     with ManifestWriter(path, list(SCORE_FIELDS), provenance) as writer:
-        writer.write(pa.Table.from_pylist([asdict(score) for score in scores], schema=pa.schema(SCORE_FIELDS)))
-        writer.set_figures(**{f"{s.model} {s.method} {_setting(s)} {s.metric}": s.value for s in scores})
+        writer.write(pa.Table.from_pylist(scores, schema=pa.schema(SCORE_FIELDS)))
+        writer.set_figures(
+            **{f"{row['model']} {row['method']} {_setting(row)} {row['metric']}": row["value"] for row in scores}
+        )
     return writer.provenance
-
-
-def read_scores(path: Path) -> list[Score]:
-    """Return the measurements of a scores manifest."""
-    return [Score(**row) for row in open_manifest(path).read().to_pylist()]
 
 
 def best_score(scores: list[Score]) -> float:
     """Return the highest value of the metric that stands first in HEADLINES."""
-    metric = next(metric for metric in HEADLINES if any(score.metric == metric for score in scores))
-    return max(score.value for score in scores if score.metric == metric)
+    metric = next(metric for metric in HEADLINES if any(row["metric"] == metric for row in scores))
+    return max(float(row["value"]) for row in scores if row["metric"] == metric)
 
 
 def show_scores(scores: list[Score]) -> None:
     """Print a table of the headline metrics on stderr; other metrics stand behind the headline of their method."""
     header = ["model", "method", "setting", "metric", "value", "95 % interval", "also", "train", "test"]
-    rows: list[list[object]] = []
-    for score in scores:
-        if score.metric not in HEADLINES:
-            rows[-1][6] = f"{rows[-1][6]}  {score.metric} {score.value:.4f}".strip()
+    lines: list[list[object]] = []
+    for row in scores:
+        value, interval = f"{row['value']:.4f}", f"{row['low']:.3f} to {row['high']:.3f}"
+        if row["metric"] not in HEADLINES:
+            lines[-1][6] = f"{lines[-1][6]}  {row['metric']} {value}".strip()
             continue
-        interval = f"{score.low:.3f} to {score.high:.3f}"
-        setting, value = _setting(score), f"{score.value:.4f}"
-        rows.append(
-            [score.model, score.method, setting, score.metric, value, interval, "", score.num_train, score.num_test]
-        )
-    console.table("", header, rows)
+        first = [row["model"], row["method"], _setting(row), row["metric"]]
+        lines.append([*first, value, interval, "", row["num_train"], row["num_test"]])
+    console.table("", header, lines)
 
 
-def _setting(score: Score) -> str:
+def _setting(row: Score) -> str:
     """Return the parameters that tell the measurements of a method apart."""
-    parameters = json.loads(score.parameters)
-    match score.method:
+    parameters = json.loads(row["parameters"])
+    match row["method"]:
         case "knn":
             few = f", {parameters['per_class']} a class" if "per_class" in parameters else ""
             return f"k={parameters['k']}{few}"

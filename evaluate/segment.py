@@ -51,8 +51,7 @@ def measure_segment(
     test: MaskedSplit,
     *,
     image_size: int | None,
-    batch_size: int,
-    num_workers: int | None,
+    sizes: tuple[int, int | None],
     seed: int,
 ) -> Iterator[Measurement]:
     """Yield mean intersection over union and pixel accuracy of a batch norm and a 1 x 1 convolution on patch tokens.
@@ -75,14 +74,14 @@ def measure_segment(
     windowed = with_choice(model, TokenChoice("patches"), side_px, OWN_SIZE)
     side = side_px // model.backbone.patch_size
     with tempfile.TemporaryFile(dir=open_cache()) as file:
-        samples = [_on_disk(sample, file) for sample in _samples(windowed, train, batch_size, num_workers)]
+        samples = [_on_disk(sample, file) for sample in _samples(windowed, train, *sizes)]
         classes = _classes(samples, train)
         steps = num_steps(sum(len(_offsets(sample.tokens, side)) for sample in samples))
         head = train_head(samples, classes, side=side, steps=steps, seed=seed)
 
     counts = [
         pixel_counts(classes[predict(head, sample.tokens, sample.mask.shape)], sample.mask)
-        for sample in _samples(windowed, test, batch_size, num_workers)
+        for sample in _samples(windowed, test, *sizes)
     ]
     by_image = np.stack(counts)  # (M, 3, V)
     _warn_of_unknown(by_image, classes)
@@ -177,8 +176,7 @@ def train_head(samples: list[Sample], classes: Int64, *, side: int, steps: int, 
         head = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, len(classes), 1)).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / (WARMUP * steps), 0.5 * (1 + np.cos(np.pi * step / steps))),
+        optimizer, lambda step: min((step + 1) / (WARMUP * steps), 0.5 * (1 + np.cos(np.pi * step / steps)))
     )
     number = torch.full((NUM_VALUES,), -100)  # what cross_entropy ignores
     number[classes] = torch.arange(len(classes))

@@ -140,11 +140,7 @@ def load_backbone(
     Raises:
         ToolkitError: if the source cannot be read, or its tensors are not exactly a backbone's (all of them named).
     """
-    given = {
-        "num_heads": num_heads,
-        "pos_embed_antialias": pos_embed_antialias,
-        "pos_embed_offset": pos_embed_offset,
-    }
+    given = {"num_heads": num_heads, "pos_embed_antialias": pos_embed_antialias, "pos_embed_offset": pos_embed_offset}
     return _backbone(_read(source), {name: value for name, value in given.items() if value is not None})
 
 
