@@ -1,6 +1,6 @@
-"""Reading images, whatever they come in: the bytes behind a uri, and pixels out of bytes.
+"""Reads the bytes behind a uri, and decodes them.
 
-What cannot be read is data, not an error: both functions raise UnreadableImage with a short reason, and nothing else.
+A bad image is data, not an error: whatever is wrong raises UnreadableImage with a short reason, and nothing else.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ ColourMode = Literal["RGB", "L"]
 Values = NDArray[np.unsignedinteger[Any]]  # (H, W, C) uint8 or uint16: pixels down and across, channels
 
 ARRAY_START = b"\x93NUMPY"  # of a .npy file
-MAX_FILE_BYTES = 1 << 30  # chosen: no single image, and it would be read into memory
+MAX_FILE_BYTES = 1 << 30  # chosen: a larger file is hardly an image, and would be read into memory
 TRANSPOSES = {  # by EXIF orientation: what turns the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,7 +41,7 @@ TRANSPOSES = {  # by EXIF orientation: what turns the stored pixels upright
 }
 LARGE_PIXELS = 32_000_000  # chosen: images above it are decoded one at a time, whatever the number of threads
 
-# What broken files make Pillow's readers raise; none of it may end a run over a million images.
+# What Pillow's readers raise for broken files; none of it may end a run over a million images.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -52,19 +52,18 @@ DECODE_ERRORS = (
     AttributeError,
     EOFError,
     MemoryError,
-    NotImplementedError,
     RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
 
-# A removed row says what is wrong; what Pillow grumbles about a file that it reads in the end is of no use.
+# Pillow's warnings about files that it can read are of no use; the reason for others is in the removed rows.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class UnreadableImage(Exception):
-    """A file or row that gives no picture; `reason` says why in one short line."""
+    """A file or row that cannot be decoded; `reason` says why in one short line."""
 
     def __init__(self, reason: str) -> None:
         self.reason = " ".join(reason.split())[:200]
@@ -72,7 +71,7 @@ class UnreadableImage(Exception):
 
 
 def image_id(data: bytes) -> str:
-    """Return the identity of an image: BLAKE2b-128 of its encoded bytes, in hex."""
+    """Return the id of an image: BLAKE2b-128 of its encoded bytes, in hex."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -156,7 +155,7 @@ def decode_sized(
 
 @contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """Open an encoded image to be decoded; whatever is wrong with it raises UnreadableImage, then too."""
+    """Open an encoded image; whatever is wrong with it, also in the block, raises UnreadableImage."""
     if not data:
         raise UnreadableImage("empty file")
     try:
@@ -192,7 +191,7 @@ def read_array(data: bytes) -> Values:
 
 
 def shown(values: Values) -> Image.Image:
-    """Return pixels as a picture to look at: the first three channels in colour, or the first in grey, in 8 bits."""
+    """Return pixels as an image to look at: the first three channels as RGB, or the first in grey, in 8 bits."""
     channels = values[..., :3] if values.shape[2] >= 3 else values[..., 0]
     if channels.dtype == np.uint16:
         channels = eight_bits(channels)
@@ -220,24 +219,25 @@ def _decode(image: Image.Image, mode: ColourMode, min_side: int | None) -> tuple
         image.draft(None, (min_side, min_side))
     is_reduced = image.size != full_size
     image.load()
-    orientation = orientation_of(image)
-    upright = image.transpose(TRANSPOSES[orientation]) if orientation in TRANSPOSES else image
+    turned, is_swapped = upright(image)
     if not is_reduced:
-        full_size = upright.size  # some formats know their size only after loading
-    elif orientation >= 5:
+        full_size = turned.size  # some formats know their size only after loading
+    elif is_swapped:
         full_size = full_size[::-1]
     if 0 in full_size:
         raise UnreadableImage("no pixels")
-    return _flatten(upright, mode), full_size
+    return _flatten(turned, mode), full_size
 
 
-def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) when there is none or it cannot be read."""
+def upright(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Return an image turned as its EXIF orientation says, and whether width and height changed places."""
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except DECODE_ERRORS:  # the pixels are good all the same
-        return 1
-    return value if isinstance(value, int) else 1
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS:  # the pixels may be good all the same
+        orientation = 1
+    if not isinstance(orientation, int) or orientation not in TRANSPOSES:
+        return image, False
+    return image.transpose(TRANSPOSES[orientation]), orientation >= 5
 
 
 def _flatten(image: Image.Image, mode: ColourMode) -> Image.Image:
@@ -255,9 +255,9 @@ def _flatten(image: Image.Image, mode: ColourMode) -> Image.Image:
 def to_8_bits(image: Image.Image) -> Image.Image:
     """Return a grey image deeper than 8 bits as mode L.
 
-    Of 16 bits the whole range counts, 65535 becomes 255, so that images stay comparable. Numbers of 32 bits say
-    nothing of their range: where all lie within 0..65535 (integers) or 0..1 (floats), that is taken for it; floats
-    within 0..255 stay as they are; else the image's own least and greatest value become 0 and 255.
+    Of 16 bits the whole range counts, 65535 becomes 255, so that images stay comparable. The range of 32-bit numbers is
+    unknown: it is 0..65535 (integers) or 0..1 (floats) where all lie in it; floats in 0..255 stay as they are; else the
+    image's own least and greatest value become 0 and 255.
 
     Raises UnreadableImage when values are not finite.
     """

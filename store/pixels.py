@@ -1,4 +1,4 @@
-"""Pixels kept as they are stored: any number of channels, of 8 or 16 bits; Pillow has no picture for most of them.
+"""Images of any number of channels, of 8 or 16 bits, most of which Pillow cannot represent.
 
 Shapes: H, W pixels down and across, C channels.
 """
@@ -10,15 +10,14 @@ from PIL import Image
 
 from .images import (
     ARRAY_START,
-    TRANSPOSES,
     UnreadableImage,
     Values,
     decode_sized,
     eight_bits,
     opened,
-    orientation_of,
     read_array,
     shown,
+    upright,
 )
 
 MAX_16_BITS = 65535
@@ -26,7 +25,7 @@ MAX_16_BITS = 65535
 
 @dataclass(frozen=True)
 class Bands:
-    """A picture of any number of channels, with Pillow's names for what is done to it."""
+    """An image of any number of channels, with the names of Pillow's methods."""
 
     values: Values  # (H, W, C)
 
@@ -72,15 +71,14 @@ def decode_picture(
 ) -> tuple[Picture, tuple[int, int]]:
     """Return the picture that `data` encodes, as a model takes it, and its full (width, height).
 
-    With 8 bits and three channels or one, anything is turned to RGB or grey, by `decode_sized`. With other numbers or
-    16 bits the image must have just these channels, and nothing but its depth changes: 8 bits become 16 and 16 become 8
-    by their whole ranges, of which 0 and the largest number stay the ends. Floats count from 0 to 1. The pages of a
-    TIFF file are channels.
+    With 8 bits and three channels or one, any image is converted to RGB or grey, by `decode_sized`. With other numbers
+    of channels or 16 bits the image must have just these channels, and only its depth changes: 8 bits become 16 and 16
+    become 8 by scaling the whole range. Floats lie in 0 to 1. The pages of a TIFF file are channels.
 
     Args:
         data: what Pillow reads, or a .npy file of uint8 or uint16, (H, W, C) or (H, W).
         in_chans, bit_depth: the model's; 8 or 16 bits.
-        min_side: as in `decode_sized`, which alone heeds it.
+        min_side: as in `decode_sized`; it has no effect on other images.
 
     Raises:
         UnreadableImage: for other channels, for values that 16 bits do not hold, and whatever else is wrong.
@@ -117,10 +115,10 @@ def _read_pages(data: bytes, in_chans: int, bit_depth: int) -> Values:
         for number in range(num_pages):
             if number:
                 image.seek(number)
-            # Pillow cuts deep colours down as it decodes them.
-            is_cut = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+            # Pillow reduces 16-bit colours to 8 bits as it decodes them.
+            is_reduced = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
             page = _page(image)
-            if bit_depth == 16 and is_cut and page.dtype == np.uint8:
+            if bit_depth == 16 and is_reduced and page.dtype == np.uint8:
                 raise UnreadableImage("16-bit colours, of which Pillow reads 8; save them as .npy")
             _check_channels(page.shape[2] * num_pages, in_chans)
             pages.append(page)
@@ -132,8 +130,7 @@ def _read_pages(data: bytes, in_chans: int, bit_depth: int) -> Values:
 def _page(image: Image.Image) -> Values:
     """Return the pixels (H, W, C) of the page that an image stands at, upright."""
     image.load()
-    turn = orientation_of(image)
-    page = image.transpose(TRANSPOSES[turn]) if turn in TRANSPOSES else image
+    page, _ = upright(image)
     if page.mode == "1":
         page = page.convert("L")
     elif page.mode in ("P", "PA"):
