@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import load_file
 
 # Old name: new name, of columns of manifests and of metrics.
-RENAMED_COLUMNS: dict[str, str] = {}
+RENAMED_COLUMNS = {"weakest": "min_similarity_to_kept"}
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 MEASURED = re.compile(r"_per_s$|_s$|_ms$|seconds|time|wait|_mib$|memory|duration")  # metrics of the machine
