@@ -41,8 +41,8 @@ ImageSize = Annotated[
 @app.command()
 @options.with_shared()
 def probe(
-    train: Annotated[str, option(INPUT, "Labelled images to learn from: an embedding manifest, or images.")],
-    test: Annotated[str, option(INPUT, "Labelled images to be tested on, likewise.")],
+    train: Annotated[str, option(INPUT, "Labelled images to train on: an embedding manifest, or images.")],
+    test: Annotated[str, option(INPUT, "Labelled images to test on: the same.")],
     output: Annotated[str, options.output_option("scores.parquet")] = "scores.parquet",
     labels: Annotated[
         str, option(INPUT, "Where labels come from; folder: first below the source.", metavar="folder|column:NAME")
@@ -76,9 +76,9 @@ def probe(
         list[Method] | None,
         option(
             METHOD,
-            "knn: the nearest vote; linear: a grid of linear classifiers; logreg: logistic regression over a path"
-            " of penalties; segment: a class a pixel, from masks; retrieval: images of the same class. May be given"
-            " several times.",
+            "knn: the nearest images vote; linear: a grid of linear classifiers; logreg: logistic regression over a"
+            " path of penalties; segment: a class for every pixel, from masks; retrieval: images of the same class."
+            " May be given several times.",
             default="knn",
         ),
     ] = None,

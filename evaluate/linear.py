@@ -1,4 +1,4 @@
-"""The linear protocol: a grid of linear classifiers trained at once on frozen features.
+"""The linear protocol: a grid of linear classifiers trained together on frozen features.
 
 N images, E numbers a feature, E' of them that a classifier sees, C classes, G learning rates.
 """
@@ -103,7 +103,7 @@ def num_steps(num_images: int) -> int:
 
 
 def _accuracy(inputs: Tensor, labels: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
-    """Return the accuracy of each of a token set's classifiers, (G,), on what it sees, (N, E')."""
+    """Return the accuracy of each of a token set's classifiers, (G,), on its inputs (N, E')."""
     predictions = (inputs @ weights + biases[:, None]).argmax(dim=2)  # (G, N, C) -> (G, N)
     return (predictions == labels).double().mean(dim=1)
 
@@ -127,7 +127,7 @@ def train_grid(
     num_rates, num_images = len(learning_rates), len(inputs)
     one_hot = torch.nn.functional.one_hot(labels, num_classes).float()
     rates = torch.tensor(learning_rates).repeat_interleave(num_classes) * BATCH_SIZE / 256  # (G * C)
-    # The same first numbers belong to a column of the feature, whatever the token set. The last row is the bias.
+    # A column of the feature starts from the same numbers in every token set. The last row is the bias.
     drawn = torch.randn(inputs.shape[1], num_classes, generator=torch.Generator().manual_seed(seed + 1)) * INITIAL_STD
     weights = [  # of all rates side by side, for one matrix product: (E' + 1, G * C)
         torch.cat([drawn[each.columns], torch.zeros(1, num_classes)]).repeat(1, num_rates) for each in token_sets

@@ -141,16 +141,10 @@ def draw_images(
     what: str,
     draw: Callable[[PatchModel, list[Picture], list[str]], Drawn],
 ) -> Result | None:
-    """Draw what a model sees in images, unless the picture is up to date; return None after a dry run.
+    """Run a command of `evaluate` that draws what a model sees in images; return None after a dry run.
 
-    Args:
-        command: the name behind `evaluate`.
-        arguments: names of images, folders and lists.
-        what: what is drawn of the images, for the dry run.
-        draw: makes the picture and its figures from the images that can be read and their captions.
-
-    Raises:
-        ToolkitError: when no image can be read, the model has no patch tokens, or the size does not suit it.
+    `draw` makes the picture and its figures from the images that can be read and their captions; `what` names it.
+    Raises ToolkitError when no image can be read, the model has no patch tokens, or the size does not suit it.
     """
     own = str(check_picture_name(output).absolute())
     images = open_images(arguments, own, null=settings.null, limit=options.limit)

@@ -98,7 +98,7 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
 
     def work() -> Provenance:
         scores: list[Score] = []
-        for each in probed:  # a model is let go before the next is opened
+        for each in probed:  # a model is freed before the next is opened
             scores += _scores(each, labelled, masked, methods, settings, options.seed)
         return write_scores(path, provenance, scores)
 
@@ -136,7 +136,7 @@ def _parameters(methods: tuple[str, ...], settings: ProbeSettings, options: Opti
 def _probed(splits: list[LabelledSplit], settings: ProbeSettings, seed: int) -> list[Probed]:
     manifests = [split.manifest for split in splits if split.manifest is not None]
     if not manifests:
-        # Each model is opened to identify it, and let go, for several may not fit in memory.
+        # Each model is opened to identify it, and freed, for several may not fit in memory.
         sources = [open_model(name, seed).source for name in settings.models or (None,)]
         return [Probed(short_name(source.path), source, source.path) for source in sources]
     if len(manifests) < len(splits):

@@ -23,7 +23,7 @@ def measure_retrieval(task: Task, ks: tuple[int, ...] | None) -> Iterator[Measur
     The test images are the queries, the training images the pool. A query's own image is left out of the pool, so both
     may be the same images. A query without an image of its class in the pool counts 0.
 
-    Source: the instance retrieval of DINOv2 (Oquab et al. 2023, section 7.4), its rule "an image of the same
+    Source: the instance retrieval of DINOv2 (Oquab et al. 2023, section 7.3), its rule "an image of the same
     landmark" replaced by "an image of the same class".
     """
     ks = tuple(k for k in ks or RECALL_KS if k <= len(task.train))

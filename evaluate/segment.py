@@ -59,7 +59,8 @@ def measure_segment(
     Images keep their size (smaller ones are enlarged to `image_size` on the short side). Windows of `image_size`, the
     model's own by default, slide over them; patch tokens of overlapping windows are averaged, logits are interpolated
     between patches. The tokens of the training images are computed once. Pixels of value 255 are ignored; the mean is
-    over the classes that stand in the test masks or are predicted.
+    over the classes that stand in the test masks or are predicted. `sizes` are the batch size and the number of threads
+    that decode images.
 
     Raises ToolkitError when the model has no patch tokens, masks do not suit their images or name a single class.
     Source: the linear segmentation of DINOv2 (Oquab et al. 2023, section 7.4), optimised as DINOv3's published

@@ -46,7 +46,7 @@ class Comparison:
 
     reader: str  # what read it
     difference: float  # largest over all tokens of all images, at the size of the stored position embedding
-    other_difference: float | None = None  # likewise at the reference's other size; None: takes one size only
+    other_difference: float | None = None  # the same at the reference's other size; None: takes one size only
     note: str = ""  # what a user of the export must know
 
 

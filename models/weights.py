@@ -1,4 +1,4 @@
-"""Models from whatever holds them: a run, official weights, a Hugging Face folder, released weights once pulled."""
+"""Models from all their sources: runs, official weights, Hugging Face folders, released weights that were pulled."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from .saved import MODEL_JSON, TEACHER_FILE, SavedModel, read_model_json, saved_
 from .vit import ARCHITECTURES, VisionTransformer, build_vit
 
 DEFAULT_SIZE = 224  # pixels a side, as the released models were evaluated
-CROP_RATIO = 224 / 256  # of centre crop and short side, likewise
+CROP_RATIO = 224 / 256  # centre crop / short side, as the released models were evaluated
 HEADS = ("dino_head", "ibot_head")
 
 
