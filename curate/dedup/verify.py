@@ -163,11 +163,10 @@ class Verifier:
                 result: Float32 = found.masked_fill(~(is_left & is_right), UNREADABLE).cpu().numpy()
             return result
 
-        done = 0
+        starts = range(0, len(which), batch)
         with workers() as threads, console.progress("verifying pairs", len(which), "pairs") as advance:
-            for found in map_in_order(register, range(0, len(which), batch), threads):
-                residuals[which[done : done + len(found)]] = found
-                done += len(found)
+            for start, found in zip(starts, map_in_order(register, starts, threads), strict=True):
+                residuals[which[start : start + batch]] = found
                 advance(len(found))
 
     def _cache(self, images: EmbeddedImages) -> ThumbnailCache:
