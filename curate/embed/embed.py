@@ -80,23 +80,6 @@ def _run_first(
     path = Path(output)
     has_started = False
 
-    def work() -> Provenance:
-        nonlocal has_started
-        num_new = start_work(folder, path, wanted, stopped, earlier)
-        num_before = num_in_parts(folder)
-        has_started = group.decide(lambda: True)
-        _embed_share(folder, model, settings, group)
-        group.wait()
-        num_kept = num_in_parts(folder)
-        if num_kept - num_before < len(read_arrow(folder / "todo.arrow")):
-            if num_kept == 0:
-                raise KeyboardInterrupt
-            raise Stopped(
-                f"stopped: {num_kept:,} of {num_new:,} images are embedded and kept; the same command resumes"
-            )
-        fields = manifest_fields(model, settings, wanted.parameters["columns"])
-        return assemble(folder, wanted, earlier, fields, path, settings.max_failed)
-
     try:
         sources = open_sources(arguments, null=settings.null)
         check_labels(settings.labels, sources)
@@ -111,6 +94,23 @@ def _run_first(
             forget_work(folder)
         stopped = stopped_run(folder, wanted)
         earlier = None if options.force else earlier_manifest(path, wanted, stopped)
+
+        def work() -> Provenance:
+            nonlocal has_started
+            num_new = start_work(folder, path, wanted, stopped, earlier)
+            num_before = num_in_parts(folder)
+            has_started = group.decide(lambda: True)
+            _embed_share(folder, model, settings, group)
+            group.wait()
+            num_kept = num_in_parts(folder)
+            if num_kept - num_before < len(read_arrow(folder / "todo.arrow")):
+                if num_kept == 0:
+                    raise KeyboardInterrupt
+                kept = f"{num_kept:,} of {num_new:,} images are embedded and kept"
+                raise Stopped(f"stopped: {kept}; the same command resumes")
+            fields = manifest_fields(model, settings, wanted.parameters["columns"])
+            return assemble(folder, wanted, earlier, fields, path, settings.max_failed)
+
         result = make(
             output,
             wanted,
