@@ -1,9 +1,8 @@
 """The command lines of `dinov2 export`, `models` and `catalog`."""
 
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -138,21 +137,11 @@ def pull(
     emit(run(name, force, dry_run), as_json)
 
 
-class ExportFormat(StrEnum):
-    """The formats of `export`; an Enum because typer knows no Literal."""
-
-    HF = "hf"
-    OFFICIAL = "official"
-    TIMM = "timm"
-    ONNX = "onnx"
-    SAFETENSORS = "safetensors"
-
-
 @with_shared()
 def export(
     model: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, weights, or whatever --model takes.")],
     to: Annotated[
-        ExportFormat,
+        Literal["hf", "official", "timm", "onnx", "safetensors"],
         option(OUTPUT, "hf (a folder), official, timm, onnx or safetensors (a file).", metavar="FORMAT"),
     ],
     output: Annotated[str, option(OUTPUT, "Where the result goes.", "-o", "--output")],
@@ -172,4 +161,4 @@ def export(
     """Write a model in another library's format, checked by reading it back and comparing all tokens."""
     from .export import ExportSettings, export_model
 
-    return export_model(model, output, ExportSettings(to.value, image_size), replace(shared, limit=limit))
+    return export_model(model, output, ExportSettings(to, image_size), replace(shared, limit=limit))
