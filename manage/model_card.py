@@ -86,21 +86,18 @@ def _provenance(model: Model, source: str, run: Provenance | None) -> str:
     if source in RELEASED:
         facts.append(f"released weights: {RELEASED[source].address}, {RELEASED[source].licence}")
     if run is None:
-        return _bullets(facts)
+        return "\n".join(f"- {fact}" for fact in facts)
     facts.append(f"made by `dinov2 {run.command}`, dinov2-toolkit {run.version}, seed {run.seed}")
     facts += [f"{entry.role}: {Path(entry.path).name}, content id {entry.content_id}" for entry in run.inputs]
+    bullets = "\n".join(f"- {fact}" for fact in facts)
     settings = json.dumps(_without_folders(run.parameters), indent=1, sort_keys=True)
     figures = "\n".join(f"| {name} | {value} |" for name, value in sorted(run.figures.items()))
     table = f"\n\n| last step | |\n|---|---|\n{figures}" if figures else ""
-    return f"{_bullets(facts)}\n\nIts settings:\n\n```json\n{settings}\n```{table}"
-
-
-def _bullets(facts: list[str]) -> str:
-    return "\n".join(f"- {fact}" for fact in facts)
+    return f"{bullets}\n\nIts settings:\n\n```json\n{settings}\n```{table}"
 
 
 def _without_folders(parameters: Mapping[str, object]) -> dict[str, object]:
-    """Return parameters in which a path is its last part: folders may tell what nobody should read."""
+    """Return parameters with paths reduced to their last part: folders may hold names that are private."""
     return {
         name: Path(value).name if isinstance(value, str) and ("/" in value or "\\" in value) else value
         for name, value in parameters.items()

@@ -23,8 +23,6 @@ SIGN_AND_NUMBER = np.int32(-0x70000001)  # all but the three bits between sign a
 EXPONENT_STEP = np.float32(2.0**112)  # the exponent's bias is 15 in half precision, 127 in single
 
 Bools = npt.NDArray[np.bool_]  # the array types of all rooms
-UInt8 = npt.NDArray[np.uint8]
-UInt64 = npt.NDArray[np.uint64]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float16 = npt.NDArray[np.float16]

@@ -21,7 +21,7 @@ from torch import Tensor
 from ... import console
 from ...store.cache import cache_folder, cache_key, make_room, open_cache
 from ...store.files import replacing
-from ...store.vectors import RELEASED_ROWS, Float32, Int32, Int64, PageRelease, Stored, Vectors, release
+from ...store.vectors import RELEASED_ROWS, Float16, Float32, Int32, Int64, PageRelease, Stored, Vectors, release
 from ..grouping import group_by
 from ..threads import map_in_order, workers
 from .products import product, unit_rows
@@ -33,8 +33,6 @@ MIN_NEAREST = 16  # chosen: P, the cells of which a row knows, is at least this
 CELLS_A_GROUP = 4  # chosen: a row looks for its cells in the nearest P / 4 groups, which hold many more
 BLOCK_ROWS = 8_192  # rows assigned at a time
 NAMES = ("stored", "ids", "centroids", "nearest", "gaps", "offsets")  # the last one says that all are there
-
-Float16 = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True)
