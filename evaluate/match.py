@@ -47,23 +47,25 @@ def draw_match(left: str, right: str, output: str, settings: MatchSettings, opti
     Raises ToolkitError when an image cannot be read, the model has no patch tokens, or the size does not suit it.
     """
     own = str(check_picture_name(output).absolute())
-    both = [open_images([name], own, limit=1) for name in (left, right)]
-    for name, images in zip((left, right), both, strict=True):
-        if not images.named:
+    inputs, uris = [], []
+    for name in (left, right):
+        sources, images = open_images([name], own, limit=1)
+        if not images:
             raise ToolkitError(f"{name} names no image; give two images")
+        inputs += sources
+        uris.append(images[0][0])
     model = open_patch_model(settings.model, settings.image_size, options.seed)
     provenance = Provenance(
         kind="picture",
         command="evaluate match",
         parameters={"image_size": model.side_px, "matches": settings.num_matches},
         seed=options.seed,
-        inputs=(*both[0].inputs, *both[1].inputs, model.model.source),
+        inputs=(*inputs, model.model.source),
     )
 
     def drawn() -> Drawn:
         pictures = []
-        for images in both:
-            uri, _ = images.named[0]
+        for uri in uris:
             if (picture := model.read(uri)) is None:
                 raise ToolkitError(f"{uri} cannot be read; give two images")
             pictures.append(picture)

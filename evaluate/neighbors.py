@@ -22,7 +22,7 @@ from ..store.artifact import Options, Result
 from ..store.image_columns import has_images, read_images
 from ..store.manifest import Manifest, Provenance, Source, is_manifest_name, open_manifest
 from ..store.vectors import Int64, Vectors, has_vectors, open_vectors
-from .pictures import Drawn, NamedImages, make_picture, open_images
+from .pictures import Drawn, Named, make_picture, open_images
 
 TILE_PX = 112  # four times 28
 BATCH_SIZE = 64  # query images the model sees at a time
@@ -90,14 +90,12 @@ def draw_neighbors(query: str, output: str, settings: NeighborSettings, options:
             inputs.append(pool.source("pool"))
             read_queries = partial(_stored_queries, manifest, options.limit)
         else:
-            images = open_images([query], own, limit=options.limit)
+            sources, images = open_images([query], own, limit=options.limit)
             model = _model_of(pool, settings, options.seed)
-            inputs, seed = [*images.inputs, pool.source("pool"), model.source], options.seed
+            inputs, seed = [*sources, pool.source("pool"), model.source], options.seed
             read_queries = partial(_embedded_queries, images, model)
-        read, what = (
-            partial(_nearest, read_queries, pool, settings.k),
-            f"the nearest of {pool.num_rows:,} in {pool.path}",
-        )
+        read = partial(_nearest, read_queries, pool, settings.k)
+        what = f"the nearest of {pool.num_rows:,} in {pool.path}"
         note = "left the query, then the nearest in the pool by cosine, with the similarity"
     parameters: dict[str, object] = {"k": settings.k, "limit": options.limit}
     provenance = Provenance("picture", "evaluate neighbors", parameters, seed, tuple(inputs))
@@ -194,14 +192,14 @@ def _model_of(pool: Manifest, settings: NeighborSettings, seed: int) -> FeatureM
     return model
 
 
-def _embedded_queries(images: NamedImages, model: FeatureModel) -> Queries:
+def _embedded_queries(images: list[Named], model: FeatureModel) -> Queries:
     """Return the images that can be read, with the vectors that a model gives them."""
     shown, keys, vectors = [], [], []
-    uris = [uri for uri, _ in images.named]
+    uris = [uri for uri, _ in images]
     with closing(extract(model, uris, batch_size=BATCH_SIZE, num_workers=1)) as batches:
         for batch in batches:
             for index, facts in zip(batch.indices, batch.facts, strict=True):
-                shown.append(Shown(*images.named[index]))
+                shown.append(Shown(*images[index]))
                 keys.append(f"{facts.image_id}\n{uris[index]}")
             vectors.append(batch.features.numpy())
             for index, reason in batch.failures:

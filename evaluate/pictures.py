@@ -28,6 +28,7 @@ from .labelled import short_name
 MAX_ASPECT = 4  # a longer image is cut to its middle, this many times as long as it is wide
 MIN_PATCHES = 8  # chosen: fewer a side show no parts, so images are enlarged for models that see fewer
 
+Named = tuple[str, str]  # an image's uri and caption
 Drawn = tuple[Image.Image, dict[str, object]]  # a picture and its figures
 
 
@@ -113,22 +114,16 @@ def pixels_of(picture: Picture) -> Tensor:
     return torch.tensor(values_of(picture)).permute(2, 0, 1)[None]  # (H, W, C) -> (1, C, H, W)
 
 
-@dataclass(frozen=True)
-class NamedImages:
-    """The images that arguments name, and where they come from."""
-
-    inputs: list[Source]
-    named: list[tuple[str, str]]  # uri and caption
-
-
-def open_images(arguments: list[str], own: str, *, null: bool = False, limit: int | None = None) -> NamedImages:
-    """Return the first images that arguments name, without the picture `own` that may lie among them."""
+def open_images(
+    arguments: list[str], own: str, *, null: bool = False, limit: int | None = None
+) -> tuple[list[Source], list[Named]]:
+    """Return the sources that arguments name and their first images, without the picture `own` among them."""
     sources = open_sources(arguments, null=null)
     skip = {own}.__contains__
     inputs = [Source("images", source.path, listing_id(source, skip)) for source in sources]
     listed = (entry for source in sources for entry in entries(source, "folder", skip))
     named = [(entry.uri, entry.label or os.path.basename(entry.uri)) for entry in islice(listed, limit)]
-    return NamedImages(inputs, named)
+    return inputs, named
 
 
 def draw_images(
@@ -147,23 +142,23 @@ def draw_images(
     Raises ToolkitError when no image can be read, the model has no patch tokens, or the size does not suit it.
     """
     own = str(check_picture_name(output).absolute())
-    images = open_images(arguments, own, null=settings.null, limit=options.limit)
+    inputs, images = open_images(arguments, own, null=settings.null, limit=options.limit)
     model = open_patch_model(settings.model, settings.image_size, options.seed)
     provenance = Provenance(
         kind="picture",
         command=f"evaluate {command}",
         parameters={"image_size": model.side_px, "limit": options.limit},
         seed=options.seed,
-        inputs=(*images.inputs, model.model.source),
+        inputs=(*inputs, model.model.source),
     )
 
     def drawn() -> Drawn:
-        read = [(picture, caption) for uri, caption in images.named if (picture := model.read(uri)) is not None]
+        read = [(picture, caption) for uri, caption in images if (picture := model.read(uri)) is not None]
         if not read:
-            raise ToolkitError(f"none of the {len(images.named)} images can be read; name others")
+            raise ToolkitError(f"none of the {len(images)} images can be read; name others")
         return draw(model, [picture for picture, _ in read], [caption for _, caption in read])
 
-    described = f"{what} {len(images.named)} images at {model.side_px} px"
+    described = f"{what} {len(images)} images at {model.side_px} px"
     return make_picture(output, provenance, options, described=described, draw=drawn)
 
 
