@@ -1,4 +1,4 @@
-"""Print what the demo found, as it is: scores, class balance, and planted near-copies found."""
+"""Print the demo's results: scores, class balance, and how many planted near-copies were found."""
 
 import sys
 from pathlib import Path
@@ -11,14 +11,14 @@ POOL = "data/fashion_pool.parquet"
 NAMES = {
     "pixels": "raw pixels",
     "random:out/second": "the same ViT, untrained",
-    "out/first": "first lap, raw pool",
-    "out/second": "second lap, curated set",
+    "out/first": "first run, raw pool",
+    "out/second": "second run, curated set",
     "out/distilled": "distilled student",
 }
 
 
 def score_rows(out: Path) -> list[list[str]]:
-    """Return a line a model: its name, k-NN (k = 20) and linear accuracy in percent with their 95 % intervals."""
+    """Return a row for each model: name, k-NN (k = 20) and linear accuracy, in percent with 95 % intervals."""
     query = """
         select model, method, value, low, high from read_parquet(?)
         where metric = 'top1' and (method <> 'knn' or parameters like '{"k": 20,%')
@@ -33,7 +33,7 @@ def score_rows(out: Path) -> list[list[str]]:
 
 
 def balance(manifest: str) -> tuple[int, float, float]:
-    """Return the number of images, their class entropy (1 = all classes alike), and largest over smallest class."""
+    """Return the number of images, the normalised class entropy, and the ratio of the largest to the smallest class."""
     query = """
         with classes as (select label, count(*) as n from read_parquet(?) group by label)
         select sum(n), entropy / log2(count(*)), max(n) / min(n)
@@ -45,7 +45,7 @@ def balance(manifest: str) -> tuple[int, float, float]:
 
 
 def copies_found(out: Path) -> tuple[int, int, int]:
-    """Return how many planted copies dedup left alone with their original, how many there are, and all it removed.
+    """Return the numbers of planted copies that dedup found, of all planted copies, and of all removed images.
 
     A planted copy counts as found when it or its original was removed.
     """
@@ -65,7 +65,7 @@ def copies_found(out: Path) -> tuple[int, int, int]:
 
 
 def main(out: Path) -> None:
-    """Print the page."""
+    """Print the summary."""
     console = Console(width=100)
     scores = Table(title="Accuracy on 2,000 test images, percent (95 % interval)", title_justify="left")
     for name in ("features", "k-NN, k = 20", "linear"):
