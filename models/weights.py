@@ -50,14 +50,18 @@ def weights_file(source: str | Path) -> Path:
         ToolkitError: if there is nothing of the kind, or it was not pulled.
     """
     path = Path(source)
-    if not path.is_dir():
-        if not path.exists():
-            if str(source) in RELEASED:
-                return _pulled(str(source))
-            raise ToolkitError(
-                f"no model {str(source)!r}; give a run folder, a weights file, a Hugging Face folder or random:ARCH"
-            )
+    if path.exists() and not path.is_dir():
         return path
+    if not path.exists():
+        name = str(source)
+        if name not in RELEASED:
+            raise ToolkitError(
+                f"no model {name!r}; give a run folder, a weights file, a Hugging Face folder or random:ARCH"
+            )
+        file = cached_weights(name)
+        if not file.exists():
+            raise ToolkitError(f"{name} is not in the cache ({file}); fetch it with `dinov2 models pull {name}`")
+        return file
     if (path / MODEL_JSON).exists():
         return path / TEACHER_FILE
     checkpoints = {
@@ -75,13 +79,6 @@ def weights_file(source: str | Path) -> Path:
         f"folder {path} holds no model: no {MODEL_JSON}, no checkpoints/step-*, and no config.json with "
         "model.safetensors; name a run, a weights file or a Hugging Face folder"
     )
-
-
-def _pulled(name: str) -> Path:
-    file = cached_weights(name)
-    if not file.exists():
-        raise ToolkitError(f"{name} is not in the cache ({file}); fetch it with `dinov2 models pull {name}`")
-    return file
 
 
 def model_content_id(source: str | Path) -> str:
