@@ -130,14 +130,9 @@ def write_official(model: Model, file: Path) -> None:
 
 def compare_official(model: Model, file: Path, reference: Reference) -> Comparison:
     """Read the official file back: every tensor must be the same, bit for bit."""
-    backbone = model.backbone
-    loaded = load_backbone(
-        file,
-        num_heads=backbone.num_heads,
-        pos_embed_antialias=backbone.pos_embed_antialias,
-        pos_embed_offset=backbone.pos_embed_offset,
-    )
-    return _compare_tensors(model, loaded, reference, _official_note(backbone))
+    names = ("num_heads", "pos_embed_antialias", "pos_embed_offset")
+    loaded = load_backbone(file, **{name: getattr(model.backbone, name) for name in names})
+    return _compare_tensors(model, loaded, reference, _official_note(model.backbone))
 
 
 def write_safetensors(model: Model, file: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -70,12 +70,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
         raise ToolkitError(f"cannot read weights {path}: {problem.strerror}; check the path") from None
     if start.startswith(b"version https://git-lfs"):
         raise ToolkitError(f"{path} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_pickle(path), None
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    if path.suffix != ".safetensors":
+        return _read_pickle(path), None
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
@@ -106,15 +102,13 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return dict(_flattened(content, ""))
 
 
-def _flattened(content: Mapping[object, object], prefix: str) -> list[tuple[str, Tensor]]:
-    """Return the tensors of nested dictionaries under dotted names; what is no tensor is left out."""
-    found: list[tuple[str, Tensor]] = []
+def _flattened(content: Mapping[object, object], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of nested dictionaries under dotted names; what is no tensor is left out."""
     for name, value in content.items():
         if isinstance(value, Tensor):
-            found.append((f"{prefix}{name}", value))
+            yield f"{prefix}{name}", value
         elif isinstance(value, Mapping):
-            found += _flattened(value, f"{prefix}{name}.")
-    return found
+            yield from _flattened(value, f"{prefix}{name}.")
 
 
 def _one_line(problem: BaseException) -> str:
