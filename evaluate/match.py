@@ -24,7 +24,7 @@ HUE_STEP = 0.618  # of the golden section: neighbours in the list get hues far a
 
 @dataclass(frozen=True)
 class MatchSettings:
-    """What `dinov2 evaluate match` can be told, beside the options that all commands share."""
+    """Options of `dinov2 evaluate match`, besides those that all commands share."""
 
     model: str | None = None
     image_size: int | None = None  # short side in pixels; None: the model's own, or 8 patches

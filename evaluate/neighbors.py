@@ -31,7 +31,7 @@ RETRIEVED = ("query_id", "rank", "similarity")  # columns of what `retrieve` cho
 
 @dataclass(frozen=True)
 class NeighborSettings:
-    """What `dinov2 evaluate neighbors` can be told, beside the options that all commands share."""
+    """Options of `dinov2 evaluate neighbors`, besides those that all commands share."""
 
     pool: Path | None = None  # None: the newest pool in the catalog
     queries: Path | None = None  # of what `retrieve` chose; None: those that it was given

@@ -34,7 +34,7 @@ Drawn = tuple[Image.Image, dict[str, object]]  # a picture and its figures
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """What `dinov2 evaluate pca` and `attention` can be told, beside the options that all commands share."""
+    """Options of `dinov2 evaluate pca` and `attention`, besides those that all commands share."""
 
     model: str | None = None
     image_size: int | None = None  # short side in pixels; None: the model's own, or 8 patches

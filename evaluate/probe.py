@@ -28,7 +28,7 @@ from .task import Task
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What `dinov2 evaluate probe` can be told, beside the options that all commands share."""
+    """Options of `dinov2 evaluate probe`, besides those that all commands share."""
 
     models: tuple[str, ...] = ()  # none: the embeddings in the manifests, else the newest finished run, else copy
     methods: tuple[str, ...] = ("knn",)  # knn, linear, logreg, segment, retrieval

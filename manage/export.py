@@ -32,7 +32,7 @@ EXTRAS = {"hf": ("hf", ("transformers",)), "onnx": ("onnx", ("onnx", "onnxscript
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What `dinov2 export` can be told, beside the options that all commands share."""
+    """Options of `dinov2 export`, besides those that all commands share."""
 
     to: Format
     image_size: int | None = None  # that the position embedding is stored for; None: as it is, for ONNX the model's own

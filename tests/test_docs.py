@@ -71,3 +71,14 @@ def test_every_room_is_in_the_tree_and_all_that_the_tree_names_is_there() -> Non
     there = {file.name for file in ROOT.rglob("*") if ".venv" not in file.parts}
     for name in re.findall(r"[\w.-]+\.(?:py|toml|md)\b|^ *\w+(?=/ )", tree, re.MULTILINE):
         assert name.strip() in there, f"the README's tree names {name}, which is not there"
+
+
+def test_every_file_that_the_architecture_page_names_is_in_its_room() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `([\w/]+/)` \|(.*)$", page, re.MULTILINE)
+    assert len(rows) >= 15
+    for room, text in rows:
+        for name in re.findall(r"`(\w+\.py)`", text):
+            assert (ROOT / room / name).is_file(), f"{room}{name}"
+    for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|md))`", page):
+        assert (ROOT / path).is_file(), path

@@ -43,7 +43,7 @@ TILE_PX = 84
 
 @dataclass(frozen=True)
 class CalibrateSettings:
-    """What `dinov2 curate dedup --calibrate` can be told, beside the options that all commands share."""
+    """Options of `dinov2 curate dedup --calibrate`, besides those that all commands share."""
 
     precision: float = 0.98  # of the images above the suggested threshold, the share not there by chance
     features: Path | None = None

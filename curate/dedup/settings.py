@@ -1,4 +1,4 @@
-"""What `dinov2 curate dedup` can be told, beside the options that all commands share."""
+"""Options of `dinov2 curate dedup`, besides those that all commands share."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
