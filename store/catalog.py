@@ -3,12 +3,13 @@
 Losing it loses convenience only: manifests carry their own provenance, and `rebuild` restores it from them.
 """
 
+import fcntl
 import json
 import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -83,29 +84,44 @@ def connect(read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
     """
     path = catalog_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = _open_patiently(path)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        connection.execute("begin transaction")
-        connection.execute(SCHEMA)
-        yield connection
-        connection.execute("rollback" if read_only else "commit")
+        with closing(_open_patiently(path, folder)) as connection:
+            connection.execute("begin transaction")
+            connection.execute(SCHEMA)
+            yield connection
+            connection.execute("rollback" if read_only else "commit")
     finally:
-        connection.close()
+        os.close(folder)
 
 
-def _open_patiently(path: Path) -> duckdb.DuckDBPyConnection:
+def _open_patiently(path: Path, folder: int) -> duckdb.DuckDBPyConnection:
+    """Open the catalog while this process alone holds a lock on its folder, until that is closed.
+
+    DuckDB's own lock is not enough: a file that another process is just making has none yet.
+    """
     deadline = time.monotonic() + LOCK_PATIENCE_S
     pause_s = 0.01
     while True:
         try:
+            _lock(folder)
             return duckdb.connect(str(path))
-        except duckdb.IOException as problem:
-            if "lock" not in str(problem).lower():
+        except (BlockingIOError, duckdb.IOException) as problem:
+            if isinstance(problem, duckdb.IOException) and "lock" not in str(problem).lower():
                 raise ToolkitError(f"{path} is not a catalog; move it away and run `dinov2 catalog rebuild`") from None
             if time.monotonic() > deadline:
                 raise ToolkitError(f"{path} is in use by another process; end it and try again") from None
             time.sleep(pause_s * (0.5 + random.random()))
             pause_s = min(2 * pause_s, 0.5)
+
+
+def _lock(folder: int) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a network file system without locks
+        return
 
 
 def record(
