@@ -1,34 +1,28 @@
-"""How balanced 10 % samples of a long-tailed pool are, by random, flat and hierarchical choice.
+"""Measure how balanced 10 % samples of a long-tailed pool are: random, flat clusters, hierarchical clusters.
 
     python benchmarks/balance.py --write
 
-Pools by benchmarks/synthetic.py: 50 super-concepts of 30 concepts, both by Zipf's law, and 1,500 concepts without a
-level above. Entropy is normalised: 1 when all concepts have equally many images in the sample. Ends with an error
-unless flat clusters with resampling balance concepts better than without, these better than a random sample, two
-levels balance super-concepts better than one and to at least 0.95, and two levels over concepts without a hierarchy
-are recognised as such.
+Pools by benchmarks/synthetic.py: 50 super-concepts of 30 concepts, both by Zipf's law, and 1,500 concepts without
+super-concepts. Entropy is normalised: 1 when all concepts have equally many images in the sample. Ends with an error
+unless, by entropy over concepts, flat clusters with resampling are better than without and these better than a random
+sample; two levels are better than one over super-concepts and reach 0.95; and the absence of a hierarchy is recognised.
 """
 
 import argparse
-import platform
 import time
-from datetime import date
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from dinov2_toolkit import console
+from dinov2_toolkit.benchmarks.measured import table, write_page
 from dinov2_toolkit.benchmarks.synthetic import NUM_CONCEPTS, blocks
 from dinov2_toolkit.curate.cluster.kmeans import Clustering, cluster_levels
 from dinov2_toolkit.curate.cluster.metrics import grouping, normalized_entropy
 from dinov2_toolkit.curate.cluster.sampling import balanced_sample, seeded_keys
 from dinov2_toolkit.store.manifest import Source
-from dinov2_toolkit.store.vectors import Vectors
+from dinov2_toolkit.store.vectors import Int64, Vectors
 
-RESULTS = Path(__file__).parent / "results" / "balance.md"
 SUPERS = 50
-Int64 = npt.NDArray[np.int64]
 Row = tuple[str, float, float, int, float, str]
 
 
@@ -55,7 +49,7 @@ def sampled(made: list[Clustering], num_levels: int, num_images: int, seed: int)
 
 
 def compare(vectors: Vectors, concepts: Int64, num_clusters: list[int], resample: int, seed: int) -> list[Row]:
-    """Return a row for every way to take a tenth of the pool."""
+    """Return a row for each way to sample a tenth of the pool."""
     num_images = len(concepts) // 10
     rows = [measure("random", np.argsort(seeded_keys(len(concepts), seed, 1))[:num_images], concepts)]
     for times in (0, resample):
@@ -69,7 +63,7 @@ def compare(vectors: Vectors, concepts: Int64, num_clusters: list[int], resample
 
 
 def check(structured: list[Row], unstructured: list[Row]) -> None:
-    """Raise AssertionError unless the promised orders hold."""
+    """Raise AssertionError unless the expected orders hold."""
     random, flat, _, resampled, hierarchical = structured
     assert resampled[1] > flat[1] > random[1], "concepts: resampled > flat > random"
     assert hierarchical[2] > flat[2] and hierarchical[2] >= 0.95, "super-concepts: two levels > one, at least 0.95"
@@ -84,32 +78,29 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, nargs=2, default=[1_000, 50])
     parser.add_argument("--resample", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help="write results/balance.md")
     args = parser.parse_args()
     console.set_verbosity(quiet=True, verbose=0)
-    tables, lines = [], []
-    for supers, title in ((SUPERS, "50 super-concepts of 30 concepts"), (0, "1,500 concepts without a level above")):
+    pools, parts = [], []
+    header = ("sample", "concepts", "super-concepts", "concepts hit", "top-20 share", "level 1")
+    for supers, title in ((SUPERS, "50 super-concepts of 30 concepts"), (0, "1,500 concepts without super-concepts")):
         start = time.perf_counter()
         vectors, concepts = read_pool(args.rows, supers, args.seed)
-        tables.append(compare(vectors, concepts, args.clusters, args.resample, args.seed))
-        lines += [f"## {title}", "", "| sample | concepts | super-concepts | concepts hit | top-20 share | level 1 |"]
-        lines += ["|---|---|---|---|---|---|"]
-        for name, of_concepts, of_supers, hit, top, found in tables[-1]:
-            above = f"{of_supers:.3f}" if supers else ""
-            lines.append(f"| {name} | {of_concepts:.3f} | {above} | {hit:,} | {top:.3f} | {found} |")
-        lines += ["", f"{time.perf_counter() - start:.0f} s.", ""]
-    head = [
-        "# Balance of 10 % samples of a long-tailed pool",
-        "",
-        f"`python benchmarks/balance.py`, {date.today()}, {platform.machine()}, numpy {np.__version__}. {args.rows:,}"
-        f" vectors of 384 numbers, {args.clusters[0]:,} and {args.clusters[1]:,} clusters, seed {args.seed}. Normalised"
-        " entropy of the sample: 1 is all alike. Level 1: what the command says of the upper level.",
-        "",
-    ]
-    print("\n".join([*head, *lines]))
-    check(tables[0], tables[1])
+        pools.append(compare(vectors, concepts, args.clusters, args.resample, args.seed))
+        rows = [
+            (name, f"{of_concepts:.3f}", f"{of_supers:.3f}" if supers else "", f"{hit:,}", f"{top:.3f}", found)
+            for name, of_concepts, of_supers, hit, top, found in pools[-1]
+        ]
+        parts.append(f"## {title}\n\n{table(header, rows)}\n\n{time.perf_counter() - start:.0f} s.")
+        print(parts[-1])
+    check(*pools)
     if args.write:
-        RESULTS.write_text("\n".join([*head, *lines]).rstrip() + "\n")
+        notes = (
+            f"{args.rows:,} vectors of 384 numbers, {args.clusters[0]:,} and {args.clusters[1]:,} clusters, seed"
+            f" {args.seed}. Columns 2 and 3: normalised entropy of the sample over concepts and super-concepts"
+            " (1 = uniform). Level 1: whether the command finds a hierarchy in the upper level."
+        )
+        write_page("balance", "Balance of 10 % samples of a long-tailed pool", "\n\n".join([*parts, notes]))
 
 
 if __name__ == "__main__":

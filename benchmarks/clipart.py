@@ -1,10 +1,10 @@
-"""What a small ViT learns from 1,420 pieces of clip art, labels unseen: scores by folder, and pictures of its patches.
+"""Pretrain a small ViT on 1,414 pieces of clip art without labels: scores by folder, and pictures of its features.
 
     python benchmarks/clipart.py --folder out/clipart
 
-A quarter of the example clip art is held back; the recipe `tiny`, with larger crops, learns from the rest. In the
-table: raw pixels, the ViT untrained, the run, scored on the folder that each picture lies in. Pictures are drawn with
-the run to `docs/pictures`. A folder that is given again goes on where it stopped.
+A quarter of the example clip art is held out; the recipe `tiny`, with larger crops, is trained on the rest. The table
+has raw pixels, the untrained ViT and the run, scored by the folder that each picture lies in. The run's pictures go to
+`docs/pictures`. With the same folder an interrupted run resumes.
 """
 
 import argparse
@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from dinov2_toolkit.benchmarks.measured import dinov2, probed, write_result
+from dinov2_toolkit.benchmarks.measured import DATA, ROOT, assignments, dinov2, made_folder, probed, write_result
 
-ROOT = Path(__file__).resolve().parents[1]
-CLIPART = ROOT / "examples" / "data" / "clipart.parquet"
+CLIPART = DATA / "clipart.parquet"
 PICTURES = ROOT / "docs" / "pictures"
 METHODS = ("knn", "linear")
 SETTINGS = {
@@ -27,10 +26,10 @@ SETTINGS = {
     "local_crop_size_px": 21,
     "checkpoint_every": 500,
 }
-SIDE_PX = 98  # of the pictures that are drawn: 14 patches of 7 px
+SIDE_PX = 98  # of the pictures: 14 patches of 7 px
 ANIMALS = ("baboon", "camel", "elephant", "fox", "giraffe", "hamster", "kangaroo", "orangutan")
 HATS = ("blue_fedora", "green_fedora_01", "red_fedora", "hat_-_clothing_nicu_bucu_03", "tophat_benji_park_01")
-DRAWN = {  # of each kind of object several drawings
+PCA_PICTURES = {  # several drawings of one kind of object each
     "pca-animals.png": [f"animals/mammals/contour_{name}" for name in ANIMALS],
     "pca-hats.png": [f"people/clothing/hats/{name}" for name in (*HATS, "purple_hat_nicu_buculei_01")],
 }
@@ -51,8 +50,8 @@ def split(folder: Path) -> None:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Write the pictures that are drawn as files, and return the path of each."""
-    names = {name for group in (*DRAWN.values(), (*MATCHED, ATTENDED)) for name in group}
+    """Write the clip art that the pictures show as files, and return the path of each."""
+    names = {name for group in (*PCA_PICTURES.values(), (*MATCHED, ATTENDED)) for name in group}
     written = {}
     for image in pq.read_table(CLIPART, columns=["image"])["image"].to_pylist():
         name = image["path"].removesuffix(".png")
@@ -64,40 +63,49 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def draw(folder: Path) -> None:
-    """Draw with the folder's run: parts of several drawings alike, patches that match, attention, nearest pictures."""
+    """Draw with the folder's run: PCA of patches, matching patches, attention, nearest neighbours."""
     PICTURES.mkdir(exist_ok=True)
     (folder / "files").mkdir(exist_ok=True)
     paths = files(folder / "files")
 
     def evaluate(kind: str, *words: str, output: str, side_px: int = SIDE_PX) -> None:
-        seen = ["--model", "run", "--image-size", str(side_px), "--force", "-q"]
-        dinov2(folder, "evaluate", kind, *words, "-o", str(PICTURES / output), *seen)
+        shared = ["--model", "run", "--image-size", str(side_px), "--force", "-q"]
+        dinov2(folder, "evaluate", kind, *words, "-o", str(PICTURES / output), *shared)
 
-    for name, drawn in DRAWN.items():
+    for name, drawn in PCA_PICTURES.items():
         evaluate("pca", *(paths[one] for one in drawn), output=name)
     evaluate("match", *(paths[one] for one in MATCHED), output="match.png", side_px=MATCH_SIDE_PX)
     evaluate("attention", paths[ATTENDED], output="attention.png")
     for name in ("train", "test"):
         dinov2(folder, "curate", "embed", f"{name}.parquet", "-o", f"{name}-embedded.parquet", "--model", "run")
-    looked = ["--pool", "train-embedded.parquet", "--limit", "8", "--force", "-q"]
+    shown = ["--pool", "train-embedded.parquet", "--limit", "8", "--force", "-q"]
     sheet = str(PICTURES / "neighbors.png")
-    dinov2(folder, "evaluate", "neighbors", "test-embedded.parquet", "-o", sheet, *looked)
+    dinov2(folder, "evaluate", "neighbors", "test-embedded.parquet", "-o", sheet, *shown)
 
 
 def main() -> None:
     """Train, score, draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where everything is kept")
-    folder: Path = parser.parse_args().folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--folder", type=made_folder, required=True, help="where everything is kept")
+    folder: Path = parser.parse_args().folder
     split(folder)
-    took = folder / "seconds.json"
-    if not took.exists():
-        assigned = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
+    seconds_file = folder / "seconds.json"
+    if not seconds_file.exists():
         start = time.monotonic()
-        dinov2(folder, "train", "pretrain", "train.parquet", "-o", "run", "--recipe", "tiny", *assigned, "--resume")
-        took.write_text(json.dumps(round(time.monotonic() - start)))
-    seconds = json.loads(took.read_text())
+        dinov2(
+            folder,
+            "train",
+            "pretrain",
+            "train.parquet",
+            "-o",
+            "run",
+            "--recipe",
+            "tiny",
+            *assignments(SETTINGS),
+            "--resume",
+        )
+        seconds_file.write_text(json.dumps(round(time.monotonic() - start)))
+    seconds = json.loads(seconds_file.read_text())
 
     models = {
         "pixels": "raw pixels",
@@ -112,8 +120,8 @@ def main() -> None:
 
     rows = [(name, *(score(model, method) for method in METHODS)) for model, name in models.items()]
     notes = (
-        "Top-1 in percent with 95 % intervals on the quarter that was held back, 17 folders as labels, the largest two"
-        " a fifth of all each; class tokens."
+        "Top-1 in percent with 95 % intervals on the held-out quarter, with 17 folders as labels, of which the two"
+        " largest hold a fifth of the pictures each; class tokens."
     )
     write_result("clipart", "Clip art by its folders", ("", "k-NN, k = 20", "linear"), rows, notes)
     draw(folder)

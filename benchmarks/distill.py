@@ -1,12 +1,12 @@
-"""Does a student half as wide learn more from a teacher than from the images alone, in as many steps?
+"""Compare a student half as wide, distilled from a teacher, with one pretrained for as many steps.
 
     python benchmarks/distill.py --folder out/distill
 
 For each seed: a teacher (192 numbers an image) is pretrained by the recipe `tiny` on the example pool of 12,000 images
-of clothes; then a student of 96 is trained for as many steps three times: pretrained from nothing, distilled from the
+of clothes; then a student of 96 is trained for as many steps three times: pretrained from scratch, distilled from the
 teacher (`--objective heads`), and distilled from the teacher without its heads (`--objective features`). Each is scored
-by k-NN (k = 20) on class tokens of 1,000 + 2,000 official test images, which nothing was trained on. All by the
-commands, as a user runs them, two at a time with one thread each. A folder that is given again resumes.
+by k-NN (k = 20) on class tokens of 1,000 + 2,000 official test images, on which nothing was trained. All by the
+commands, two at a time with one thread each. With the same folder an interrupted run resumes.
 """
 
 import argparse
@@ -14,15 +14,22 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dinov2_toolkit.benchmarks.measured import K, dinov2, probed, write_result
+from dinov2_toolkit.benchmarks.measured import (
+    FASHION_POOL,
+    FASHION_PROBE,
+    K,
+    dinov2,
+    made_folder,
+    probed,
+    write_result,
+)
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.weights import load_model
 
-DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 HALF = ["--set", "embed_dim=96"]
 KINDS = {
     "teacher": "teacher, 192 wide, pretrained",
-    "scratch": "student, 96 wide, pretrained from nothing",
+    "scratch": "student, 96 wide, pretrained from scratch",
     "heads": "student, 96 wide, `distill --objective heads`",
     "features": "student, 96 wide, `distill --objective features`, teacher without heads",
 }
@@ -30,7 +37,7 @@ KINDS = {
 
 def train(folder: Path, steps: int, kind: str, seed: int) -> None:
     """Train one model, unless it is there."""
-    pool, teacher, stripped = str(DATA / "fashion_pool.parquet"), f"teacher-{seed}", f"stripped-{seed}"
+    pool, teacher, stripped = str(FASHION_POOL), f"teacher-{seed}", f"stripped-{seed}"
     if kind == "features" and not (folder / stripped / "model.json").exists():
         model = load_model(folder / teacher)
         save_model(folder / stripped, backbone=model.backbone, heads={}, preprocess=model.preprocess)
@@ -47,20 +54,18 @@ def train(folder: Path, steps: int, kind: str, seed: int) -> None:
 def main() -> None:
     """Train all seeds, score them and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept")
+    parser.add_argument("--folder", type=made_folder, required=True, help="where runs are kept")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    folder: Path = args.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder: Path = args.folder
     seeds = range(args.seeds)
     with ThreadPoolExecutor(2) as pool:
         for kinds in (("teacher", "scratch"), ("heads", "features")):  # students need their teacher
             runs = [(kind, seed) for kind in kinds for seed in seeds]
             list(pool.map(lambda run: train(folder, args.steps, *run), runs))
     names = ["random:scratch-0", *(f"{kind}-{seed}" for kind in KINDS for seed in seeds)]
-    sets = DATA / "fashion_probe_train.parquet", DATA / "fashion_probe_test.parquet"
-    found = {model: 100 * row["value"] for (model, _), row in probed(folder, sets, names, ["knn"]).items()}
+    found = {model: 100 * row["value"] for (model, _), row in probed(folder, FASHION_PROBE, names, ["knn"]).items()}
     scores = {kind: [found[f"{kind}-{seed}"] for seed in seeds] for kind in KINDS}
     means = {kind: statistics.mean(values) for kind, values in scores.items()}
     rows = [
@@ -69,12 +74,12 @@ def main() -> None:
     ]
     gains = (f"`{kind}` {means[kind] - means['scratch']:+.1f}" for kind in ("heads", "features"))
     notes = (
-        f"Points over pretraining from nothing: {', '.join(gains)}. Recipe `tiny` (3 blocks, 28 px, batch 64),"
+        f"Points over pretraining from scratch: {', '.join(gains)}. Recipe `tiny` (3 blocks, 28 px, batch 64),"
         f" {args.steps} steps for teacher and students alike, on the 12,000 long-tailed images of"
-        " `examples/data/fashion_pool.parquet`; every seed has a teacher of its own. Score: top-1 of k-NN in percent,"
+        " `examples/data/fashion_pool.parquet`; every seed has its own teacher. Score: top-1 of k-NN in percent,"
         f" k = {K}, class tokens, 1,000 training and 2,000 test images from the official test set. Distillation by"
-        " features learns at three times the recipe's rate, which was chosen at 300 steps by these very scores;"
-        " pretraining from nothing did not gain by it (60.3 instead of 60.6)."
+        " features learns at three times the recipe's rate, which was chosen at 300 steps by these same scores;"
+        " pretraining from scratch did not gain by it (60.3 instead of 60.6)."
     )
     header = ("model", *(f"seed {seed}" for seed in seeds), "mean")
     write_result("distill", "A student half as wide: distilled, or pretrained for as many steps", header, rows, notes)

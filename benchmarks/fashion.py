@@ -1,11 +1,11 @@
-"""What the recipe `tiny` learns from the 60,000 training images of Fashion-MNIST, labels unseen.
+"""Pretrain the recipe `tiny` on the 60,000 training images of Fashion-MNIST, without labels.
 
     apt install dataset-fashion-mnist
     python benchmarks/fashion.py --folder out/fashion
 
-In the table: raw pixels, the ViT untrained, the run, and the same ViT trained on the same crops with the labels, for
-as many seconds as the run took. All are scored on the 10,000 test images by `dinov2 evaluate probe`. A folder that is
-given again goes on where it stopped.
+The table has raw pixels, the untrained ViT, the run, and the same ViT trained with labels on the same crops for as many
+seconds as the run took. All are scored on the 10,000 test images by `dinov2 evaluate probe`. With the same folder an
+interrupted run resumes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from dinov2_toolkit import console
-from dinov2_toolkit.benchmarks.measured import dinov2, probed, write_result
+from dinov2_toolkit.benchmarks.measured import dinov2, made_folder, probed, write_result
 from dinov2_toolkit.evaluate.logreg import regression_path
 from dinov2_toolkit.examples.build_data import Split, read_split, row_of, write_parquet
 from dinov2_toolkit.models.cpu import keep_freed_memory
@@ -39,7 +39,7 @@ SUPERVISED_LR, SUPERVISED_WEIGHT_DECAY = 1e-3, 0.05
 
 
 def supervise(config: TrainConfig, split: Split, seconds: float) -> tuple[VisionTransformer, int]:
-    """Train the recipe's ViT on its global crops with the labels for so long; return it and the images it has seen."""
+    """Train the recipe's ViT on its global crops with labels for `seconds`; return it and the number of images seen."""
     images, labels = split.images, split.labels
     torch.manual_seed(config.seed)
     backbone = build_backbone(config)
@@ -53,9 +53,9 @@ def supervise(config: TrainConfig, split: Split, seconds: float) -> tuple[Vision
     sides = np.full((size, 2), images.shape[1])
     with console.progress("with labels", 1000, "thousandths") as advance:
         done = 0
-        while (share := (time.monotonic() - start) / seconds) < 1:
+        while (elapsed := (time.monotonic() - start) / seconds) < 1:
             for group in optimizer.param_groups:
-                group["lr"] = SUPERVISED_LR * min(20 * share, 0.5 + 0.5 * math.cos(math.pi * share))
+                group["lr"] = SUPERVISED_LR * min(20 * elapsed, 0.5 + 0.5 * math.cos(math.pi * elapsed))
             rows = rng.choice(len(images), size, replace=False)
             pixels = torch.from_numpy(images[rows])[..., None].expand(-1, -1, -1, 3)
             batch = Batch(pixels, sides, np.arange(seen, seen + size), 0)
@@ -65,41 +65,40 @@ def supervise(config: TrainConfig, split: Split, seconds: float) -> tuple[Vision
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             seen += size
-            advance(int(1000 * share) - done)
-            done = int(1000 * share)
+            advance(int(1000 * elapsed) - done)
+            done = int(1000 * elapsed)
     return backbone.eval(), seen
 
 
 def regression_on_pixels(train: Split, test: Split) -> float:
-    """Return the top-1 of logistic regression on raw pixels, at the penalty that suits the test images best."""
-    shares = [np.divide(split.images, 255, dtype=np.float32) for split in (train, test)]
-    features, unseen = (images.reshape(len(images), -1) for images in shares)
+    """Return the top-1 of logistic regression on raw pixels, at the penalty that is best on the test images."""
+    scaled = [np.divide(split.images, 255, dtype=np.float32) for split in (train, test)]
+    features, test_features = (images.reshape(len(images), -1) for images in scaled)
     labels = train.labels.astype(np.int64)
     models = regression_path(features, labels, int(labels.max()) + 1, PENALTIES)
-    return max(float((model.predict(unseen)[:, 0] == test.labels).mean()) for model in models)
+    return max(float((model.predict(test_features)[:, 0] == test.labels).mean()) for model in models)
 
 
 def main() -> None:
     """Train, score and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="the IDX files")
-    parser.add_argument("--folder", type=Path, required=True, help="where everything is kept")
+    parser.add_argument("--folder", type=made_folder, required=True, help="where everything is kept")
     args = parser.parse_args()
-    folder: Path = args.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder: Path = args.folder
     keep_freed_memory()
     splits = {name: read_split(args.images, file) for name, file in SPLITS.items()}
     for name, split in splits.items():
         if not (folder / f"{name}.parquet").exists():
             write_parquet([row_of(split, row) for row in range(len(split.labels))], folder / f"{name}.parquet")
 
-    # Without labels, then with them for as long.
-    took = folder / "seconds.json"
-    if not took.exists():
+    # Without labels, then with labels for as long.
+    seconds_file = folder / "seconds.json"
+    if not seconds_file.exists():
         start = time.monotonic()
         dinov2(folder, "train", "pretrain", "train.parquet", "-o", "run", "--recipe", "tiny", "--resume")
-        took.write_text(json.dumps(round(time.monotonic() - start)))
-    seconds = json.loads(took.read_text())
+        seconds_file.write_text(json.dumps(round(time.monotonic() - start)))
+    seconds = json.loads(seconds_file.read_text())
     config = resolve(TrainConfig, recipe="tiny")
     if not (folder / "labels" / "model.json").exists():
         backbone, num_seen = supervise(config, splits["train"], seconds)
@@ -131,7 +130,7 @@ def main() -> None:
     notes = (
         "Top-1 in percent on the 10,000 test images, all 60,000 training images as neighbours or for the linear layers;"
         f" class tokens. Logistic regression on raw pixels: {regression:.1f} at the best of {len(PENALTIES)} penalties,"
-        " chosen on the test images. Recipe and time of the machine named below."
+        " chosen on the test images."
     )
     write_result("fashion", "Fashion-MNIST from its images alone: the recipe `tiny`", header, rows, notes)
 

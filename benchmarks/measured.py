@@ -1,42 +1,48 @@
-"""What a benchmark measures and writes down: time, memory, the machine, a table."""
+"""What the benchmarks share: data, commands of the toolkit, time and memory, pages of results."""
 
 import datetime
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = ROOT / "examples" / "data"
+FASHION_POOL = DATA / "fashion_pool.parquet"
+FASHION_PROBE = DATA / "fashion_probe_train.parquet", DATA / "fashion_probe_test.parquet"
 K = 20  # neighbours of a k-NN score
 
 
 @dataclass
 class Measure:
-    """Seconds of the clock and of all cores, of a block."""
+    """Elapsed seconds, CPU seconds of all threads, and the largest resident memory, mapped files included."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
+    peak_mb: float = 0.0
 
 
 @contextmanager
 def measured() -> Iterator[Measure]:
-    """Yield what is filled in when the block ends."""
+    """Measure the block; the figures are set when it ends, the memory since the process started."""
     measure, wall, cpu = Measure(), time.perf_counter(), time.process_time()
     yield measure
     measure.wall_s, measure.cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+    measure.peak_mb = peak_mb()
 
 
 def peak_mb() -> float:
-    """Return the most memory that this process had resident so far, mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Return the largest resident memory of this process so far; unlike ru_maxrss without that of its parent."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def machine() -> str:
@@ -53,18 +59,44 @@ def machine() -> str:
 
 
 def in_a_process(*arguments: str) -> str:
-    """Run this script again with other arguments and return the last line it prints: memory is then its own."""
+    """Run this script again with other arguments, so that its memory is its own; return the last line it prints."""
     done = subprocess.run([sys.executable, sys.argv[0], *arguments], stdout=subprocess.PIPE, check=True, text=True)
     return done.stdout.strip().splitlines()[-1]
 
 
 def dinov2(folder: Path, *arguments: str, threads: int | None = None) -> str:
     """Run a command of the toolkit in a folder, with a catalog of its own, and return its stdout."""
+    return dinov2_measured(folder, *arguments, threads=threads)[0]
+
+
+def dinov2_measured(folder: Path, *arguments: str, threads: int | None = None) -> tuple[str, Measure]:
+    """Run a command as `dinov2` does; return its stdout and what it took."""
     environment = {**os.environ, "DINOV2_CATALOG": str(folder / "catalog.duckdb")}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     words = [sys.executable, "-m", "dinov2_toolkit", *arguments]
-    return subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    start = time.perf_counter()
+    process = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if status:
+        raise SystemExit(f"{' '.join(arguments)} failed: status {process.returncode}")
+    cost = Measure(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+    return printed, cost
+
+
+def made_folder(path: str) -> Path:
+    """Make the folder that a command line names, and return its absolute path."""
+    folder = Path(path).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def assignments(settings: Mapping[str, object]) -> list[str]:
+    """Return recipe settings as words of a command line."""
+    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
 def probed(
@@ -83,18 +115,28 @@ def probed(
 
 
 def write_result(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], notes: str) -> None:
-    """Print a table and write it to results/NAME.md with machine, versions, date and command."""
+    """Print a table and write it to results/NAME.md, as `write_page` does."""
+    lines = table(header, rows)
+    print(lines)
+    write_page(name, title, f"{lines}\n\n{notes}")
 
-    def cell(value: object) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    table = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    table += [f"| {' | '.join(cell(value) for value in row)} |" for row in rows]
-    print("\n".join(table))
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+
+    def line(values: Sequence[object]) -> str:
+        cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
+        return f"| {' | '.join(cells)} |"
+
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+
+
+def write_page(name: str, title: str, body: str) -> None:
+    """Write results/NAME.md: title, body, machine, versions, date and command."""
     arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    text = f"# {title}\n\n" + "\n".join(table) + f"\n\n{notes}\n\n"
+    text = f"# {title}\n\n{body}\n\n"
     text += f"{machine()}. {datetime.date.today()}, load at the end {load}. `{command}`\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text)

@@ -1,29 +1,26 @@
-"""Time the k-NN probe beside FAISS's bare search: 60,000 training and 10,000 test embeddings of 384 numbers.
+"""Time the k-NN probe and FAISS's bare search: 60,000 training and 10,000 test embeddings of 384 numbers.
 
     python benchmarks/probe_knn.py --repeats 3
 
-The command `dinov2 evaluate probe` runs as a user runs it, in a process of its own, from two manifests: start-up,
-reading, search, exact reranking, votes for k = 10, 20, 100 and 200, intervals and the scores file. The yardstick is
-`faiss.knn` on the same vectors, already of unit length and in memory, for 200 neighbours: what any exact k-NN must do
-at least. Both in turn, again and again; the medians count. Then the accuracies are compared with a brute force in
-numpy, float64, on the whole set. Prints a table; --output writes it as Markdown. Ends with one JSON line.
+The command `dinov2 evaluate probe` runs from two manifests: start-up, reading, search, exact reranking, votes for
+k = 10, 20, 100 and 200, intervals and the scores file. The reference is `faiss.knn` on the same vectors, already of
+unit length and in memory, for 200 neighbours: any exact k-NN does at least that. Both run in turn; medians are
+reported. Then the accuracies are compared with a brute force in numpy, float64, on the whole set.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from dinov2_toolkit.benchmarks.measured import Measure, dinov2_measured, table, write_page
 
 DIM, NUM_CLASSES = 384, 100
 KS = (10, 20, 100, 200)
@@ -35,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for flag, default in {"train": 60_000, "test": 10_000, "repeats": 3, "threads": 2, "seed": 0}.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--output", type=Path, help="Markdown file")
+    parser.add_argument("--write", action="store_true", help="write results/probe_knn.md")
     return parser.parse_args()
 
 
@@ -48,28 +45,18 @@ def make_features(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_manifest(path: Path, features: np.ndarray, labels: np.ndarray) -> None:
-    """Write features as anybody might: lists of floats, a label each."""
+    """Write features as other programs do: lists of floats, with a label each."""
     embeddings = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), DIM)
     names = pa.array([f"/images/{path.stem}/{row}.jpg" for row in range(len(labels))])
     pq.write_table(pa.table({"uri": names, "label": labels.astype(str), "embedding": embeddings}), path)
 
 
-def probe(folder: Path, threads: int) -> tuple[float, float, float, dict[str, float]]:
-    """Run the command; return its seconds, those of its processor, its peak memory in MiB, and accuracy by k."""
+def probe(folder: Path, threads: int) -> tuple[Measure, dict[str, float]]:
+    """Run the command; return its time and memory, and accuracy by k."""
     arguments = ["evaluate", "probe", "--train", "train.parquet", "--test", "test.parquet", "--force", "--json", "-q"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DINOV2_CATALOG": str(folder / "catalog.duckdb")}
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dinov2_toolkit", *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    printed = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    assert status == 0, f"the command failed: {status}"
+    printed, cost = dinov2_measured(folder, *arguments, threads=threads)
     rows = json.loads(printed)["rows"]
-    accuracies = {str(row["parameters"]["k"]): row["value"] for row in rows if row["metric"] == "top1"}
-    return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, accuracies
+    return cost, {str(row["parameters"]["k"]): row["value"] for row in rows if row["metric"] == "top1"}
 
 
 def bare_search(train: np.ndarray, test: np.ndarray, threads: int) -> float:
@@ -104,56 +91,38 @@ def main() -> None:
     """Time both in turn, compare with brute force, print and write the figures."""
     args = parse_arguments()
     (train, labels), (test, truth) = make_features(args.train, args.seed), make_features(args.test, args.seed + 1)
-    probed, processor, searched, peaks = [], [], [], []
+    costs, searched = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_manifest(folder / "train.parquet", train, labels)
         write_manifest(folder / "test.parquet", test, truth)
         for _ in range(args.repeats):
             searched.append(bare_search(train, test, args.threads))
-            seconds, processor_s, peak_mib, accuracies = probe(folder, args.threads)
-            probed.append(seconds)
-            processor.append(processor_s)
-            print(f"{seconds:.1f} s beside {searched[-1]:.1f} s", file=sys.stderr, flush=True)
-            peaks.append(peak_mib)
-    expected = brute_force(train, labels, test, truth)
-    load = os.getloadavg()[0]
-    figures = {
-        "probe_s": round(statistics.median(probed), 2),
-        "faiss_s": round(statistics.median(searched), 2),
-        "ratio": round(statistics.median(p / s for p, s in zip(probed, searched, strict=True)), 2),
-        "probe_s_all": [round(seconds, 2) for seconds in probed],
-        "faiss_s_all": [round(seconds, 2) for seconds in searched],
-        "probe_processor_s": round(statistics.median(processor), 2),
-        "peak_rss_mib": round(max(peaks)),
-        "accuracy": accuracies,
-        "brute_force": expected,
-        "equal": accuracies == expected,
-        "load": round(load, 1),
-        "train": args.train,
-        "test": args.test,
-        "threads": args.threads,
-    }
-    lines = [
-        "# k-NN probe beside FAISS's bare search",
-        "",
-        f"`python benchmarks/probe_knn.py --repeats {args.repeats}`, {date.today()}, {platform.processor() or 'CPU'},"
-        f" {os.cpu_count()} cores, {args.threads} threads, load {load:.1f} at the end.",
-        f"{args.train:,} training and {args.test:,} test embeddings of {DIM} numbers, k = 10, 20, 100, 200.",
-        "",
-        "| | seconds, median | all | processor seconds | peak memory MiB |",
-        "|---|---|---|---|---|",
-        f"| `dinov2 evaluate probe`, whole command | {figures['probe_s']} | {figures['probe_s_all']}"
-        f" | {figures['probe_processor_s']} | {max(peaks):.0f} |",
-        f"| `faiss.knn`, 200 neighbours, no more | {figures['faiss_s']} | {figures['faiss_s_all']} | | |",
-        "",
-        f"Ratio {figures['ratio']} (median of pairs). Accuracies {'equal' if figures['equal'] else 'DIFFER FROM'} the"
-        f" brute force in numpy, float64: {accuracies}.",
+            cost, accuracies = probe(folder, args.threads)
+            costs.append(cost)
+            print(f"probe {cost.wall_s:.1f} s, search {searched[-1]:.1f} s", file=sys.stderr, flush=True)
+    is_equal = accuracies == brute_force(train, labels, test, truth)
+    probed = [cost.wall_s for cost in costs]
+    ratio = statistics.median(whole / search for whole, search in zip(probed, searched, strict=True))
+
+    def seconds(runs: list[float]) -> tuple[str, str]:
+        return f"{statistics.median(runs):.2f}", ", ".join(f"{run:.2f}" for run in runs)
+
+    cpu_s = statistics.median(cost.cpu_s for cost in costs)
+    peak = max(cost.peak_mb for cost in costs)
+    rows = [
+        ("`dinov2 evaluate probe`, whole command", *seconds(probed), f"{cpu_s:.2f}", f"{peak:.0f}"),
+        (f"`faiss.knn`, the search for {max(KS)} neighbours alone", *seconds(searched), "", ""),
     ]
-    print("\n".join(lines))
-    if args.output:
-        args.output.write_text("\n".join(lines) + "\n")
-    print(json.dumps(figures))
+    lines = table(("", "seconds, median", "all", "CPU seconds", "peak memory MiB"), rows)
+    notes = (
+        f"{args.train:,} training and {args.test:,} test embeddings of {DIM} numbers, k = {', '.join(map(str, KS))},"
+        f" {args.threads} threads. Ratio {ratio:.2f} (median of pairs). Accuracies"
+        f" {'equal' if is_equal else 'DIFFER FROM'} the brute force in numpy, float64: {accuracies}."
+    )
+    print(f"{lines}\n\n{notes}")
+    if args.write:
+        write_page("probe_knn", "k-NN probe and FAISS's bare search", f"{lines}\n\n{notes}")
 
 
 if __name__ == "__main__":

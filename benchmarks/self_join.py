@@ -1,17 +1,18 @@
-"""The self-join of `curate dedup` against FAISS's inverted file at its best setting.
+"""Time the self-join of `curate dedup` and FAISS's inverted file at its best setting.
 
     python benchmarks/self_join.py [--rows 1000000] [--exact]
 
-Both build what they search in (cells, lists) and find the pairs above 0.86 among clustered vectors with a long tail and
-planted near-duplicates; recall is that of the planted pairs above the threshold. FAISS: IVF-Flat by inner product,
-trained on 32 rows a list and 6 iterations as our cells are, range search; the numbers of lists and probes are the
-quickest that reach the recall on a sample of the queries. Each runs in a process of its own.
+Both build their index (cells, lists) and find the pairs above 0.86 among clustered vectors with a long tail and planted
+near-duplicates. Recall is the share of the planted pairs above the threshold that are found. FAISS: IVF-Flat by inner
+product, range search, trained like our cells on 32 rows per list with 6 iterations; the numbers of lists and probes are
+the fastest that reach the recall on a sample of the queries. Each runs in its own process.
 """
 
 import argparse
 import json
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import faiss
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2_toolkit import console
-from dinov2_toolkit.benchmarks.measured import in_a_process, measured, peak_mb, write_result
+from dinov2_toolkit.benchmarks.measured import in_a_process, measured, write_result
 from dinov2_toolkit.benchmarks.synthetic import write
 from dinov2_toolkit.features.search.exact_search import SearchSettings
 from dinov2_toolkit.features.search.join import components_above
@@ -37,7 +38,7 @@ SAMPLE_QUERIES = 20_000
 Planted = tuple[Int64, Int64]
 
 
-def opened(path: Path) -> tuple[Vectors, Planted]:
+def read_planted(path: Path) -> tuple[Vectors, Planted]:
     """Return the vectors and the planted pairs above the threshold."""
     manifest = open_manifest(path)
     vectors = open_vectors(manifest)
@@ -49,11 +50,11 @@ def opened(path: Path) -> tuple[Vectors, Planted]:
 
 
 def by_toolkit(path: Path, recall: float) -> dict[str, object]:
-    """Join by cells that are made now."""
-    vectors, (copies, sources) = opened(path)
+    """Join by cells, which are built in the run."""
+    vectors, (copies, sources) = read_planted(path)
     for file in cache_folder().glob("*-*.npy"):
         file.unlink()
-    with measured() as took:
+    with measured() as cost:
         joined = components_above(
             vectors,
             THRESHOLD,
@@ -63,16 +64,13 @@ def by_toolkit(path: Path, recall: float) -> dict[str, object]:
         )
     found = float((joined.labels[copies] == joined.labels[sources]).mean())
     return {
-        "wall": took.wall_s,
-        "cpu": took.cpu_s,
+        **asdict(cost),
         "found": found,
-        "measured": joined.recall,
-        "peak": peak_mb(),
-        "degrees": int(joined.degree.sum()),
+        "recall": joined.recall,
     }
 
 
-def built(unit: Float32, num_lists: int) -> faiss.IndexIVFFlat:
+def build_index(unit: Float32, num_lists: int) -> faiss.IndexIVFFlat:
     """Return FAISS's inverted file of all vectors."""
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(unit.shape[1]), unit.shape[1], num_lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.niter, index.cp.max_points_per_centroid = 6, 32
@@ -94,24 +92,24 @@ def share_found(index: faiss.IndexIVFFlat, unit: Float32, rows: Int64, planted: 
 
 
 def by_faiss(path: Path, setting: str) -> dict[str, object]:
-    """Join by an inverted file; with the setting `choose`, return the quickest that reaches the recall."""
-    vectors, planted = opened(path)
+    """Join by an inverted file; with the setting `choose`, return the fastest that reaches the recall."""
+    vectors, planted = read_planted(path)
     unit = vectors.unit(0, len(vectors))
     if setting != "choose":
         num_lists, num_probes = (int(part) for part in setting.split(","))
-        with measured() as took:
-            index = built(unit, num_lists)
+        with measured() as cost:
+            index = build_index(unit, num_lists)
             index.nprobe = num_probes
             found = share_found(index, unit, np.arange(len(unit)), planted)
-        return {"wall": took.wall_s, "cpu": took.cpu_s, "found": found, "peak": peak_mb()}
-    # A sampled pair is found from both its ends, as in the whole.
+        return {**asdict(cost), "found": found}
+    # As in the full join, a pair can be found from either of its ends: both are queries.
     copies, sources = planted
     some = np.random.default_rng(1).choice(len(copies), min(len(copies), SAMPLE_QUERIES // 2), replace=False)
     sample = np.unique(np.concatenate([copies[some], sources[some]]))
     best: tuple[float, str] = (np.inf, "")
     for num_lists in LISTS:
         with measured() as building:
-            index = built(unit, num_lists)
+            index = build_index(unit, num_lists)
         for num_probes in PROBES:
             index.nprobe = num_probes
             with measured() as searching:
@@ -125,14 +123,14 @@ def by_faiss(path: Path, setting: str) -> dict[str, object]:
 
 
 def main() -> None:
-    """Read the command line, run the contestants and write the table."""
+    """Read the command line, run both and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--setting", default="choose", metavar="LISTS,PROBES", help="FAISS's; default: the quickest")
+    parser.add_argument("--setting", default="choose", metavar="LISTS,PROBES", help="FAISS's; default: the fastest")
     parser.add_argument("--exact", action="store_true", help="also the exact mode, --recall 1")
     parser.add_argument("--manifest", type=Path, help="use this manifest of synthetic.py")
-    parser.add_argument("--one", nargs=2, metavar=("CONTESTANT", "SETTING"), help="run one and print JSON")
+    parser.add_argument("--one", nargs=2, metavar=("METHOD", "SETTING"), help="run one and print JSON")
     args = parser.parse_args()
     if args.one:
         name, setting = args.one
@@ -144,7 +142,7 @@ def main() -> None:
         path = args.manifest or Path(folder) / "vectors.parquet"
         if not path.exists():
             write(path, args.rows)
-        opened(path)  # decodes it once, for both
+        read_planted(path)  # decodes the vectors once, for both
 
         def run(name: str, setting: str) -> dict[str, float]:
             done: dict[str, float] = json.loads(in_a_process("--manifest", str(path), "--one", name, setting))
@@ -159,20 +157,20 @@ def main() -> None:
             runs["faiss"].append(run("faiss", setting))
         exact = [run("toolkit", "1")] if args.exact else []
 
-    best = {name: min(parts, key=lambda part: part["cpu"]) for name, parts in runs.items()}
+    best = {name: min(parts, key=lambda part: part["cpu_s"]) for name, parts in runs.items()}
 
     def row(name: str, part: dict[str, float]) -> tuple[str, ...]:
-        recall = f"{part['measured']:.4f}" if "measured" in part else ""
-        ratios = [f"{best['faiss'][key] / part[key]:.2f}" for key in ("wall", "cpu")]
+        recall = f"{part['recall']:.4f}" if "recall" in part else ""
+        ratios = [f"{best['faiss'][key] / part[key]:.2f}" for key in ("wall_s", "cpu_s")]
         return (
             name,
-            f"{part['wall']:.1f}",
+            f"{part['wall_s']:.1f}",
             ratios[0],
-            f"{part['cpu']:.1f}",
+            f"{part['cpu_s']:.1f}",
             ratios[1],
             f"{part['found']:.4f}",
             recall,
-            f"{part['peak']:.0f}",
+            f"{part['peak_mb']:.0f}",
         )
 
     rows = [row("toolkit, --recall 0.99", best["toolkit"])]
@@ -185,12 +183,12 @@ def main() -> None:
         "CPU s",
         "FAISS / this",
         "planted pairs found",
-        "recall it measured",
+        "recall measured by the command",
         "peak MB",
     )
     notes = (
-        f"Building included. The better of {args.repeats} runs in turn each, by CPU time. Peak memory is all that was"
-        " resident at a time, mapped pages of files that can be given back included."
+        f"Building included. The best of {args.repeats} runs each, in turn, by CPU time. Peak memory is the"
+        " largest resident size, with pages of mapped files, which the system can reclaim."
     )
     write_result("self_join", f"Self-join: {args.rows:,} x 384 above {THRESHOLD}", header, rows, notes)
 

@@ -1,11 +1,11 @@
-"""Write an embedding manifest of made-up vectors: concepts with a long tail, and planted near-duplicates.
+"""Write an embedding manifest of synthetic vectors: concepts with a long tail, and planted near-duplicates.
 
     python benchmarks/synthetic.py --rows 1000000 -o million.parquet
 
-Concepts stand on two levels (50 super-concepts of 30 concepts, both drawn by Zipf's law with exponent 1.1; --supers 0:
-1,500 concepts without a level above). A vector is its concept's direction and noise, so that two of one concept have a
-cosine of about 0.5. 8 % of the rows are near-duplicates of another row of the same 16,384, at a cosine drawn uniformly
-from 0.86 to 1: the columns `copy_of` (its row) and `cosine` tell which. `label` is SUPER/CONCEPT.
+Concepts have two levels: 50 super-concepts of 30 concepts, both drawn by Zipf's law with exponent 1.1 (--supers 0:
+1,500 concepts without super-concepts). A vector is its concept's direction plus noise, so that two of one concept
+have a cosine of about 0.5. 8 % of the rows are near-duplicates of another row of the same 16,384, at a cosine drawn
+uniformly from 0.86 to 1: the columns `copy_of` (its row) and `cosine` tell which. `label` is SUPER/CONCEPT.
 
 The same arguments give the same rows; memory does not grow with their number.
 """
@@ -41,12 +41,12 @@ class Block:
 
     vectors: Float32  # (B, D)
     concept: Int64  # (B,)
-    copy_of: Int64  # (B,) a row of all, -1 where it is no planted copy
+    copy_of: Int64  # (B,) row of its source in the pool; -1: not a planted copy
     cosine: Float32  # (B,) to that row
 
 
 def zipf(num: int) -> npt.NDArray[np.float64]:
-    """Return the shares of `num` things by Zipf's law."""
+    """Return the probabilities of `num` items by Zipf's law."""
     weights = np.arange(1, num + 1) ** -EXPONENT
     shares: npt.NDArray[np.float64] = weights / weights.sum()
     return shares
@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=384)
-    parser.add_argument("--supers", type=int, default=50, help="super-concepts; 0: concepts without a level above")
+    parser.add_argument("--supers", type=int, default=50, help="super-concepts; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
