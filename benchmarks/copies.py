@@ -1,18 +1,19 @@
-"""Measure what `--model copy` finds: altered copies among distinct pictures, beside an 8 x 8 difference hash.
+"""Measure how many altered copies `--model copy` finds among distinct pictures, and an 8 x 8 difference hash.
 
     apt install dataset-fashion-mnist openclipart-png
     python benchmarks/copies.py --photos FOLDER --drawings FOLDER --write
     python benchmarks/copies.py --untouched --write
 
 For each set of distinct pictures the threshold is the lowest at which deduplication (connected components) of the
-distinct pictures alone loses at most 2 % of them. Then a copy of some of them is altered in one way, and compared with
-all: recall is the share of copies above the threshold to their original, precision the share of these pairs among all
-pairs of a copy and a picture above the threshold (distinct clip art has true look-alikes: the same card, clock or flag
-in other colours). `copy` is the descriptor alone; with pixels it proposes the pairs that `dedup` verifies (each picture
-and its 24 nearest, the contents of 8 of them aligned), and the limit is one of `pixel_difference`. The last two columns
-are the recall by what `dedup` takes by itself: the descriptor's threshold with --no-verify, and the limit that it sets
-with --verify, the default. Sets: Fashion-MNIST's test images, clip art from folders that training never saw, and, where
-folders are named, photographs in tiles and other drawings, unlike the training data.
+distinct pictures alone loses at most 2 % of them. Then a copy of some of them is altered in one way, and compared
+with all: recall is the share of copies above the threshold to their original, precision the share of these pairs
+among all pairs of a copy and a picture above the threshold (distinct clip art has true look-alikes: the same card,
+clock or flag in other colours). `copy` is the descriptor alone. "With pixels": it proposes the pairs that `dedup`
+verifies (each picture and its 24 nearest, the 8 nearest of them aligned), and the limit is one of `pixel_difference`.
+The last two columns are the recall at the limits that `dedup` sets by itself: the descriptor's threshold with
+--no-verify, and its own limit with --verify, the default. Sets: Fashion-MNIST's test images, clip art from folders
+that training never saw, and, where folders are named, photographs in tiles and other drawings, unlike the training
+data.
 
 The settings of the descriptor's linear map were chosen by these very pictures and copies, those of its network by other
 clip art and Fashion-MNIST images beside them, so the figures flatter it; `--untouched` measures on Fashion-MNIST's
@@ -26,7 +27,7 @@ minus, a club for a spade, the hands of a clock) stay.
 
 The constants of the pixel verification were chosen by the same shown pictures and copies; nothing of it was learnt.
 
-What stays low are turned pictures and large crops that the descriptor does not propose among the eight.
+Recall stays low for turned pictures and for large crops that the descriptor does not rank among the 8 nearest.
 """
 
 import argparse
@@ -276,7 +277,7 @@ def difference_hashes(pictures: list[Image.Image]) -> Floats:
 
 
 def edges_above(vectors: Floats, similarity: float) -> list[tuple[float, int, int]]:
-    """Return all pairs of vectors (N, D) at least so similar, the most similar first."""
+    """Return all pairs of vectors (N, D) with at least this similarity, the most similar first."""
     edges = []
     for start in range(0, len(vectors), 2_000):
         block = vectors[start : start + 2_000] @ vectors.T
@@ -288,10 +289,7 @@ def edges_above(vectors: Floats, similarity: float) -> list[tuple[float, int, in
 
 
 def losses(vectors: Floats) -> list[float]:
-    """Return, falling, the similarities at which deduplicating distinct pictures loses one more of them.
-
-    Only the first 5 % of the pictures.
-    """
+    """Return the similarities, falling, at which deduplication loses one more distinct picture, up to 5 % of them."""
     highest = np.empty(len(vectors), np.float32)
     for start in range(0, len(vectors), 2_000):
         block = vectors[start : start + 2_000] @ vectors.T
@@ -302,14 +300,14 @@ def losses(vectors: Floats) -> list[float]:
 
 
 def joined(num: int, edges: list[tuple[float, int, int]]) -> list[float]:
-    """Return the similarities of those edges, which come by falling similarity, that join two groups of `num`."""
+    """Return the similarities of the edges that join two groups of `num` items; edges come by falling similarity."""
     root = list(range(num))
 
-    def find(place: int) -> int:
-        while root[place] != place:
-            root[place] = root[root[place]]
-            place = root[place]
-        return place
+    def find(item: int) -> int:
+        while root[item] != item:
+            root[item] = root[root[item]]
+            item = root[item]
+        return item
 
     lost = []
     for similarity, left, right in edges:
@@ -338,7 +336,7 @@ def thumbnails_of(pictures: list[Image.Image]) -> Thumbnails:
 
 
 class Pool:
-    """Distinct pictures by their descriptors (N, D) and pixels, and how different those are that are most alike."""
+    """Distinct pictures with descriptors (N, D) and thumbnails, and the pixel differences of their candidate pairs."""
 
     def __init__(self, vectors: Floats, thumbnails: Thumbnails) -> None:
         self.vectors, self.thumbnails = vectors, thumbnails
@@ -359,7 +357,7 @@ class Pool:
     def difference(
         self, vectors: Floats, thumbnails: Thumbnails, left: Ints, right: Ints, align: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.float64]:
-        """Return how different the pictures at `left` (E,) of others are from those at `right` (E,) of the pool."""
+        """Return the pixel differences (E,) of the given pictures at `left` (E,) and the pool's at `right` (E,)."""
         residuals = [np.empty(0, np.float32)]
         for start in range(0, len(left), BATCH):
             some = slice(start, start + BATCH)
@@ -398,7 +396,7 @@ def table(name: str, pictures: list[Image.Image], model: CopyDescriptor, num_cop
     falling = [losses(pool) for pool in pools]
     thresholds = [lost[min(int(LOSS * len(pictures)), len(lost) - 1)] for lost in falling]
     hash_rule = f"hash fewer than {round((1 - thresholds[1]) * 32)} of 64 bits"
-    if thresholds[1] > 1 - 1 / 32:  # even so it loses more: the best it can do
+    if thresholds[1] > 1 - 1 / 32:  # it loses more than 2 % even at equal hashes
         num_equal = len(pictures) - len(np.unique(pools[1], axis=0))
         thresholds[1] = 1 - 1 / 64
         hash_rule = f"hash none that does (equal hashes alone, taken here, lose {num_equal / len(pictures):.1%})"
@@ -455,7 +453,7 @@ def main() -> None:
     parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--clipart", type=Path, default=ROOT / "examples" / "data" / "clipart.parquet")
     parser.add_argument("--openclipart", type=Path, default=Path("/usr/share/openclipart/png"))
-    parser.add_argument("--untouched", action="store_true", help="only pictures by which nothing was learnt or chosen")
+    parser.add_argument("--untouched", action="store_true", help="only pictures not used for training or choices")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="folders of photographs, cut into tiles")
     parser.add_argument("--drawings", type=Path, nargs="*", default=[], help="folders of pictures")
     parser.add_argument("--num-fashion", type=int, default=10_000)

@@ -1,12 +1,12 @@
-"""Time `dinov2 curate embed` against the bare model, and beside the peers, all in turn in one run.
+"""Time `dinov2 curate embed`, the bare model and other programs, all in turn.
 
     python benchmarks/embedding.py --make 128 --images photos --repeats 3
     python benchmarks/embedding.py --images photos --peer "PY peer_embed.py hf --images photos" --peer "..."
 
 bare: the model's forward passes alone, over the same images decoded beforehand, in the same batches and precision.
-extract: files -> features, decoding ahead in threads. embed: the whole command, from the walk to the manifest.
-A contestant's rate is the median of its repeats. CPU seconds an image are hardly disturbed by what else runs on the
-machine, images/s are. A peer is any command whose last line is JSON with `img_per_s`. Ends with one JSON line.
+extract: files -> features, decoding ahead in threads. embed: the whole command, from the listing to the manifest.
+Rates are medians of the repeats. Other work on the machine affects images/s, and hardly the CPU seconds per image. A
+peer is any command whose last line is JSON with `img_per_s`. Ends with one JSON line.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Run all contestants in turn, and print what they did."""
+    """Run all methods in turn and print their rates."""
     arguments = parse_arguments()
     console.set_verbosity(quiet=True, verbose=0)
     if arguments.make:
@@ -89,12 +89,12 @@ def main() -> None:
             settings = EmbedSettings(arguments.model, batch_size=arguments.batch, num_workers=arguments.workers)
             embed_images([str(arguments.images)], f"{folder}/pool.parquet", settings, Options())
 
-    contestants: dict[str, Callable[[], None]] = {"bare": bare, "extract": extracted, "embed": embedded}
+    methods: dict[str, Callable[[], None]] = {"bare": bare, "extract": extracted, "embed": embedded}
     forward(backbone, model.preprocess, decoded[0], device)  # not timed
-    rates: dict[str, list[float]] = {name: [] for name in [*contestants, *arguments.peer]}
-    cpu_s: dict[str, list[float]] = {name: [] for name in contestants}
+    rates: dict[str, list[float]] = {name: [] for name in [*methods, *arguments.peer]}
+    cpu_s: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(arguments.repeats):
-        for name, run in contestants.items():
+        for name, run in methods.items():
             start, cpu_start = time.perf_counter(), time.process_time()
             run()
             rates[name].append(len(uris) / (time.perf_counter() - start))
@@ -113,7 +113,7 @@ def main() -> None:
         "img_per_s": {name: round(rate, 2) for name, rate in found.items()},
         "spread": {name: round((max(v) - min(v)) / statistics.median(v), 2) for name, v in rates.items()},
         "of_bare": {name: round(found[name] / found["bare"], 3) for name in found},
-        "cpu_s_an_image": {name: round(statistics.median(values), 4) for name, values in cpu_s.items()},
+        "cpu_s_per_image": {name: round(statistics.median(values), 4) for name, values in cpu_s.items()},
         "cpu_of_bare": {name: round(min(cpu_s["bare"]) / min(values), 3) for name, values in cpu_s.items()},
     }
     print(json.dumps(result))

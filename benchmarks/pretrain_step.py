@@ -3,7 +3,7 @@
     python benchmarks/pretrain_step.py --batch 8 --steps 5
 
 A timed step = student and teacher forward, losses, backward, clipping, AdamW, EMA. Crops and masks are made between
-the steps, outside the timer, since training makes them ahead. The result is that of the median step. Ends with one JSON
+the steps, outside the timer, because training makes them ahead. The result is the median step. Ends with one JSON
 line. Defaults: ViT-S/16, 2 x 224 + 8 x 96 px, 8,192 prototypes, one shared head, softmax centering, float32,
 2 threads, drop path 0.3, KoLeo 0.1.
 """
@@ -55,15 +55,17 @@ def parse_arguments() -> argparse.Namespace:
     for flag, default in NUMBERS.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--drop-path", type=float, default=0.3, help="default 0.3")
-    parser.add_argument("--sequential-views", action="store_true", help="local crops in halves, then each global view")
+    parser.add_argument(
+        "--sequential-views", action="store_true", help="local crops in two halves, then each global view"
+    )
     parser.add_argument("--activation-checkpointing", choices=get_args(ActivationCheckpointing), default="none")
-    parser.add_argument("--separate-head", action="store_true", help="a head of its own for patches")
+    parser.add_argument("--separate-head", action="store_true", help="separate heads for class and patch tokens")
     parser.add_argument("--centering", choices=["centering", "sinkhorn_knopp"], default="centering")
     return parser.parse_args()
 
 
 def build(args: argparse.Namespace) -> SSLModel:
-    """Return the model, student and teacher alike."""
+    """Return the model with equal weights in student and teacher."""
     config = TrainConfig(
         patch_size=args.patch,
         depth=args.depth,

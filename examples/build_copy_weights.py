@@ -3,17 +3,18 @@
     apt install dataset-fashion-mnist openclipart-png
     python examples/build_copy_weights.py
 
-First the linear map. Of some thousand pictures (Fashion-MNIST's training images, clip art, drawn ones) altered copies
-are made. Where the copies of a picture lie around it, and where pictures lie, are two covariances; the map is the
-linear discriminant analysis of the two. It is made twice: the second time copies count by how near the first map leaves
-them, for it is those that a threshold can keep. Two minutes.
+First the linear map. Altered copies are made of some thousand pictures (Fashion-MNIST's training images, clip art,
+drawn ones). The map is a linear discriminant analysis of two covariances: that of copies around their picture, and that
+of the pictures. It is computed twice. The second time a copy has the more weight, the nearer the first map places it to
+its picture, because a threshold can find only near copies. Two minutes.
 
-Then the network that is added to it, on more of all and on pictures composed of clip art. A batch holds two copies each
-of pictures that the map finds alike; copies are to come above, the nearest others below one limit, which is learnt too:
-a threshold is what deduplication has. Forty minutes on two cores, and 8 GB of memory.
+Then the network, whose output is added to the map's. It is trained on more pictures of each kind and on pictures
+composed of clip art. A batch has two copies each of pictures that are similar under the map. The loss pulls copies
+above, and the most similar other pictures below, one limit, which is learnt too, because deduplication uses one
+threshold. Forty minutes on two cores, and 8 GB of memory.
 
-Clip art of the folders that `is_held_out` names is not used, so that `benchmarks/copies.py` measures on what neither
-has seen. The same seed and versions give the same weights but for rounding.
+Clip art in the folders of `is_held_out` is not used, so that `benchmarks/copies.py` measures on unseen pictures. The
+same seed and versions give the same weights up to rounding.
 """
 
 import argparse
@@ -51,28 +52,28 @@ Rng = np.random.Generator
 Pictures = list[Image.Image]
 
 # The map
-NUM_DRAWN = 1_000  # pictures; of the clip art all that is not held out
+NUM_DRAWN = 1_000  # pictures; clip art: all that is not held out
 COPIES = 4  # of each picture
 SHRINKAGE = 0.1  # added to the correlations within copies: they come from few pictures
-WHITENING = 1.0  # chosen: power of the variance that each number is divided by; 0.5 gives all the same weight
-NEARNESS = 0.75  # chosen: copies count by (1 - cosine) to minus this power
-NEAR = 0.02  # chosen: those nearer than this count alike
+WHITENING = 1.0  # chosen: each output is divided by its variance to this power; 0.5 gives all the same weight
+NEARNESS = 0.75  # chosen: a copy's weight is (1 - cosine) to minus this power
+NEAR = 0.02  # chosen: smallest 1 - cosine in that weight
 
 # The network
 NUM_COMPOSED, NUM_MORE_DRAWN = 14_000, 4_000
 CLIPART_COPIES, OTHER_COPIES = 16, 6
 SHARES = {"clip art": 0.3, "composed": 0.35, "drawn": 0.1, "fashion": 0.25}  # of the batches
 STEPS, WARMUP_STEPS = 3_500, 200
-NEAREST = 32  # others that the map finds most alike a picture
-SEEDS, GROUP = 32, 8  # a batch: 32 pictures, with each seven of the nearest
-PICTURES_AS_THEY_ARE = 0.4  # the share of pairs of the picture itself and a copy; the others are of two copies
+NEAREST = 32  # neighbours of each picture under the map
+SEEDS, GROUP = 32, 8  # a batch: 32 pictures, each with seven of its neighbours
+ORIGINAL_SHARE = 0.4  # of pairs: the picture itself and a copy; the others are two copies
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
 SOFTNESS = 0.05  # of the limit, in cosine
 FIRST_LIMIT = 0.85  # cosine
-HARDEST = 8  # of the others in the batch count
-SAME = 0.995  # cosine of the map: such pictures may be copies, and are not pushed apart
-AVERAGED_OVER = 500  # steps of the weights that are kept
-CORRECTION = 0.3  # chosen: what is kept of the network's output, for it has learnt from few pictures
+HARDEST = 8  # negatives of each picture in the loss: the most similar ones of the batch
+SAME = 0.995  # cosine of the map: such pictures may be copies, so they are no negatives
+AVERAGED_OVER = 500  # steps of the moving average of the weights
+CORRECTION = 0.3  # chosen: factor of the network's output, because it was trained on few pictures
 BATCH = 64
 
 
@@ -80,13 +81,13 @@ BATCH = 64
 
 
 def pixels_of(pictures: Pictures) -> Tensor:
-    """Return (N, 3, 64, 64) in [0, 1] without margins."""
+    """Return pixels (N, 3, 64, 64) in [0, 1], margins cropped."""
     pixels = torch.stack([crop_picture(picture, PREPROCESS) for picture in pictures])
     return crop_margins(normalise(pixels, PREPROCESS))
 
 
 def map_inputs(descriptor: CopyDescriptor, pictures: Pictures) -> Tensor:
-    """Return what the map will see, (N, E) float64."""
+    """Return the input of the map, (N, E) float64."""
     batches = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
     return torch.cat([descriptor.gabor_colour_features(*standardise(pixels_of(batch))).double() for batch in batches])
 
@@ -97,7 +98,7 @@ def discriminant_map(pictures: Tensor, copies: Tensor, weights: Tensor, dim: int
     Args:
         pictures: (N, E).
         copies: (M, N, E), M copies of each.
-        weights: (M, N), of mean 1: how much each copy counts.
+        weights: (M, N), the weight of each copy, 1 on average.
         dim: D.
     """
     mean = pictures.mean(dim=0)
@@ -107,7 +108,7 @@ def discriminant_map(pictures: Tensor, copies: Tensor, weights: Tensor, dim: int
     scale = within.diag().sqrt() + 1e-4
     correlation = within / scale / scale[:, None] + SHRINKAGE * torch.eye(len(scale), dtype=torch.float64)
     variances, axes = torch.linalg.eigh(correlation)
-    sphered = axes / variances.sqrt() / scale[:, None]  # copies deviate alike in all directions
+    sphered = axes / variances.sqrt() / scale[:, None]  # copies have variance 1 in all directions
     ratios, axes = torch.linalg.eigh(sphered.T @ between @ sphered)
     weight = (sphered @ axes[:, -dim:] / ratios[-dim:] ** WHITENING).T.flip(0)
     weight = weight / weight.square().mean().sqrt() / 10  # float16 holds numbers of this size best
@@ -115,7 +116,7 @@ def discriminant_map(pictures: Tensor, copies: Tensor, weights: Tensor, dim: int
 
 
 def nearness(pictures: Tensor, copies: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return how much copies count, (M, N) of mean 1, by how near a map leaves them to their pictures."""
+    """Return the weights of copies, (M, N), 1 on average: larger, the nearer a map places them to their pictures."""
     mapped = F.normalize(F.linear(pictures, weight, bias), dim=-1)
     cosines = (F.normalize(F.linear(copies, weight, bias), dim=-1) * mapped).sum(dim=-1)
     near = (1 - cosines).clamp(min=NEAR) ** -NEARNESS
@@ -142,15 +143,15 @@ def make_map(descriptor: CopyDescriptor, pictures: Pictures, rng: Rng) -> None:
 
 
 class PictureSet(NamedTuple):
-    """Pictures, then their copies, without margins."""
+    """Pictures, then their copies, margins cropped."""
 
     pixels: Tensor  # (1 + C, N, 3, 64, 64) uint8
     mapped: Tensor  # (1 + C, N, D)
-    alike: Tensor  # (N, 1 + NEAREST): the picture and those that the map finds nearest
+    neighbors: Tensor  # (N, 1 + NEAREST): the picture and its nearest under the map
 
 
 def trimmed(job: tuple[Pictures, int | None]) -> np.ndarray:
-    """Return the pixels of pictures (N, 3, 64, 64) uint8, or those of a copy of each by a seed."""
+    """Return the pixels of pictures, or of a copy of each by a seed, (N, 3, 64, 64) uint8."""
     torch.set_num_threads(1)
     pictures, seed = job
     if seed is not None:
@@ -160,7 +161,7 @@ def trimmed(job: tuple[Pictures, int | None]) -> np.ndarray:
 
 
 def picture_set(descriptor: CopyDescriptor, pictures: Pictures, num_copies: int) -> PictureSet:
-    """Return pictures and copies of them; all cores make copies."""
+    """Return pictures and copies of them, made on all cores."""
     parts = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
     jobs = [
         (part, copy * len(parts) + place if copy else None)
@@ -173,24 +174,28 @@ def picture_set(descriptor: CopyDescriptor, pictures: Pictures, num_copies: int)
         inputs = (descriptor.gabor_colour_features(*standardise(part / 255)) for part in flat.split(512))
         vectors = torch.cat([descriptor.project(features) for features in inputs])
         originals = vectors[: len(pictures)]
-        alike = torch.cat([(part @ originals.T).topk(1 + NEAREST, dim=1).indices for part in originals.split(1_000)])
+        neighbors = torch.cat(
+            [(part @ originals.T).topk(1 + NEAREST, dim=1).indices for part in originals.split(1_000)]
+        )
     shape = 1 + num_copies, len(pictures)
-    return PictureSet(flat.view(*shape, *flat.shape[1:]), vectors.view(*shape, -1), alike)
+    return PictureSet(flat.view(*shape, *flat.shape[1:]), vectors.view(*shape, -1), neighbors)
 
 
 def pairs(pictures: PictureSet, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
-    """Return two forms each of P pictures that are much alike.
+    """Return two versions each of P similar pictures.
 
     Returns:
-        Pixels (2 P, 3, 64, 64) in [0, 1], the first forms of all before the second; what the map makes of them
-        (2 P, D); which pictures may be the same (P, P).
+        Pixels (2 P, 3, 64, 64) in [0, 1], first versions before second ones; their output of the map (2 P, D); which
+        pictures may be the same (P, P).
     """
     num_copies, num_pictures = pictures.pixels.shape[0] - 1, pictures.pixels.shape[1]
     seeds = rng.choice(num_pictures, SEEDS, replace=False)
     beside = np.stack([rng.choice(np.arange(1, 1 + NEAREST), GROUP - 1, replace=False) for _ in seeds])
-    rows = torch.cat([pictures.alike[seeds, :1], pictures.alike[seeds].gather(1, torch.from_numpy(beside))], dim=1)
+    rows = torch.cat(
+        [pictures.neighbors[seeds, :1], pictures.neighbors[seeds].gather(1, torch.from_numpy(beside))], dim=1
+    )
     rows = rows.unique()
-    first = rng.integers(1, 1 + num_copies, len(rows)) * (rng.random(len(rows)) >= PICTURES_AS_THEY_ARE)
+    first = rng.integers(1, 1 + num_copies, len(rows)) * (rng.random(len(rows)) >= ORIGINAL_SHARE)
     second = rng.integers(1, 1 + num_copies, len(rows))
     forms, both = torch.from_numpy(np.concatenate([first, second])), rows.repeat(2)
     originals = pictures.mapped[0, rows]
@@ -198,11 +203,11 @@ def pairs(pictures: PictureSet, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_of(vectors: Tensor, same: Tensor, limit: Tensor) -> Tensor:
-    """Return how far copies are below, and the nearest others above the limit, softly.
+    """Return the softplus loss of copies below the limit and of the most similar other pictures above it.
 
     Args:
         vectors: (2 P, D) of length 1; row i and row P + i are of one picture.
-        same: (P, P), which pairs of pictures are left out.
+        same: (P, P), pairs of pictures that are no negatives.
         limit: cosine.
     """
     half = len(same)
@@ -213,10 +218,10 @@ def loss_of(vectors: Tensor, same: Tensor, limit: Tensor) -> Tensor:
     return F.softplus((limit - copies) / SOFTNESS).mean() + F.softplus((hardest - limit) / SOFTNESS).mean()
 
 
-def learn_correction(descriptor: CopyDescriptor, sets: dict[str, PictureSet], rng: Rng) -> None:
-    """Learn the descriptor's network, the map staying as it is."""
+def train_correction(descriptor: CopyDescriptor, sets: dict[str, PictureSet], rng: Rng) -> None:
+    """Train the descriptor's network; the map is frozen."""
     network = descriptor.correction.to(memory_format=torch.channels_last).train()
-    torch.nn.init.normal_(network.head.weight, std=0.002)  # it begins as the map alone
+    torch.nn.init.normal_(network.head.weight, std=0.002)  # at the start the output is nearly the map's
     torch.nn.init.zeros_(network.head.bias)
     limit = torch.nn.Parameter(torch.tensor(FIRST_LIMIT))
     groups = [{"params": network.parameters()}, {"params": [limit], "weight_decay": 0.0}]
@@ -262,7 +267,7 @@ def main() -> None:
     descriptor = CopyDescriptor()
     drawings = [drawn(rng) for _ in range(NUM_DRAWN)]
     make_map(descriptor, [*fashion, *clipart, *drawings], rng)
-    print("the map is made", flush=True)
+    print("map computed", flush=True)
 
     drawings += [drawn(rng) for _ in range(NUM_MORE_DRAWN - NUM_DRAWN)]
     sets = {
@@ -272,11 +277,11 @@ def main() -> None:
         "fashion": picture_set(descriptor, fashion + more_fashion, OTHER_COPIES),
     }
     print(", ".join(f"{name}: {each.pixels.shape[1]:,} pictures" for name, each in sets.items()), flush=True)
-    learn_correction(descriptor, sets, rng)
+    train_correction(descriptor, sets, rng)
     small = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in descriptor.state_dict().items()}
     small["head.bias"] = small["head.bias"].half()
     save_file({name: tensor.contiguous() for name, tensor in small.items()}, arguments.output)
-    arguments.output.chmod(0o644)  # it is made for its owner only
+    arguments.output.chmod(0o644)  # save_file makes it readable by its owner only
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e3:,.0f} kB")
 
 

@@ -111,7 +111,7 @@ def near_duplicate(pixels: np.ndarray, kind: str, rng: np.random.Generator) -> b
 def fashion_pool(train: Split) -> list[dict[str, object]]:
     """Return the raw pool: a long tail over the classes in label order, near-duplicates planted, rows shuffled.
 
-    `planted_of` (path of the original, null for distinct images) and `planted_kind` are the truth to compare with.
+    `planted_of` (path of the original, null for distinct images) and `planted_kind` are the ground truth.
     """
     rng = np.random.default_rng((SEED, 1))
     counts = long_tail_counts(len(FASHION_CLASSES), NUM_POOL_ROWS - NUM_PLANTED, TAIL_RATIO)
@@ -209,7 +209,7 @@ def scaled(picture: Image.Image, side_px: int) -> Image.Image:
 
 
 def is_recognisable(picture: Image.Image) -> bool:
-    """Say whether a picture on white has enough size, contrast and ink; the bounds were chosen by looking."""
+    """Say whether a picture on white has enough size, contrast and ink; the bounds were chosen by eye."""
     short, long = sorted(picture.size)
     if long < 48 or short * 3 < long:
         return False

@@ -1,7 +1,7 @@
-"""Pictures to learn the copy descriptor from, and copies of them: for examples/build_copy_weights.py.
+"""Training pictures of the copy descriptor, and altered copies of them, for examples/build_copy_weights.py.
 
-Pictures: Fashion-MNIST's training images, clip art, pictures drawn out of nothing, and pictures composed of pieces of
-clip art. Some composed ones have a sibling that differs in one small place: alike, and no copy.
+Pictures: Fashion-MNIST's training images, clip art, random drawings, and pictures composed of pieces of clip art. Some
+composed ones have a sibling that differs in one small place: similar, but no copy.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ HELD_OUT_SHARE = 0.4  # of the clip art folders
 Rng = np.random.Generator
 Kinds = dict[str, float]
 
-# How copies come to be, and how often: those that the map is made from, and those that the network is.
+# Alterations and their relative frequencies, for the copies of the map and those of the network.
 MAP_KINDS: Kinds = {
     "crop": 6.0,
     "rotate": 0.5,
@@ -44,7 +44,7 @@ MAP_KINDS: Kinds = {
     "webp": 1.0,
     "gif": 1.0,
 }
-MAP_COUNTS = (1, 1, 1, 1, 2, 2, 3)  # alterations of one copy, each as likely
+MAP_COUNTS = (1, 1, 1, 1, 2, 2, 3)  # number of alterations of one copy, drawn uniformly
 NETWORK_KINDS: Kinds = {
     "crop": 6.0,
     "rotate": 0.5,
@@ -67,8 +67,8 @@ NETWORK_COUNTS = (1, 1, 1, 2, 2, 3, 4)
 
 
 def is_held_out(path: str) -> bool:
-    """Tell whether clip art is for measuring only, by the folder it lies in."""
-    digest = hashlib.md5(os.path.dirname(path).encode()).digest()  # any fixed number of a name would do
+    """Return whether clip art is held out for measuring, by its folder."""
+    digest = hashlib.md5(os.path.dirname(path).encode()).digest()  # any fixed hash of the name would do
     return digest[0] < HELD_OUT_SHARE * 255
 
 
@@ -188,7 +188,7 @@ def copy_of(picture: Image.Image, rng: Rng, kinds: Kinds, counts: tuple[int, ...
 
 
 def read_clipart(folder: Path) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Return the clip art that may be shown, in the order of its paths, scaled down, each picture once; then larger."""
+    """Return the clip art for training by path, scaled down, each picture once; then larger ones to compose from."""
     pictures, sources, seen = [], [], set()
     for path in sorted(path for path in folder.rglob("*.png") if not path.is_symlink()):
         if is_held_out(path.relative_to(folder).as_posix()):
@@ -213,7 +213,7 @@ def shows_something(picture: Image.Image) -> bool:
 
 
 def drawn(rng: Rng) -> Image.Image:
-    """Return a picture out of nothing: clouds, scattered shapes, a page of text, or a plain colour."""
+    """Return a random drawing: clouds, scattered shapes, a page of text, or a plain colour."""
     side = DRAWN_SIDE_PX
     kind = rng.choice(4, p=[0.2, 0.585, 0.2, 0.015])
     if kind == 0 or (kind == 1 and rng.random() < 0.35):
@@ -285,7 +285,7 @@ def write_lines(picture: Image.Image, rng: Rng) -> None:
 
 
 def composed(sources: list[Image.Image], rng: Rng) -> Image.Image:
-    """Return a piece of clip art, or some pieces on a ground."""
+    """Return a piece of clip art, or some pieces on a background."""
     if rng.random() < 0.45:
         return piece(sources, rng, 60, 160)
     width, height = rng.integers(80, 160, 2).tolist()
@@ -361,7 +361,7 @@ def compose(sources: list[Image.Image], count: int, rng: Rng) -> list[Image.Imag
 
 
 def read_fashion(folder: Path) -> tuple[list[Image.Image], list[Image.Image], list[Image.Image]]:
-    """Return Fashion-MNIST's training images for the map, more for the network, and those that nothing is made from."""
+    """Return Fashion-MNIST's training images for the map, more for the network, and unused ones."""
     images = read_split(folder, "train").images
     rows = np.random.default_rng((SEED, 1)).choice(len(images), NUM_FASHION, replace=False)
     others = np.random.default_rng(2).permutation(np.setdiff1d(np.arange(len(images)), rows))

@@ -1,8 +1,8 @@
-"""Every test has a catalog of its own, and no settings from outside or from the test before."""
+"""Each test has its own catalog, and no settings of the environment or of an earlier test."""
 
 import os
 
-# Before torch and faiss are imported: the tests are small, and threads that wait for each other slow them threefold.
+# Before torch and faiss are imported: small tests are three times slower when threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path  # noqa: E402

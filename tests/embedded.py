@@ -1,4 +1,4 @@
-"""Embedding manifests of made-up vectors, for the tests of what works on embeddings."""
+"""Embedding manifests of synthetic vectors, for tests of the steps that read embeddings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,5 +55,5 @@ def unit(vectors: Stored) -> Float64:
 
 
 def similarity(left: Float64, right: Float64) -> float:
-    """Return a cosine of unit vectors, rounded so that the order of summing does not show."""
+    """Return the cosine of unit vectors, rounded to hide differences in summation order."""
     return round(float((left * right).sum()), 12)

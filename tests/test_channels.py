@@ -1,4 +1,4 @@
-"""The whole road on images that are no RGB: trained, embedded, measured and drawn as they are stored."""
+"""All steps on images that are not RGB: embedding, training, probing and pictures, as they are stored."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def features(run: Path, uris: list[str]) -> Float32:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pool_of_any_channels_is_embedded_trained_on_measured_and_drawn(tmp_path: Path, kind: str) -> None:
+def test_images_of_any_channels_pass_all_steps(tmp_path: Path, kind: str) -> None:
     in_chans, bit_depth = KINDS[kind]
     images = write_images(tmp_path / "images", in_chans, bit_depth)
     pool, run = tmp_path / "pool.parquet", tmp_path / "run"
@@ -109,7 +109,7 @@ def test_a_pool_of_any_channels_is_embedded_trained_on_measured_and_drawn(tmp_pa
             assert picture.mode == "RGB" and picture.width > 100
 
 
-def test_what_lies_below_8_bits_reaches_the_model(tmp_path: Path) -> None:
+def test_a_16_bit_model_sees_differences_below_8_bits(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 5, 16)
     pool = tmp_path / "pool.parquet"
     embed_images([str(images)], str(pool), EmbedSettings(model="copy"), Options())
@@ -124,7 +124,7 @@ def test_what_lies_below_8_bits_reaches_the_model(tmp_path: Path) -> None:
         assert (one == other).all() == (bit_depth == 8)
 
 
-def test_images_of_other_channels_are_left_out_with_the_reason(tmp_path: Path) -> None:
+def test_images_with_other_channels_are_listed_as_removed_with_the_reason(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 5, 16)
     pretrain(_listed(images), str(tmp_path / "run"), settings(5, 16), Options())
     np.save(images / "dark" / "less.npy", np.zeros((20, 20, 2), np.uint16))
@@ -135,14 +135,14 @@ def test_images_of_other_channels_are_left_out_with_the_reason(tmp_path: Path) -
 
 
 def _listed(images: Path) -> Path:
-    """A manifest of nothing but names, relative to it."""
+    """Write a manifest with only a uri column, relative to it."""
     listed = images.parent / "images.parquet"
     uris = [str(path.relative_to(images.parent)) for path in sorted(images.glob("*/*"))]
     pq.write_table(pa.table({"uri": uris}), listed)
     return listed
 
 
-def test_weights_of_rgb_start_a_model_of_other_channels_with_the_same_answer_to_equal_channels(
+def test_rgb_weights_inflated_to_other_channels_give_the_same_features_for_equal_channels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = write_images(tmp_path / "images", 3, 8)
@@ -157,7 +157,7 @@ def test_weights_of_rgb_start_a_model_of_other_channels_with_the_same_answer_to_
         assert f"takes 3 channels, the recipe {in_chans}: each starts with" in capsys.readouterr().err
 
 
-def test_a_teacher_teaches_images_of_its_own_channels_only(tmp_path: Path) -> None:
+def test_distillation_requires_the_teachers_channels(tmp_path: Path) -> None:
     images = _listed(write_images(tmp_path / "images", 5, 16))
     teacher = str(tmp_path / "teacher")
     means = "pixel_mean=[0.1, 0.2, 0.3, 0.4, 0.5]"

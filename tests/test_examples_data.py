@@ -1,4 +1,4 @@
-"""The example data that ships with the repository is what examples/data/README.md says."""
+"""The example data is as examples/data/README.md describes it."""
 
 import importlib.util
 import io
@@ -25,7 +25,7 @@ def sets() -> dict[str, pa.Table]:
 
 @pytest.fixture(scope="module")
 def images(sets: dict[str, pa.Table]) -> dict[str, list[Image.Image]]:
-    """Every image decoded, which fails on a broken one."""
+    """Decode every image; a broken one fails."""
     return {name: [decoded(value["bytes"]) for value in table["image"].to_pylist()] for name, table in sets.items()}
 
 
@@ -81,7 +81,7 @@ def test_pool_has_a_long_tail_of_distinct_images_over_ten_classes(sets: dict[str
     counts = np.array([count for _, count in Counter(distinct).most_common()])
     assert len(counts) == 10
     assert 80 <= counts[0] / counts[-1] <= 125
-    assert np.all(np.abs(counts[:-1] / counts[1:] - 100 ** (1 / 9)) < 0.06)  # geometric, but for whole numbers
+    assert np.all(np.abs(counts[:-1] / counts[1:] - 100 ** (1 / 9)) < 0.06)  # geometric, up to rounding
 
 
 def test_a_tenth_of_the_pool_is_planted_a_third_of_each_kind(sets: dict[str, pa.Table]) -> None:
@@ -90,7 +90,7 @@ def test_a_tenth_of_the_pool_is_planted_a_third_of_each_kind(sets: dict[str, pa.
     assert Counter(pool["planted_kind"].to_pylist()) == {None: 10_800, "jpeg": 400, "shift": 400, "brightness": 400}
 
 
-def test_planted_images_resemble_but_never_equal_the_original_of_their_label(
+def test_planted_images_are_similar_but_not_equal_to_their_original(
     sets: dict[str, pa.Table], images: dict[str, list[Image.Image]]
 ) -> None:
     rows = sets["fashion_pool"].to_pylist()
@@ -104,7 +104,7 @@ def test_planted_images_resemble_but_never_equal_the_original_of_their_label(
         assert not np.array_equal(pixels[i], pixels[original])
         if row["planted_kind"] == "shift":
             moved = [np.roll(pixels[original], step, axis) for axis in (0, 1) for step in (1, -1)]
-            assert min(np.count_nonzero(pixels[i] != image) for image in moved) <= 28  # but for the border
+            assert min(np.count_nonzero(pixels[i] != image) for image in moved) <= 28  # except at the border
         else:
             cosine = (pixels[i] * pixels[original]).sum() / np.linalg.norm(pixels[i]) / np.linalg.norm(pixels[original])
             assert cosine > 0.9

@@ -1,4 +1,4 @@
-"""The whole road, command by command, on a few real pictures; and the exact steps against brute force on many."""
+"""All commands in turn on a few real pictures, and exact steps compared with brute force on many."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ def unpack(folder: str, start: int, count: int) -> None:
         path.write_bytes(row["image"]["bytes"])
 
 
-def test_the_whole_road_on_clipart(dinov2: Dinov2) -> None:
+def test_all_commands_in_turn_on_clipart(dinov2: Dinov2) -> None:
     for folder, start, count in (("a", 0, 24), ("q", 24, 4), ("t", 28, 12), ("v", 40, 12)):
         unpack(folder, start, count)
     small = ["--set", "steps=3", "--set", "batch_size=8", "--set", "log_every=1", "--set", "depth=1", "-q"]
@@ -88,7 +88,7 @@ def test_dedup_and_retrieve_equal_brute_force_on_three_thousand_real_embeddings(
     dinov2("curate", "dedup", "pool.parquet", "-o", "unique.parquet", "--threshold", str(threshold), "-q")
     similar = vectors @ vectors.T > threshold
     group = np.arange(len(vectors))
-    while True:  # the smallest row that each can be reached from
+    while True:  # connected components: label = smallest row
         smallest = np.where(similar, group, len(group)).min(axis=1)
         if (smallest == group).all():
             break

@@ -1,4 +1,4 @@
-"""Every example of docs/python.md runs, in order, and says what the page says."""
+"""The examples of docs/python.md run in order and print what the page says."""
 
 import re
 from pathlib import Path
@@ -44,9 +44,9 @@ def test_the_examples_run_in_order(
     names: dict[str, object] = {}
     for number, example in enumerate(EXAMPLES):
         exec(compile(example, f"docs/python.md, example {number + 1}", "exec"), names)
-    said = capsys.readouterr().out
-    assert "32 numbers a token; 28 px a side; normalised by (0.5, 0.5, 0.5)" in said
-    assert "photos/broken.png was left out: " in said
-    assert "5 images by curate embed with " in said and "runs/first\n" in said
-    assert "is most like" in said
-    assert "no model 'runs/frist'; give a run folder" in said
+    output = capsys.readouterr().out
+    assert "32 numbers a token; 28 px a side; normalised by (0.5, 0.5, 0.5)" in output
+    assert "photos/broken.png was left out: " in output
+    assert "5 images by curate embed with " in output and "runs/first\n" in output
+    assert "is most like" in output
+    assert "no model 'runs/frist'; give a run folder" in output
