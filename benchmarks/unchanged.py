@@ -8,7 +8,7 @@ command may be several words ('env PYTHONPATH=/some/folder dinov2'); PYTHONPATH 
 passed on. `--small` takes 2,000 of the 12,000 images: some minutes on two cores. Exit status 1 if anything differs.
 
 A column, metric or figure that only one of them writes is no difference, but is named. Where a name has changed, enter
-it in RENAMED_COLUMNS. In the folder `before/` is kept for the next time, unless the commands are others; `after/` is
+it in RENAMED_COLUMNS or the tables after it. In the folder `before/` is kept for the next time, unless the commands are others; `after/` is
 made anew.
 """
 
@@ -36,6 +36,8 @@ from safetensors.torch import load_file
 
 # Old name: new name, of columns of manifests and of metrics.
 RENAMED_COLUMNS = {"weakest": "min_similarity_to_kept"}
+RENAMED_FIGURES = {"looked_at": "pairs_verified", "unread": "pairs_unreadable", "limit": "max_difference"}
+RENAMED_VALUES = {"for a second look": "for pixel verification"}  # of figures that are text
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 MEASURED = re.compile(r"_per_s$|_s$|_ms$|seconds|time|wait|_mib$|memory|duration")  # metrics of the machine
@@ -220,7 +222,11 @@ def figures(path: Path) -> dict[str, Any]:
 def compare_manifests(name: str, before: Path, after: Path) -> Check:
     """Compare the rows of two manifests, and the figures of their provenance."""
     rows = compare_tables(name, pq.read_table(before), pq.read_table(after))
-    old, new = figures(before), figures(after)
+    old = {
+        RENAMED_FIGURES.get(name, name): RENAMED_VALUES.get(str(value), value)
+        for name, value in figures(before).items()
+    }
+    new = figures(after)
     common = [figure for figure in old if figure in new]
     changed = [
         f"figure {figure} ({old[figure]}, now {new[figure]})"
