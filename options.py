@@ -34,7 +34,7 @@ def output_option(default: str) -> Any:
 
 
 Seed = Annotated[int, option(ADVANCED, "Seed of every random choice.", "--seed")]
-Force = Annotated[bool, option(OUTPUT, "Overwrite an output that was made otherwise.", "--force")]
+Force = Annotated[bool, option(OUTPUT, "Overwrite an output that was made with other settings.", "--force")]
 DryRun = Annotated[bool, option(OUTPUT, "Check everything and say what it would do; write nothing.", "--dry-run")]
 Limit = Annotated[int | None, option(INPUT, "Read only the first N rows or images.", "--limit", min=1)]
 Json = Annotated[bool, option(OUTPUT, "Print the result as one JSON object.", "--json")]

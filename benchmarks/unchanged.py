@@ -8,8 +8,8 @@ command may be several words ('env PYTHONPATH=/some/folder dinov2'); PYTHONPATH 
 passed on. `--small` takes 2,000 of the 12,000 images: some minutes on two cores. Exit status 1 if anything differs.
 
 A column, metric or figure that only one of them writes is no difference, but is named. Where a name has changed, enter
-it in RENAMED_COLUMNS or the tables after it. In the folder `before/` is kept for the next time, unless the commands are others; `after/` is
-made anew.
+it in RENAMED_COLUMNS or the tables after it. In the folder `before/` is kept for the next time, unless the commands
+are others; `after/` is made anew.
 """
 
 import argparse

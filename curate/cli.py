@@ -46,23 +46,23 @@ def embed(
     model: Annotated[str | None, option(MODEL, MODEL_HELP, default="the newest finished run, else copy")] = None,
     tokens: Annotated[
         Literal["cls", "mean", "cls+mean", "patches"],
-        option(MODEL, "What describes an image: class token, mean of the patches, both, or every patch as well."),
+        option(MODEL, "Tokens used as the embedding: class token, mean of the patches, both, or every patch as well."),
     ] = "cls",
     layers: Annotated[int, option(MODEL, "Join the tokens of the last N blocks.", min=1)] = 1,
     image_size: Annotated[
-        int | None, option(MODEL, "Side of what the model sees.", min=1, metavar="PX", default="its own")
+        int | None, option(MODEL, "Input resolution.", min=1, metavar="PX", default="its own")
     ] = None,
     windows: Annotated[
         int | None,
         option(
             MODEL,
-            "See all of an image, in overlapping tiles; larger ones at a short side of PX.",
+            "Sliding window over the whole image, resized to a short side of PX where it is larger.",
             min=1,
             metavar="PX",
         ),
     ] = None,
     role: Annotated[
-        Literal["pool", "queries", "eval"], option(OUTPUT, "What later commands take the images for.")
+        Literal["pool", "queries", "eval"], option(OUTPUT, "Role of these images in later commands.")
     ] = "pool",
     dtype: Annotated[
         Literal["float16", "float32"], option(OUTPUT, "How the embeddings are kept: two or four bytes a number.")
@@ -75,11 +75,11 @@ def embed(
     ] = None,
     min_contrast: Annotated[
         float | None,
-        option(FILTERS, "Remove near-constant images: standard deviation of the grey levels (0-255), as 2.", min=0.0),
+        option(FILTERS, "Remove near-constant images: standard deviation of the grey levels (0-255), e.g. 2.", min=0.0),
     ] = None,
     min_sharpness: Annotated[
         float | None,
-        option(FILTERS, "Remove blurred images: variance of the Laplacian at a short side of 256, as 50.", min=0.0),
+        option(FILTERS, "Remove blurred images: variance of the Laplacian at a short side of 256, e.g. 50.", min=0.0),
     ] = None,
     max_failed: Annotated[
         float, option(FILTERS, "Fail when a larger share of the files cannot be read.", min=0.0, max=1.0)
@@ -133,11 +133,11 @@ def dedup(
         ),
     ] = None,
     k: Annotated[
-        int, option(METHOD, "Nearest neighbours searched first; the 24 nearest are verified by pixels.", "--k")
+        int, option(METHOD, "Nearest neighbours of an image; pixel verification takes 24 of them at most.", "--k")
     ] = 64,
     linkage: Annotated[
         Literal["components", "star"],
-        option(METHOD, "Groups: chains of pairs above the threshold, or what is above it to the kept image."),
+        option(METHOD, "components: chains of pairs; star: every image is above the threshold to the kept one."),
     ] = "components",
     keep: Annotated[
         str,
@@ -152,7 +152,7 @@ def dedup(
     ] = None,
     exact: Annotated[
         Literal["bytes", "pixels"] | None,
-        option(METHOD, "Only exact copies, without vectors: also of images that were never embedded."),
+        option(METHOD, "Exact duplicates only; no embeddings needed."),
     ] = None,
     where: options.Where = None,
     sheet: Annotated[
@@ -167,7 +167,7 @@ def dedup(
         ),
     ] = None,
     precision: Annotated[
-        float, option(ADVANCED, "For --calibrate: share of the pairs above the threshold that are not there by chance.")
+        float, option(ADVANCED, "For --calibrate: target precision of the suggested threshold.")
     ] = 0.98,
     memory: options.Memory = None,
     recall: options.Recall = 0.99,
@@ -188,14 +188,14 @@ def dedup(
 @options.with_shared()
 def cluster(
     num_clusters: Annotated[
-        str, option(METHOD, "Clusters a level, from fine to coarse, such as 1000,100.", metavar="K[,K...]")
+        str, option(METHOD, "Clusters per level, from fine to coarse, such as 1000,100.", metavar="K[,K...]")
     ],
     manifest: Pool = None,
     features: Features = None,
     where: options.Where = None,
     output: Annotated[str, options.output_option("clusters.parquet")] = "clusters.parquet",
     resample: Annotated[
-        int, option(METHOD, "Times that k-means is run again, on equally many images of every cluster.")
+        int, option(METHOD, "Rounds of resampling: k-means again, on equally many images of every cluster.")
     ] = 10,
     sample: Annotated[
         int | None, option(METHOD, "Select a balanced subset of exactly N images.", metavar="N", default="all")
@@ -251,7 +251,7 @@ def retrieve(
         bool,
         option(
             METHOD,
-            "An image goes to one of the queries that want it; the others get their next nearest instead.",
+            "If several queries share a neighbour, give the others their next nearest.",
             "--fill",
         ),
     ] = False,
@@ -299,7 +299,7 @@ def retrieve(
 def union(
     parts: Annotated[
         list[str],
-        typer.Argument(metavar="PART.parquet[=WEIGHT]...", help="Manifests, all or none with a share of the draws."),
+        typer.Argument(metavar="PART.parquet[=WEIGHT]...", help="Manifests; weights for all parts or for none."),
     ],
     output: Annotated[str, options.output_option("mix.parquet")] = "mix.parquet",
     embeddings: Annotated[

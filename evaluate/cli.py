@@ -77,7 +77,7 @@ def probe(
         option(
             METHOD,
             "knn: the nearest images vote; linear: a grid of linear classifiers; logreg: logistic regression over a"
-            " path of penalties; segment: a class for every pixel, from masks; retrieval: images of the same class."
+            " grid of penalties; segment: a class for every pixel, from masks; retrieval: images of the same class."
             " May be given several times.",
             default="knn",
         ),
@@ -137,7 +137,7 @@ def attention(
     *,
     shared: "Options",
 ) -> "Result | None":
-    """Draw where the class token looks, head by head, and the registers: attention maps of the last block."""
+    """Draw attention maps of the last block: class token, head by head, and registers."""
     from .attention import draw_attention
     from .pictures import PictureSettings
 
@@ -152,7 +152,7 @@ def match(
     output: Annotated[str, options.output_option("match.png")] = "match.png",
     model: Model = None,
     image_size: ImageSize = None,
-    matches: Annotated[int, option(OUTPUT, "The best M are drawn.", min=1, metavar="M")] = 20,
+    matches: Annotated[int, option(OUTPUT, "Number of matches drawn.", min=1, metavar="M")] = 20,
     *,
     shared: "Options",
 ) -> "Result | None":

@@ -73,7 +73,7 @@ def sql(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask the catalog and manifests in SQL; with -o the answer becomes a manifest like any other."""
+    """Query the catalog and manifests in SQL; with -o the answer becomes a manifest like any other."""
     from .query import sql as run
 
     console.set_verbosity(quiet, 0)
