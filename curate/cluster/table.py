@@ -113,7 +113,7 @@ def describe_levels(
         measured = metrics.size_figures(np.bincount(of_pool), np.bincount(of_sample, minlength=len(names)))
         figures |= {f"class_{name}": measured[name] for name in ("smallest", "median", "largest", "entropy")}
         figures |= {"sample_class_entropy": measured["sample_entropy"], "classes": len(names)}
-    title = f"{len(positions):,} of {len(images):,} images; entropy 1 is all alike"
+    title = f"{len(positions):,} of {len(images):,} images; entropy 1 is perfectly balanced"
     shown = len(FIGURES_HEADER) if names else -2
     console.table(title, FIGURES_HEADER[:shown], [row[:shown] for row in figure_rows(figures, len(tables))])
     return pa.concat_tables(tables), figures
