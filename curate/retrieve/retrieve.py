@@ -171,8 +171,8 @@ def _retrieve(
         most = sum(len(part) * part.number for part in sets)
         if most < len(pool):
             console.say(
-                f"--k retrieves at most {most:,} of {len(pool):,} images; --per-cluster M takes up to M of every cluster"
-                " with a query"
+                f"--k retrieves at most {most:,} of {len(pool):,} images; --per-cluster M takes up to M of every"
+                " cluster with a query"
             )
         lists = [search(part, part.places, part.number) for part in sets]
         found = [candidates(part, neighbors) for part, neighbors in zip(sets, lists, strict=True)]

@@ -349,7 +349,7 @@ def test_few_queries_say_how_many_images_k_can_give(tmp_path: Path, capsys: pyte
     pool = write_embeddings(tmp_path / "pool.parquet", drawn(200, 18))
     retrieve(queries, pool, tmp_path / "curated.parquet", k=4)
     said = capsys.readouterr().err
-    assert "--k retrieves at most 12 of 200 images; --per-cluster M takes up to M of every cluster" in said
+    assert "--k retrieves at most 12 of 200 images; --per-cluster M takes up to M of every cluster with a query" in said
 
 
 def test_a_bare_retrieve_takes_the_newest_queries_and_pool(
