@@ -4,8 +4,10 @@ N vectors, D numbers a vector, K cells, P nearest cells of a row, E pairs.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,6 @@ from ...store.manifest import Provenance
 from ...store.progress import Progress
 from ...store.vectors import RELEASED_BYTES, RELEASED_ROWS, Bools, Int64, PageRelease, Vectors, release
 from ..threads import map_in_order, workers
-from .bounds import Task, bounded_batches
 from .cells import Cells, cells_key, open_cells
 from .exact_search import DEFAULTS, EXACT_PRODUCTS, SearchSettings
 from .graph import Graph
@@ -31,6 +32,7 @@ TASK_ROWS = 4_096  # chosen: rows of a task, so that no task takes long and no t
 AHEAD = 32  # chosen: tasks that wait for each thread, for they differ in size
 BATCHES = 100  # chosen: into so many parts the cells are divided; after each the join can be resumed
 
+Task = tuple[Int64 | slice, slice]  # rows to compare with a run of rows; with those after them if it is the same run
 Once = Callable[[Int64, Int64], Bools]
 
 
@@ -48,84 +50,78 @@ def components_above(
 ) -> Components:
     """Return the connected components of the graph of similarities above a threshold.
 
-    Compares all with all where that takes a few minutes at most, else cell by cell. Two vectors of one component that
-    both have `enough` others are not compared, for it would change nothing: a crowd of near-copies costs a strip of its
-    pairs, not all of them. A join that was stopped resumes when it is called again.
+    Compares all with all where that takes a few minutes at most or `search.recall` is 1, else cell by cell. Two vectors
+    of one component that both have `enough` others are not compared, for it would change nothing: a crowd of
+    near-copies costs a strip of its pairs, not all of them. A join that was stopped resumes when it is called again.
 
     Args:
         weights: (N,) how many images a vector stands for.
     """
     num = len(vectors)
     products = num * num * vectors.dim
-    if products <= EXACT_PRODUCTS:
+    if products <= EXACT_PRODUCTS or search.recall >= 1:
         tell = console.say if products > EXACT_PRODUCTS / 100 else console.detail
-        tell(f"comparing all {num:,} vectors with all: {products:.1e} products are a matter of minutes at most")
-        graph = Graph(weights, enough)
-        _join(graph, vectors, threshold, exact_batches(num), mapped=(vectors.array,))
-        return Components(graph.components(), graph.degree, 1.0)
+        why = "a matter of minutes at most" if products <= EXACT_PRODUCTS else "as --recall 1 asks"
+        tell(f"comparing all {num:,} vectors with all, {products:.1e} products: {why}")
+        key = cells_key(vectors, search.seed, 0)
+        plan = Plan(vectors, np.arange(num), exact_batches(num), (vectors.array,), key)
+    else:
+        plan = _plan_by_cells(vectors, threshold, search)
 
-    plan = _plan(vectors, threshold, search)
-    cells = plan.cells
-    graph = Graph(weights[cells.ids], enough)
+    graph = Graph(weights[plan.ids], enough)
     weights_key = hashlib.blake2b(weights.tobytes(), digest_size=16).hexdigest()
-    details = cells_key(vectors, search.seed, cells.nearest.shape[1]), weights_key, threshold, enough, plan.radius
-    progress = Progress(Provenance("graph", "join", {}, search.seed), *details)
-    by_cell = cells.vectors(vectors)
-    mapped = by_cell.array, cells.nearest, cells.gaps
-    _join(graph, by_cell, threshold, plan.batches, mapped, plan.once, progress)
+    details = plan.key, weights_key, threshold, enough, plan.radius
+    _join(graph, plan, threshold, Progress(Provenance("graph", "join", {}, search.seed), *details))
 
     smallest = np.full(num, num)
     components = graph.components()
-    np.minimum.at(smallest, components, cells.ids)  # the smallest position of each component, at its root
+    np.minimum.at(smallest, components, plan.ids)  # the smallest position of each component, at its root
     labels, degree = np.empty(num, np.int64), np.empty(num, np.int64)
-    labels[cells.ids] = smallest[components]
-    degree[cells.ids] = graph.degree
+    labels[plan.ids] = smallest[components]
+    degree[plan.ids] = graph.degree
     return Components(labels, degree, plan.recall)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a join cell by cell compares."""
+    """What a join compares. Tasks count the vectors in the plan's order."""
 
-    cells: Cells
+    vectors: Vectors
+    ids: Int64  # (N,) the position of each before
     batches: list[Iterator[Task]]
+    mapped: tuple[npt.NDArray[np.generic], ...]  # arrays whose pages are given back
+    key: str  # a hash of the vectors and of their order
     recall: float = 1.0
     radius: float = np.inf
     once: Once | None = None
 
 
-def _plan(vectors: Vectors, threshold: float, search: SearchSettings) -> Plan:
-    """Return what compares all pairs that bounds do not exclude, or those in cells within a measured radius."""
-    size = f"{len(vectors):,} vectors, {len(vectors) ** 2 * vectors.dim:.1e} products if all are compared"
+def _plan_by_cells(vectors: Vectors, threshold: float, search: SearchSettings) -> Plan:
+    """Return what compares all pairs in cells within a measured radius."""
     cells = open_cells(vectors, search.seed)
-    if search.recall >= 1:
-        bounded = bounded_batches(cells.vectors(vectors), cells, threshold)
-        how = "all with all" if bounded is None else "all that bounds do not exclude"
-        console.say(f"{size}: comparing {how}, as --recall 1 asks")
-        return Plan(cells, exact_batches(len(vectors)) if bounded is None else bounded)
     radius, recall = probe_radius(cells.vectors(vectors), cells, threshold, search)
     if recall < search.recall:
         console.say(f"{cells.nearest.shape[1]} cells a vector hold {recall:.4f} of the pairs: probing more")
         cells = open_cells(vectors, search.seed, MORE)
         radius, recall = probe_radius(cells.vectors(vectors), cells, threshold, search)
     console.say(
-        f"{size}: comparing cell by cell. Measured on a sample, this finds {recall:.4f} of the pairs above"
-        f" {threshold:.4g} (--recall {search.recall:g})"
+        f"{len(vectors):,} vectors, {len(vectors) ** 2 * vectors.dim:.1e} products if all are compared: comparing cell"
+        f" by cell. Measured on a sample, this finds {recall:.4f} of the pairs above {threshold:.4g}"
+        f" (--recall {search.recall:g})"
     )
     if recall < search.recall:
         console.warn(f"--recall {search.recall:g} is not reached, {recall:.4f} is the most; --recall 1 compares all")
-    return Plan(cells, probe_batches(cells, radius), recall, radius, _once(cells, radius))
+    by_cell = cells.vectors(vectors)
+    mapped = by_cell.array, cells.nearest, cells.gaps
+    key = cells_key(vectors, search.seed, cells.nearest.shape[1])
+    batches, once = probe_batches(cells, radius), partial(_is_once, cells, radius)
+    return Plan(by_cell, cells.ids, batches, mapped, key, recall, radius, once)
 
 
 def exact_batches(num: int) -> list[Iterator[Task]]:
     """Return what compares every row with every other, a block of rows with all after it at a time."""
     blocks = [slice(start, min(start + EXACT_ROWS, num)) for start in range(0, num, EXACT_ROWS)]
-
-    def tasks(number: int) -> Iterator[Task]:
-        for right in blocks[number:]:
-            yield blocks[number], right
-
-    return [tasks(number) for number in range(len(blocks))]
+    return [zip(repeat(left), blocks[number:]) for number, left in enumerate(blocks)]
 
 
 def probe_batches(cells: Cells, radius: float) -> list[Iterator[Task]]:
@@ -174,50 +170,37 @@ def _probes(cells: Cells, radius: float) -> Iterator[tuple[Int64, Int64]]:
         release(cells.nearest)
 
 
-def _once(cells: Cells, radius: float) -> Once:
-    """Return what tells which pairs (probing row, member) are not found the other way round in an earlier cell too."""
-
-    def once(row: Int64, member: Int64) -> Bools:
-        own, probed = cells.nearest[row, 0], cells.nearest[member, 0]
-        back = (cells.nearest[member, 1:] == own[:, None]) & (cells.gaps[member, 1:] <= radius)
-        is_once: Bools = (own <= probed) | ~back.any(axis=1)
-        return is_once
-
-    return once
+def _is_once(cells: Cells, radius: float, row: Int64, member: Int64) -> Bools:
+    """Tell which pairs (probing row, member) are not found the other way round in an earlier cell too."""
+    own, probed = cells.nearest[row, 0], cells.nearest[member, 0]
+    back = (cells.nearest[member, 1:] == own[:, None]) & (cells.gaps[member, 1:] <= radius)
+    is_once: Bools = (own <= probed) | ~back.any(axis=1)
+    return is_once
 
 
-def _join(
-    graph: Graph,
-    vectors: Vectors,
-    threshold: float,
-    batches: list[Iterator[Task]],
-    mapped: Sequence[npt.NDArray[np.generic]],
-    once: Once | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Do all tasks; `progress` keeps how far they are, and pages of what is `mapped` are given back."""
-    done = 0
-    if progress is not None and (kept := progress.load("graph")) is not None:
+def _join(graph: Graph, plan: Plan, threshold: float, progress: Progress) -> None:
+    """Do all tasks; `progress` keeps how far they are."""
+    done, vectors, batches = 0, plan.vectors, plan.batches
+    if (kept := progress.load("graph")) is not None:
         graph.parent, graph.degree, done = kept["parent"], kept["degree"], int(kept["done"])
         console.say(f"resuming an earlier search: {done / len(batches):.0%} is done")
 
     def compare(task: Task) -> int:
-        _compare(graph, vectors, threshold, task, once)
+        _compare(graph, vectors, threshold, task, plan.once)
         left, right = task
         in_sequence = (right.stop - right.start) * vectors.dim * vectors.array.itemsize
         here_and_there = 0 if isinstance(left, slice) else len(left) * (RELEASED_BYTES // RELEASED_ROWS)
         return int(in_sequence + here_and_there)
 
-    pages = PageRelease(*mapped)
+    pages = PageRelease(*plan.mapped)
     with workers() as threads, console.progress("comparing", len(batches) - done, "parts") as advance:
         for number in range(done, len(batches)):
             for num_bytes in map_in_order(compare, batches[number], threads, AHEAD * threads.count):
                 pages.add(num_bytes)
             advance()
-            if progress is not None and progress.due():
+            if progress.due():
                 progress.save("graph", parent=graph.parent, degree=graph.degree, done=number + 1)
-    if progress is not None:
-        progress.remove()
+    progress.remove()
 
 
 def _compare(graph: Graph, vectors: Vectors, threshold: float, task: Task, once: Once | None) -> None:

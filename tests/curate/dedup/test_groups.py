@@ -152,20 +152,13 @@ def test_cells_find_nearly_all_and_recall_says_how_many(by_cells: None, linkage:
     assert near[found.kept != np.arange(2_000), found.kept[found.kept != np.arange(2_000)]].all() or linkage != "star"
 
 
-@pytest.mark.parametrize("threshold", [0.75, 0.93])
-def test_bounds_leave_out_no_pair(by_cells: None, threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_toolkit.features.search.bounds.WORTH_IT", 2.0)  # whatever they leave
+@pytest.mark.parametrize("threshold", [0.5, 0.75, 0.93])
+def test_a_recall_of_one_compares_all(by_cells: None, threshold: float) -> None:
     vectors = concepts(1_200, 8)
     near = cosines(vectors) > threshold
     found = groups_of(vectors, threshold, 5, search=SearchSettings(recall=1))
     assert found.recall == 1 and found.labels.tolist() == slow_components(near)
     assert found.num_saturated == (near.sum(axis=1) - 1 >= 5).sum()
-
-
-def test_a_recall_of_one_compares_all_where_bounds_leave_most(by_cells: None) -> None:
-    vectors = concepts(300, 9)
-    found = groups_of(vectors, 0.5, 5, search=SearchSettings(recall=1))
-    assert found.labels.tolist() == slow_components(cosines(vectors) > 0.5)
 
 
 def test_the_rows_that_probe_a_cell_are_those_near_enough(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +187,11 @@ def test_threads_and_memory_do_not_change_the_groups(by_cells: None, monkeypatch
     assert_same(found[0], found[2])
 
 
-def test_an_interrupted_join_resumes(by_cells: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, ones = in_memory(concepts(2_000, 11)), np.ones(2_000, np.int64)
-    whole = components_above(vectors, 0.9, weights=ones, enough=8)
+@pytest.mark.parametrize("recall", [0.99, 1])
+def test_an_interrupted_join_resumes(by_cells: None, recall: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(join, "EXACT_ROWS", 64)
+    vectors, ones, search = in_memory(concepts(2_000, 11)), np.ones(2_000, np.int64), SearchSettings(recall=recall)
+    whole = components_above(vectors, 0.9, weights=ones, enough=8, search=search)
     monkeypatch.setattr("dinov2_toolkit.store.progress.SAVE_EVERY_S", 0.0)
     compare, calls = join._compare, 0
 
@@ -209,9 +204,9 @@ def test_an_interrupted_join_resumes(by_cells: None, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(join, "_compare", stopping)
     with pytest.raises(KeyboardInterrupt):
-        components_above(vectors, 0.9, weights=ones, enough=8)
+        components_above(vectors, 0.9, weights=ones, enough=8, search=search)
     assert len(list(cache_folder().glob("progress-*/graph.npz"))) == 1
-    again = components_above(vectors, 0.9, weights=ones, enough=8)
+    again = components_above(vectors, 0.9, weights=ones, enough=8, search=search)
     np.testing.assert_array_equal(again.labels, whole.labels)
     np.testing.assert_array_equal(again.degree >= 8, whole.degree >= 8)
     assert not list(cache_folder().glob("progress-*"))
