@@ -6,11 +6,12 @@ Shapes: N patch tokens of an image, D embed_dim, M matches.
 import colorsys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ToolkitError
-from ..features.sheet import MARGIN_PX, check_picture_name, titled_sheet
+from ..features.sheet import MARGIN_PX, titled_sheet
 from ..store.artifact import Options, Result
 from ..store.manifest import Provenance
 from ..store.pixels import Picture, as_image
@@ -46,22 +47,17 @@ def draw_match(left: str, right: str, output: str, settings: MatchSettings, opti
 
     Raises ToolkitError when an image cannot be read, the model has no patch tokens, or the size does not suit it.
     """
-    own = str(check_picture_name(output).absolute())
     inputs, uris = [], []
     for name in (left, right):
-        sources, images = open_images([name], own, limit=1)
+        sources, images = open_images([name], output, limit=1)
         if not images:
             raise ToolkitError(f"{name} names no image; give two images")
         inputs += sources
         uris.append(images[0][0])
     model = open_patch_model(settings.model, settings.image_size, options.seed)
-    provenance = Provenance(
-        kind="picture",
-        command="evaluate match",
-        parameters={"image_size": model.side_px, "matches": settings.num_matches},
-        seed=options.seed,
-        inputs=(*inputs, model.model.source),
-    )
+    parameters: dict[str, object] = {"image_size": model.side_px, "matches": settings.num_matches}
+    inputs.append(model.model.source)
+    provenance = Provenance("picture", "evaluate match", parameters, options.seed, tuple(inputs))
 
     def drawn() -> Drawn:
         pictures = []
@@ -115,13 +111,9 @@ def _draw(model: PatchModel, pictures: list[Picture], num_matches: int) -> Drawn
     ends: list[list[tuple[float, float]]] = []  # of the lines, in the middle of each patch
     for image, start, grid, patches in zip(shown, lefts, grids, (matches.left, matches.right), strict=True):
         sheet.paste(image, (start, top))
-        places = [divmod(patch, grid[1]) for patch in patches.tolist()]
-        ends.append(
-            [
-                (start + (across + 0.5) / grid[1] * image.width, top + (down + 0.5) / grid[0] * image.height)
-                for down, across in places
-            ]
-        )
+        down, across = np.divmod(patches.numpy(), grid[1])
+        x, y = start + (across + 0.5) / grid[1] * image.width, top + (down + 0.5) / grid[0] * image.height
+        ends.append(list(zip(x.tolist(), y.tolist(), strict=True)))
     for number, line in enumerate(zip(*ends, strict=True)):
         red, green, blue = (round(255 * share) for share in colorsys.hsv_to_rgb(number * HUE_STEP % 1, 0.85, 0.9))
         pen.line(line, (red, green, blue), 2)

@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any  # of a row's values
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +17,17 @@ from ..errors import ToolkitError
 from ..features.extract.extract import FeatureModel, extract, open_model
 from ..features.knn import in_memory
 from ..features.search.neighbors import Identity, nearest
-from ..features.sheet import Tile, check_picture_name, draw_sheet, read_tile
+from ..features.sheet import Tile, draw_sheet, read_tile
 from ..store import catalog
 from ..store.artifact import Options, Result
 from ..store.image_columns import has_images, read_images
-from ..store.manifest import Manifest, Provenance, Source, is_manifest_name, open_manifest
+from ..store.manifest import Manifest, Provenance, is_manifest_name, open_manifest
 from ..store.vectors import Int64, Vectors, has_vectors, open_vectors
 from .pictures import Drawn, Named, make_picture, open_images
 
 TILE_PX = 112  # four times 28
 BATCH_SIZE = 64  # query images the model sees at a time
+QUERY_COLUMNS = ["image_id", "uri", "label"]
 RETRIEVED = ("query_id", "rank", "similarity")  # columns of what `retrieve` chose
 
 
@@ -39,32 +41,9 @@ class NeighborSettings:
     model: str | None = None  # that embeds query images; None: the one that embedded the pool
 
 
-@dataclass(frozen=True)
-class Shown:
-    """An image on the sheet."""
-
-    uri: str
-    label: str | None
-    similarity: float | None = None  # to the query; None: a query
-
-    def tile(self) -> Tile:
-        """Return the image with its caption."""
-        label = self.label or ("" if self.similarity is not None else os.path.basename(self.uri))
-        similarity = "" if self.similarity is None else f"{self.similarity:.3f}"
-        return read_tile(self.uri, f"{similarity}  {label}".strip(), TILE_PX)
-
-
-Line = tuple[Shown, list[Shown]]  # a query, and its nearest first
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Query images and their vectors."""
-
-    images: list[Shown]  # (Q,)
-    keys: list[str]  # (Q,) image_id and uri, by which an image is known in the pool
-    vectors: Vectors  # (Q, D)
-    model: Source | None  # that made the vectors, where it is known
+Image = dict[str, Any]  # an image on the sheet: uri, label and, beside a query, the similarity to it
+Line = tuple[Image, list[Image]]  # a query, and its nearest first
+Queries = tuple[pa.Table, Vectors]  # query images (image_id, uri, label) and their vectors (Q, D)
 
 
 def draw_neighbors(query: str, output: str, settings: NeighborSettings, options: Options) -> Result | None:
@@ -74,35 +53,37 @@ def draw_neighbors(query: str, output: str, settings: NeighborSettings, options:
     `retrieve` chose and no pool is named: then the images beside a query are those that `retrieve` chose for it.
     Raises ToolkitError when images or vectors are missing, or come from two models.
     """
-    own = str(check_picture_name(output).absolute())
-    manifest = _manifest(query)
-    is_retrieved = manifest is not None and settings.pool is None and set(RETRIEVED) <= set(manifest.names())
-    inputs, seed = [] if manifest is None else [manifest.source("manifest")], 0
+    manifest = _open("manifest", Path(query)) if is_manifest_name(query) else None
+    if manifest is not None and not has_vectors(manifest):
+        manifest = None  # a list of images
+    seed = 0
     read: Callable[[], list[Line]]
-    if manifest is not None and is_retrieved:
+    if manifest is not None and settings.pool is None and set(RETRIEVED) <= set(manifest.names()):
         sets = [_open("queries", each) for each in _queries_of(manifest, settings)]
-        inputs += [each.source("queries") for each in sets]
+        inputs = [manifest.source("manifest"), *(each.source("queries") for each in sets)]
         read, what = partial(_retrieved, manifest, sets, settings, options), f"what {query} retrieved"
         note = "left the query, then what `retrieve` chose for it, with the similarity"
     else:
         pool = _open("pool", _pool(settings))
         if manifest is not None:
-            inputs.append(pool.source("pool"))
-            read_queries = partial(_stored_queries, manifest, options.limit)
+            inputs = [manifest.source("manifest"), pool.source("pool")]
+            read_queries = partial(_stored_queries, manifest, pool, options.limit)
         else:
-            sources, images = open_images([query], own, limit=options.limit)
+            sources, images = open_images([query], output, limit=options.limit)
             model = _model_of(pool, settings, options.seed)
             inputs, seed = [*sources, pool.source("pool"), model.source], options.seed
             read_queries = partial(_embedded_queries, images, model)
-        read = partial(_nearest, read_queries, pool, settings.k)
-        what = f"the nearest of {pool.num_rows:,} in {pool.path}"
+        read, what = (
+            partial(_nearest, read_queries, pool, settings.k),
+            f"the nearest of {pool.num_rows:,} in {pool.path}",
+        )
         note = "left the query, then the nearest in the pool by cosine, with the similarity"
     parameters: dict[str, object] = {"k": settings.k, "limit": options.limit}
     provenance = Provenance("picture", "evaluate neighbors", parameters, seed, tuple(inputs))
 
     def drawn() -> Drawn:
         lines = read()
-        rows = [[[shown.tile()], [each.tile() for each in near]] for shown, near in lines]
+        rows = [[[_tile(image)], [_tile(each) for each in near]] for image, near in lines]
         title = f"Neighbours: {os.path.basename(query.rstrip(os.sep))}"
         sheet = draw_sheet(rows, title=title, note=note, tile_px=TILE_PX)
         return sheet, {"queries": len(lines), "images": sum(len(near) for _, near in lines)}
@@ -111,12 +92,11 @@ def draw_neighbors(query: str, output: str, settings: NeighborSettings, options:
     return make_picture(output, provenance, options, described=described, draw=drawn)
 
 
-def _manifest(query: str) -> Manifest | None:
-    """Return the manifest of that name, if it has vectors or is a selection."""
-    if not is_manifest_name(query):
-        return None
-    manifest = _open("manifest", Path(query))
-    return manifest if has_vectors(manifest) else None
+def _tile(image: Image) -> Tile:
+    """Return an image with its caption: the similarity and the label; of a query without a label the file's name."""
+    if "similarity" in image:
+        return read_tile(image["uri"], f"{image['similarity']:.3f}  {image['label'] or ''}".strip(), TILE_PX)
+    return read_tile(image["uri"], image["label"] or os.path.basename(image["uri"]), TILE_PX)
 
 
 def _open(role: str, path: Path) -> Manifest:
@@ -142,10 +122,8 @@ def _queries_of(retrieved: Manifest, settings: NeighborSettings) -> list[Path]:
     recorded = [Path(source.path) for source in inputs if source.role == "queries"]
     missing = [path for path in recorded if not path.exists()]
     if missing or not recorded:
-        raise ToolkitError(
-            f"the queries of {retrieved.path} are {f'gone: no {missing[0]}' if missing else 'not known'};"
-            " name them by --queries"
-        )
+        state = f"gone: no {missing[0]}" if missing else "not known"
+        raise ToolkitError(f"the queries of {retrieved.path} are {state}; name them by --queries")
     return recorded
 
 
@@ -158,19 +136,17 @@ def _retrieved(retrieved: Manifest, sets: list[Manifest], settings: NeighborSett
     wanted = chosen.column("query_id").unique()[: options.limit]
     if not len(wanted):
         raise ToolkitError(f"no row of {retrieved.path} was chosen for a query; make it by `dinov2 curate retrieve`")
-    images = pa.concat_tables(read_images(queries).select(["image_id", "uri", "label"]) for queries in sets)
+    images = pa.concat_tables(read_images(queries).select(QUERY_COLUMNS) for queries in sets)
     places = pc.index_in(wanted, value_set=images.column("image_id").combine_chunks())
     if places.null_count:
+        missing, searched = f"{places.null_count} of {len(wanted)}", ", ".join(str(queries.path) for queries in sets)
         raise ToolkitError(
-            f"{places.null_count} of {len(wanted)} queries of {retrieved.path} are not in"
-            f" {', '.join(str(queries.path) for queries in sets)};"
-            " name by --queries what `retrieve` was given"
+            f"{missing} queries of {retrieved.path} are not in {searched}; name by --queries what `retrieve` was given"
         )
     lines: list[Line] = []
     for query_id, query in zip(wanted, images.take(places).to_pylist(), strict=True):
         of_query = chosen.filter(pc.equal(chosen.column("query_id"), query_id)).sort_by("rank")[: settings.k]
-        near = [Shown(row["uri"], row["label"], row["similarity"]) for row in of_query.to_pylist()]
-        lines.append((Shown(query["uri"], query["label"]), near))
+        lines.append((query, of_query.to_pylist()))
     return lines
 
 
@@ -194,56 +170,54 @@ def _model_of(pool: Manifest, settings: NeighborSettings, seed: int) -> FeatureM
 
 def _embedded_queries(images: list[Named], model: FeatureModel) -> Queries:
     """Return the images that can be read, with the vectors that a model gives them."""
-    shown, keys, vectors = [], [], []
+    rows, vectors = [], []
     uris = [uri for uri, _ in images]
     with closing(extract(model, uris, batch_size=BATCH_SIZE, num_workers=1)) as batches:
         for batch in batches:
-            for index, facts in zip(batch.indices, batch.facts, strict=True):
-                shown.append(Shown(*images[index]))
-                keys.append(f"{facts.image_id}\n{uris[index]}")
+            facts = zip(batch.indices, batch.facts, strict=True)
+            rows += [(each.image_id, *images[index]) for index, each in facts]
             vectors.append(batch.features.numpy())
             for index, reason in batch.failures:
                 console.warn(f"{uris[index]} left out: {reason}")
-    if not shown:
+    if not rows:
         raise ToolkitError(f"none of the {len(uris)} query images can be read; name others")
-    return Queries(shown, keys, in_memory(np.concatenate(vectors)), model.source)
+    columns = dict(zip(QUERY_COLUMNS, zip(*rows, strict=True), strict=True))
+    return pa.table(columns), in_memory(np.concatenate(vectors))
 
 
-def _stored_queries(manifest: Manifest, limit: int | None) -> Queries:
-    """Return the first images of a manifest with their vectors."""
-    images = read_images(manifest, limit)
-    shown = [Shown(row["uri"], row["label"]) for row in images.to_pylist()]
-    model = manifest.provenance.model() if manifest.provenance else None
-    return Queries(shown, _keys(images).to_pylist(), open_vectors(manifest, limit=limit), model)
+def _stored_queries(manifest: Manifest, pool: Manifest, limit: int | None) -> Queries:
+    """Return the first images of a manifest with their vectors.
 
-
-def _nearest(read_queries: Callable[[], Queries], pool: Manifest, k: int) -> list[Line]:
-    """Return queries and their k nearest in the pool, the image itself left out."""
-    queries = read_queries()
-    pool_vectors = open_vectors(pool)
-    if queries.vectors.dim != pool_vectors.dim:
-        raise ToolkitError(
-            f"the queries have vectors of {queries.vectors.dim} numbers and {pool.path} of {pool_vectors.dim};"
-            " embed both by the same model"
-        )
-    models = [queries.model, pool.provenance.model() if pool.provenance else None]
+    Raises ToolkitError when they are known to come from another model than those of the pool.
+    """
+    models = [each.provenance.model() for each in (manifest, pool) if each.provenance]
     known = {model.content_id: model.path for model in models if model is not None}
     if len(known) > 1:
         raise ToolkitError(
             f"the vectors of the queries and of {pool.path} come from two models ({', '.join(known.values())});"
             " embed both by the same"
         )
+    return read_images(manifest, limit).select(QUERY_COLUMNS), open_vectors(manifest, limit=limit)
+
+
+def _nearest(read_queries: Callable[[], Queries], pool: Manifest, k: int) -> list[Line]:
+    """Return queries and their k nearest in the pool, the image itself left out."""
+    queries, vectors = read_queries()
+    pool_vectors = open_vectors(pool)
+    if vectors.dim != pool_vectors.dim:
+        raise ToolkitError(
+            f"the queries have vectors of {vectors.dim} numbers and {pool.path} of {pool_vectors.dim};"
+            " embed both by the same model"
+        )
     pool_images = read_images(pool)
-    keys = pa.chunked_array([queries.keys], pa.string())
+    keys = _keys(queries)
     identity = Identity(_numbers(keys, keys), _numbers(_keys(pool_images), keys))
-    order = np.arange(len(pool_vectors))
-    neighbors = nearest(queries.vectors, pool_vectors, k, order=order, identity=identity)
+    found = nearest(vectors, pool_vectors, k, order=np.arange(len(pool_vectors)), identity=identity)
     lines: list[Line] = []
-    for query, indices, similarities in zip(queries.images, neighbors.indices, neighbors.similarities, strict=True):
-        found = indices >= 0
-        images = pool_images.take(indices[found]).to_pylist()
-        pairs = zip(images, similarities[found].tolist(), strict=True)
-        lines.append((query, [Shown(image["uri"], image["label"], cosine) for image, cosine in pairs]))
+    for query, indices, similarities in zip(queries.to_pylist(), found.indices, found.similarities, strict=True):
+        images = pool_images.take(indices[indices >= 0]).to_pylist()
+        cosines = similarities[indices >= 0].tolist()
+        lines.append((query, [{**image, "similarity": cosine} for image, cosine in zip(images, cosines, strict=True)]))
     return lines
 
 

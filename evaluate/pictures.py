@@ -115,11 +115,11 @@ def pixels_of(picture: Picture) -> Tensor:
 
 
 def open_images(
-    arguments: list[str], own: str, *, null: bool = False, limit: int | None = None
+    arguments: list[str], output: str, *, null: bool = False, limit: int | None = None
 ) -> tuple[list[Source], list[Named]]:
-    """Return the sources that arguments name and their first images, without the picture `own` among them."""
+    """Return the sources that arguments name and their first images, without the output among them."""
+    skip = {str(check_picture_name(output).absolute())}.__contains__
     sources = open_sources(arguments, null=null)
-    skip = {own}.__contains__
     inputs = [Source("images", source.path, listing_id(source, skip)) for source in sources]
     listed = (entry for source in sources for entry in entries(source, "folder", skip))
     named = [(entry.uri, entry.label or os.path.basename(entry.uri)) for entry in islice(listed, limit)]
@@ -141,16 +141,11 @@ def draw_images(
     `draw` makes the picture and its figures from the images that can be read and their captions; `what` names it.
     Raises ToolkitError when no image can be read, the model has no patch tokens, or the size does not suit it.
     """
-    own = str(check_picture_name(output).absolute())
-    inputs, images = open_images(arguments, own, null=settings.null, limit=options.limit)
+    inputs, images = open_images(arguments, output, null=settings.null, limit=options.limit)
     model = open_patch_model(settings.model, settings.image_size, options.seed)
-    provenance = Provenance(
-        kind="picture",
-        command=f"evaluate {command}",
-        parameters={"image_size": model.side_px, "limit": options.limit},
-        seed=options.seed,
-        inputs=(*inputs, model.model.source),
-    )
+    parameters: dict[str, object] = {"image_size": model.side_px, "limit": options.limit}
+    inputs.append(model.model.source)
+    provenance = Provenance("picture", f"evaluate {command}", parameters, options.seed, tuple(inputs))
 
     def drawn() -> Drawn:
         read = [(picture, caption) for uri, caption in images if (picture := model.read(uri)) is not None]
