@@ -12,15 +12,8 @@ from PIL import Image
 from ... import console
 from ...errors import ToolkitError
 from ...features.search.neighbors import SearchSettings, first_identical
-from ...features.sheet import (
-    check_picture_name,
-    draw_sheet,
-    is_picture_up_to_date,
-    picture_provenance,
-    read_tile,
-    write_picture,
-)
-from ...store.artifact import Options, Result
+from ...features.sheet import check_picture_name, draw_sheet, picture_provenance, read_tile, write_picture
+from ...store.artifact import Options, Result, make
 from ...store.manifest import Provenance
 from ...store.memory import memory_budget
 from ...store.vectors import Float64, Int64
@@ -74,27 +67,27 @@ def calibrate_threshold(
     if not 0 < settings.precision < 1:
         raise ToolkitError(f"--precision {settings.precision} is no share that can be reached; give one such as 0.98")
     pool = open_input("manifest", manifest, path, settings.features, settings.where)
-    parameters = {"precision": settings.precision, "recall": settings.recall, "where": settings.where}
-    provenance = Provenance(
-        "picture", "curate dedup --calibrate", {**parameters, "limit": options.limit}, options.seed, pool.sources()
-    )
-    is_made = is_picture_up_to_date(path, provenance, options)
-    if options.dry_run:
-        if not is_made:
-            num = pool.num_rows(options.limit)
-            console.say(f"would compare {sample_rows(num):,} of {num:,} images with all, and draw {path}")
-        return None
-    if not is_made:
+    parameters = {name: getattr(settings, name) for name in ("precision", "recall", "where")}
+    parameters["limit"] = options.limit
+    provenance = Provenance("picture", "curate dedup --calibrate", parameters, options.seed, pool.sources())
+
+    def describe() -> None:
+        num = pool.num_rows(options.limit)
+        console.say(f"would compare {sample_rows(num):,} of {num:,} images with all, and draw {path}")
+
+    def work() -> Provenance:
         search = SearchSettings(memory_budget(settings.memory), settings.recall, options.seed)
-        images = read_embedded(pool, options.limit)
-        if len(images) < 2:
-            raise ToolkitError(f"{pool.manifest.path} has {len(images)} images; two or more can be compared")
-        _calibrate(images, path, settings.precision, provenance, search)
-    made = picture_provenance(path)
-    figures = {} if made is None else made.figures
-    threshold = figures["threshold"]
+        picture, figures = _calibrate(read_embedded(pool, options.limit), settings.precision, search)
+        made = replace(provenance, figures=figures)
+        write_picture(picture, path, made)
+        return made
+
+    result = make(output, provenance, options, describe=describe, work=work, kind="picture", find=picture_provenance)
+    if result is None:
+        return None
+    threshold = result.figures["threshold"]
     assert isinstance(threshold, float)
-    return Result(output, figures, threshold, digits=_digits(threshold))
+    return replace(result, value=threshold, digits=_digits(threshold))
 
 
 def _digits(threshold: float) -> int:
@@ -107,25 +100,25 @@ def _rounded(threshold: float) -> str:
 
 
 def _calibrate(
-    images: EmbeddedImages, path: Path, precision: float, provenance: Provenance, search: SearchSettings
-) -> None:
+    images: EmbeddedImages, precision: float, search: SearchSettings
+) -> tuple[Image.Image, dict[str, object]]:
     first = first_identical(images.vectors)
     distinct = np.flatnonzero(first == np.arange(len(first)))  # (M,)
     num_identical = len(images) - len(distinct)
     if len(distinct) < 2:
-        raise ToolkitError(
-            f"all {len(images):,} vectors of {images.source.manifest.path} are the same; nothing to learn"
-        )
+        path = images.source.manifest.path
+        raise ToolkitError(f"{path}: all its vectors ({len(images):,}) are the same; two or more can be compared")
     vectors = images.vectors.take(distinct)
     num, k = sample_rows(len(distinct)), min(FAR_NEIGHBOR, len(distinct) - 1)
     sample, near = sample_neighbors(vectors, num, k, search=search, progress="comparing a sample")
     chance = chance_model(near.similarities)
-    removed = removed_share(chance)
+    shares = (chance.observed / len(sample), chance.expected / len(sample), removed_share(chance))
 
     def candidate(asked: float | None, threshold: float) -> Candidate:
-        shares = (chance.observed / len(sample), chance.expected / len(sample), removed)
-        at = [float(np.interp(-threshold, -chance.thresholds, share)) * len(distinct) for share in shares]
-        return Candidate(asked, threshold, round(at[0]), round(at[1]), num_identical + round(at[2]))
+        above, by_chance, removed = (
+            round(float(np.interp(-threshold, -chance.thresholds, share)) * len(distinct)) for share in shares
+        )
+        return Candidate(asked, threshold, above, by_chance, num_identical + removed)
 
     if k < min(FAR_NEIGHBOR, 3 * MIN_FAR_NEIGHBOR):
         console.warn(f"{len(distinct)} distinct images are too few to learn from; {FIXED_THRESHOLD} is a guess")
@@ -147,7 +140,7 @@ def _calibrate(
     )
     left, right, similarity = nearest_pairs(sample, near.indices[:, 0], near.similarities[:, 0], len(distinct))
     picture = _draw_pairs(images, (distinct[left], distinct[right], similarity), candidates, suggested)
-    figures: dict[str, object] = {
+    return picture, {
         "threshold": suggested.threshold,
         "precision": precision if suggested.precision is not None else None,
         "images": len(images),
@@ -157,7 +150,6 @@ def _calibrate(
         "local_dimension": chance.dimension,
         "recall": near.recall,
     }
-    write_picture(picture, path, replace(provenance, figures=figures))
 
 
 def removed_share(chance: ChanceModel) -> Float64:
@@ -168,7 +160,7 @@ def removed_share(chance: ChanceModel) -> Float64:
     """
     num, k = chance.distances.shape
     # With its j-th neighbour an image's m / (m + 1) grows by 1 / (j (j + 1)).
-    steps = np.broadcast_to(1 / (np.arange(1, k + 1) * np.arange(2, k + 2)), (num, k)).ravel()
+    steps = np.tile(1 / (np.arange(1, k + 1) * np.arange(2, k + 2)), num)
     order = np.argsort(chance.distances, axis=None)
     total = np.concatenate([[0.0], np.cumsum(steps[order])])
     share: Float64 = total[np.searchsorted(chance.distances.ravel()[order], chance.radii)] / num
@@ -186,18 +178,12 @@ def nearest_pairs(sample: Int64, found: Int64, similarity: Float64, num: int) ->
 
 
 def _show_candidates(candidates: list[Candidate], suggested: Candidate, num_images: int) -> None:
-    rows = [
-        (
-            "" if each.precision is None else f"{each.precision:g}",
-            _rounded(each.threshold),
-            f"{each.above:,}",
-            f"{each.by_chance:,}",
-            f"{each.removed:,}",
-            f"{each.removed / num_images:.2%}",
-            "suggested" if each is suggested else "",
-        )
-        for each in candidates
-    ]
+    rows = []
+    for each in candidates:
+        numbers = [f"{number:,}" for number in (each.above, each.by_chance, each.removed)]
+        share, mark = f"{each.removed / num_images:.2%}", "suggested" if each is suggested else ""
+        precision = "" if each.precision is None else f"{each.precision:g}"
+        rows.append((precision, _rounded(each.threshold), *numbers, share, mark))
     titles = ("expected precision", "threshold", "with a neighbour", "by chance", "images removed", "share", "")
     console.table("thresholds", titles, rows)
 
@@ -216,15 +202,12 @@ def _draw_pairs(
             f" ({each.removed / len(images):.1%}){', suggested' if each is suggested else ''}"
         )
         num_above = int((similarity > each.threshold).sum())
-        rows.append(
-            [
-                [
-                    read_tile(uris[place], f"{similarity[place]:.6f}", TILE_PX),
-                    read_tile(uris[len(left) + place], "removed" if place < num_above else "kept", TILE_PX),
-                ]
-                for place in range(max(num_above - PAIRS, 0), min(num_above + PAIRS, len(left)))
-            ]
-        )
+        row = []
+        for place in range(max(num_above - PAIRS, 0), min(num_above + PAIRS, len(left))):
+            one = read_tile(uris[place], f"{similarity[place]:.6f}", TILE_PX)
+            other = read_tile(uris[len(left) + place], "removed" if place < num_above else "kept", TILE_PX)
+            row.append([one, other])
+        rows.append(row)
     return draw_sheet(
         rows,
         title=f"Which threshold for {images.source.manifest.path.name}?",

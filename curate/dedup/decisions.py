@@ -72,8 +72,7 @@ class Decisions:
     def counts(self) -> dict[str, object]:
         """Return how many images are kept, and how many are removed for what."""
         kept, *removed = np.bincount(self.reason + 1, minlength=len(REASONS) + 1).tolist()
-        by_set: Counter[str] = Counter()
-        by_role: Counter[str] = Counter()
+        by_set, by_role = Counter[str](), Counter[str]()
         for source, num in self.removed_for_sets():
             by_set[str(source.manifest.path)] += num
             by_role[source.role] += num
@@ -90,10 +89,6 @@ class Decisions:
             "largest_group": int(self.group_sizes.max()),
         }
 
-    def num_chained(self, threshold: float) -> int:
-        """Return how many groups hold an image that is not above the threshold to the kept one."""
-        return len(np.unique(self.labels[self.min_similarity_to_kept <= threshold]))
-
 
 def write_decisions(path: Path, decisions: Decisions, provenance: Provenance) -> Provenance:
     """Write the selection at `path` and beside it what was removed, in row order; return the selection's provenance."""
@@ -104,11 +99,9 @@ def write_decisions(path: Path, decisions: Decisions, provenance: Provenance) ->
         for start in range(0, max(len(rows), 1), REMOVED_ROWS):
             removed.write(_removed(decisions, rows[start : start + REMOVED_ROWS]))
     rows = np.flatnonzero(decisions.reason == KEPT)
-    duplicates = next(field for field in SELECTION_FIELDS if field.name == "duplicates")
-    num_duplicates = pa.array(decisions.group_sizes[rows] - 1, pa.int32())
-    kept = selected(decisions.images, rows).append_column(duplicates, num_duplicates)
-    for field, column in zip(GROUP_FIELDS, _group_columns(decisions, rows), strict=True):
-        kept = kept.append_column(field, column)
+    duplicates = pa.schema(SELECTION_FIELDS).field("duplicates")
+    columns = [pa.array(decisions.group_sizes[rows] - 1, pa.int32()), *_group_columns(decisions, rows)]
+    kept = replace(selected(decisions.images, rows), added=dict(zip((duplicates, *GROUP_FIELDS), columns, strict=True)))
     made = write_table(path, kept, provenance, {**decisions.counts(), **decisions.figures})
     catalog.record(removed_path(path), removed.provenance, None)
     return made
@@ -142,13 +135,12 @@ def say_decisions(decisions: Decisions) -> None:
     """Say how many images are kept and why the others are removed, and show the largest and the loosest groups."""
     counts = decisions.counts()
     parts = [f"{counts['images']:,} kept", f"{counts['near_duplicates']:,} near-duplicates"]
-    for name, words in (
-        ("same_bytes", "with the same bytes"),
-        ("same_pixels", "with the same pixels"),
-        ("against", "like evaluation images"),
-    ):
-        if counts[name]:
-            parts.append(f"{counts[name]:,} {words}")
+    some = {
+        "same_bytes": "with the same bytes",
+        "same_pixels": "with the same pixels",
+        "against": "like evaluation images",
+    }
+    parts += [f"{counts[name]:,} {words}" for name, words in some.items() if counts[name]]
     console.say(
         f"{len(decisions.reason):,} images: {', '.join(parts)}; {counts['groups']:,} groups, the largest of"
         f" {counts['largest_group']:,}"

@@ -121,19 +121,12 @@ def first_with_same_key(keys: Keys, num: int, memory: int | None, reference: Seq
     with tables.connect(memory) as connection:
         connection.register("given", _numbered(keys))
         connection.execute("create table images as select * from given where key is not null")
+        others = "images"
         if reference is not None:
             connection.register("reference", _numbered(chain.from_iterable(reference)))
-        found = connection.sql(
-            """
-            with first as (select key, min(row) as first from images group by key having count(*) > 1)
-            select row, first from images join first using (key) where row > first
-            """
-            if reference is None
-            else """
-            select images.row as row, min(reference.row) as first
-            from reference join images using (key) group by images.row
-            """
-        )
+            others = "reference semi join images using (key)"
+        first = f"select key, min(row) as first from {others} group by key"
+        found = connection.sql(f"select row, first from images join ({first}) using (key)")
         for batch in found.to_arrow_reader(tables.BATCH_ROWS):
             result[batch.column("row").to_numpy()] = batch.column("first").to_numpy()
     return result

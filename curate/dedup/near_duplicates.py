@@ -17,14 +17,7 @@ from ...features.search.neighbors import SearchSettings, first_identical, simila
 from ...store.image_columns import has_images
 from ...store.vectors import Bools, Float64, Int64
 from ..inputs import EmbeddedImages, Input, read_embedded
-from .decisions import (
-    GROUPED_WITH_EVALUATION,
-    KEPT,
-    NEAR_DUPLICATE,
-    RESEMBLES_EVALUATION,
-    SAME_BYTES,
-    Decisions,
-)
+from .decisions import GROUPED_WITH_EVALUATION, KEPT, NEAR_DUPLICATE, RESEMBLES_EVALUATION, SAME_BYTES, Decisions
 from .groups import DuplicateGroups, group_duplicates
 from .image_keys import first_with_same_key, image_ids
 from .reference_sets import ImageSets, Matches, are_same, extend_to_groups, find_matches
@@ -35,12 +28,7 @@ from .verify import MIN_COSINE, Pairs, Verifier
 
 
 def find_near_duplicates(
-    inputs: list[Input],
-    num_known: int,
-    settings: DedupSettings,
-    keep: Keep,
-    search: SearchSettings,
-    limit: int | None,
+    inputs: list[Input], num_known: int, settings: DedupSettings, keep: Keep, search: SearchSettings, limit: int | None
 ) -> Decisions:
     """Decide on a pool's images: the preferred one of every group is kept.
 
@@ -82,7 +70,7 @@ def find_near_duplicates(
     sets = ImageSets([images, *known.sets, *evaluation.sets])
     decisions = _decide(sets, represented_by, groups, known_matches, matches, len(images) + len(known))
     figures: dict[str, object] = {
-        "chained_groups": decisions.num_chained(threshold),
+        "chained_groups": len(np.unique(groups.labels[groups.min_similarity_to_kept <= threshold])),
         "saturated": groups.num_saturated,
         "threshold": threshold,
         "threshold_origin": origin,

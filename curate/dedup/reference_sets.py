@@ -57,11 +57,7 @@ class Matches:
 
 
 def find_matches(
-    images: EmbeddedImages,
-    others: ImageSets,
-    threshold: float,
-    search: SearchSettings,
-    verifier: Verifier | None,
+    images: EmbeddedImages, others: ImageSets, threshold: float, search: SearchSettings, verifier: Verifier | None
 ) -> Matches:
     """Find for every image one with the same bytes, else the most similar above `threshold`.
 

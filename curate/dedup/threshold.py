@@ -52,13 +52,7 @@ def threshold_from_pool(distinct: Vectors) -> tuple[float, str]:
 
 
 def sample_neighbors(
-    distinct: Vectors,
-    num: int,
-    k: int,
-    *,
-    above: float = -np.inf,
-    search: SearchSettings = DEFAULTS,
-    progress: str,
+    distinct: Vectors, num: int, k: int, *, above: float = -np.inf, search: SearchSettings = DEFAULTS, progress: str
 ) -> tuple[Int64, Neighbors]:
     """Return the positions of about `num` vectors (S,), evenly spread and rising, and the k nearest others of each."""
     sample = np.linspace(0, len(distinct) - 1, min(num, len(distinct))).astype(np.int64)  # no two the same
