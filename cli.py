@@ -60,32 +60,31 @@ def root(
 
 def main() -> None:
     """Run the command line; exits with 0, 1 (ToolkitError), 2 (usage), 75 (stopped, resumable) or 130 (Ctrl-C)."""
+    code = EXIT_ERROR
     try:
-        code = app(standalone_mode=False)
+        returned = app(standalone_mode=False)
         sys.stdout.flush()
-        if code == EXIT_INTERRUPTED:  # newer Typer turns Ctrl-C into this code, older into Abort
+        if returned == EXIT_INTERRUPTED:  # newer Typer turns Ctrl-C into this code, older into Abort
             raise KeyboardInterrupt
+        code = returned or 0
     except BrokenPipeError:  # the reader of a pipe has gone, as in `dinov2 ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        code = 0
     except UsageError as problem:
         where = problem.ctx.command_path if problem.ctx else "dinov2"
         console.error(f"{problem.format_message().rstrip('.')}; see `{where} --help`")
-        sys.exit(EXIT_USAGE)
+        code = EXIT_USAGE
     except ClickException as problem:
         console.error(problem.format_message())
-        sys.exit(EXIT_ERROR)
     except ToolkitError as problem:
         console.error(str(problem))
-        sys.exit(EXIT_ERROR)
     except OSError as problem:  # a full disk, a folder without permission
         name = f": {problem.filename}" if problem.filename else ""
         console.error(f"{problem.strerror or problem}{name}")
-        sys.exit(EXIT_ERROR)
     except Stopped as problem:
         console.say(str(problem))
-        sys.exit(EXIT_STOPPED)
+        code = EXIT_STOPPED
     except (KeyboardInterrupt, typer.Abort):
         console.error("interrupted; nothing more was saved")
-        sys.exit(EXIT_INTERRUPTED)
-    sys.exit(code if isinstance(code, int) else 0)
+        code = EXIT_INTERRUPTED
+    sys.exit(code)

@@ -1,10 +1,12 @@
 """`dinov2 catalog`: lists, shows, traces and verifies artifacts; rebuilds the catalog and empties the cache."""
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from .. import console
 from ..errors import ToolkitError
@@ -61,25 +63,20 @@ def lineage(name: str, as_json: bool) -> None:
     print(json.dumps(tree) if as_json else "\n".join(_indented(tree)))
 
 
-def _ancestors(artifact: Artifact, by_digest: dict[str, Artifact]) -> dict[str, object]:
-    inputs: list[dict[str, object]] = []
+def _ancestors(artifact: Artifact, by_digest: dict[str, Artifact]) -> dict[str, Any]:
+    inputs = []
     for source in catalog.inputs_of(artifact):
-        known = by_digest.get(source.content_id)
-        is_other = known is not None and known.id != artifact.id
-        tree = _ancestors(known, by_digest) if known and is_other else {"path": source.path, "inputs": []}
+        known = by_digest.get(source.content_id, artifact)
+        tree = {"path": source.path, "inputs": []} if known.id == artifact.id else _ancestors(known, by_digest)
         inputs.append({**tree, "as": source.role})
     return {"path": artifact.path, "command": artifact.command, "inputs": inputs}
 
 
-def _indented(tree: dict[str, object], depth: int = 0) -> list[str]:
+def _indented(tree: dict[str, Any], depth: int = 0) -> list[str]:
     role = f"{tree['as']}: " if "as" in tree else ""
     command = f"  [{tree['command']}]" if "command" in tree else ""
-    lines = [f"{'  ' * depth}{role}{_from_here(str(tree['path']))}{command}"]
-    inputs = tree["inputs"]
-    assert isinstance(inputs, list)
-    for child in inputs:
-        lines += _indented(child, depth + 1)
-    return lines
+    line = f"{'  ' * depth}{role}{_from_here(tree['path'])}{command}"
+    return [line, *(below for child in tree["inputs"] for below in _indented(child, depth + 1))]
 
 
 def verify(names: list[str], as_json: bool) -> None:
@@ -156,9 +153,9 @@ def gc() -> None:
             continue
         freed += sum(file.lstat().st_size for file in (found.rglob("*") if is_folder else [found]))
         shutil.rmtree(found) if is_folder else found.unlink()
-    gone = [artifact.path for artifact in catalog.artifacts() if not Path(artifact.path).exists()]
+    gone = [path for artifact in catalog.artifacts() if not (path := Path(artifact.path)).exists()]
     for path in gone:
-        catalog.forget(Path(path))
+        catalog.forget(path)
     console.say(f"removed {freed / 2**20:,.1f} MiB of the cache; forgot {len(gone)} artifacts that are gone")
     print(freed)
 
@@ -169,5 +166,4 @@ def _plain(artifact: Artifact) -> dict[str, object]:
 
 def _from_here(path: str) -> str:
     """Shorten a path that lies under the working folder."""
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+    return path.removeprefix(os.path.join(os.getcwd(), ""))

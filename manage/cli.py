@@ -148,10 +148,7 @@ def export(
     image_size: Annotated[
         int | None,
         option(
-            MODEL,
-            "Side in pixels that position embeddings are stored for.",
-            min=1,
-            default="as they are; onnx: the model's",
+            MODEL, "Side in pixels to store position embeddings for.", min=1, default="as they are; onnx: the model's"
         ),
     ] = None,
     limit: Annotated[int | None, option(INPUT, "Compare only N random images.", min=1, default="2")] = None,
@@ -159,6 +156,6 @@ def export(
     shared: "Options",
 ) -> "Result | None":
     """Write a model in another library's format, checked by reading it back and comparing all tokens."""
-    from .export import ExportSettings, export_model
+    from .export import export_model
 
-    return export_model(model, output, ExportSettings(to, image_size), replace(shared, limit=limit))
+    return export_model(model, output, to, image_size, replace(shared, limit=limit))

@@ -4,8 +4,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from hashlib import blake2b, file_digest
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,7 +12,7 @@ from .. import console
 from ..errors import ToolkitError
 from ..models import export, export_hf, export_onnx
 from ..models.export import Comparison, Format, Reference
-from ..models.weights import Model, load_model
+from ..models.weights import Model, load_model, model_content_id
 from ..store.artifact import (
     FILE_PROVENANCE,
     RUN_PROVENANCE,
@@ -27,16 +26,7 @@ from ..store.artifact import (
 from ..store.manifest import Provenance, Source, toolkit_version
 from .model_card import model_card
 
-EXTRAS = {"hf": ("hf", ("transformers",)), "onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime"))}
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """Options of `dinov2 export`, besides those that all commands share."""
-
-    to: Format
-    image_size: int | None = None  # that the position embedding is stored for; None: as it is, for ONNX the model's own
-
+LIBRARIES = {"hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}  # the extras of these names
 
 Write = Callable[[Model, Path], None]
 Compare = Callable[[Model, Path, Reference], Comparison]
@@ -49,11 +39,12 @@ STEPS: dict[Format, tuple[Write, Compare]] = {
 }
 
 
-def export_model(source: str, output: str, settings: ExportSettings, options: Options) -> Result | None:
+def export_model(source: str, output: str, to: Format, image_size: int | None, options: Options) -> Result | None:
     """Write a model in another format, read it back, compare, and only then put it in its place.
 
     Args:
         source: what `--model` takes.
+        image_size: that the position embedding is stored for; None: as it is, for ONNX the model's own.
         options: `limit` is the number of random images compared.
 
     Returns:
@@ -63,17 +54,17 @@ def export_model(source: str, output: str, settings: ExportSettings, options: Op
         ToolkitError: if there is no such model, the format's library is missing, something else stands at the output,
             or what was read back is not the model.
     """
-    path = _check_output(output, settings.to)
-    _check_extra(settings.to)
+    path = _check_output(output, to)
+    _check_libraries(to)
     original = load_model(source, seed=options.seed)
-    stored_size = original.preprocess.image_size if settings.to == "onnx" else original.backbone.img_size
-    model = export.model_at_size(original, settings.image_size or stored_size)
+    stored_size = original.preprocess.image_size if to == "onnx" else original.backbone.img_size
+    model = export.model_at_size(original, image_size or stored_size)
     size = model.backbone.img_size
     named = str(Path(source).absolute()) if Path(source).exists() else source
     provenance = Provenance(
         kind="export",
         command="export",
-        parameters={"to": settings.to, "image_size": size, "limit": options.limit},
+        parameters={"to": to, "image_size": size, "limit": options.limit},
         seed=options.seed,
         inputs=(Source("model", named, original.content_id),),
     )
@@ -81,21 +72,15 @@ def export_model(source: str, output: str, settings: ExportSettings, options: Op
     num_mib = sum(4 * weight.numel() for weight in model.backbone.parameters()) / 2**20
 
     def describe() -> None:
-        console.say(f"would write {source} as {settings.to} for {size} px to {path}, about {num_mib:,.0f} MiB")
+        console.say(f"would write {source} as {to} for {size} px to {path}, about {num_mib:,.0f} MiB")
 
     def work() -> Provenance:
         reference = export.make_reference(original, size, options.limit or export.DEFAULT_IMAGES, options.seed)
-        return _write_checked(path, model, source, settings.to, reference, provenance)
+        return _write_checked(path, model, source, to, reference, provenance)
 
+    is_empty = path.is_dir() and not any(path.iterdir())
     return make(
-        output,
-        provenance,
-        options,
-        describe=describe,
-        work=work,
-        update=path.is_dir() and not any(path.iterdir()),
-        kind="export",
-        find=_export_at,
+        output, provenance, options, describe=describe, work=work, update=is_empty, kind="export", find=_export_at
     )
 
 
@@ -113,8 +98,17 @@ def _write_checked(
         write(model, written)
         comparison = compare(model, written, reference)
         _check_difference(to, comparison, reference, path)
-        figures = _figures(to, comparison, reference)
-        made = replace(provenance, figures=figures, content_id=_content_id(written, to), version=toolkit_version())
+        figures: dict[str, object] = {
+            "to": to,
+            "largest_difference": comparison.difference,
+            "image_size": reference.image_size,
+            "images": len(reference.images),
+            "read_by": comparison.reader,
+            "other_image_size": reference.other_images.shape[-1],
+            "other_difference": comparison.other_difference,
+        }
+        content_id = model_content_id(written)
+        made = replace(provenance, figures=figures, content_id=content_id, version=toolkit_version())
         if to == "hf":
             card = model_card(model, source, read_run_provenance(Path(source)), comparison, reference)
             (written / "README.md").write_text(card, encoding="utf-8")
@@ -143,13 +137,10 @@ def _check_output(output: str, to: Format) -> Path:
     return path
 
 
-def _check_extra(to: Format) -> None:
-    extra, modules = EXTRAS.get(to, ("", ()))
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ToolkitError(
-            f"--to {to} needs {', '.join(missing)}, not installed here; run `pip install 'dinov2-toolkit[{extra}]'`"
-        )
+def _check_libraries(to: Format) -> None:
+    if missing := [module for module in LIBRARIES.get(to, ()) if importlib.util.find_spec(module) is None]:
+        names = ", ".join(missing)
+        raise ToolkitError(f"--to {to} needs {names}, not installed here; run `pip install 'dinov2-toolkit[{to}]'`")
 
 
 def _check_place(path: Path, options: Options) -> None:
@@ -184,18 +175,6 @@ def _check_difference(to: Format, comparison: Comparison, reference: Reference, 
         )
 
 
-def _figures(to: Format, comparison: Comparison, reference: Reference) -> dict[str, object]:
-    return {
-        "to": to,
-        "largest_difference": comparison.difference,
-        "image_size": reference.image_size,
-        "images": len(reference.images),
-        "read_by": comparison.reader,
-        "other_image_size": reference.other_images.shape[-1],
-        "other_difference": comparison.other_difference,
-    }
-
-
 def _say(path: Path, comparison: Comparison, reference: Reference) -> None:
     size, other_size = reference.image_size, reference.other_images.shape[-1]
     console.say(
@@ -204,21 +183,14 @@ def _say(path: Path, comparison: Comparison, reference: Reference) -> None:
     )
     if comparison.other_difference is not None:
         is_same = comparison.other_difference <= 1e-4 * max(1.0, reference.tokens.abs().max().item())
-        how, advice = "as the model does", ""
-        if not is_same:
-            how, advice = "in its own way", f"; `--image-size {other_size}` stores them for that size"
+        advice = "" if is_same else f"; `--image-size {other_size}` stores them for that size"
+        how = "as the model does" if is_same else "in its own way"
         console.say(
             f"at other sizes the reader interpolates position embeddings {how}: tokens differ by "
             f"{comparison.other_difference:.1e} at {other_size} px{advice}"
         )
     if comparison.note:
         console.say(comparison.note)
-
-
-def _content_id(written: Path, to: Format) -> str:
-    """Return the BLAKE2b-128 digest of the weights."""
-    with (written / "model.safetensors" if to == "hf" else written).open("rb") as file:
-        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
 def _put_in_place(aside: Path, path: Path) -> None:

@@ -42,11 +42,8 @@ def list_models(as_json: bool) -> None:
             f"{name:<12}  {shape.embed_dim:>5}  {shape.depth:>6}  {shape.num_heads:>5}  {shape.ffn:<6}  "
             f"{cost.parameters:>13,}  {cost.gflop:>8.1f}  {cost.weights_mib:>11,.0f}  {cost.activations_mib:>15,.0f}"
         )
-    print(
-        f"(an image of {IMAGE_SIZE} px in patches of {PATCH_SIZE}: GFLOP forward, activations kept to train; float32)"
-    )
-    print()
-    print("released weights    architecture  registers       MiB  licence     here  address")
+    print(f"(a {IMAGE_SIZE} px image, patches of {PATCH_SIZE}: GFLOP forward, activations kept to train; float32)")
+    print("\nreleased weights    architecture  registers       MiB  licence     here  address")
     for each in weights:
         here = "yes" if cached_weights(each.name).exists() else "no"
         print(
@@ -83,8 +80,7 @@ def pull_model(name: str, force: bool, dry_run: bool) -> Result | None:
     """
     weights, file = find_released(name), cached_weights(name)
     console.say(f"{weights.name}: {weights.address}, {weights.size:,} bytes, licence {weights.licence}")
-    figures: dict[str, object] = {"name": name, "address": weights.address, "size": weights.size}
-    figures |= {"sha256": weights.sha256, "licence": weights.licence}
+    figures = {key: getattr(weights, key) for key in ("name", "address", "size", "sha256", "licence")}
     if file.exists() and not force:
         console.say(f"{file} is up to date")
         return None if dry_run else Result(str(file), figures)

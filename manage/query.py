@@ -127,13 +127,9 @@ def _as_manifest(
 ) -> Iterator[pa.Table]:
     """Yield the answer's rows with these columns; what the query left out is null."""
     for batch in batches:
-        columns = [
-            batch.column(field.name).cast(field.type)
-            if field.name in batch.schema.names
-            else pa.nulls(batch.num_rows, field.type)
-            for field in fields
-        ]
-        made = pa.table(columns, schema=pa.schema(fields))
+        absent = {field.name: pa.nulls(batch.num_rows, field.type) for field in fields}
+        columns = {**absent, **dict(zip(batch.schema.names, batch.columns, strict=True))}
+        made = pa.table(columns).select(list(absent)).cast(pa.schema(fields))
         yield _with_fixed_vectors(made, sources) if "embedding" in made.column_names else made
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.manage import catalog as catalog_commands
 from dinov2_toolkit.manage import export as export_command
-from dinov2_toolkit.manage.export import ExportSettings, export_model
+from dinov2_toolkit.manage.export import export_model
 from dinov2_toolkit.models.block import Ffn
 from dinov2_toolkit.models.export import Format, all_tokens
 from dinov2_toolkit.models.preprocess import Preprocess, crop_picture, normalise
@@ -55,7 +55,7 @@ def run_folder(folder: Path, ffn: Ffn = "mlp", registers: int = 0, in_chans: int
 
 
 def export(source: Path, output: Path, to: Format, image_size: int | None = None, **options: bool) -> Result:
-    result = export_model(str(source), str(output), ExportSettings(to, image_size), Options(**options))
+    result = export_model(str(source), str(output), to, image_size, Options(**options))
     assert result is not None
     return result
 
@@ -377,8 +377,8 @@ def test_force_replaces_a_folder_of_ours_and_never_somebodys(tmp_path: Path) -> 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_folder(tmp_path / "run")
-    settings = ExportSettings("official")
-    assert export_model(str(tmp_path / "run"), str(tmp_path / "a" / "v.pth"), settings, Options(dry_run=True)) is None
+    output = str(tmp_path / "a" / "v.pth")
+    assert export_model(str(tmp_path / "run"), output, "official", None, Options(dry_run=True)) is None
     assert "would write" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
