@@ -3,20 +3,20 @@
 Losing it loses convenience only: manifests carry their own provenance, and `rebuild` restores it from them.
 """
 
-import fcntl
 import json
 import os
 import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime
 from pathlib import Path
 
 import duckdb
 
 from ..errors import ToolkitError
+from .lock import try_lock
 from .manifest import Provenance, Source, open_manifest
 
 LOCK_PATIENCE_S = 60.0  # chosen: DuckDB lets one process write at a time; a transaction here takes milliseconds
@@ -104,33 +104,18 @@ def _open_patiently(path: Path, folder: int) -> duckdb.DuckDBPyConnection:
     pause_s = 0.01
     while True:
         try:
-            _lock(folder)
-            return duckdb.connect(str(path))
-        except (BlockingIOError, duckdb.IOException) as problem:
-            if isinstance(problem, duckdb.IOException) and "lock" not in str(problem).lower():
+            if try_lock(folder):
+                return duckdb.connect(str(path))
+        except duckdb.IOException as problem:
+            if "lock" not in str(problem).lower():
                 raise ToolkitError(f"{path} is not a catalog; move it away and run `dinov2 catalog rebuild`") from None
-            if time.monotonic() > deadline:
-                raise ToolkitError(f"{path} is in use by another process; end it and try again") from None
-            time.sleep(pause_s * (0.5 + random.random()))
-            pause_s = min(2 * pause_s, 0.5)
+        if time.monotonic() > deadline:
+            raise ToolkitError(f"{path} is in use by another process; end it and try again")
+        time.sleep(pause_s * (0.5 + random.random()))
+        pause_s = min(2 * pause_s, 0.5)
 
 
-def _lock(folder: int) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # a network file system without locks
-        return
-
-
-def record(
-    output: Path,
-    provenance: Provenance,
-    duration_s: float | None,
-    *,
-    at: datetime | None = None,
-) -> None:
+def record(output: Path, provenance: Provenance, duration_s: float | None, *, at: datetime | None = None) -> None:
     """Enter an artifact with its inputs; numbers among its figures become its metrics. `at` is now by default."""
     files = [output] if output.is_file() else [file for file in output.rglob("*") if file.is_file()]
     model = provenance.model()
@@ -154,8 +139,7 @@ def record(
         _delete(connection, "path = ? and digest = ?", [row["path"], row["digest"]])
         ((artifact,),) = connection.execute(insert, list(row.values())).fetchall()
         for source in provenance.inputs:
-            values = [artifact, source.role, source.path, source.content_id]
-            connection.execute("insert into inputs values (?, ?, ?, ?)", values)
+            connection.execute("insert into inputs values (?, ?, ?, ?)", [artifact, *astuple(source)])
         for name, value in provenance.figures.items():
             if isinstance(value, int | float):
                 connection.execute("insert into metrics values (?, ?, ?)", [artifact, name, float(value)])
@@ -189,9 +173,9 @@ def find(name: str) -> Artifact:
     known = artifacts()
     by_path = [artifact for artifact in known if artifact.path == str(Path(name).absolute())]
     by_name = [artifact for artifact in known if Path(artifact.path).name in (name, f"{name}.parquet")]
-    if not by_path and not by_name:
-        raise ToolkitError(f"the catalog {catalog_path()} has no {name!r}; see `dinov2 catalog list`")
-    return (by_path or by_name)[0]
+    if found := by_path or by_name:
+        return found[0]
+    raise ToolkitError(f"the catalog {catalog_path()} has no {name!r}; see `dinov2 catalog list`")
 
 
 def inputs_of(artifact: Artifact) -> list[Source]:
@@ -249,5 +233,5 @@ def _newest(role: str) -> Artifact:
 
 def newest_run() -> Path | None:
     """Return the newest finished run that still exists, the model of commands without --model."""
-    runs = [a for a in artifacts("kind = 'run'") if (Path(a.path) / "model.json").exists()]
-    return Path(runs[0].path) if runs else None
+    runs = (Path(run.path) for run in artifacts("kind = 'run'"))
+    return next((run for run in runs if (run / "model.json").exists()), None)

@@ -72,7 +72,7 @@ def image_batches(
 
 def has_images(manifest: Manifest) -> bool:
     """Tell whether the manifest names images at all."""
-    return any(name in manifest.names() for name in URI_COLUMNS)
+    return _uri_column(manifest) is not None
 
 
 def _made_from(manifest: Manifest, wanted: list[str], label_column: str) -> dict[str, str]:
@@ -105,9 +105,7 @@ def column_uris(manifest: Manifest, name: str | None, piece: Piece) -> pa.Array:
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
         raise ToolkitError(f"the `{name}` column of {manifest.path} is {kind}; it must hold names or encoded images")
     column = pc.cast(piece.batch.column(name), pa.string())
-    if manifest.provenance is not None:
-        return column  # ours are absolute already
-    return absolute_uris(column, manifest.path)
+    return absolute_uris(column, manifest.path) if manifest.provenance is None else column  # ours are absolute already
 
 
 def _struct_uris(manifest: Manifest, name: str, piece: Piece) -> pa.Array:
@@ -121,12 +119,11 @@ def _struct_uris(manifest: Manifest, name: str, piece: Piece) -> pa.Array:
 
 def _holds_all_bytes(manifest: Manifest, name: str) -> bool:
     """Tell by the footers alone, for the bytes may be many gigabytes, that no row lacks them."""
-    for part in manifest.parts:
-        metadata = pq.read_metadata(part)
-        for group in range(metadata.num_row_groups):
-            chunks = [metadata.row_group(group).column(index) for index in range(metadata.num_columns)]
-            statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == f"{name}.bytes"]
-            if not statistics or statistics[0] is None or statistics[0].null_count != 0:
+    for metadata in map(pq.read_metadata, manifest.parts):
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            chunks = {chunk.path_in_schema: chunk for chunk in map(group.column, range(group.num_columns))}
+            chunk = chunks.get(f"{name}.bytes")
+            if chunk is None or chunk.statistics is None or chunk.statistics.null_count != 0:
                 return False
     return True
 
@@ -160,10 +157,8 @@ def _cast(column: pa.Array, field: pa.Field, manifest: Manifest) -> pa.Array:
     try:
         return pc.cast(column, field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise ToolkitError(
-            f"the `{field.name}` column of {manifest.path} is {column.type} and cannot be read as {field.type};"
-            " rename or drop it"
-        ) from None
+        what = f"the `{field.name}` column of {manifest.path} is {column.type}"
+        raise ToolkitError(f"{what} and cannot be read as {field.type}; rename or drop it") from None
 
 
 def _class_names(manifest: Manifest, column: str) -> list[str]:
@@ -171,6 +166,5 @@ def _class_names(manifest: Manifest, column: str) -> list[str]:
     text = (manifest.schema.metadata or {}).get(b"huggingface")
     if text is None:
         return []
-    features = json.loads(text).get("info", {}).get("features", {})
-    feature = features.get(column)
+    feature = json.loads(text).get("info", {}).get("features", {}).get(column)
     return [str(name) for name in feature.get("names", [])] if isinstance(feature, dict) else []

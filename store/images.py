@@ -42,21 +42,8 @@ TRANSPOSES = {  # by EXIF orientation: what turns the stored pixels upright
 LARGE_PIXELS = 32_000_000  # chosen: images above it are decoded one at a time, whatever the number of threads
 
 # What Pillow's readers raise for broken files; none of it may end a run over a million images.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+PYTHON_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError)
+DECODE_ERRORS = (*PYTHON_ERRORS, MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
 
 # Pillow's warnings about files that it can read are of no use; the reason for others is in the removed rows.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -150,7 +137,19 @@ def decode_sized(
         picture = shown(read_array(data))
         return picture.convert(mode), picture.size
     with opened(data) as image:
-        return _decode(image, mode, min_side)
+        full_size = image.size
+        if min_side is not None and image.format in ("JPEG", "MPO"):
+            image.draft(None, (min_side, min_side))
+        is_reduced = image.size != full_size
+        image.load()
+        turned, is_swapped = upright(image)
+        if not is_reduced:
+            full_size = turned.size  # some formats know their size only after loading
+        elif is_swapped:
+            full_size = full_size[::-1]
+        if 0 in full_size:
+            raise UnreadableImage("no pixels")
+        return _flatten(turned, mode), full_size
 
 
 @contextmanager
@@ -211,22 +210,6 @@ def _formats() -> list[str]:
     """Return the formats that are tried: all of Pillow's but PostScript, which would start another program."""
     Image.init()
     return [name for name in Image.ID if name != "EPS"]
-
-
-def _decode(image: Image.Image, mode: ColourMode, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
-    full_size = image.size
-    if min_side is not None and image.format in ("JPEG", "MPO"):
-        image.draft(None, (min_side, min_side))
-    is_reduced = image.size != full_size
-    image.load()
-    turned, is_swapped = upright(image)
-    if not is_reduced:
-        full_size = turned.size  # some formats know their size only after loading
-    elif is_swapped:
-        full_size = full_size[::-1]
-    if 0 in full_size:
-        raise UnreadableImage("no pixels")
-    return _flatten(turned, mode), full_size
 
 
 def upright(image: Image.Image) -> tuple[Image.Image, bool]:

@@ -2,10 +2,9 @@
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .. import console
 from ..errors import ToolkitError
 
 
@@ -16,12 +15,8 @@ def held(lock: Path, doing: str) -> Iterator[None]:
     Raises ToolkitError when another process has it; `doing` says what that does, such as "writing pool.parquet".
     """
     with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ToolkitError(f"another process is {doing}; wait for it, or end it") from None
-        except OSError as problem:  # a network file system without locks
-            console.detail(f"{lock} cannot be locked: {problem.strerror}")
+        if not try_lock(file.fileno()):
+            raise ToolkitError(f"another process is {doing}; wait for it, or end it")
         yield
 
 
@@ -30,8 +25,14 @@ def is_held(lock: Path) -> bool:
     if not lock.exists():
         return False
     with lock.open() as file:
+        return not try_lock(file.fileno(), fcntl.LOCK_SH)
+
+
+def try_lock(file: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file or folder until it is closed; return False where another process has it."""
+    with suppress(OSError):  # a network file system without locks
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            return True
-    return False
+            return False
+    return True

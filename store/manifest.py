@@ -221,9 +221,11 @@ def open_manifest(path: Path) -> Manifest:
     except (pa.ArrowInvalid, OSError) as problem:
         reason = str(problem).splitlines()[0]
         raise ToolkitError(f"{path} is not a readable Parquet file ({reason}); name a manifest") from None
-    provenance = _read_provenance(metadata.metadata or {}, path)
-    if provenance is None:
+    kept: dict[bytes, bytes] = metadata.metadata or {}
+    if RESULT_KEY.encode() not in kept:
         return Manifest(path, (path,), schema, metadata.num_rows, None, foreign_content_id(path))
+    known, result = (json.loads(kept[key.encode()]) for key in (PROVENANCE_KEY, RESULT_KEY))
+    provenance = provenance_from({**known, **result}, path)
     old_names = {new: old for old, new in COLUMNS.items() if old in schema.names and new not in schema.names}
     present = {old: new for new, old in old_names.items()}
     schema = pa.schema([each.with_name(present.get(each.name, each.name)) for each in schema], schema.metadata)
@@ -244,17 +246,10 @@ def _open_parts(path: Path) -> Manifest:
 
 def part_paths(path: Path) -> list[Path]:
     """Return the files of a manifest: itself, or what the `_manifest.json` of its folder lists; none without one."""
-    listing = path / "_manifest.json"
     if not path.is_dir():
         return [path]
+    listing = path / "_manifest.json"
     return [path / name for name in json.loads(listing.read_text())["parts"]] if listing.exists() else []
-
-
-def _read_provenance(metadata: dict[bytes, bytes], path: Path) -> Provenance | None:
-    text = metadata.get(RESULT_KEY.encode())
-    if text is None:
-        return None
-    return provenance_from({**json.loads(metadata[PROVENANCE_KEY.encode()]), **json.loads(text)}, path)
 
 
 def provenance_values(provenance: Provenance) -> dict[str, Any]:
@@ -269,15 +264,14 @@ def provenance_from(values: dict[str, Any], path: Path) -> Provenance:
     """
     if values["format"] > FORMAT_VERSION:
         raise ToolkitError(f"{path} was written by a newer toolkit ({values['version']}); update this one")
-    inputs = tuple(Source(**source) for source in values["inputs"])
-    base = Source(**values["base"]) if values["base"] else None
-    known = {key: value for key, value in values.items() if key != "format"}
-    if values["kind"] == "run":
-        known["parameters"] = with_present_settings(values["parameters"])
-    else:
-        known["parameters"] = with_present_names(values["parameters"], PARAMETERS)
-    known["figures"] = with_present_names(values.get("figures", {}), FIGURES)
-    return Provenance(**{**known, "inputs": inputs, "base": base})
+    is_run, parameters = values["kind"] == "run", values["parameters"]
+    present = {
+        "parameters": with_present_settings(parameters) if is_run else with_present_names(parameters, PARAMETERS),
+        "figures": with_present_names(values.get("figures", {}), FIGURES),
+        "inputs": tuple(Source(**source) for source in values["inputs"]),
+        "base": Source(**values["base"]) if values["base"] else None,
+    }
+    return Provenance(**{key: value for key, value in {**values, **present}.items() if key != "format"})
 
 
 class ManifestWriter:

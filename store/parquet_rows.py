@@ -73,18 +73,15 @@ class ParquetRows:
                 return piece
         for stream in (self._streams.pop(group, iter(())), _decode(file, *group[1:])):  # go on, else from the start
             for piece in stream:
-                self._keep(group, piece)
+                self._pieces[group, piece.first_row] = piece
+                while len(self._pieces) > 1 and sum(kept.values.nbytes for kept in self._pieces.values()) > CACHE_BYTES:
+                    self._pieces.popitem(last=False)
                 if row in piece:
                     self._streams[group] = stream
                     if len(self._streams) > OPEN_FILES:
                         self._streams.popitem(last=False)
                     return piece
         raise LookupError(f"row group {group[2]} ends before row {row}")
-
-    def _keep(self, group: GroupKey, piece: Piece) -> None:
-        self._pieces[group, piece.first_row] = piece
-        while len(self._pieces) > 1 and sum(kept.values.nbytes for kept in self._pieces.values()) > CACHE_BYTES:
-            self._pieces.popitem(last=False)
 
 
 def _open(key: FileKey) -> OpenFile:
@@ -107,8 +104,7 @@ def _decode(file: OpenFile, column: str, group: int) -> Iterator[Piece]:
     piece_rows = max(1, metadata.num_rows * PIECE_BYTES // max(size, PIECE_BYTES))
     first_row = file.first_rows[group]
     # One thread: a single column gains nothing by more, and Arrow's pool may not survive a fork.
-    batches = file.parquet.iter_batches(piece_rows, row_groups=[group], columns=[leaf], use_threads=False)
-    for batch in batches:
+    for batch in file.parquet.iter_batches(piece_rows, row_groups=[group], columns=[leaf], use_threads=False):
         values = pc.struct_field(batch.column(0), "bytes") if is_struct else batch.column(0)
         if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
             raise TypeError(f"column {column!r} holds {values.type}, not bytes")
@@ -117,11 +113,5 @@ def _decode(file: OpenFile, column: str, group: int) -> Iterator[Piece]:
 
 
 rows = ParquetRows()
-
-
-def _start_afresh() -> None:
-    """Give a forked process its own state: another thread may have held the lock, and files share their position."""
-    rows.__init__()  # type: ignore[misc]  # the same object, so that importers see it
-
-
-os.register_at_fork(after_in_child=_start_afresh)
+# A forked process starts afresh: another thread may have held the lock, and files share their position.
+os.register_at_fork(after_in_child=rows.__init__)  # type: ignore[misc]  # the same object, so that importers see it

@@ -8,17 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .images import (
-    ARRAY_START,
-    UnreadableImage,
-    Values,
-    decode_sized,
-    eight_bits,
-    opened,
-    read_array,
-    shown,
-    upright,
-)
+from .images import ARRAY_START, UnreadableImage, Values, decode_sized, eight_bits, opened, read_array, shown, upright
 
 MAX_16_BITS = 65535
 

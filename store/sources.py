@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from ..errors import ToolkitError
 from .image_columns import has_images, image_batches
-from .manifest import Manifest, open_manifest
+from .manifest import Manifest, is_manifest_name, open_manifest
 
 LIST_SUFFIXES = (".txt", ".lst", ".list")
 SLICE_ROWS = 10_000  # chosen: names of a folder that are Python objects at a time
@@ -73,11 +73,10 @@ def open_sources(arguments: list[str], *, null: bool = False) -> list[ImageSourc
     sources: list[ImageSource] = []
     for is_file, run in groupby(map(partial(open_source, null=null), arguments), key=lambda source: source.is_file):
         following = list(run)
-        if not is_file or len(following) == 1:
-            sources += following
-            continue
-        names = tuple(source.path for source in following)
-        sources.append(ImageSource("names", os.path.commonpath(names), names=names))
+        if is_file and len(following) > 1:
+            names = tuple(source.path for source in following)
+            following = [ImageSource("names", os.path.commonpath(names), names=names)]
+        sources += following
     return sources
 
 
@@ -87,16 +86,18 @@ def open_source(argument: str, *, null: bool = False) -> ImageSource:
     Raises ToolkitError when there is no such file, or a Parquet file without images.
     """
     if argument == "-":
-        return ImageSource("names", "-", text=_spooled(sys.stdin.buffer), null=null, folder=os.getcwd())
+        text = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # can be read again, and lives as long as its source
+        shutil.copyfileobj(sys.stdin.buffer, text)
+        return ImageSource("names", "-", text=text, null=null, folder=os.getcwd())
     path = os.path.abspath(argument)
     if not os.path.lexists(path):
         raise ToolkitError(f"no file or folder {argument}; check the path")
-    if argument.endswith(".parquet") or os.path.exists(os.path.join(path, "_manifest.json")):
+    if is_manifest_name(argument):
         manifest = open_manifest(Path(path))
         if not has_images(manifest):
+            columns = ", ".join(manifest.names())
             raise ToolkitError(
-                f"{argument} names no images (columns: {', '.join(manifest.names())});"
-                " it needs a `uri`, `path` or `image` column"
+                f"{argument} names no images (columns: {columns}); add a `uri`, `path` or `image` column"
             )
         return ImageSource("manifest", path, manifest)
     if os.path.isdir(path):
@@ -104,13 +105,6 @@ def open_source(argument: str, *, null: bool = False) -> ImageSource:
     if argument.endswith(LIST_SUFFIXES):
         return ImageSource("names", path, text=Path(path).open("rb"), folder=os.path.dirname(path))
     return ImageSource("names", path, names=(path,))
-
-
-def _spooled(stream: IO[bytes]) -> IO[bytes]:
-    """Return a copy of a stream that can be read again, in memory while it is small."""
-    copy = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # as long-lived as its source
-    shutil.copyfileobj(stream, copy)
-    return copy
 
 
 def _listed_names(text: IO[bytes], null: bool) -> Iterator[str]:
@@ -134,9 +128,8 @@ def check_labels(labels: str, sources: list[ImageSource]) -> None:
     for source in sources:
         if source.manifest is None:
             raise ToolkitError(f"--labels {labels} needs Parquet files, but {source.path} is none; use folder or none")
-        if column not in source.manifest.names():
-            present = ", ".join(source.manifest.names())
-            raise ToolkitError(f"{source.path} has no column {column!r} for --labels; it has {present}")
+        if column not in (present := source.manifest.names()):
+            raise ToolkitError(f"{source.path} has no column {column!r} for --labels; it has {', '.join(present)}")
 
 
 def _label_column(labels: str) -> str | None:
@@ -262,10 +255,8 @@ def file_uri(path: str) -> str:
 def _manifest_entries(manifest: Manifest, labels: str) -> Iterator[Entry]:
     place = file_uri(str(manifest.path.absolute()))
     columns = ("uri", "source", "weight", *(() if labels == "none" else ("label",)))
-    number = 0
-    for table in image_batches(manifest, columns, label_column=_label_column(labels) or "label"):
-        for row in table.to_pylist():
-            if row["uri"] is None:
-                row.update(uri=f"{place} row {number}", reason="the row names no image")
-            yield Entry(**row)
-            number += 1
+    tables = image_batches(manifest, columns, label_column=_label_column(labels) or "label")
+    for number, row in enumerate(chain.from_iterable(table.to_pylist() for table in tables)):
+        if row["uri"] is None:
+            row.update(uri=f"{place} row {number}", reason="the row names no image")
+        yield Entry(**row)
