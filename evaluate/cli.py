@@ -17,16 +17,10 @@ app = typer.Typer(
 )
 
 
-class Method(StrEnum):
-    """How features are scored; an Enum because typer knows no list of Literal."""
-
-    KNN = "knn"
-    LINEAR = "linear"
-    LOGREG = "logreg"
-    SEGMENT = "segment"
-    RETRIEVAL = "retrieval"
-
-
+# How features are scored; an Enum because typer knows no list of Literal.
+Method = StrEnum("Method", ["KNN", "LINEAR", "LOGREG", "SEGMENT", "RETRIEVAL"])
+MASKS_HELP = "segment: column of the manifests with masks, names or encoded pictures; 255 is ignored."
+SIDE_HELP = "segment: side in pixels of the windows that slide over larger images."
 Images = Annotated[
     list[str],
     typer.Argument(metavar="IMAGES...", help="Images, folders, manifests, lists of names (.txt), - for stdin."),
@@ -47,14 +41,7 @@ def probe(
     labels: Annotated[
         str, option(INPUT, "Where labels come from; folder: first below the source.", metavar="folder|column:NAME")
     ] = "folder",
-    masks: Annotated[
-        str,
-        option(
-            INPUT,
-            "segment: column of the manifests with masks, names or encoded pictures; 255 is ignored.",
-            metavar="COLUMN",
-        ),
-    ] = "mask",
+    masks: Annotated[str, option(INPUT, MASKS_HELP, metavar="COLUMN")] = "mask",
     model: Annotated[
         list[str] | None,
         option(
@@ -63,15 +50,7 @@ def probe(
             default="the manifests' embeddings, else the newest finished run, else copy",
         ),
     ] = None,
-    image_size: Annotated[
-        int | None,
-        option(
-            MODEL,
-            "segment: side in pixels of the windows that slide over larger images.",
-            min=1,
-            default="the model's own",
-        ),
-    ] = None,
+    image_size: Annotated[int | None, option(MODEL, SIDE_HELP, min=1, default="the model's own")] = None,
     method: Annotated[
         list[Method] | None,
         option(

@@ -20,6 +20,7 @@ from ..store.cache import cache_folder
 from ..store.manifest import Manifest, Source, is_manifest_name, open_manifest
 from ..store.sources import ImageSource, check_labels, entries, listing_id, open_source
 from ..store.vectors import Float32, Int64, has_vectors, open_vectors
+from .masks import MaskedSplit
 from .task import UNKNOWN_CLASS
 
 
@@ -77,46 +78,41 @@ def number_classes(train: LabelledSplit, test: LabelledSplit) -> list[LabelledSp
     unknown = [label for label in test.labels if label not in numbers]
     if unknown:
         listed = ", ".join(sorted(set(unknown))[:3]) + (", ..." if len(set(unknown)) > 3 else "")
-        console.warn(
-            f"{len(unknown):,} of {len(test.labels):,} test images are of a class that no training image has"
-            f" ({listed}); they count as wrong"
-        )
-    return [
-        replace(split, classes=np.array([numbers.get(label, UNKNOWN_CLASS) for label in split.labels]))
-        for split in (train, test)
-    ]
+        of_all = f"{len(unknown):,} of {len(test.labels):,}"
+        console.warn(f"{of_all} test images are of a class that no training image has ({listed}); they count as wrong")
+    labels = ([numbers.get(label, UNKNOWN_CLASS) for label in split.labels] for split in (train, test))
+    return [replace(split, classes=np.array(of_split)) for split, of_split in zip((train, test), labels, strict=True)]
 
 
 def split_features(
     split: LabelledSplit, model: FeatureModel | None, batch_size: int, num_workers: int | None
-) -> tuple[Float32, Int64]:
-    """Return the features (N, E) of a split and the rows of the images that they are of, those that can be read.
+) -> tuple[Float32, Int64, list[str]]:
+    """Return the features (N, E), classes (N,) and uris of the images of a split that can be read.
 
-    They are the manifest's embeddings where the model is None.
+    The features are the manifest's embeddings where the model is None.
     """
     if model is None:
         assert split.manifest is not None
         vectors = open_vectors(split.manifest).take(split.rows)
-        return vectors.raw(0, len(vectors)), np.arange(len(vectors))
+        return vectors.raw(0, len(vectors)), split.classes, split.uris
     features, rows = [], []
-    for batch in extract_split(model, split.source, split.uris, batch_size, num_workers):
+    for batch in extract_split(model, split, batch_size, num_workers):
         features.append(batch.features.numpy())
         rows += batch.indices
-    return np.concatenate(features), np.array(rows)
+    return np.concatenate(features), split.classes[rows], [split.uris[row] for row in rows]
 
 
 def extract_split(
-    model: FeatureModel, source: Source, uris: list[str], batch_size: int, num_workers: int | None
+    model: FeatureModel, split: LabelledSplit | MaskedSplit, batch_size: int, num_workers: int | None
 ) -> Iterator[FeatureBatch]:
     """Yield the features of a split's images; a warning says what cannot be read.
 
     Raises ToolkitError when no image can be read.
     """
-    failures = []
-    description = f"{short_name(model.source.path)} on {source.role}"
+    failures, uris, source = [], split.uris, split.source
     num_workers = num_workers or os.cpu_count() or 1
     with (
-        console.progress(description, len(uris), "images") as advance,
+        console.progress(f"{short_name(model.source.path)} on {source.role}", len(uris), "images") as advance,
         closing(extract(model, uris, batch_size=batch_size, num_workers=num_workers)) as batches,
     ):
         for batch in batches:

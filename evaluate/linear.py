@@ -58,12 +58,8 @@ def measure_linear(task: Task) -> Iterator[Measurement]:
     sizes = {"num_classes": task.num_classes, "steps": steps, "seed": task.seed}
 
     trained = train_grid(train[fit], labels[fit], LEARNING_RATES, token_sets, **sizes)
-    accuracy = torch.stack(
-        [
-            _accuracy(train[held_out][:, token_set.columns], labels[held_out], *classifiers)
-            for token_set, classifiers in zip(token_sets, trained, strict=True)
-        ]
-    )
+    others, fitted = train[held_out], zip(token_sets, trained, strict=True)
+    accuracy = torch.stack([_accuracy(others[:, each.columns], labels[held_out], *grid) for each, grid in fitted])
     rate, number = divmod(int(accuracy.T.argmax()), len(token_sets))
     best, learning_rate = token_sets[number], LEARNING_RATES[rate]
 

@@ -73,10 +73,8 @@ def draw_neighbors(query: str, output: str, settings: NeighborSettings, options:
             model = _model_of(pool, settings, options.seed)
             inputs, seed = [*sources, pool.source("pool"), model.source], options.seed
             read_queries = partial(_embedded_queries, images, model)
-        read, what = (
-            partial(_nearest, read_queries, pool, settings.k),
-            f"the nearest of {pool.num_rows:,} in {pool.path}",
-        )
+        read = partial(_nearest, read_queries, pool, settings.k)
+        what = f"the nearest of {pool.num_rows:,} in {pool.path}"
         note = "left the query, then the nearest in the pool by cosine, with the similarity"
     parameters: dict[str, object] = {"k": settings.k, "limit": options.limit}
     provenance = Provenance("picture", "evaluate neighbors", parameters, seed, tuple(inputs))

@@ -47,13 +47,12 @@ def _draw(model: PatchModel, pictures: list[Picture], captions: list[str]) -> Dr
         note = "no clear background: components 1, 2, 3 of all patches as red, green, blue"
         console.warn("the first component separates no background from the image borders; no background was removed")
     else:
-        note = (
-            f"components 2, 3, 4 as red, green, blue; background by component 1 ({colours.foreground_share:.0%} kept)"
-        )
-    pairs = [
-        [Tile(as_image(picture), caption), Tile(_enlarged(image, picture))]
-        for picture, caption, image in zip(pictures, captions, colours.images, strict=True)
-    ]
+        kept = f"{colours.foreground_share:.0%} kept"
+        note = f"components 2, 3, 4 as red, green, blue; background by component 1 ({kept})"
+    pairs = []
+    for picture, caption, image in zip(pictures, captions, colours.images, strict=True):
+        enlarged = Image.fromarray(image).resize(picture.size, Image.Resampling.NEAREST)  # from one pixel a patch
+        pairs.append([Tile(as_image(picture), caption), Tile(enlarged)])
     rows = [pairs[start : start + PAIRS_A_ROW] for start in range(0, len(pairs), PAIRS_A_ROW)]
     picture = draw_sheet(rows, title=f"Principal components of patch features: {model.title}", note=note)
     return picture, {"images": len(pictures), "foreground_share": colours.foreground_share}
@@ -130,8 +129,3 @@ def _on_border(height: int, width: int) -> Tensor:
     inside = torch.zeros(height, width, dtype=torch.bool)
     inside[1:-1, 1:-1] = True
     return ~inside.flatten()
-
-
-def _enlarged(image: npt.NDArray[np.uint8], picture: Picture) -> Image.Image:
-    """Return one pixel a patch, as large as the image that it belongs to."""
-    return Image.fromarray(image).resize(picture.size, Image.Resampling.NEAREST)

@@ -4,8 +4,9 @@ train and test -> features -> protocol -> measurements with their intervals -> s
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 from .. import console
 from ..errors import ToolkitError
@@ -41,15 +42,6 @@ class ProbeSettings:
     num_workers: int | None = None  # None: one a core
 
 
-@dataclass(frozen=True)
-class Probed:
-    """What is measured: a model, or the embeddings that the manifests hold."""
-
-    name: str
-    source: Source | None
-    model: str | None  # what opens it; None: the manifests' embeddings
-
-
 def probe(train: str, test: str, output: str, settings: ProbeSettings, options: Options) -> Result | None:
     """Train on one split to classify or segment another, and write the scores; return None after a dry run.
 
@@ -58,11 +50,10 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
     Raises ToolkitError when there are no labels, no two classes to tell apart, or no features.
     """
     path = check_manifest_name(output)
-    methods = tuple(dict.fromkeys(settings.methods))
-    if settings.per_class is not None and "knn" not in methods:
-        raise ToolkitError(
-            f"--per-class {settings.per_class} is for --method knn alone; add it, or leave --per-class out"
-        )
+    methods, per_class = tuple(dict.fromkeys(settings.methods)), settings.per_class
+    settings = replace(settings, methods=methods)
+    if per_class is not None and "knn" not in methods:
+        raise ToolkitError(f"--per-class {per_class} is for --method knn alone; add it, or leave --per-class out")
     names = {"train": train, "test": test}
     labelled: list[LabelledSplit] = []  # none for segment alone
     masked: list[MaskedSplit] = []  # none without segment
@@ -76,21 +67,15 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
     if "segment" in methods:
         masked = [open_masked_split(role, name, settings.masks, options.limit) for role, name in names.items()]
     splits = labelled or masked
-    probed = _probed(labelled, settings, options.seed)
-    provenance = Provenance(
-        kind="scores",
-        command="evaluate probe",
-        parameters=_parameters(methods, settings, options),
-        seed=options.seed,
-        inputs=(*(split.source for split in splits), *(each.source for each in probed if each.source)),
-        role="eval",
-    )
+    models = _models(labelled, settings, options.seed)
+    inputs = (*(split.source for split in splits), *(model for model in models if model))
+    parameters = _parameters(settings, options)
+    provenance = Provenance("scores", "evaluate probe", parameters, options.seed, inputs, role="eval")
 
     def describe() -> None:
         num_train, num_test = (len(split.uris) for split in splits)
-        models = " and ".join(each.name for each in probed)
-        is_embedded = bool(labelled) and labelled[0].manifest is not None
-        images = "embeddings," if is_embedded else f"images, embedded by {models},"
+        embedded_by = " and ".join(map(_name, models))
+        images = "embeddings," if _are_embedded(labelled) else f"images, embedded by {embedded_by},"
         console.say(
             f"would train {' and '.join(methods)} on {num_train:,} {images} test on {num_test:,}"
             f" and write the scores to {output}"
@@ -98,8 +83,8 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
 
     def work() -> Provenance:
         scores: list[Score] = []
-        for each in probed:  # a model is freed before the next is opened
-            scores += _scores(each, labelled, masked, methods, settings, options.seed)
+        for model in models:  # each is freed before the next is opened
+            scores += _scores(model, labelled, masked, settings, options.seed)
         return write_scores(path, provenance, scores)
 
     if artifact.make(output, provenance, options, describe=describe, work=work) is None:
@@ -121,8 +106,9 @@ def parse_ks(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def _parameters(methods: tuple[str, ...], settings: ProbeSettings, options: Options) -> dict[str, object]:
+def _parameters(settings: ProbeSettings, options: Options) -> dict[str, object]:
     """Return what the scores depend on."""
+    methods = settings.methods
     parameters: dict[str, object] = {"methods": list(methods), "labels": settings.labels, "limit": options.limit}
     if {"knn", "retrieval"} & set(methods):
         parameters["k"] = None if settings.ks is None else list(settings.ks)
@@ -133,12 +119,20 @@ def _parameters(methods: tuple[str, ...], settings: ProbeSettings, options: Opti
     return parameters
 
 
-def _probed(splits: list[LabelledSplit], settings: ProbeSettings, seed: int) -> list[Probed]:
+def _name(model: Source | None) -> str:
+    return "unknown" if model is None else short_name(model.path)
+
+
+def _are_embedded(splits: list[LabelledSplit]) -> bool:
+    return any(split.manifest is not None for split in splits)
+
+
+def _models(splits: list[LabelledSplit], settings: ProbeSettings, seed: int) -> list[Source | None]:
+    """Return the models to measure; of embeddings the one that made them, None where it is not known."""
     manifests = [split.manifest for split in splits if split.manifest is not None]
     if not manifests:
         # Each model is opened to identify it, and freed, for several may not fit in memory.
-        sources = [open_model(name, seed).source for name in settings.models or (None,)]
-        return [Probed(short_name(source.path), source, source.path) for source in sources]
+        return [open_model(name, seed).source for name in settings.models or (None,)]
     if len(manifests) < len(splits):
         bare = next(split.source for split in splits if split.manifest is None)
         raise ToolkitError(
@@ -147,78 +141,50 @@ def _probed(splits: list[LabelledSplit], settings: ProbeSettings, seed: int) -> 
     made_by = [manifest.provenance.model() if manifest.provenance else None for manifest in manifests]
     known = {source.content_id: source for source in made_by if source is not None}
     if len(known) > 1:
+        paths = ", ".join(source.path for source in known.values())
         raise ToolkitError(
-            "the embeddings of --train and --test come from two models"
-            f" ({', '.join(source.path for source in known.values())}); embed both by the same, or give --model"
+            f"the embeddings of --train and --test come from two models ({paths}); embed both by the same, or"
+            " give --model"
         )
-    source = next(iter(known.values()), None)
-    return [Probed(short_name(source.path) if source else "unknown", source, None)]
+    return [next(iter(known.values()), None)]
 
 
 def _scores(
-    probed: Probed,
-    labelled: list[LabelledSplit],
-    masked: list[MaskedSplit],
-    methods: tuple[str, ...],
-    settings: ProbeSettings,
-    seed: int,
+    source: Source | None, labelled: list[LabelledSplit], masked: list[MaskedSplit], settings: ProbeSettings, seed: int
 ) -> Iterator[Score]:
-    """Yield what every protocol measures."""
-    model = None if probed.model is None else open_model(probed.model, seed)
-    task = _task(labelled, model, methods, settings, seed) if labelled else None
-    for method in methods:
+    """Yield what every protocol measures of a model."""
+    model = None if source is None or _are_embedded(labelled) else open_model(source.path, seed)
+    task = _task(labelled, model, settings, seed) if labelled else None
+    for method in settings.methods:
         if method == "segment":
             assert model is not None, "segmentation is never of embeddings"
             sizes = settings.batch_size, settings.num_workers
             measured = measure_segment(model, *masked, image_size=settings.image_size, sizes=sizes, seed=seed)
         else:
             assert task is not None, "all others have labelled splits"
-            measured = _classified(method, task, settings)
-        yield from (score_row(probed.name, method, each) for each in measured)
+            protocols: dict[str, Callable[[Task], Iterator[Measurement]]] = {
+                "knn": partial(measure_knn, ks=settings.ks, per_class=settings.per_class),
+                "linear": measure_linear,
+                "logreg": measure_logreg,
+                "retrieval": partial(measure_retrieval, ks=settings.ks),
+            }
+            measured = protocols[method](task)
+        yield from (score_row(_name(source), method, each) for each in measured)
 
 
-def _classified(method: str, task: Task, settings: ProbeSettings) -> Iterator[Measurement]:
-    match method:
-        case "knn":
-            return measure_knn(task, settings.ks, settings.per_class)
-        case "linear":
-            return measure_linear(task)
-        case "logreg":
-            return measure_logreg(task)
-        case "retrieval":
-            return measure_retrieval(task, settings.ks)
-        case _:
-            raise ValueError(f"method {method!r} is none of knn, linear, logreg, segment, retrieval")
-
-
-def _task(
-    splits: list[LabelledSplit],
-    model: FeatureModel | None,
-    methods: tuple[str, ...],
-    settings: ProbeSettings,
-    seed: int,
-) -> Task:
+def _task(splits: list[LabelledSplit], model: FeatureModel | None, settings: ProbeSettings, seed: int) -> Task:
     """Return the features and classes of both splits, by one pass of the model over the images."""
     blocks, has_mean = 1, False
-    if "linear" in methods and model is not None and isinstance(model.backbone, VisionTransformer):
+    if "linear" in settings.methods and model is not None and isinstance(model.backbone, VisionTransformer):
         blocks, has_mean = min(BLOCKS, model.backbone.depth), True
         model = with_choice(model, TokenChoice("cls+mean", blocks))
-    train, test = splits
-    train_features, train_rows = split_features(train, model, settings.batch_size, settings.num_workers)
-    test_features, test_rows = split_features(test, model, settings.batch_size, settings.num_workers)
-    dims = train_features.shape[1], test_features.shape[1]
+    sizes = settings.batch_size, settings.num_workers
+    (train, train_labels, train_uris), (test, test_labels, test_uris) = (
+        split_features(split, model, *sizes) for split in splits
+    )
+    dims = train.shape[1], test.shape[1]
     if dims[0] != dims[1]:
         raise ToolkitError(
             f"train embeddings have {dims[0]} numbers and test embeddings {dims[1]}; embed both by the same model"
         )
-    return Task(
-        train_features,
-        train.classes[train_rows],
-        test_features,
-        test.classes[test_rows],
-        [train.uris[row] for row in train_rows],
-        [test.uris[row] for row in test_rows],
-        blocks,
-        has_mean,
-        seed,
-    )
+    return Task(train, train_labels, test, test_labels, train_uris, test_uris, blocks, has_mean, seed)

@@ -67,10 +67,8 @@ def measure_segment(
     configuration says (AdamW, decay 1e-3, warm-up, cosine), but without augmentation, and with fewer, larger steps.
     """
     if not isinstance(model.backbone, VisionTransformer):
-        raise ToolkitError(
-            f"the model {model.source.path!r} has no patch tokens, which segmentation needs;"
-            " name a vision transformer by --model"
-        )
+        path = model.source.path
+        raise ToolkitError(f"the model {path!r} has no patch tokens, which segmentation needs; name a ViT by --model")
     side_px = image_size or model.preprocess.image_size
     windowed = with_choice(model, TokenChoice("patches"), side_px, OWN_SIZE)
     side = side_px // model.backbone.patch_size
@@ -80,12 +78,13 @@ def measure_segment(
         steps = num_steps(sum(len(_offsets(sample.tokens, side)) for sample in samples))
         head = train_head(samples, classes, side=side, steps=steps, seed=seed)
 
-    counts = [
-        pixel_counts(classes[predict(head, sample.tokens, sample.mask.shape)], sample.mask)
-        for sample in _samples(windowed, test, *sizes)
-    ]
+    counts = []
+    for sample in _samples(windowed, test, *sizes):
+        counts.append(pixel_counts(classes[predict(head, sample.tokens, sample.mask.shape)], sample.mask))
     by_image = np.stack(counts)  # (M, 3, V)
-    _warn_of_unknown(by_image, classes)
+    if len(unknown := np.setdiff1d(np.flatnonzero(by_image[:, 1].sum(axis=0)), classes)):
+        listed = ", ".join(map(str, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+        console.warn(f"the test masks hold classes that no training mask has ({listed}); their pixels count as wrong")
     parameters: dict[str, object] = {
         "image_size": side_px,
         "windows": "sliding, evenly spaced, tokens averaged",
@@ -124,7 +123,7 @@ def _on_disk(sample: Sample, file: IO[bytes]) -> Sample:
 
 def _samples(model: FeatureModel, split: MaskedSplit, batch_size: int, num_workers: int | None) -> Iterator[Sample]:
     """Yield the tokens and mask of every image of a split that can be read."""
-    for batch in extract_split(model, split.source, split.uris, batch_size, num_workers):
+    for batch in extract_split(model, split, batch_size, num_workers):
         for index, facts, tokens in zip(batch.indices, batch.facts, batch.patches, strict=True):
             uri, size = split.uris[index], (facts.width, facts.height)
             if max(size) > MAX_ASPECT * min(size):
@@ -146,13 +145,6 @@ def _classes(samples: list[Sample], train: MaskedSplit) -> Int64:
         found = f"only the class {classes[0]}" if len(classes) else "no class"
         raise ToolkitError(f"the masks of {train.source.path} hold {found}; a probe needs two or more to tell apart")
     return classes
-
-
-def _warn_of_unknown(by_image: Int64, classes: Int64) -> None:
-    unknown = np.setdiff1d(np.flatnonzero(by_image[:, 1].sum(axis=0)), classes)
-    if len(unknown):
-        listed = ", ".join(map(str, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
-        console.warn(f"the test masks hold classes that no training mask has ({listed}); their pixels count as wrong")
 
 
 # The head
