@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..features.extract.extract import best_device
 from ..features.sheet import Tile, draw_sheet
 from ..models.block import Block
+from ..models.preprocess import normalise
 from ..models.vit import VisionTransformer
 from ..store.artifact import Options, Result
 from ..store.pixels import Picture, as_image
-from .pictures import Drawn, PatchModel, PictureSettings, draw_images
+from .pictures import Drawn, PatchModel, PictureSettings, draw_images, pixels_of
 
 HEAT = np.array([(12, 8, 38), (106, 23, 110), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # from none to most
 BRIGHTEST = 0.98  # quantile of a map that is shown as most, for single patches may draw most of it
@@ -29,10 +31,8 @@ def draw_attention(arguments: list[str], output: str, settings: PictureSettings,
 
 
 def _draw(model: PatchModel, pictures: list[Picture], captions: list[str]) -> Drawn:
-    rows = [
-        [[Tile(as_image(picture), caption)], *_maps(model, picture)]
-        for picture, caption in zip(pictures, captions, strict=True)
-    ]
+    shown = zip(pictures, captions, strict=True)
+    rows = [[[Tile(as_image(picture), caption)], *_maps(model, picture)] for picture, caption in shown]
     note = "of the class token to the patches, mean and head by head"
     if model.backbone.num_register_tokens:
         note += "; then of each register, mean of the heads"
@@ -62,7 +62,8 @@ def last_attention(backbone: VisionTransformer, images: Tensor) -> Tensor:
 def _maps(model: PatchModel, picture: Picture) -> list[list[Tile]]:
     """Return the maps of one image: of the class token, and of the registers where there are any."""
     with torch.inference_mode():
-        attention = last_attention(model.backbone, model.normalised(picture))[0].float().cpu().numpy()
+        images = normalise(pixels_of(picture).to(best_device()), model.model.preprocess)
+        attention = last_attention(model.backbone, images)[0].float().cpu().numpy()
     first_patch = attention.shape[1]
     # (heads, 1 + R, n) -> (heads, 1 + R, h, w)
     to_patches = attention[:, :, first_patch:].reshape(*attention.shape[:2], *model.grid(picture))

@@ -19,6 +19,11 @@ app = typer.Typer(
 
 # How features are scored; an Enum because typer knows no list of Literal.
 Method = StrEnum("Method", ["KNN", "LINEAR", "LOGREG", "SEGMENT", "RETRIEVAL"])
+METHOD_HELP = (
+    "knn: the nearest images vote; linear: a grid of linear classifiers; logreg: logistic regression over a grid of"
+    " penalties; segment: a class for every pixel, from masks; retrieval: images of the same class."
+    " May be given several times."
+)
 MASKS_HELP = "segment: column of the manifests with masks, names or encoded pictures; 255 is ignored."
 SIDE_HELP = "segment: side in pixels of the windows that slide over larger images."
 Images = Annotated[
@@ -51,16 +56,7 @@ def probe(
         ),
     ] = None,
     image_size: Annotated[int | None, option(MODEL, SIDE_HELP, min=1, default="the model's own")] = None,
-    method: Annotated[
-        list[Method] | None,
-        option(
-            METHOD,
-            "knn: the nearest images vote; linear: a grid of linear classifiers; logreg: logistic regression over a"
-            " grid of penalties; segment: a class for every pixel, from masks; retrieval: images of the same class."
-            " May be given several times.",
-            default="knn",
-        ),
-    ] = None,
+    method: Annotated[list[Method] | None, option(METHOD, METHOD_HELP, default="knn")] = None,
     k: Annotated[
         str | None,
         option(

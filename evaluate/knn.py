@@ -32,9 +32,8 @@ def measure_knn(task: Task, ks: tuple[int, ...] | None, per_class: int | None) -
     parameters: dict[str, object] = {"temperature": TEMPERATURE, "similarity": "cosine"}
     if per_class is None:
         ks = usable_ks(ks, len(train))
-        predictions = knn_predictions(
-            train, task.train_labels, test, ks, topk=task.topk, progress="searching neighbours"
-        )
+        progress = "searching neighbours"
+        predictions = knn_predictions(train, task.train_labels, test, ks, topk=task.topk, progress=progress)
         for k in ks:
             yield from accuracies({"k": k, **parameters}, predictions[k], task.test_labels, len(train), task.seed)
         return

@@ -36,9 +36,7 @@ class LabelledSplit:
     classes: Int64 = field(default_factory=lambda: np.empty(0, np.int64))  # (N,) numbers of the labels
 
 
-def open_split(
-    role: str, name: str, output: Path, *, labels: str, limit: int | None, from_images: bool
-) -> LabelledSplit:
+def open_split(role: str, name: str, output: Path, labels: str, limit: int | None, from_images: bool) -> LabelledSplit:
     """Open --train or --test and leave out what has no label, saying how much.
 
     Raises ToolkitError when nothing is left.
@@ -70,10 +68,8 @@ def number_classes(train: LabelledSplit, test: LabelledSplit) -> list[LabelledSp
     """
     classes = sorted(set(train.labels))
     if len(classes) == 1:
-        raise ToolkitError(
-            f"all {len(train.labels):,} labelled images of {train.source.path} are {classes[0]!r};"
-            " a probe needs two classes or more to tell apart"
-        )
+        found = f"all {len(train.labels):,} labelled images of {train.source.path} are {classes[0]!r}"
+        raise ToolkitError(f"{found}; a probe needs two classes or more to tell apart")
     numbers = {label: number for number, label in enumerate(classes)}
     unknown = [label for label in test.labels if label not in numbers]
     if unknown:

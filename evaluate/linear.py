@@ -47,7 +47,7 @@ def measure_linear(task: Task) -> Iterator[Measurement]:
     of the grid is chosen on the test images. Here features are computed once, and the test images choose nothing.
     """
     fit, held_out = hold_out(task.train_labels, HELD_OUT, task.seed, "a linear probe, which chooses its learning rate")
-    steps = num_steps(len(task.train))
+    steps = min(STEPS, max(MIN_STEPS, STEPS_PER_IMAGE * len(task.train)))
     token_sets = grid_token_sets(task.embed_dim, task.blocks, task.has_mean)
     train = torch.from_numpy(np.array(task.train))  # a copy: it is changed, and may be a memory-mapped file
     shift = train.mean(dim=0)
@@ -91,11 +91,6 @@ def grid_token_sets(embed_dim: int, blocks: int, has_mean: bool) -> tuple[TokenS
         for count in sorted({1, blocks})
         for mean_patch in sorted({False, has_mean})
     )
-
-
-def num_steps(num_images: int) -> int:
-    """Return how many steps a training set of this size is given: the protocol's, or less where that is plenty."""
-    return min(STEPS, max(MIN_STEPS, STEPS_PER_IMAGE * num_images))
 
 
 def _accuracy(inputs: Tensor, labels: Tensor, weights: Tensor, biases: Tensor) -> Tensor:

@@ -40,22 +40,16 @@ def open_masked_split(role: str, name: str, column: str, limit: int | None) -> M
     Raises ToolkitError when it is no manifest with such a column, or nothing is left.
     """
     if not is_manifest_name(name):
-        raise ToolkitError(
-            f"--{role} {name} is no Parquet file; segmentation takes a manifest with masks in its column {column!r}"
-        )
+        raise ToolkitError(f"--{role} {name} is no Parquet file; segment takes a manifest with a column {column!r}")
     manifest = open_manifest(Path(name))
     if column not in manifest.names():
-        raise ToolkitError(
-            f"{name} has no column {column!r} with masks (columns: {', '.join(manifest.names())});"
-            " name another by --masks"
-        )
+        present = ", ".join(manifest.names())
+        raise ToolkitError(f"{name} has no column {column!r} with masks (columns: {present}); name another by --masks")
     images = read_images(manifest, limit).column("uri").to_pylist()
     rows = zip(images, _mask_uris(manifest, column, limit), strict=True)
     pairs = [(image, mask) for image, mask in rows if image is not None and mask is not None]
     if not pairs:
-        raise ToolkitError(
-            f"none of the {len(images):,} rows of {name} has an image and a mask; fill its column {column!r}"
-        )
+        raise ToolkitError(f"no row of {len(images):,} of {name} has an image and a mask; fill its column {column!r}")
     if len(pairs) < len(images):
         console.say(f"{role}: {len(images) - len(pairs):,} of {len(images):,} rows have no mask and are left out")
     return MaskedSplit(manifest.source(role), [image for image, _ in pairs], [mask for _, mask in pairs])
@@ -63,13 +57,11 @@ def open_masked_split(role: str, name: str, column: str, limit: int | None) -> M
 
 def _mask_uris(manifest: Manifest, column: str, limit: int | None) -> list[str | None]:
     """Return the name of each row's mask: as it is written, or by row where the file holds the mask itself."""
-    kind = manifest.schema.field(column).type
-    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     uris: list[str | None] = []
     for piece in manifest.pieces([column], limit):
-        if is_bytes:
-            held = pc.is_valid(piece.batch.column(column))
-            names = pc.if_else(held, row_uris(piece, column), None)
+        held = piece.batch.column(column)
+        if pa.types.is_binary(held.type) or pa.types.is_large_binary(held.type):
+            names = pc.if_else(pc.is_valid(held), row_uris(piece, column), None)
         else:
             names = absolute_uris(column_uris(manifest, column, piece), manifest.path)
         uris += names.to_pylist()
@@ -84,18 +76,14 @@ def read_mask(uri: str, image_uri: str, width: int, height: int) -> Mask:
     try:
         with Image.open(BytesIO(read_bytes(uri))) as picture:
             if picture.mode not in ("L", "P", "1", "I", "I;16"):
-                raise ToolkitError(
-                    f"the mask {uri} is of mode {picture.mode}; a mask is a picture of one channel, its values classes"
-                )
+                raise ToolkitError(f"the mask {uri} is of mode {picture.mode}; a mask is a picture of one channel")
             values = np.asarray(picture)
     except (UnreadableImage, *DECODE_ERRORS) as problem:
         reason = getattr(problem, "reason", problem)
         raise ToolkitError(f"the mask {uri} of {image_uri} cannot be read: {reason}; correct the row") from None
     if values.shape != (height, width):
-        raise ToolkitError(
-            f"the mask {uri} is {values.shape[1]} x {values.shape[0]} pixels, but its image {image_uri}"
-            f" {width} x {height}; make masks of their image's size"
-        )
+        sizes = f"{values.shape[1]} x {values.shape[0]} pixels, but its image {image_uri} {width} x {height}"
+        raise ToolkitError(f"the mask {uri} is {sizes}; make masks of their image's size")
     if values.min() < 0 or values.max() > IGNORE:
         raise ToolkitError(f"the mask {uri} holds the value {values.max()}; classes are 0 to 254, and 255 is ignored")
     return values.astype(np.uint8)

@@ -64,7 +64,10 @@ def draw_neighbors(query: str, output: str, settings: NeighborSettings, options:
         read, what = partial(_retrieved, manifest, sets, settings, options), f"what {query} retrieved"
         note = "left the query, then what `retrieve` chose for it, with the similarity"
     else:
-        pool = _open("pool", _pool(settings))
+        chosen = settings.pool or catalog.choose("pool")
+        if settings.pool is None:
+            console.say(f"no --pool given: using {chosen}, the newest in the catalog")
+        pool = _open("pool", chosen)
         if manifest is not None:
             inputs = [manifest.source("manifest"), pool.source("pool")]
             read_queries = partial(_stored_queries, manifest, pool, options.limit)
@@ -102,14 +105,6 @@ def _open(role: str, path: Path) -> Manifest:
     if not has_images(manifest):
         raise ToolkitError(f"{path} ({role}) names no images (columns: {', '.join(manifest.names())}); embed images")
     return manifest
-
-
-def _pool(settings: NeighborSettings) -> Path:
-    if settings.pool is not None:
-        return settings.pool
-    chosen = catalog.choose("pool")
-    console.say(f"no --pool given: using {chosen}, the newest in the catalog")
-    return chosen
 
 
 def _queries_of(retrieved: Manifest, settings: NeighborSettings) -> list[Path]:
@@ -191,10 +186,8 @@ def _stored_queries(manifest: Manifest, pool: Manifest, limit: int | None) -> Qu
     models = [each.provenance.model() for each in (manifest, pool) if each.provenance]
     known = {model.content_id: model.path for model in models if model is not None}
     if len(known) > 1:
-        raise ToolkitError(
-            f"the vectors of the queries and of {pool.path} come from two models ({', '.join(known.values())});"
-            " embed both by the same"
-        )
+        found = f"the vectors of the queries and of {pool.path} come from two models ({', '.join(known.values())})"
+        raise ToolkitError(f"{found}; embed both by the same")
     return read_images(manifest, limit).select(QUERY_COLUMNS), open_vectors(manifest, limit=limit)
 
 
@@ -203,10 +196,8 @@ def _nearest(read_queries: Callable[[], Queries], pool: Manifest, k: int) -> lis
     queries, vectors = read_queries()
     pool_vectors = open_vectors(pool)
     if vectors.dim != pool_vectors.dim:
-        raise ToolkitError(
-            f"the queries have vectors of {vectors.dim} numbers and {pool.path} of {pool_vectors.dim};"
-            " embed both by the same model"
-        )
+        dims = f"the queries have vectors of {vectors.dim} numbers and {pool.path} of {pool_vectors.dim}"
+        raise ToolkitError(f"{dims}; embed both by the same model")
     pool_images = read_images(pool)
     keys = _keys(queries)
     identity = Identity(_numbers(keys, keys), _numbers(_keys(pool_images), keys))

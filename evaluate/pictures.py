@@ -16,7 +16,6 @@ from .. import console
 from ..errors import ToolkitError
 from ..features.extract.extract import FeatureModel, best_device, forward, open_model
 from ..features.sheet import check_picture_name, is_picture_up_to_date, write_picture
-from ..models.preprocess import normalise
 from ..models.vit import VisionTransformer
 from ..store.artifact import Options, Result
 from ..store.images import UnreadableImage, read_bytes
@@ -76,12 +75,8 @@ class PatchModel:
 
     def patch_tokens(self, picture: Picture) -> Tensor:
         """Return the patch tokens of what `read` returned, (N, D) float32, row by row."""
-        tokens = forward(self.backbone, self.model.preprocess, pixels_of(picture), best_device()).patch_tokens
-        return tokens[0].float().cpu()
-
-    def normalised(self, picture: Picture) -> Tensor:
-        """Return what `read` returned as the backbone takes it, (1, C, H, W)."""
-        return normalise(pixels_of(picture).to(best_device()), self.model.preprocess)
+        features = forward(self.backbone, self.model.preprocess, pixels_of(picture), best_device())
+        return features.patch_tokens[0].float().cpu()
 
     def grid(self, picture: Picture) -> tuple[int, int]:
         """Return how many patches an image has down and across."""
@@ -102,10 +97,8 @@ def open_patch_model(name: str | None, image_size: int | None, seed: int) -> Pat
     side_px = image_size or max(model.preprocess.image_size, MIN_PATCHES * patch_size)
     if side_px % patch_size or side_px < 3 * patch_size:
         nearest = max(3, round(side_px / patch_size)) * patch_size
-        raise ToolkitError(
-            f"--image-size {side_px} is no multiple of the model's patch size {patch_size}, or less than 3 patches;"
-            f" use {nearest}"
-        )
+        wrong = f"is no multiple of the model's patch size {patch_size}, or less than 3 patches"
+        raise ToolkitError(f"--image-size {side_px} {wrong}; use {nearest}")
     return PatchModel(model, backbone, side_px)
 
 

@@ -59,11 +59,8 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
     masked: list[MaskedSplit] = []  # none without segment
     if set(methods) != {"segment"}:
         from_images = bool(settings.models) or "segment" in methods
-        labelled = [
-            open_split(role, name, path, labels=settings.labels, limit=options.limit, from_images=from_images)
-            for role, name in names.items()
-        ]
-        labelled = number_classes(*labelled)
+        wanted = path, settings.labels, options.limit, from_images
+        labelled = number_classes(*(open_split(role, name, *wanted) for role, name in names.items()))
     if "segment" in methods:
         masked = [open_masked_split(role, name, settings.masks, options.limit) for role, name in names.items()]
     splits = labelled or masked
@@ -74,12 +71,10 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
 
     def describe() -> None:
         num_train, num_test = (len(split.uris) for split in splits)
-        embedded_by = " and ".join(map(_name, models))
-        images = "embeddings," if _are_embedded(labelled) else f"images, embedded by {embedded_by},"
-        console.say(
-            f"would train {' and '.join(methods)} on {num_train:,} {images} test on {num_test:,}"
-            f" and write the scores to {output}"
-        )
+        by = " and ".join(map(_name, models))
+        train_on = f"{num_train:,} {'embeddings' if _are_embedded(labelled) else f'images, embedded by {by}'}"
+        test_on = f"test on {num_test:,} and write the scores to {output}"
+        console.say(f"would train {' and '.join(methods)} on {train_on}, {test_on}")
 
     def work() -> Provenance:
         scores: list[Score] = []
@@ -178,13 +173,9 @@ def _task(splits: list[LabelledSplit], model: FeatureModel | None, settings: Pro
     if "linear" in settings.methods and model is not None and isinstance(model.backbone, VisionTransformer):
         blocks, has_mean = min(BLOCKS, model.backbone.depth), True
         model = with_choice(model, TokenChoice("cls+mean", blocks))
-    sizes = settings.batch_size, settings.num_workers
-    (train, train_labels, train_uris), (test, test_labels, test_uris) = (
-        split_features(split, model, *sizes) for split in splits
-    )
-    dims = train.shape[1], test.shape[1]
-    if dims[0] != dims[1]:
-        raise ToolkitError(
-            f"train embeddings have {dims[0]} numbers and test embeddings {dims[1]}; embed both by the same model"
-        )
+    read = (split_features(split, model, settings.batch_size, settings.num_workers) for split in splits)
+    (train, train_labels, train_uris), (test, test_labels, test_uris) = read
+    if train.shape[1] != test.shape[1]:
+        dims = f"train embeddings have {train.shape[1]} numbers and test embeddings {test.shape[1]}"
+        raise ToolkitError(f"{dims}; embed both by the same model")
     return Task(train, train_labels, test, test_labels, train_uris, test_uris, blocks, has_mean, seed)

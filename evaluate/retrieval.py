@@ -30,15 +30,9 @@ def measure_retrieval(task: Task, ks: tuple[int, ...] | None) -> Iterator[Measur
     own_rows = _rows_by_uri(task.train_uris, task.test_uris)
     train, test = task.class_tokens()
     precision, first_hit = ranked(train, task.train_labels, test, task.test_labels, own_rows)
-    missing = np.isinf(first_hit).sum()
-    if missing:
+    if missing := np.isinf(first_hit).sum():
         console.say(f"{missing:,} of {len(test):,} queries have no image of their class to find, and count 0")
-    parameters: dict[str, object] = {
-        "similarity": "cosine",
-        "queries": "test",
-        "pool": "train",
-        "excluded": "the image itself",
-    }
+    parameters = dict[str, object](similarity="cosine", queries="test", pool="train", excluded="the image itself")
     sizes = len(train), len(test)
     yield Measurement(parameters, "map", float(precision.mean()), mean_interval(precision, task.seed), *sizes)
     for k in ks:
@@ -64,8 +58,7 @@ def ranked(
             for row in range(len(block)):
                 similarities[row, torch.from_numpy(own_rows[start + row])] = -torch.inf
             order = similarities.argsort(dim=1, descending=True, stable=True).numpy()
-            for row, ranking in enumerate(order):
-                query = start + row
+            for query, ranking in enumerate(order, start):
                 kept = ranking[: len(pool) - len(own_rows[query])]
                 places = np.flatnonzero(pool_labels[kept] == query_labels[query])
                 if len(places):

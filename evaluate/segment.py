@@ -36,6 +36,8 @@ LEARNING_RATE = 1e-2  # chosen: DINOv3's configuration has 1e-3, for 80 times as
 WEIGHT_DECAY, WARMUP = 1e-3, 0.05  # the warm-up is a share of the steps
 PREDICTED_NUMBERS = 16_000_000  # pixels by classes that are predicted at a time: 64 MB
 
+Random = np.random.Generator
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -75,7 +77,8 @@ def measure_segment(
     with tempfile.TemporaryFile(dir=open_cache()) as file:
         samples = [_on_disk(sample, file) for sample in _samples(windowed, train, *sizes)]
         classes = _classes(samples, train)
-        steps = num_steps(sum(len(_offsets(sample.tokens, side)) for sample in samples))
+        num_tiles = sum(len(_offsets(sample.tokens, side)) for sample in samples)
+        steps = min(MAX_STEPS, max(MIN_STEPS, PASSES * num_tiles // BATCH_TILES))
         head = train_head(samples, classes, side=side, steps=steps, seed=seed)
 
     counts = []
@@ -98,7 +101,7 @@ def measure_segment(
     }
     for metric, score in (("miou", mean_iou), ("pixel_accuracy", pixel_accuracy)):
 
-        def resampled(random: np.random.Generator) -> float:
+        def resampled(random: Random) -> float:
             drawn = np.bincount(random.integers(len(by_image), size=len(by_image)), minlength=len(by_image))
             return score(np.tensordot(drawn, by_image, axes=1))  # noqa: B023  # called before the next metric
 
@@ -150,11 +153,6 @@ def _classes(samples: list[Sample], train: MaskedSplit) -> Int64:
 # The head
 
 
-def num_steps(num_tiles: int) -> int:
-    """Return how many steps a training set of so many tiles is given."""
-    return min(MAX_STEPS, max(MIN_STEPS, PASSES * num_tiles // BATCH_TILES))
-
-
 def train_head(samples: list[Sample], classes: Int64, *, side: int, steps: int, seed: int) -> nn.Module:
     """Return a batch norm and a 1 x 1 convolution, (B, D, rows, columns) -> (B, C, rows, columns), trained on samples.
 
@@ -201,9 +199,7 @@ def _offsets(tokens: Tensor, side: int) -> list[tuple[int, int]]:
     return [(top, left) for top in tops for left in lefts]
 
 
-def _random_pixels(
-    sample: Sample, top: int, left: int, side: int, random: np.random.Generator
-) -> tuple[Tensor, Tensor]:
+def _random_pixels(sample: Sample, top: int, left: int, side: int, random: Random) -> tuple[Tensor, Tensor]:
     """Return random places in a tile (P, 2), across and down in [-1, 1], and the mask's values there (P,)."""
     places, pixels = [], []
     for first, patches, length in zip((top, left), sample.tokens.shape[:2], sample.mask.shape, strict=True):

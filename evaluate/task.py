@@ -58,10 +58,8 @@ def hold_out(labels: Int64, every: int, seed: int, what: str) -> tuple[Int64, In
     Raises ToolkitError when there are too few for `what`.
     """
     if len(labels) < every:
-        raise ToolkitError(
-            f"{len(labels)} labelled training images are too few for {what} on one image in {every};"
-            f" give at least {every}, or use --method knn"
-        )
+        given = f"{len(labels)} labelled training images are too few for {what} on one image in {every}"
+        raise ToolkitError(f"{given}; give at least {every}, or use --method knn")
     shuffled = np.random.default_rng([seed, 1]).permutation(len(labels))
     by_class = shuffled[group_by(labels[shuffled], int(labels.max()) + 1).rows]
     held_out = by_class[every // 2 :: every]
