@@ -67,7 +67,6 @@ def inferred_backbone_settings(tensors: Mapping[str, Tensor], name: str, num_hea
             f"{len(tensors)} tensors ({listed(sorted(tensors))}); name another file"
         )
     embed_dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
-    grid = math.isqrt(tensors["pos_embed"].shape[1] - 1)
     if num_heads is None and embed_dim % HEAD_WIDTH:
         raise ToolkitError(
             f"{name} does not show how many attention heads its {embed_dim} channels have "
@@ -83,7 +82,7 @@ def inferred_backbone_settings(tensors: Mapping[str, Tensor], name: str, num_hea
         ffn="swiglu" if "blocks.0.mlp.w12.weight" in tensors else "mlp",
         num_register_tokens=registers,
         in_chans=in_chans,
-        img_size=grid * patch_size,
+        img_size=math.isqrt(tensors["pos_embed"].shape[1] - 1) * patch_size,
         pos_embed_antialias=registers > 0,
         pos_embed_offset=0.0 if registers else 0.1,
     )

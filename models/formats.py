@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any  # of JSON
 from zipfile import is_zipfile
 
 import torch
@@ -21,8 +22,8 @@ from ..errors import ToolkitError
 
 MODEL_METADATA = "dinov2_toolkit"  # the key in a safetensors file's metadata that holds its model.json
 
-# Official name -> name in the files of Hugging Face's Dinov2Model and Dinov2WithRegistersModel; those of a block stand
-# behind `blocks.{i}.` and `encoder.layer.{i}.`.
+# Official name -> name in the files of Hugging Face's Dinov2Model and Dinov2WithRegistersModel, where the two differ;
+# those of a block stand behind `blocks.{i}.` and `encoder.layer.{i}.`.
 HUGGING_FACE_NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -30,28 +31,20 @@ HUGGING_FACE_NAMES = {
     "mask_token": "embeddings.mask_token",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
-    "norm1": "norm1",
-    "norm2": "norm2",
     "attn.proj": "attention.output.dense",
     "ls1.gamma": "layer_scale1.lambda1",
     "ls2.gamma": "layer_scale2.lambda1",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
     "mlp.w12": "mlp.weights_in",
     "mlp.w3": "mlp.weights_out",
 }
-HUGGING_FACE_QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))  # one tensor here
+HUGGING_FACE_QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
 # What transformers 5 writes instead; it still reads the names above, which earlier versions and the Hub's files have.
-HUGGING_FACE_NEW_NAMES = {
-    "attention.q_proj": HUGGING_FACE_QKV[0],
-    "attention.k_proj": HUGGING_FACE_QKV[1],
-    "attention.v_proj": HUGGING_FACE_QKV[2],
-    "attention.o_proj": "attention.output.dense",
-    "mlp.down_proj": "mlp.weights_out",
-}
-HUGGING_FACE_NEW_GATES = ("mlp.gate_proj", "mlp.up_proj")  # the two halves of w12
-HUGGING_FACE_PARTS = {"attn.qkv": HUGGING_FACE_QKV, "mlp.w12": HUGGING_FACE_NEW_GATES}
-
+HUGGING_FACE_NEW_NAMES = {"attention.o_proj": "attn.proj", "mlp.down_proj": "mlp.w3"}
+HUGGING_FACE_PARTS = (  # official tensors that are several there
+    ("attn.qkv", HUGGING_FACE_QKV),
+    ("attn.qkv", ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+    ("mlp.w12", ("mlp.gate_proj", "mlp.up_proj")),
+)
 TIMM_SWIGLU_NAMES = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
 
 
@@ -77,9 +70,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
             return tensors, (file.metadata() or {}).get(MODEL_METADATA)
     except SafetensorError as problem:
-        raise ToolkitError(
-            f"{path} is no whole safetensors file ({_one_line(problem)}); fetch or write it again"
-        ) from None
+        raise ToolkitError(f"{path} is no whole safetensors file ({_one_line(problem)}); fetch it again") from None
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -140,14 +131,13 @@ def official_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 def _from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a Dinov2 or Dinov2WithRegisters model's tensors by official names; a classifier's are left out."""
+    official = _inverse(HUGGING_FACE_NAMES) | HUGGING_FACE_NEW_NAMES
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         name = re.sub(r"^dinov2(_with_registers)?\.", "", name)
         if not name.startswith("classifier."):
-            block, inner = _split_block(name, "encoder.layer")
-            inner = _translated(inner, HUGGING_FACE_NEW_NAMES)
-            renamed[(f"blocks.{block}." if block else "") + _translated(inner, _inverse(HUGGING_FACE_NAMES))] = tensor
-    for whole, (first, *others) in HUGGING_FACE_PARTS.items():
+            renamed[_translated(name, "blocks", official)] = tensor
+    for whole, (first, *others) in HUGGING_FACE_PARTS:
         for name in [name for name in renamed if f".{first}." in name]:
             parts = [name, *(name.replace(first, other) for other in others)]
             if all(part in renamed for part in parts):  # otherwise the strict check will report them
@@ -159,20 +149,12 @@ def hugging_face_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a backbone's tensors as Dinov2Model and Dinov2WithRegistersModel have them in their files."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        block, inner = _split_block(name, "blocks")
-        prefix = f"encoder.layer.{block}." if block else ""
-        if inner.startswith("attn.qkv."):
+        if ".attn.qkv." in name:
             for part, rows in zip(HUGGING_FACE_QKV, tensor.chunk(3), strict=True):
-                renamed[prefix + inner.replace("attn.qkv", part)] = rows
+                renamed[_translated(name, "encoder.layer", {"attn.qkv": part})] = rows
         else:
-            renamed[prefix + _translated(inner, HUGGING_FACE_NAMES)] = tensor
+            renamed[_translated(name, "encoder.layer", HUGGING_FACE_NAMES)] = tensor
     return renamed
-
-
-def _split_block(name: str, prefix: str) -> tuple[str, str]:
-    """Return the number of the block that a tensor belongs to ("" where to none), and its name there."""
-    block = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
-    return (block[1], name[block.end() :]) if block else ("", name)
 
 
 def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -187,7 +169,7 @@ def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors["reg_token"] = tensors.pop("register_tokens")
         tensors["cls_token"] = tensors["cls_token"] + pos_embed[:, :1]
         tensors["pos_embed"] = pos_embed[:, 1:].contiguous()
-    return {_renamed_swiglu(name, TIMM_SWIGLU_NAMES): tensor for name, tensor in tensors.items()}
+    return {_translated(name, "blocks", TIMM_SWIGLU_NAMES): tensor for name, tensor in tensors.items()}
 
 
 def _from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -199,27 +181,24 @@ def _from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors["pos_embed"] = torch.cat([torch.zeros_like(cls_token), pos_embed], dim=1)
     fc1, fc2 = tensors.get("blocks.0.mlp.fc1.weight"), tensors.get("blocks.0.mlp.fc2.weight")
     if fc1 is not None and fc2 is not None and len(fc1) == 2 * fc2.shape[1]:  # gate and value: no MLP
-        tensors = {_renamed_swiglu(name, _inverse(TIMM_SWIGLU_NAMES)): tensor for name, tensor in tensors.items()}
+        official = _inverse(TIMM_SWIGLU_NAMES)
+        tensors = {_translated(name, "blocks", official): tensor for name, tensor in tensors.items()}
     return {**tensors, "mask_token": torch.zeros_like(cls_token[0])}
-
-
-def _renamed_swiglu(name: str, new_of_old: Mapping[str, str]) -> str:
-    return re.sub(r"\.(mlp\.\w+)\.", lambda found: f".{new_of_old.get(found[1], found[1])}.", name)
 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:
     return {new: old for old, new in names.items()}
 
 
-def _translated(name: str, new_of_old: Mapping[str, str]) -> str:
-    """Return another name for a layer's tensor, `.weight` and `.bias` kept; an unknown name as it is."""
-    for old, new in new_of_old.items():
-        if name == old or name.startswith(f"{old}."):
-            return new + name.removeprefix(old)
-    return name
+def _translated(name: str, blocks: str, new_of_old: Mapping[str, str]) -> str:
+    """Return a tensor's name with its layer translated if known, and the number of its block behind `blocks`."""
+    found = re.fullmatch(r"(?:(?:blocks|encoder\.layer)\.(\d+)\.)?(.*?)(\.weight|\.bias)?", name, re.DOTALL)
+    assert found  # any name is
+    block, layer, kind = found.groups(default="")
+    return (f"{blocks}.{block}." if block else "") + new_of_old.get(layer, layer) + kind
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:

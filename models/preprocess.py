@@ -32,10 +32,7 @@ class Preprocess:
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise ToolkitError(f"crop_ratio {self.crop_ratio} is not in (0, 1]; 0.875 is usual")
         if len(self.mean) != len(self.std):
-            raise ToolkitError(
-                f"mean {self.mean} is of {len(self.mean)} channels, but std {self.std} of {len(self.std)};"
-                " give a number a channel"
-            )
+            raise ToolkitError(f"mean is of {len(self.mean)} channels, but std of {len(self.std)}; one a channel each")
         if self.bit_depth not in (8, 16):
             raise ToolkitError(f"bit_depth {self.bit_depth} is neither 8 nor 16; give one of these")
 
@@ -82,16 +79,11 @@ def _middle(picture: Picture) -> Picture:
 
 
 def _resize_short_side(picture: Picture, short_side: int) -> Picture:
-    width, height = picture.size
-    if width <= height:
-        size = (short_side, int(short_side * height / width))
-    else:
-        size = (int(short_side * width / height), short_side)
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    width, height = (int(short_side * side / min(picture.size)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     """Return pixels (B, C, S, S) uint8 or uint16 as float32, each channel less its mean and divided by its std."""
-    mean = torch.tensor(preprocess.mean, device=pixels.device).view(-1, 1, 1)
-    std = torch.tensor(preprocess.std, device=pixels.device).view(-1, 1, 1)
+    mean, std = (torch.tensor(each, device=pixels.device).view(-1, 1, 1) for each in (preprocess.mean, preprocess.std))
     return (pixels.float() / torch.iinfo(pixels.dtype).max - mean) / std

@@ -19,7 +19,6 @@ from pathlib import Path
 from ..errors import ToolkitError
 
 ADDRESS = "https://dl.fbaipublicfiles.com/dinov2"
-LICENCE = "Apache-2.0"
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 30.0  # chosen: without a byte for so long, a download has failed
 ATTEMPTS = 5  # chosen: how often a connection may break before it is an error; each goes on where the last ended
@@ -35,7 +34,7 @@ class ReleasedWeights:
     address: str
     size: int  # bytes
     sha256: str
-    licence: str = LICENCE
+    licence: str = "Apache-2.0"
 
 
 def _released(arch: str, registers: int, size: int, digest: str) -> ReleasedWeights:
@@ -95,49 +94,48 @@ def pull(weights: ReleasedWeights, file: Path, advance: Callable[[int], None]) -
     """
     part = file.with_name(f"{file.name}.part")
     file.parent.mkdir(parents=True, exist_ok=True)
-    reported = 0
-
-    def report(have: int) -> None:
-        nonlocal reported
-        advance(have - reported)
-        reported = have
-
-    for attempt in range(ATTEMPTS):
+    advance(_size_of(part))
+    for attempt in range(1, ATTEMPTS + 1):
         try:
-            _fetch_rest(weights, part, report)
+            _fetch_rest(weights, part, advance)
             break
         except (HTTPException, TimeoutError, ConnectionError) as problem:  # cut off on the way: what came is kept
-            if attempt == ATTEMPTS - 1:
+            if attempt == ATTEMPTS:
                 raise ToolkitError(
                     f"{weights.address} broke off {ATTEMPTS} times ({_reason(problem)}), "
                     f"{_size_of(part):,} of {weights.size:,} bytes are kept; run the command again to go on"
                 ) from None
-    _check(weights, part)
+    with part.open("rb") as content:
+        digest = file_digest(content, "sha256").hexdigest()
+    size = _size_of(part)
+    if (size, digest) != (weights.size, weights.sha256):
+        part.unlink()
+        raise ToolkitError(
+            f"what came from {weights.address} is not what was released: {size:,} bytes, sha256 {digest[:16]}..., "
+            f"expected {weights.size:,}, {weights.sha256[:16]}...; removed, pull again"
+        )
     os.replace(part, file)
 
 
-def _fetch_rest(weights: ReleasedWeights, part: Path, report: Callable[[int], None]) -> None:
+def _fetch_rest(weights: ReleasedWeights, part: Path, advance: Callable[[int], None]) -> None:
     """Append to the part what is missing; with a server that knows no ranges, begin anew."""
     have = _size_of(part)
-    report(have)
     if have >= weights.size:
         return
     headers = {"User-Agent": "dinov2-toolkit", "Accept-Encoding": "identity", "Range": f"bytes={have}-"}
     with _open(weights, urllib.request.Request(weights.address, headers=headers)) as answer:
         if answer.status != 206:  # the whole file
+            advance(-have)
             have = 0
-        length = answer.headers.get("Content-Length")
-        if length is not None and have + int(length) != weights.size:
+        size = have + int(answer.headers.get("Content-Length", weights.size - have))
+        if size != weights.size:
             raise ToolkitError(
-                f"{weights.address} has {have + int(length):,} bytes instead of {weights.size:,}: not the weights that "
-                "were released; check the address or the mirror"
+                f"{weights.address} has {size:,} bytes instead of {weights.size:,}: not the weights; check the mirror"
             )
         with part.open("ab" if have else "wb") as out:
-            report(have)
             while chunk := answer.read(CHUNK_BYTES):
-                out.write(chunk)
-                have += len(chunk)
-                report(have)
+                advance(out.write(chunk))
+            have = out.tell()
             out.flush()
             os.fsync(out.fileno())
     if have < weights.size:  # `read` in chunks ends without complaint where the connection does
@@ -167,19 +165,6 @@ def _reason(problem: object) -> str:
     if isinstance(problem, socket.gaierror):
         return "its address is not known here: offline?"
     return str(getattr(problem, "strerror", None) or problem or type(problem).__name__)
-
-
-def _check(weights: ReleasedWeights, part: Path) -> None:
-    """Raise ToolkitError, and remove the part, when it is not what was released."""
-    size = _size_of(part)
-    with part.open("rb") as file:
-        digest = file_digest(file, "sha256").hexdigest()
-    if (size, digest) != (weights.size, weights.sha256):
-        part.unlink()
-        raise ToolkitError(
-            f"what came from {weights.address} is not what was released: {size:,} bytes, sha256 {digest[:16]}..., "
-            f"expected {weights.size:,}, {weights.sha256[:16]}...; removed, pull again"
-        )
 
 
 def _size_of(part: Path) -> int:

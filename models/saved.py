@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any  # of JSON
 
 import torch
 from safetensors.torch import save_file
@@ -42,10 +43,7 @@ def save_model(
         heads: `dino_head`, and `ibot_head` when it is apart; may be empty.
         preprocess: how the backbone wants its images.
     """
-    modules: dict[str, nn.Module] = {"backbone": backbone, **heads}
-    tensors = {
-        f"{prefix}.{name}": tensor for prefix, module in modules.items() for name, tensor in cpu_tensors(module).items()
-    }
+    tensors = cpu_tensors(nn.ModuleDict({"backbone": backbone, **heads}))
     _write(folder, tensors, model_description(backbone, heads, preprocess))
 
 
@@ -87,22 +85,20 @@ def read_model_json(folder: Path) -> SavedModel:
     return saved_model(read_json(path), path)
 
 
-def saved_model(description: Mapping[str, object], path: Path) -> SavedModel:
+def saved_model(description: Mapping[str, Any], path: Path) -> SavedModel:
     """Return what a model description says; `path` is where it stands, for messages.
 
     Raises:
         ToolkitError: if it lacks something, or is of several students.
     """
-    students = description.get("students")
-    if isinstance(students, list):
-        folders = ", ".join(str(path.parent / str(student)) for student in students)
+    if "students" in description:
+        folders = ", ".join(str(path.parent / student) for student in description["students"])
         raise ToolkitError(f"{path.parent} holds several models; name one of {folders}")
     try:
-        backbone, preprocess = description["backbone"], description["preprocessing"]
-        assert isinstance(backbone, dict) and isinstance(preprocess, dict)
+        preprocess = description["preprocessing"]
         tuples = {name: tuple(preprocess[name]) for name in ("mean", "std")}
-        return SavedModel(BackboneSettings(**backbone), Preprocess(**{**preprocess, **tuples}))
-    except (KeyError, TypeError, AssertionError) as problem:
+        return SavedModel(BackboneSettings(**description["backbone"]), Preprocess(**{**preprocess, **tuples}))
+    except (KeyError, TypeError) as problem:
         raise ToolkitError(
-            f"{path} is not a model description of this version ({problem}); save the model again"
+            f"{path} is no model description of this version ({problem}); save the model again"
         ) from None

@@ -23,7 +23,6 @@ from .vit import ARCHITECTURES, VisionTransformer, build_vit
 
 DEFAULT_SIZE = 224  # pixels a side, as the released models were evaluated
 CROP_RATIO = 224 / 256  # centre crop / short side, as the released models were evaluated
-HEADS = ("dino_head", "ibot_head")
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,6 @@ def weights_file(source: str | Path) -> Path:
         ToolkitError: if there is nothing of the kind, or it was not pulled.
     """
     path = Path(source)
-    if path.exists() and not path.is_dir():
-        return path
     if not path.exists():
         name = str(source)
         if name not in RELEASED:
@@ -62,22 +59,21 @@ def weights_file(source: str | Path) -> Path:
         if not file.exists():
             raise ToolkitError(f"{name} is not in the cache ({file}); fetch it with `dinov2 models pull {name}`")
         return file
+    if not path.is_dir():
+        return path
     if (path / MODEL_JSON).exists():
         return path / TEACHER_FILE
-    checkpoints = {
-        int(found.parent.name.removeprefix("step-")): found.parent
-        for found in path.glob(f"checkpoints/step-[0-9]*/{MODEL_JSON}")
-    }
+    checkpoints = [found.parent for found in path.glob(f"checkpoints/step-[0-9]*/{MODEL_JSON}")]
     if checkpoints:
-        latest = checkpoints[max(checkpoints)]
+        latest = max(checkpoints, key=lambda folder: int(folder.name.removeprefix("step-")))
         console.say(f"{path} is not finished: taking the teacher of its latest checkpoint, {latest.name}")
         return latest / TEACHER_FILE
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / "config.json").exists() and (path / name).exists():
             return path / name
     raise ToolkitError(
-        f"folder {path} holds no model: no {MODEL_JSON}, no checkpoints/step-*, and no config.json with "
-        "model.safetensors; name a run, a weights file or a Hugging Face folder"
+        f"folder {path} holds no model: no {MODEL_JSON}, no checkpoints/step-*, no config.json with model.safetensors; "
+        "name a run, a weights file or a Hugging Face folder"
     )
 
 
@@ -95,7 +91,7 @@ class _Weights:
     backbone: dict[str, Tensor]
     heads: dict[str, Tensor]
     saved: SavedModel | None  # if it is ours
-    config: dict[str, object]  # Hugging Face's config.json, otherwise empty
+    config: dict[str, Any]  # Hugging Face's config.json, otherwise empty
 
 
 def _read(source: str | Path | Mapping[str, Tensor]) -> _Weights:
@@ -105,13 +101,12 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> _Weights:
     tensors, description = read_tensors(path)
     # The file's own description serves where it was copied without its folder.
     saved = None if description is None else saved_model(json.loads(description), path)
-    if path.name == TEACHER_FILE and (path.parent / MODEL_JSON).exists():
+    if path.name == TEACHER_FILE and path.with_name(MODEL_JSON).exists():
         saved = read_model_json(path.parent)
+    file = path.with_name("config.json")
     is_hugging_face = any(name.endswith("embeddings.cls_token") for name in tensors)
-    config = path.parent / "config.json"
-    return _Weights(
-        str(path), *official_names(tensors), saved, read_json(config) if is_hugging_face and config.exists() else {}
-    )
+    config = read_json(file) if is_hugging_face and file.exists() else {}
+    return _Weights(str(path), *official_names(tensors), saved, config)
 
 
 # Loading
@@ -144,10 +139,9 @@ def load_backbone(
 def _backbone(weights: _Weights, given: Mapping[str, Any]) -> VisionTransformer:
     if weights.saved is None:
         # Our exports say in config.json how position embeddings are interpolated; transformers has no key for it.
-        ours = weights.config.get(MODEL_METADATA)
+        ours = weights.config.get(MODEL_METADATA, {})
         num_heads = given.get("num_heads", weights.config.get("num_attention_heads"))
-        settings = inferred_backbone_settings(weights.backbone, weights.name, num_heads)
-        settings = replace(settings, **(ours if isinstance(ours, dict) else {}))
+        settings = replace(inferred_backbone_settings(weights.backbone, weights.name, num_heads), **ours)
     else:
         settings = weights.saved.backbone
     with torch.device("meta"):  # no time or random numbers spent on weights that are replaced
@@ -167,11 +161,9 @@ def load_heads(source: str | Path | Mapping[str, Tensor]) -> dict[str, Projectio
     """
     weights = _read(source)
     heads = {}
-    for name in HEADS:
-        prefix, described = f"{name}.", f"{name} of {weights.name}"
-        tensors = {key.removeprefix(prefix): value for key, value in weights.heads.items() if key.startswith(prefix)}
-        if not tensors:
-            continue
+    for name in sorted({key.partition(".")[0] for key in weights.heads}):
+        described = f"{name} of {weights.name}"
+        tensors = {key.removeprefix(f"{name}."): weights.heads[key] for key in weights.heads if key.startswith(name)}
         with torch.device("meta"):
             head = ProjectionHead(**inferred_head_settings(tensors, described))
         load_strictly(head, tensors, described)
@@ -203,8 +195,7 @@ def load_model(source: str | Path, *, seed: int = 0) -> Model:
         content_id = model_content_id(file)
     if preprocess.in_chans != backbone.in_chans:
         raise ToolkitError(
-            f"{source} takes {backbone.in_chans} channels, but its images are described as {preprocess.in_chans}; "
-            "correct its mean and standard deviation"
+            f"{source} takes {backbone.in_chans} channels, but has means of {preprocess.in_chans}; correct mean and std"
         )
     return Model(str(source), content_id, backbone.eval().requires_grad_(False), preprocess)
 
@@ -212,10 +203,8 @@ def load_model(source: str | Path, *, seed: int = 0) -> Model:
 def _random_backbone(name: str, seed: int) -> tuple[VisionTransformer, Preprocess]:
     named = re.fullmatch(rf"({'|'.join(ARCHITECTURES)})(?:/([1-9]\d*))?", name)
     if not named and not (name and Path(name).exists()):
-        raise ToolkitError(
-            f"random:{name} names neither an architecture nor a run; choose one of {', '.join(ARCHITECTURES)} "
-            "(/PATCH behind it if not 14), or a run folder"
-        )
+        choices = ", ".join(ARCHITECTURES)
+        raise ToolkitError(f"no architecture or run {name!r}; choose one of {choices} (or ARCH/PATCH), or a run folder")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if not named:
@@ -231,7 +220,7 @@ def _preprocess(weights: _Weights, file: Path, backbone: VisionTransformer) -> P
     """Return a Hugging Face folder's own preprocessing, else that of the released models, fitted to the backbone."""
     described = file.parent / "preprocessor_config.json"
     if weights.config and described.exists():
-        config: dict[str, Any] = read_json(described)
+        config = read_json(described)
         try:
             size, short_side = config["crop_size"]["height"], config["size"]["shortest_edge"]
             return Preprocess(size, size / short_side, tuple(config["image_mean"]), tuple(config["image_std"]))

@@ -116,7 +116,7 @@ def test_the_network_learns_what_the_map_confuses(weights: ModuleType, monkeypat
     monkeypatch.setattr(weights, "AVERAGED_OVER", 5)
     torch.manual_seed(0)
     descriptor = CopyDescriptor()
-    weights.learn_correction(descriptor, sets, np.random.default_rng(0))
+    weights.train_correction(descriptor, sets, np.random.default_rng(0))
     descriptor.eval()
     with torch.inference_mode():
         standardised, plain = standardise(pixels[0].float() / 255)
