@@ -69,15 +69,25 @@ def progress(description: str | None, total: int, unit: str) -> Iterator[Callabl
     """
     if _verbosity < 1 or description is None:
         yield lambda count=1, note="": None
-    elif sys.stderr.isatty():
-        with _bar(description, total, unit) as advance:
-            yield advance
-    else:
-        yield _log_lines(description, total, unit)
+        return
+    start = time.monotonic()
+    done = 0
+    with (_bar if sys.stderr.isatty() else _log_lines)(description, total, unit) as show:
+
+        def advance(count: int = 1, note: str = "") -> None:
+            nonlocal done
+            done += count
+            seconds = max(time.monotonic() - start, 1e-9)
+            show(done, seconds, f"{done / seconds:,.1f} {unit}/s", note)
+
+        yield advance
+
+
+Show = Callable[[int, float, str, str], None]  # takes the number done, the seconds since the start, rate and note
 
 
 @contextmanager
-def _bar(description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+def _bar(description: str, total: int, unit: str) -> Iterator[Show]:
     from rich import progress as rich_progress
     from rich.console import Console
 
@@ -91,33 +101,18 @@ def _bar(description: str, total: int, unit: str) -> Iterator[Callable[..., None
     )
     with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total, rate="", note="")
-        start = time.monotonic()
-        done = 0
-
-        def advance(count: int = 1, note: str = "") -> None:
-            nonlocal done
-            done += count
-            bar.update(task, advance=count, note=note, rate=_rate(done, time.monotonic() - start, unit))
-
-        yield advance
+        yield lambda done, seconds, rate, note: bar.update(task, completed=done, rate=rate, note=note)
 
 
-def _log_lines(description: str, total: int, unit: str) -> Callable[..., None]:
-    start = last = time.monotonic()
-    done = 0
+@contextmanager
+def _log_lines(description: str, total: int, unit: str) -> Iterator[Show]:
+    last = 0.0
 
-    def advance(count: int = 1, note: str = "") -> None:
-        nonlocal done, last
-        done += count
-        now = time.monotonic()
-        if now - last >= LOG_INTERVAL_S:
-            last = now
-            left_s = (now - start) / done * max(total - done, 0)
-            rate = _rate(done, now - start, unit)
+    def show(done: int, seconds: float, rate: str, note: str) -> None:
+        nonlocal last
+        if seconds - last >= LOG_INTERVAL_S:
+            last = seconds
+            left_s = seconds / done * max(total - done, 0)
             _write(f"{description}: {done:,} of {total:,} {unit}, {rate}, {left_s:.0f} s left {note}".rstrip())
 
-    return advance
-
-
-def _rate(done: int, seconds: float, unit: str) -> str:
-    return f"{done / max(seconds, 1e-9):,.1f} {unit}/s"
+    yield show

@@ -48,9 +48,7 @@ Memory = Annotated[
 Recall = Annotated[
     float,
     option(
-        ADVANCED,
-        "Share of the true neighbours that a search of many images must find; 1 compares all with all.",
-        "--recall",
+        ADVANCED, "Share of the true neighbours that a large search must find; 1 compares all with all.", "--recall"
     ),
 ]
 Where = Annotated[
@@ -85,10 +83,9 @@ def with_shared(*without: str, **defaults: Any) -> Callable[[Callable[..., "Resu
     def decorate(function: Callable[..., "Result | None"]) -> Callable[..., None]:
         own = dict(inspect.signature(function).parameters)
         del own["shared"]
+        keyword = inspect.Parameter.KEYWORD_ONLY
         added = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name, default), annotation=annotation
-            )
+            inspect.Parameter(name, keyword, default=defaults.get(name, default), annotation=annotation)
             for name, (annotation, default) in SHARED.items()
             if name not in own and name not in without
         ]
@@ -102,7 +99,7 @@ def with_shared(*without: str, **defaults: Any) -> Callable[[Callable[..., "Resu
             shared = {each.name: values.pop(each.name) for each in added if each.name in values}
             emit(function(**values, shared=Options(**shared)), as_json)
 
-        own_by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own.values()]
+        own_by_name = [each.replace(kind=keyword) for each in own.values()]
         parameters = sorted([*own_by_name, *added], key=_panel_number)
         command.__dict__["__signature__"] = inspect.Signature(parameters)
         command.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -118,10 +115,7 @@ def _panel_number(parameter: inspect.Parameter) -> int:
 
 
 def settings_of(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Return a settings dataclass from the options that have the names of its fields.
-
-    Lists become tuples; an option that was left out (None) leaves the field's own default.
-    """
+    """Return a settings dataclass from the options of its fields' names: lists as tuples, the default for None."""
     chosen = {field.name: values.get(field.name) for field in fields(kind)}  # type: ignore[arg-type]  # a dataclass
     given = {name: value for name, value in chosen.items() if value is not None}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

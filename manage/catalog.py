@@ -32,10 +32,7 @@ def list_artifacts(kind: str | None, as_json: bool) -> None:
 
 
 def show(name: str, as_json: bool) -> None:
-    """Print all that is known of an artifact.
-
-    Raises ToolkitError when the catalog does not have it.
-    """
+    """Print all that is known of an artifact. Raises ToolkitError when the catalog does not have it."""
     artifact = catalog.find(name)
     inputs, metrics = catalog.inputs_of(artifact), dict(catalog.metrics_of(artifact))
     if as_json:
@@ -53,10 +50,7 @@ def show(name: str, as_json: bool) -> None:
 
 
 def lineage(name: str, as_json: bool) -> None:
-    """Print the tree of what an artifact was made from: by content, so a moved or remade input is still found.
-
-    Raises ToolkitError when the catalog does not have it.
-    """
+    """Print the tree of what an artifact was made from, found by content. Raises ToolkitError as `show` does."""
     artifact = catalog.find(name)
     by_digest = {known.digest: known for known in reversed(catalog.artifacts(table="artifacts"))}
     tree = _ancestors(artifact, by_digest)
@@ -80,10 +74,7 @@ def _indented(tree: dict[str, Any], depth: int = 0) -> list[str]:
 
 
 def verify(names: list[str], as_json: bool) -> None:
-    """Read artifacts whole, and compare their contents with their content ids; print one line each.
-
-    Raises ToolkitError when one is gone or differs.
-    """
+    """Compare artifacts, read whole, with their content ids. Raises ToolkitError when one is gone or differs."""
     found = [catalog.find(name) for name in names] or catalog.artifacts()
     states = [(artifact.path, _state(artifact)) for artifact in found]
     if as_json:
@@ -92,9 +83,8 @@ def verify(names: list[str], as_json: bool) -> None:
         for path, state in states:
             print(f"{state:<8}  {_from_here(path)}")
     if bad := [path for path, state in states if state != "ok"]:
-        raise ToolkitError(
-            f"{len(bad)} of {len(states)} artifacts are not as they were made, first {bad[0]}; make them again"
-        )
+        changed = f"{len(bad)} of {len(states)} artifacts are not as they were made, first {bad[0]}"
+        raise ToolkitError(f"{changed}; make them again")
 
 
 def _state(artifact: Artifact) -> str:

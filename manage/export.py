@@ -28,9 +28,7 @@ from .model_card import model_card
 
 LIBRARIES = {"hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}  # the extras of these names
 
-Write = Callable[[Model, Path], None]
-Compare = Callable[[Model, Path, Reference], Comparison]
-STEPS: dict[Format, tuple[Write, Compare]] = {
+STEPS: dict[Format, tuple[Callable[[Model, Path], None], Callable[[Model, Path, Reference], Comparison]]] = {
     "official": (export.write_official, export.compare_official),
     "safetensors": (export.write_safetensors, export.compare_safetensors),
     "timm": (export.write_timm, export.compare_timm),
@@ -47,12 +45,9 @@ def export_model(source: str, output: str, to: Format, image_size: int | None, o
         image_size: that the position embedding is stored for; None: as it is, for ONNX the model's own.
         options: `limit` is the number of random images compared.
 
-    Returns:
-        The output with the largest difference among its figures; None after a dry run.
-
-    Raises:
-        ToolkitError: if there is no such model, the format's library is missing, something else stands at the output,
-            or what was read back is not the model.
+    Returns the output with the largest difference among its figures; None after a dry run.
+    Raises ToolkitError if there is no such model, the format's library is missing, something else stands at the output,
+    or what was read back is not the model.
     """
     path = _check_output(output, to)
     _check_libraries(to)
@@ -154,10 +149,8 @@ def _check_place(path: Path, options: Options) -> None:
         if side.is_dir():
             raise ToolkitError(f"{side}, which goes with {path}, is a folder; choose another -o, or move it away")
         if side.exists() and not is_ours and not options.force:
-            raise ToolkitError(
-                f"{side}, which goes with {path}, exists and is of no export of ours;"
-                " choose another -o, or --force to overwrite it"
-            )
+            what = f"{side}, which goes with {path}, exists and is of no export of ours"
+            raise ToolkitError(f"{what}; choose another -o, or --force to overwrite it")
 
 
 def _export_at(path: Path) -> Provenance | None:

@@ -15,11 +15,9 @@ from ..store.manifest import Provenance, toolkit_version
 def model_card(model: Model, source: str, run: Provenance | None, comparison: Comparison, reference: Reference) -> str:
     """Return README.md: metadata for the Hub, use, position policy, provenance. Of paths only file names are kept.
 
-    Args:
-        model: that was exported.
-        source: its name on the command line.
-        run: the provenance of the run it is from, if it is one.
+    `source` is the model's name on the command line, `run` the provenance of the run that it is from, if any.
     """
+    other = comparison.other_difference
     licence = f"license: {RELEASED[source].licence.lower()}\n" if source in RELEASED else ""
     settings = backbone_settings(model.backbone)
     parameters = sum(weight.numel() for weight in model.backbone.parameters())
@@ -47,7 +45,7 @@ after the final norm.
 Position embeddings are stored for {reference.image_size} x {reference.image_size} px. There, tokens read back by \
 {comparison.reader} differ from the original model's by {comparison.difference:.1e} at most (float32, random images); \
 at {reference.other_images.shape[-1]} px, where transformers interpolates them, by \
-{_shown(comparison.other_difference)}.
+{"an unknown amount" if other is None else f"{other:.1e}"}.
 
 ## Provenance
 
@@ -75,10 +73,6 @@ than dinov2-toolkit does."""
         f"`pixel_values` (B, {channels}, {side}, {side}): values in [0, 1], less "
         f"{list(model.preprocess.mean)}, divided by {list(model.preprocess.std)}, a number a channel."
     )
-
-
-def _shown(difference: float | None) -> str:
-    return "an unknown amount" if difference is None else f"{difference:.1e}"
 
 
 def _provenance(model: Model, source: str, run: Provenance | None) -> str:

@@ -42,10 +42,7 @@ def sql(query: str, output: str | None, force: bool, as_json: bool) -> Result | 
 
 @contextmanager
 def _connect() -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open a database with a copy of the catalog's tables, so that a long query keeps no other process waiting.
-
-    What DuckDB refuses in the block becomes a ToolkitError.
-    """
+    """Open a database with copies of the catalog's tables, which block nobody; its errors become ToolkitErrors."""
     with catalog.connect(read_only=True) as known:
         copies = {name: known.sql(f"from {name}").to_arrow_table() for name in CATALOG_TABLES}
     with tables.connect() as connection:
@@ -145,10 +142,7 @@ def _with_fixed_vectors(table: pa.Table, sources: list[Manifest]) -> pa.Table:
 
 
 def _common_base(sources: list[Manifest]) -> Source:
-    """Return the embedding manifest that `row` counts in.
-
-    Raises ToolkitError when the query mixes several.
-    """
+    """Return the embedding manifest that `row` counts in. Raises ToolkitError when the query mixes several."""
     known = [source.provenance.base for source in sources if source.provenance is not None]
     bases = {base.content_id: base for base in known if base is not None}
     if len(bases) != 1:

@@ -39,10 +39,7 @@ class Result:
 
 
 def check_manifest_name(output: str) -> Path:
-    """Return the output as a path.
-
-    Raises ToolkitError when it does not end in .parquet, or is a folder.
-    """
+    """Return the output as a path. Raises ToolkitError when it does not end in .parquet, or is a folder."""
     if not output.endswith(".parquet"):
         raise ToolkitError(f"output {output!r} does not end in .parquet; a manifest is a Parquet file: name it so")
     if Path(output).is_dir():
@@ -64,23 +61,18 @@ def provenance_at(path: Path) -> Provenance | None:
         return None
 
 
+Find = Callable[[Path], Provenance | None]  # returns the provenance of what stands at a path
+
+
 def is_up_to_date(
-    output: Path,
-    provenance: Provenance,
-    options: Options,
-    *,
-    kind: str = "manifest",
-    find: Callable[[Path], Provenance | None] = provenance_at,
+    output: Path, provenance: Provenance, options: Options, *, kind: str = "manifest", find: Find = provenance_at
 ) -> bool:
     """Tell whether `output` holds this very work already; if so, touch it (so that Make rests) and say so.
 
     Enters it in the catalog where it is missing there, as after a kill between the two. Raises ToolkitError when
     something else stands there and --force was not given.
 
-    Args:
-        provenance: of the work that is wanted.
-        kind: what the output should be, in a word.
-        find: returns the provenance of what stands at a path.
+    `provenance` is that of the work that is wanted, `kind` says in a word what the output should be.
     """
     if options.force or not output.exists():
         return False
@@ -100,9 +92,8 @@ def is_up_to_date(
 def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance, options: Options) -> None:
     """Check, before any work, that a step which makes `output` may write a manifest of that kind at `side`.
 
-    It may take the place of what an earlier run of the same command wrote there, whether `output` still stands or not.
-    Raises ToolkitError when it is a folder or one of the inputs, or anything else stands there and --force was not
-    given.
+    It may replace what an earlier run of the same command wrote there, whether `output` still stands or not. Raises
+    ToolkitError when it is a folder or an input, or anything else stands there and --force was not given.
     """
     if not side.exists():
         return
@@ -117,9 +108,8 @@ def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance,
     if there is not None and (there.command, there.kind) == (provenance.command, kind):
         return
     what = "is no manifest of ours" if there is None else f"was made by `{there.command}` ({there.kind})"
-    raise ToolkitError(
-        f"{side}, which goes with {output}, exists and {what}; choose another -o, or --force to overwrite it"
-    )
+    what = f"{side}, which goes with {output}, exists and {what}"
+    raise ToolkitError(f"{what}; choose another -o, or --force to overwrite it")
 
 
 def difference(there: Provenance, wanted: Provenance) -> str:
@@ -161,7 +151,7 @@ def make(
     side_files: Mapping[Path, str] | None = None,
     update: bool = False,
     kind: str = "manifest",
-    find: Callable[[Path], Provenance | None] = provenance_at,
+    find: Find = provenance_at,
 ) -> Result | None:
     """Run a step unless its output holds this very work already; return what the command prints, None after a dry run.
 
@@ -174,22 +164,19 @@ def make(
         update: do the work whatever stands at `output`, as a step that resumes or updates it.
         kind, find: as in `is_up_to_date`.
 
-    Raises:
-        ToolkitError: when something else stands at `output` or a side file and --force was not given; what `work`
-            raises.
+    Raises ToolkitError when something else stands at `output` or a side file and --force was not given.
     """
     path = Path(output)
-    is_made = not update and is_up_to_date(path, provenance, options, kind=kind, find=find)
-    if not is_made:
+    if update or not is_up_to_date(path, provenance, options, kind=kind, find=find):
         for side, side_kind in (side_files or {}).items():
             check_side_file(side, side_kind, path, provenance, options)
-    if options.dry_run:
-        if not is_made:
+        if options.dry_run:
             describe()
+        else:
+            with recorded(path) as finished:
+                finished.append(work())
+    if options.dry_run:
         return None
-    if not is_made:
-        with recorded(path) as finished:
-            finished.append(work())
     made = find(path)
     return Result(output, {} if made is None else made.figures)
 

@@ -43,16 +43,13 @@ def cache_folder() -> Path:
     names = os.listdir(folder)  # before the marker is looked for, which another process may just have written
     if not _is_marked(folder) and (others := sorted(name for name in names if not OUR_NAMES.fullmatch(name))):
         raise ToolkitError(
-            f"{folder} is not a cache of ours (no {MARKER} of ours in it, but {others[0]!r}); move that folder away"
+            f"{folder} is not a cache of ours (without our {MARKER}, but with {others[0]!r}); move it away"
         )
     return folder
 
 
 def open_cache() -> Path:
-    """Return the cache, made and marked when missing.
-
-    Raises ToolkitError when something else stands there.
-    """
+    """Return the cache, made and marked when missing. Raises ToolkitError when something else stands there."""
     folder = cache_folder()
     if not _is_marked(folder):
         write_text(folder / MARKER, MARK)

@@ -78,10 +78,7 @@ def catalog_path() -> Path:
 
 @contextmanager
 def connect(read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open the catalog for one short transaction, waiting while another process has it.
-
-    Raises ToolkitError when it stays locked, or is not a catalog.
-    """
+    """Open the catalog for one short transaction. Raises ToolkitError when it stays locked, or is not a catalog."""
     path = catalog_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -166,10 +163,7 @@ def artifacts(where: str = "true", values: Sequence[object] = (), *, table: str 
 
 
 def find(name: str) -> Artifact:
-    """Return the artifact with this path, or the newest whose file name (with or without .parquet) it is.
-
-    Raises ToolkitError when there is none.
-    """
+    """Return the artifact with this path, else the newest of this file name, .parquet or not; ToolkitError if none."""
     known = artifacts()
     by_path = [artifact for artifact in known if artifact.path == str(Path(name).absolute())]
     by_name = [artifact for artifact in known if Path(artifact.path).name in (name, f"{name}.parquet")]
@@ -201,10 +195,7 @@ def newest_features(role: str) -> list[Artifact]:
 
 
 def choose(role: str) -> Path:
-    """Return the manifest that stands in for one left out: the newest of `newest_features(role)`.
-
-    Raises ToolkitError when there is none, listing what there is.
-    """
+    """Return the newest of `newest_features(role)`. Raises ToolkitError, listing what there is, when there is none."""
     return Path(_newest(role).path)
 
 
@@ -225,10 +216,9 @@ def _newest(role: str) -> Artifact:
     if found := newest_features(role):
         return found[0]
     others = ", ".join(f"{a.path} ({a.role})" for a in artifacts("kind in ('embeddings', 'selection')")[:5])
-    raise ToolkitError(
-        f"no manifest given, and the catalog {catalog_path()} has no manifest with role {role!r}"
-        f" ({'it has ' + others if others else 'it is empty'}); name one, or embed with --role {role}"
-    )
+    what = f"no manifest given, and the catalog {catalog_path()} has no manifest with role {role!r}"
+    known = f"it has {others}" if others else "it is empty"
+    raise ToolkitError(f"{what} ({known}); name one, or embed with --role {role}")
 
 
 def newest_run() -> Path | None:

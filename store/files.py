@@ -14,7 +14,7 @@ def replacing(path: Path) -> Iterator[Path]:
     was. Raises OSError when the disk refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -28,8 +28,3 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text to `path`, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def temporary_path(path: Path) -> Path:
-    """Return the hidden name beside `path` under which this process writes before it renames."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

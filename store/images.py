@@ -63,10 +63,7 @@ def image_id(data: bytes) -> str:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the encoded bytes behind a path, a file:// or a parquet://FILE?row=N[&column=NAME] uri.
-
-    Raises UnreadableImage when there is nothing there, no regular file, or the scheme is another.
-    """
+    """Return the bytes behind a path, file:// or parquet://FILE?row=N[&column=NAME]; UnreadableImage if none."""
     scheme, separator, rest = uri.partition("://")
     if not separator or "/" in scheme:
         return _read_file(uri)
@@ -127,11 +124,9 @@ def decode_sized(
     Args:
         data: an encoded image of any format that Pillow reads, PostScript apart, or a .npy file.
         mode: "RGB", or "L" for grey.
-        min_side: allow a JPEG to be decoded at a half, a quarter or an eighth while both sides stay this long, which
-            is several times faster.
+        min_side: decode a JPEG at a half, a quarter or an eighth, much faster, while both sides stay this long.
 
-    Raises:
-        UnreadableImage: whatever is wrong with the data.
+    Raises UnreadableImage whatever is wrong with the data.
     """
     if data.startswith(ARRAY_START):
         picture = shown(read_array(data))
@@ -173,10 +168,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def read_array(data: bytes) -> Values:
-    """Return the pixels (H, W, C) of a .npy file of uint8 or uint16; two axes are one channel.
-
-    Raises UnreadableImage when it holds anything else.
-    """
+    """Return the pixels (H, W, C) of a .npy file of uint8 or uint16, (H, W) as one channel; else UnreadableImage."""
     try:
         values = np.load(BytesIO(data), allow_pickle=False)
     except DECODE_ERRORS as problem:

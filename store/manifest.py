@@ -207,10 +207,7 @@ def is_manifest_name(name: str) -> bool:
 
 
 def open_manifest(path: Path) -> Manifest:
-    """Open a Parquet file or a folder of parts (with `_manifest.json`).
-
-    Raises ToolkitError when there is nothing there, or something else than Parquet.
-    """
+    """Open a Parquet file, or a folder of parts with `_manifest.json`; ToolkitError when it is missing or neither."""
     if not path.exists():
         raise ToolkitError(f"no manifest at {path}; check the path, or make one with `dinov2 curate embed`")
     if path.is_dir():
@@ -258,10 +255,7 @@ def provenance_values(provenance: Provenance) -> dict[str, Any]:
 
 
 def provenance_from(values: dict[str, Any], path: Path) -> Provenance:
-    """Return the provenance that was kept as JSON in `path`.
-
-    Raises ToolkitError when a newer toolkit wrote it.
-    """
+    """Return the provenance that was kept as JSON in `path`. Raises ToolkitError when a newer toolkit wrote it."""
     if values["format"] > FORMAT_VERSION:
         raise ToolkitError(f"{path} was written by a newer toolkit ({values['version']}); update this one")
     is_run, parameters = values["kind"] == "run", values["parameters"]

@@ -20,19 +20,19 @@ class Bands:
     values: Values  # (H, W, C)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Return (W, H)."""
+        return self.values.shape[1], self.values.shape[0]
+
+    @property
     def width(self) -> int:
         """Return W."""
-        return int(self.values.shape[1])
+        return self.size[0]
 
     @property
     def height(self) -> int:
         """Return H."""
-        return int(self.values.shape[0])
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Return (W, H)."""
-        return self.width, self.height
+        return self.size[1]
 
     def crop(self, box: tuple[int, int, int, int]) -> "Bands":
         """Return the part within (left, top, right, bottom), which lies inside."""
@@ -70,8 +70,7 @@ def decode_picture(
         in_chans, bit_depth: the model's; 8 or 16 bits.
         min_side: as in `decode_sized`; it has no effect on other images.
 
-    Raises:
-        UnreadableImage: for other channels, for values that 16 bits do not hold, and whatever else is wrong.
+    Raises UnreadableImage for other channels, for values that 16 bits do not hold, and whatever else is wrong.
     """
     if bit_depth == 8 and in_chans in (1, 3):
         return decode_sized(data, "RGB" if in_chans == 3 else "L", min_side)

@@ -37,10 +37,7 @@ class Progress:
         return bool(self.signals) or time.monotonic() - self._last >= SAVE_EVERY_S
 
     def save(self, name: str, **arrays: npt.ArrayLike) -> None:
-        """Keep arrays under a name, in place of what it had before.
-
-        Raises Stopped afterwards when a signal has come.
-        """
+        """Keep arrays under a name, in place of what it had. Raises Stopped afterwards when a signal has come."""
         open_cache()
         with replacing(self.folder / f"{name}.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **{key: np.asarray(value) for key, value in arrays.items()})

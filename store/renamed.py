@@ -7,11 +7,8 @@ the recipe keys also count in recipes and --set.
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-COLUMNS: dict[str, str] = {  # of manifests
-    "weakest": "min_similarity_to_kept",
-}
-PARAMETERS: dict[str, str] = {  # of a command, in the provenance
-}
+COLUMNS: dict[str, str] = {"weakest": "min_similarity_to_kept"}  # of manifests
+PARAMETERS: dict[str, str] = {}  # of a command, in the provenance
 FIGURES: dict[str, str] = {  # that a command measured, in the provenance
     "limit": "max_difference",
     "looked_at": "pairs_verified",

@@ -28,7 +28,6 @@ LIST_SUFFIXES = (".txt", ".lst", ".list")
 SLICE_ROWS = 10_000  # chosen: names of a folder that are Python objects at a time
 SPOOL_BYTES = 16 << 20  # chosen: names on stdin above it wait on the disk
 
-Kind = Literal["folder", "manifest", "names"]
 Skip = Callable[[str], bool]  # tells of an absolute path whether the walk leaves it out
 
 
@@ -49,7 +48,7 @@ class Entry:
 class ImageSource:
     """An opened SOURCE argument."""
 
-    kind: Kind
+    kind: Literal["folder", "manifest", "names"]
     path: str  # absolute; "-" for stdin
     manifest: Manifest | None = None
     names: tuple[str, ...] = ()  # image files that were arguments themselves
@@ -57,21 +56,14 @@ class ImageSource:
     null: bool = False  # whose names end in NUL
     folder: str = ""  # of the list, where relative names are looked for first
 
-    @property
-    def is_file(self) -> bool:
-        """Tell whether the argument named a single image file."""
-        return self.names == (self.path,)
-
 
 def open_sources(arguments: list[str], *, null: bool = False) -> list[ImageSource]:
-    """Open SOURCE arguments; image files that follow one another (a shell's *.png) are one source.
-
-    Raises ToolkitError as `open_source` does, and when stdin is named twice.
-    """
+    """Open SOURCE arguments, image files in a row (*.png) as one; ToolkitError also when stdin is named twice."""
     if arguments.count("-") > 1:
         raise ToolkitError("- is given twice, but there is one stdin; give it once")
     sources: list[ImageSource] = []
-    for is_file, run in groupby(map(partial(open_source, null=null), arguments), key=lambda source: source.is_file):
+    opened = map(partial(open_source, null=null), arguments)
+    for is_file, run in groupby(opened, key=lambda source: source.names == (source.path,)):
         following = list(run)
         if is_file and len(following) > 1:
             names = tuple(source.path for source in following)
@@ -96,9 +88,7 @@ def open_source(argument: str, *, null: bool = False) -> ImageSource:
         manifest = open_manifest(Path(path))
         if not has_images(manifest):
             columns = ", ".join(manifest.names())
-            raise ToolkitError(
-                f"{argument} names no images (columns: {columns}); add a `uri`, `path` or `image` column"
-            )
+            raise ToolkitError(f"{argument} names no images (columns: {columns}); add a `uri` or `image` column")
         return ImageSource("manifest", path, manifest)
     if os.path.isdir(path):
         return ImageSource("folder", path)

@@ -57,10 +57,7 @@ def failure(problem: duckdb.Error) -> str:
 
 
 def rows_where(manifest: Manifest, condition: str) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a manifest that fulfil an SQL condition over its columns, rising: one int64 column.
-
-    Raises ToolkitError when DuckDB refuses the condition.
-    """
+    """Yield the rows that fulfil an SQL condition, rising: one int64 column. ToolkitError when DuckDB refuses it."""
     start = 0
     with connect() as connection:
         for part in manifest.parts:
@@ -75,8 +72,7 @@ def rows_where(manifest: Manifest, condition: str) -> Iterator[pa.RecordBatch]:
             try:
                 yield from answer(connection.sql(query, params=[str(part)]).to_arrow_reader(BATCH_ROWS))
             except duckdb.Error as problem:
-                raise ToolkitError(
-                    f"--where {condition!r} cannot be asked of {manifest.path} ({failure(problem)});"
-                    f" give a condition in SQL over its columns ({', '.join(manifest.names())})"
-                ) from None
+                what = f"--where {condition!r} cannot be asked of {manifest.path} ({failure(problem)})"
+                columns = ", ".join(manifest.names())
+                raise ToolkitError(f"{what}; give a condition in SQL over its columns ({columns})") from None
             start += pq.read_metadata(part).num_rows

@@ -50,12 +50,14 @@ class Vectors:
 
     def raw(self, start: int, stop: int) -> Float32:
         """Return vectors start..stop as stored, (stop - start, D) float32."""
-        selector = self._selector(start, stop)
-        if isinstance(selector, slice) or self.array.nbytes <= RELEASED_BYTES:
-            return as_float32(self.array[selector])
+        rows = self.rows[start:stop]
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and np.all(np.diff(rows) == 1):
+            return as_float32(self.array[rows[0] : rows[-1] + 1])  # a slice reads the disk in sequence
+        if self.array.nbytes <= RELEASED_BYTES:
+            return as_float32(self.array[rows])
         vectors = np.empty((stop - start, self.dim), np.float32)
-        for first in range(0, len(selector), RELEASED_ROWS):
-            part = selector[first : first + RELEASED_ROWS]
+        for first in range(0, len(rows), RELEASED_ROWS):
+            part = rows[first : first + RELEASED_ROWS]
             vectors[first : first + len(part)] = as_float32(self.array[part])
             release(self.array)
         return vectors
@@ -67,8 +69,7 @@ class Vectors:
 
     def exact(self, indices: Int64) -> Float64:
         """Return the vectors at `indices` (M,) at length 1 in float64, (M, D), for ties and thresholds."""
-        vectors = np.asarray(self.array[self.rows[indices]], dtype=np.float64)
-        return unit_length(vectors)
+        return unit_length(self.array[self.rows[indices]].astype(np.float64))
 
     def take(self, indices: Int64) -> "Vectors":
         """Return the vectors at `indices` (M,), in that order; nothing is read yet."""
@@ -79,11 +80,6 @@ class Vectors:
         one, two = self.array, other.array
         same_file = isinstance(one, np.memmap) and isinstance(two, np.memmap) and one.filename == two.filename
         return (one is two or (same_file and one.shape == two.shape)) and np.array_equal(self.rows, other.rows)
-
-    def _selector(self, start: int, stop: int) -> slice | Int64:
-        rows = self.rows[start:stop]
-        contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(np.diff(rows) == 1))
-        return slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else rows  # a slice reads the disk in sequence
 
 
 def unit_length(vectors: Floats, out: Floats | None = None) -> Floats:
@@ -155,32 +151,23 @@ def open_vectors(manifest: Manifest, *, features: Manifest | None = None, limit:
 def locate_vectors(
     manifest: Manifest, *, features: Manifest | None = None, limit: int | None = None
 ) -> tuple[Manifest, Int64]:
-    """Return where the vectors are, without reading them: the embedding manifest, and rows (N,) of it.
-
-    Raises ToolkitError when there are none, or the base is missing or has changed.
-    """
+    """Return where the vectors are, unread: embedding manifest and rows (N,). ToolkitError as in `open_vectors`."""
     num_rows = manifest.num_rows if limit is None else min(limit, manifest.num_rows)
     if features is not None:
         if "embedding" not in features.names():
-            raise ToolkitError(
-                f"{features.path} has no `embedding` column; --features takes an output of `dinov2 curate embed`"
-            )
+            raise ToolkitError(f"{features.path} has no `embedding` column; give --features an output of embed")
         return features, _matching_rows(manifest, features, num_rows)
     if "embedding" in manifest.names():
         return manifest, np.arange(num_rows, dtype=np.int64)
     wanted = _base_of(manifest)
     if wanted is None:
-        raise ToolkitError(
-            f"{manifest.path} has no embeddings (columns: {', '.join(manifest.names())});"
-            " run `dinov2 curate embed` on it first"
-        )
+        columns = ", ".join(manifest.names())
+        raise ToolkitError(f"{manifest.path} has no embeddings (columns: {columns}); run `dinov2 curate embed` on it")
     base = _open_base(manifest, wanted)
     rows = manifest.read(["row"], num_rows).column("row")
     if rows.null_count:
-        raise ToolkitError(
-            f"{rows.null_count} rows of {manifest.path} have no vector in {base.path};"
-            " embed it again, or give --features"
-        )
+        lacking = f"{rows.null_count} rows of {manifest.path} have no vector in {base.path}"
+        raise ToolkitError(f"{lacking}; embed it again, or give --features")
     return base, rows.to_numpy().astype(np.int64)
 
 
@@ -191,9 +178,7 @@ def scratch_size(base: Manifest) -> tuple[int, int]:
 
 
 def _base_of(manifest: Manifest) -> Source | None:
-    if "row" not in manifest.names() or manifest.provenance is None:
-        return None
-    return manifest.provenance.base
+    return manifest.provenance.base if manifest.provenance and "row" in manifest.names() else None
 
 
 def _open_base(manifest: Manifest, wanted: Source) -> Manifest:
@@ -201,9 +186,8 @@ def _open_base(manifest: Manifest, wanted: Source) -> Manifest:
     beside = manifest.path.absolute().parent / recorded.name  # of a folder that was moved as a whole
     path = recorded if recorded.exists() else beside
     if not path.exists():
-        raise ToolkitError(
-            f"the embeddings of {manifest.path} are gone: no {recorded}; make them again, or give --features"
-        )
+        gone = f"the embeddings of {manifest.path} are gone: no {recorded}"
+        raise ToolkitError(f"{gone}; make them again, or give --features")
     base = open_manifest(path)
     if base.content_id != wanted.content_id:
         raise ToolkitError(f"{path} has changed since {manifest.path} was made from it; make {manifest.path} again")
@@ -214,17 +198,14 @@ def _matching_rows(manifest: Manifest, base: Manifest, num_rows: int) -> Int64:
     keys = ["image_id", "uri"]
     for side in (manifest, base):
         if missing := [key for key in keys if key not in side.names()]:
-            raise ToolkitError(
-                f"{side.path} has no column {missing[0]}, by which --features are matched; embed it here"
-            )
+            raise ToolkitError(f"{side.path} has no {missing[0]}, by which --features are matched; embed it here")
     wanted = manifest.read(keys, num_rows).append_column("position", pa.array(np.arange(num_rows)))
     offered = base.read(keys).append_column("base_row", pa.array(np.arange(base.num_rows)))
     joined = wanted.join(offered.group_by(keys).aggregate([("base_row", "min")]), keys, join_type="left outer")
     found = joined.sort_by("position").column("base_row_min")
     if found.null_count:
-        raise ToolkitError(
-            f"{found.null_count} of {num_rows} images of {manifest.path} are not in {base.path}; embed them too"
-        )
+        absent = f"{found.null_count} of {num_rows} images of {manifest.path}"
+        raise ToolkitError(f"{absent} are not in {base.path}; embed them too")
     return np.asarray(found, dtype=np.int64)
 
 
@@ -270,17 +251,13 @@ def _decode(manifest: Manifest, target: Path, dim: int, dtype: np.dtype[np.float
             stop = start + len(column)
             values = column.flatten().to_numpy(zero_copy_only=False)
             if column.null_count or len(values) != len(column) * dim:
-                raise ToolkitError(
-                    f"the embeddings of {manifest.path} are not all {dim} numbers long (rows {start} to {stop - 1});"
-                    " remove the others first"
-                )
+                uneven = f"the embeddings of {manifest.path} are not all {dim} numbers long"
+                raise ToolkitError(f"{uneven} (rows {start} to {stop - 1}); remove the others first")
             array[start:stop] = values.reshape(-1, dim)
             finite = np.isfinite(values).reshape(-1, dim).all(axis=1)
             if not finite.all():
-                raise ToolkitError(
-                    f"row {start + int(np.argmin(finite))} of {manifest.path} has a vector that is not finite;"
-                    " remove such rows first"
-                )
+                row = start + int(np.argmin(finite))
+                raise ToolkitError(f"row {row} of {manifest.path} has a vector that is not finite; remove such rows")
             release(array)
             advance(len(column))
             start = stop
