@@ -151,8 +151,7 @@ def dedup(
         float | None, option(METHOD, "Similarity above which --against removes.", default="as within the pool")
     ] = None,
     exact: Annotated[
-        Literal["bytes", "pixels"] | None,
-        option(METHOD, "Exact duplicates only; no embeddings needed."),
+        Literal["bytes", "pixels"] | None, option(METHOD, "Exact duplicates only; no embeddings needed.")
     ] = None,
     where: options.Where = None,
     sheet: Annotated[
@@ -248,20 +247,14 @@ def retrieve(
     output: Annotated[str, options.output_option("curated.parquet")] = "curated.parquet",
     k: Annotated[int | None, option(METHOD, "Nearest pool images of every query.", "--k", default="4")] = None,
     fill: Annotated[
-        bool,
-        option(
-            METHOD,
-            "If several queries share a neighbour, give the others their next nearest.",
-            "--fill",
-        ),
+        bool, option(METHOD, "If several queries share a neighbour, give the others their next nearest.", "--fill")
     ] = False,
     per_cluster: Annotated[
         int | None,
         option(METHOD, "Instead of --k: M images of every cluster of the pool that queries fall into.", metavar="M"),
     ] = None,
     min_queries: Annotated[
-        int,
-        option(METHOD, "For --per-cluster: only of clusters with N queries of a set; the paper: 4.", metavar="N"),
+        int, option(METHOD, "For --per-cluster: only of clusters with N queries of a set; the paper: 4.", metavar="N")
     ] = 1,
     num_clusters: Annotated[
         int | None,

@@ -25,16 +25,7 @@ from ...store.sources import check_labels, open_sources
 from .assemble import assemble, check_failed
 from .filters import is_filtered
 from .listing import SLICE_ENTRIES, list_sources
-from .parts import (
-    PartWriter,
-    forget_work,
-    locked,
-    num_in_parts,
-    part_rows,
-    part_schema,
-    read_arrow,
-    work_folder,
-)
+from .parts import PartWriter, forget_work, locked, num_in_parts, part_rows, part_schema, read_arrow, work_folder
 from .plan import describe_work, earlier_manifest, load_unmatched, start_work, stopped_run
 from .settings import EmbedSettings as EmbedSettings
 from .settings import chosen_model, extracted, manifest_fields, wanted_provenance
