@@ -25,9 +25,7 @@ Pool = Annotated[
 ]
 Features = Annotated[
     Path | None,
-    option(
-        INPUT, "Take the pool's vectors from this embedding manifest, matched by id and uri.", metavar="OTHER.parquet"
-    ),
+    option(INPUT, "Take the pool's vectors from these embeddings, matched by id and uri.", metavar="OTHER.parquet"),
 ]
 
 
@@ -54,12 +52,7 @@ def embed(
     ] = None,
     windows: Annotated[
         int | None,
-        option(
-            MODEL,
-            "Sliding window over the whole image, resized to a short side of PX where it is larger.",
-            min=1,
-            metavar="PX",
-        ),
+        option(MODEL, "Sliding window over the whole image, its short side reduced to PX.", min=1, metavar="PX"),
     ] = None,
     role: Annotated[
         Literal["pool", "queries", "eval"], option(OUTPUT, "Role of these images in later commands.")
@@ -159,11 +152,7 @@ def dedup(
     ] = None,
     calibrate: Annotated[
         str | None,
-        option(
-            OUTPUT,
-            "Remove nothing: show what thresholds would remove, and print the one suggested.",
-            metavar="PICTURE.png",
-        ),
+        option(OUTPUT, "Only show what thresholds would remove, and print the one suggested.", metavar="PICTURE.png"),
     ] = None,
     precision: Annotated[
         float, option(ADVANCED, "For --calibrate: target precision of the suggested threshold.")
@@ -259,16 +248,12 @@ def retrieve(
     num_clusters: Annotated[
         int | None,
         option(
-            METHOD,
-            "For --per-cluster: cluster the pool into this many.",
-            default="the pool's own, else the root of its size",
+            METHOD, "For --per-cluster: number of clusters of the pool.", default="its own, else the root of its size"
         ),
     ] = None,
     max_images: Annotated[
         int | None,
-        option(
-            METHOD, "Images that a query set retrieves at most; the paper: 1000000.", metavar="N", default="no limit"
-        ),
+        option(METHOD, "Most images that a query set retrieves; the paper: 1000000.", metavar="N", default="no limit"),
     ] = None,
     min_similarity: Annotated[
         float | None,

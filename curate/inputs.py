@@ -186,10 +186,8 @@ def read_unembedded(source: Input, limit: int | None = None) -> EmbeddedImages:
     """
     manifest = source.manifest
     if not has_images(manifest):
-        raise ToolkitError(
-            f"{manifest.path} ({source.role}) names no images (columns: {', '.join(manifest.names())});"
-            " it needs a `uri` or `path` column"
-        )
+        what = f"names no images (columns: {', '.join(manifest.names())})"
+        raise ToolkitError(f"{manifest.path} ({source.role}) {what}; it needs a `uri` or `path` column")
     positions = source.rows(limit)
     rows = pa.array(_rows_of_base(source, limit)).take(pa.array(positions))
     nothing: Float32 = np.empty((manifest.num_rows, 0), np.float32)
@@ -205,13 +203,11 @@ def _rows_of_base(source: Input, limit: int | None) -> Int64 | pa.Array:
 
 def check_same_model(one: Input, other: Input) -> None:
     """Raise ToolkitError when the vectors of two inputs cannot be compared: two known models, or two lengths."""
-    models = one.model(), other.model()
+    models = {model.content_id: model.path for part in (one, other) if (model := part.model()) is not None}
     paths = f"{one.manifest.path} and {other.manifest.path}"
-    if models[0] is not None and models[1] is not None and models[0].content_id != models[1].content_id:
-        raise ToolkitError(
-            f"{paths} were embedded by two models ({models[0].path} and {models[1].path});"
-            " embed one of them again with the other's --model"
-        )
+    if len(models) == 2:
+        names = " and ".join(models.values())
+        raise ToolkitError(f"{paths} were embedded by two models ({names}); embed one again with the other's --model")
     dims = [scratch_size(part.features or locate_vectors(part.manifest)[0])[0] for part in (one, other)]
     if dims[0] != dims[1]:
         raise ToolkitError(f"the vectors of {paths} have {dims[0]} and {dims[1]} numbers; embed both by one model")
@@ -221,10 +217,8 @@ def warn_of_plain_features(source: Input) -> None:
     """Warn when vectors compare the looks of pictures, not their content."""
     model = source.model()
     if model is not None and model.path in PLAIN_MODELS:
-        console.warn(
-            f"the vectors of {source.manifest.path} come from `{model.path}`, which compares looks, not content;"
-            " embed with a trained --model for better groups"
-        )
+        what = f"come from `{model.path}`, which compares looks, not content"
+        console.warn(f"the vectors of {source.manifest.path} {what}; embed with a trained --model for better groups")
 
 
 def describe(path: Path, inputs: list[Input], num_products: int, what: str, options: Options) -> None:
@@ -232,12 +226,9 @@ def describe(path: Path, inputs: list[Input], num_products: int, what: str, opti
 
     `num_products` counts the vector pairs that would be multiplied.
     """
-    limits = [options.limit, *(None for _ in inputs[1:])]
-    bases = [
-        locate_vectors(part.manifest, features=part.features, limit=limit)[0]
-        for part, limit in zip(inputs, limits, strict=True)
-    ]
-    counts = [part.num_rows(limit) for part, limit in zip(inputs, limits, strict=True)]
+    limited = [(part, options.limit if part is inputs[0] else None) for part in inputs]
+    bases = [locate_vectors(part.manifest, features=part.features, limit=limit)[0] for part, limit in limited]
+    counts = [part.num_rows(limit) for part, limit in limited]
     read = " and ".join(f"{count:,} vectors of {base.path}" for base, count in zip(bases, counts, strict=True))
     dim = scratch_size(bases[0])[0]
     scratch = sum({base.content_id: scratch_size(base)[1] for base in bases}.values())

@@ -126,42 +126,37 @@ def _provenance(
 
 
 def _union(
-    images: list[EmbeddedImages],
-    names: list[str],
-    weights: list[float],
-    path: Path,
-    memory: int,
-    provenance: Provenance,
+    parts: list[EmbeddedImages], names: list[str], weights: list[float], path: Path, memory: int, provenance: Provenance
 ) -> Provenance:
-    first, drawn = _each_once(images, _draws(images, weights), memory)
-    starts = np.cumsum([0, *(len(part) for part in images)])
+    first, drawn = _each_once(parts, _draws(parts, weights), memory)
+    starts = np.cumsum([0, *(len(part) for part in parts)])
     bounds = np.searchsorted(first, starts)  # of the parts among the rows that are kept
     chosen = [first[low:high] - start for low, high, start in zip(bounds, bounds[1:], starts, strict=False)]
-    of_part = np.repeat(np.arange(len(images)), np.diff(bounds))
+    of_part = np.repeat(np.arange(len(parts)), np.diff(bounds))
     source, weight = OPTIONAL_IMAGE_FIELDS
     added = {source: pa.DictionaryArray.from_arrays(pa.array(of_part), pa.array(names))}
     if weights:
         added[weight] = pa.array(drawn / drawn.sum() * len(drawn))
-    rows = Selection(tuple(zip(images, chosen, strict=True)), np.arange(len(first)), added)
+    rows = Selection(tuple(zip(parts, chosen, strict=True)), np.arange(len(first)), added)
 
     total = sum(weights)
     shares = [each / total for each in weights] if weights else [len(part) / max(len(first), 1) for part in chosen]
     composition = [
         {"source": name, "rows": len(part), "images": len(mine), "share": share}
-        for name, part, mine, share in zip(names, images, chosen, shares, strict=True)
+        for name, part, mine, share in zip(names, parts, chosen, shares, strict=True)
     ]
-    console.say(f"{starts[-1]:,} rows of {len(images)} parts: {len(first):,} images, as {provenance.kind}")
+    console.say(f"{starts[-1]:,} rows of {len(parts)} parts: {len(first):,} images, as {provenance.kind}")
     header = ["part", "rows", "images not in earlier parts", "share of draws" if weights else "share of images"]
     console.table("images of every part", header, [list(part.values()) for part in composition])
 
     fields = [field for field in rows.schema if field != ROW_FIELD or provenance.kind == "selection"]
     if provenance.kind == "embeddings":
-        is_half = all(part.vectors.array.dtype == np.float16 for part in images)
-        fields.append(embedding_field(images[0].vectors.dim, pa.float16() if is_half else pa.float32()))
+        is_half = all(part.vectors.array.dtype == np.float16 for part in parts)
+        fields.append(embedding_field(parts[0].vectors.dim, pa.float16() if is_half else pa.float32()))
     with ManifestWriter(path, fields, provenance) as writer:
         for table in rows.batches():
             if provenance.kind == "embeddings":
-                vectors = _vectors(images, first[writer.num_rows : writer.num_rows + len(table)], starts, fields[-1])
+                vectors = _vectors(parts, first[writer.num_rows : writer.num_rows + len(table)], starts, fields[-1])
                 table = table.append_column(fields[-1], vectors)
             writer.write(table)
         writer.set_figures(

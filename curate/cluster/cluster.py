@@ -98,9 +98,7 @@ def parse_num_clusters(text: str, num_rows: int) -> list[int]:
     except ValueError:
         raise ToolkitError(f"--num-clusters {text} is no list of whole numbers; give such as 1000,100") from None
     if any(coarse >= fine for fine, coarse in zip(num_clusters, num_clusters[1:], strict=False)):
-        raise ToolkitError(
-            f"--num-clusters {text} does not fall; give the levels from fine to coarse, such as 1000,100"
-        )
+        raise ToolkitError(f"--num-clusters {text} does not fall; give levels from fine to coarse, such as 1000,100")
     if num_clusters[-1] < 1:
         raise ToolkitError(f"--num-clusters {text}: {num_clusters[-1]} clusters cannot be; give 1 or more")
     if num_clusters[0] > num_rows:
@@ -112,9 +110,7 @@ def _check(settings: ClusterSettings, num_rows: int) -> None:
     if settings.resample < 0:
         raise ToolkitError(f"--resample {settings.resample} is less than none; give 0 or more")
     if settings.sample is not None and not 1 <= settings.sample <= num_rows:
-        raise ToolkitError(
-            f"--sample {settings.sample} of {num_rows} images cannot be; give a number from 1 to {num_rows}"
-        )
+        raise ToolkitError(f"--sample {settings.sample} of {num_rows} images cannot be; give 1 to {num_rows}")
     if settings.sample is None and settings.allocation != "water":
         raise ToolkitError(f"--allocation {settings.allocation} is for a sample; give --sample too")
     if not 0 < settings.recall <= 1:

@@ -58,14 +58,9 @@ def cluster_levels(
     """
     levels: list[Clustering] = []
     for level, count in enumerate(num_clusters):
+        kept, own_seed = None if progress is None else progress[level], seed + level * LEVEL_SEEDS
         made = cluster_vectors(
-            vectors,
-            count,
-            num_resamplings=num_resamplings,
-            seed=seed + level * LEVEL_SEEDS,
-            recall=recall,
-            memory=memory,
-            progress=None if progress is None else progress[level],
+            vectors, count, num_resamplings=num_resamplings, seed=own_seed, recall=recall, memory=memory, progress=kept
         )
         levels.append(made)
         vectors = Vectors(made.centroids, np.arange(count), vectors.base)
@@ -166,8 +161,7 @@ def fit_centroids(
     chosen: Int64 = np.arange(len(points)) if saved is None else saved["chosen"]
     num_kept = max(1, round(len(points) / num_clusters / 2))
     with console.progress(f"{num_clusters:,} clusters", num_resamplings + 1, "fits") as advance:
-        if first:
-            advance(first)
+        advance(first)
         for step in range(first, num_resamplings + 1):
             members = points if len(chosen) == len(points) else points[chosen]
 
@@ -189,9 +183,8 @@ def fit_centroids(
             if len(members) == len(points):
                 assignments, distances = reassign(points, state.assignments, state.centroids, threads)
             else:
-                coarse, _ = fit_coarse_quantizer(
-                    state.centroids, points[:MEASURED_ROWS], RESAMPLING_RECALL, threads, seed % 2**63
-                )
+                measured = points[:MEASURED_ROWS]
+                coarse, _ = fit_coarse_quantizer(state.centroids, measured, RESAMPLING_RECALL, threads, seed % 2**63)
                 assignments, cosines = search_centroids(points, state.centroids, threads, coarse)
                 distances = -cosines  # as good for an order
             chosen = np.flatnonzero(group_by(assignments, num_clusters, distances).ranks() < num_kept)

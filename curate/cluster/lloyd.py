@@ -54,9 +54,8 @@ class State:
 def initial_state(points: Float32, num_clusters: int, seed: int, threads: Workers) -> State:
     """Return the state before the first iteration on points (S, D), at least K of them."""
     initial = initial_centroids(points, num_clusters, seed, threads)
-    coarse = None
-    if num_clusters > EXACT_CENTROIDS:
-        coarse = train_coarse_quantizer(initial, FIRST_CANDIDATES, threads, seed)
+    is_exact = num_clusters <= EXACT_CENTROIDS
+    coarse = None if is_exact else train_coarse_quantizer(initial, FIRST_CANDIDATES, threads, seed)
     assignments, _ = search_centroids(points, initial, threads, coarse)
     sums = np.zeros(initial.shape)
     add_points(sums, points, np.arange(len(points)), assignments, threads)
@@ -197,9 +196,8 @@ def kmeans_plus_plus(points: Float32, num: int, rng: np.random.Generator) -> Int
 
     def squared_distances(places: Int64) -> Float32:
         """Return those of all points to the ones at `places` (M,), (S, M), with zero where rounding leaves a little."""
-        products = product(targets, on_device(points[places]))
         sums = squares[:, None] + squares[places]
-        distances: Float32 = sums - 2 * products
+        distances: Float32 = sums - 2 * product(targets, on_device(points[places]))
         distances[distances < ROUNDING * sums] = 0
         return distances
 
@@ -211,8 +209,7 @@ def kmeans_plus_plus(points: Float32, num: int, rng: np.random.Generator) -> Int
     for count in range(1, num):
         running = np.cumsum(nearest, dtype=np.float64)
         if running[-1] == 0:  # only copies are left
-            rest = np.setdiff1d(np.arange(len(points)), chosen[:count], assume_unique=False)
-            chosen[count:] = rest[: num - count]
+            chosen[count:] = np.setdiff1d(np.arange(len(points)), chosen[:count])[: num - count]
             break
         drawn = np.searchsorted(running, rng.random(num_drawn) * running[-1], side="right")
         drawn = np.minimum(drawn, len(points) - 1)

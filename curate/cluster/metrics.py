@@ -62,8 +62,7 @@ def normalized_mutual_information(table: Contingency) -> float:
     shares = table.counts / total
     information = (shares * np.log(shares / (of_clusters[table.clusters] * of_classes[table.classes]))).sum()
     entropies = [-(part[part > 0] * np.log(part[part > 0])).sum() for part in (of_clusters, of_classes)]
-    mean = sum(entropies) / 2
-    return 1.0 if mean == 0 else float(information / mean)
+    return 1.0 if sum(entropies) == 0 else float(information / (sum(entropies) / 2))
 
 
 def normalized_entropy(counts: Int64) -> float:
@@ -124,14 +123,8 @@ def grouping(children: Float32, parents: Int64 | Int32, num_nodes: int) -> Group
     of_siblings = _mean_cosine(sizes[several], norms[several])
     total = unit.sum(axis=0)
     of_any = _mean_cosine(np.array([len(unit)]), np.array([np.sqrt(total @ total) / len(unit)]))[0]
-    return Grouping(
-        hub,
-        float(sizes[hub] / sizes.sum()),
-        float(norms[hub]),
-        float(np.median(norms[several])),
-        float(np.median(of_siblings) - of_any),
-        num_nodes,
-    )
+    share, cosine = float(sizes[hub] / sizes.sum()), float(np.median(of_siblings) - of_any)
+    return Grouping(hub, share, float(norms[hub]), float(np.median(norms[several])), cosine, num_nodes)
 
 
 def _mean_cosine(sizes: Int64, norms: Float64) -> Float64:

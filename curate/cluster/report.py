@@ -68,9 +68,8 @@ def write_report(path: Path, report: Path) -> None:
     parts.append("<h2>Sizes, from the largest to the smallest</h2><p>Grey: the pool. Blue: the sample.</p>")
     for level, table in enumerate(levels):
         sizes = [table.column(name).to_numpy() for name in ("images", "sampled")]
-        parts.append(
-            f"<figure>{_curves(sizes)}<figcaption>{len(table):,} clusters of level {level}</figcaption></figure>"
-        )
+        caption = f"<figcaption>{len(table):,} clusters of level {level}</figcaption>"
+        parts.append(f"<figure>{_curves(sizes)}{caption}</figure>")
     finest = levels[0].filter(pc.field("images") > 0)
     for heading, listed, order in (
         ("Tiny clusters far from all others: perhaps junk", finest.filter(pc.field("suspected")), "isolation"),

@@ -40,13 +40,9 @@ def draw_clusters(path: Path, sheet: Path, options: Options) -> None:
         central = connection.execute(CENTRAL, parameters).fetchall()
     for cluster, uri in central:
         tiles[cluster].append(read_tile(uri, "", TILE_PX))
-    picture = draw_sheet(
-        [[tiles[cluster]] for cluster in headings],
-        title=f"Clusters: {path.name}",
-        note="of each cluster the selected images that are nearest to its centroid",
-        headings=list(headings.values()),
-        tile_px=TILE_PX,
-    )
+    rows, title = [[row] for row in tiles.values()], f"Clusters: {path.name}"
+    note = "of each cluster the selected images that are nearest to its centroid"
+    picture = draw_sheet(rows, title=title, note=note, headings=list(headings.values()), tile_px=TILE_PX)
     write_picture(picture, sheet, provenance)
     console.say(f"{sheet}: {len(headings)} clusters")
 

@@ -32,19 +32,7 @@ TABLE_FIELDS = (
     pa.field("suspected", pa.bool_()),  # tiny and far from all others: perhaps junk
 )
 LEVEL_FIGURES = ("clusters", "empty", "smallest", "median", "largest", "entropy", "sample_entropy", "purity", "nmi")
-CLASS_FIGURES = (
-    *(
-        "classes",
-        "",
-        "class_smallest",
-        "class_median",
-        "class_largest",
-        "class_entropy",
-        "sample_class_entropy",
-        "",
-        "",
-    ),
-)
+CLASS_FIGURES = ("classes", "", *(f"class_{name}" for name in LEVEL_FIGURES[2:6]), "sample_class_entropy", "", "")
 FIGURES_HEADER = ["", "number", "empty", "smallest", "median", "largest", "entropy", "of the sample", "purity", "NMI"]
 LISTED_JUNK = 10  # clusters named on stderr
 
@@ -121,10 +109,9 @@ def describe_levels(
 
 def figure_rows(figures: Mapping[str, object], num_levels: int) -> list[list[object]]:
     """Return the rows below FIGURES_HEADER: one a level, then that of the labels where there are any."""
-    names = [[f"{name}_{level}" for name in LEVEL_FIGURES] for level in range(num_levels)]
-    rows: list[list[object]] = [
-        [f"cluster_{level}", *(figures.get(name, "") for name in of_level)] for level, of_level in enumerate(names)
-    ]
+    rows: list[list[object]] = []
+    for level in range(num_levels):
+        rows.append([f"cluster_{level}", *(figures.get(f"{name}_{level}", "") for name in LEVEL_FIGURES)])
     if "classes" in figures:
         rows.append(["label", *(figures.get(name, "") for name in CLASS_FIGURES)])
     return rows
@@ -150,11 +137,8 @@ def _say_junk(images: EmbeddedImages, made: Clustering, sizes: Int64, isolated: 
         f"{len(suspected):,} tiny clusters far from all others, {sizes[suspected].sum():,} images: perhaps junk, which"
         " balancing favours; look at them (--sheet)"
     )
-    rows = [
-        [cluster, int(sizes[cluster]), float(isolated[cluster]), uri or ""]
-        for cluster, uri in zip(shown, uris, strict=True)
-    ]
-    console.table("", ["cluster_0", "images", "isolation", "its central image"], rows)
+    columns = shown, sizes[shown].tolist(), isolated[shown].tolist(), [uri or "" for uri in uris]
+    console.table("", ["cluster_0", "images", "isolation", "its central image"], [*zip(*columns, strict=True)])
 
 
 def _say_grouping(children: Float32, parents: Int32, num_nodes: int, level: int) -> dict[str, object]:
@@ -167,10 +151,7 @@ def _say_grouping(children: Float32, parents: Int32, num_nodes: int, level: int)
             if made.is_hub
             else f"clusters that it puts together are hardly more alike (cosine {made.cosine:+.2f}) than any two"
         )
-        console.warn(
-            f"level {level} finds no hierarchy: {what}; leave it out (--num-clusters of the levels below), or"
-            " --allocation flat"
-        )
+        console.warn(f"level {level} finds no hierarchy: {what}; leave it out of --num-clusters, or --allocation flat")
     return {
         f"hub_share_{level}": made.share,
         f"hub_norm_{level}": made.norm,

@@ -52,10 +52,8 @@ def assemble(
             columns = [(kept if name in OUTPUT_COLUMNS else taken).column(name) for name in schema.names]
             embedded.write(pa.table(columns, schema=schema))
             nulls = [pa.nulls(len(gone), field.type) for field in REMOVED_FIELDS[2:]]
-            removed.write(
-                pa.table([gone.column("uri"), gone.column("reason"), *nulls], schema=pa.schema(REMOVED_FIELDS))
-            )
-
+            columns = [gone.column("uri"), gone.column("reason"), *nulls]
+            removed.write(pa.table(columns, schema=pa.schema(REMOVED_FIELDS)))
             versions.append(kept.column("version").to_numpy())
             num_reused += int((rows < stored.num_earlier).sum())
             reasons.update(reason.split(":", 1)[0] for reason in gone.column("reason").to_pylist())

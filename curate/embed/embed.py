@@ -59,9 +59,8 @@ def embed_images(arguments: list[str], output: str, settings: EmbedSettings, opt
         if problem.errno != errno.ENOSPC:
             raise
         kept = num_in_parts(folder)
-        raise ToolkitError(
-            f"the disk is full; {kept:,} images are kept: make room and run the same command again"
-        ) from None
+        do = "make room and run the same command again"
+        raise ToolkitError(f"the disk is full; {kept:,} images are kept: {do}") from None
 
 
 def _run_first(
@@ -70,7 +69,6 @@ def _run_first(
     """Run the command as the first process: list, plan, embed a share and assemble."""
     path = Path(output)
     has_started = False
-
     try:
         sources = open_sources(arguments, null=settings.null)
         check_labels(settings.labels, sources)

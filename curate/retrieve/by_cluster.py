@@ -77,16 +77,9 @@ def nearest_in_clusters(
     with console.progress(f"comparing within clusters of {part.name}", len(hit), "clusters") as advance:
         for cluster in hit.tolist():
             members, mine = images.of(cluster + 1), queries.of(cluster)
-            found = nearest(
-                pool.vectors.take(members),
-                part.images.vectors.take(mine),
-                1,
-                order=mine,
-                identity=Identity(identity.pool[members], identity.queries[mine + part.start]),
-                above=above,
-                search=exact,
-                progress=None,
-            )
+            inside, asked = pool.vectors.take(members), part.images.vectors.take(mine)
+            same = Identity(identity.pool[members], identity.queries[mine + part.start])
+            found = nearest(inside, asked, 1, order=mine, identity=same, above=above, search=exact, progress=None)
             similarity, place = found.similarities[:, 0], found.indices[:, 0]
             best = np.lexsort((pool.order[members], -similarity))[: part.number]
             best = best[place[best] >= 0]

@@ -156,15 +156,10 @@ def _retrieve(
     figures: dict[str, object] = {"queries": num_queries, "pool": len(pool)}
 
     def search(part: QuerySet, queries: Int64, k: int) -> Neighbors:
+        vectors, title = part.images.vectors.take(queries - part.start), f"searching neighbours of {part.name}"
+        same = Identity(identity.queries[queries], identity.pool)
         return nearest(
-            part.images.vectors.take(queries - part.start),
-            pool.vectors,
-            k,
-            order=pool.order,
-            identity=Identity(identity.queries[queries], identity.pool),
-            above=above,
-            search=searching,
-            progress=f"searching neighbours of {part.name}",
+            vectors, pool.vectors, k, order=pool.order, identity=same, above=above, search=searching, progress=title
         )
 
     if settings.per_cluster is None:
@@ -209,17 +204,12 @@ def _retrieve(
         }
         for part, pairs in zip(sets, found, strict=True)
     ]
-    figures |= {
-        "images": rows.num_rows,
-        "retrieved": len(retrieved),
-        "wanted": num_candidates,
-        "distinct": num_distinct,
-        "collisions": num_candidates - num_distinct,
-        "composition": composition,
-    }
+    num_collisions = num_candidates - num_distinct
+    figures |= {"images": rows.num_rows, "retrieved": len(retrieved), "wanted": num_candidates}
+    figures |= {"distinct": num_distinct, "collisions": num_collisions, "composition": composition}
     console.say(
         f"{num_queries:,} queries retrieved {len(retrieved):,} of {len(pool):,} pool images; {num_candidates:,}"
-        f" candidates, {num_candidates - num_distinct:,} of them candidates of another query already"
+        f" candidates, {num_collisions:,} of them candidates of another query already"
     )
     number = "k" if settings.per_cluster is None else "per cluster"
     header = ["query set", "queries", number, "candidates", "distinct", "retrieved", "share"]
