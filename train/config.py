@@ -10,7 +10,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -23,7 +22,7 @@ from ..store.renamed import RECIPE_KEYS, with_present_settings
 from .engine.schedules import Growth, batch_sizes
 
 CONFIG_FILE = "config.toml"  # in a run folder
-RECIPES = files("dinov2_toolkit.train") / "recipes"
+RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
@@ -212,14 +211,12 @@ def command_config(
     default_recipe: str = "tiny",
     flags: Mapping[str, object] = NOTHING,
 ) -> Config:
-    """Return the settings of a command, as `resolve` does.
-
-    Without a recipe it is the run's own config.toml when a run is resumed, otherwise `default_recipe`, said on stderr.
-    """
+    """Return the settings of a command, as `resolve` does; the recipe is `given_recipe` or else `default_recipe`."""
     recipe = given_recipe(output, recipe, resume)
     if recipe is None and prints_result():
         console.say(f"no --recipe: taking {default_recipe}")
-    flags = {**flags, **({} if seed is None else {"seed": seed})}
+    if seed is not None:
+        flags = {**flags, "seed": seed}
     return resolve(kind, recipe=recipe or default_recipe, environment=os.environ, flags=flags, assignments=assignments)
 
 
@@ -235,16 +232,12 @@ def read_recipe(recipe: str) -> dict[str, object]:
     Raises:
         ToolkitError: if there is no such recipe, or it is not TOML.
     """
-    shipped = {entry.name.removesuffix(".toml"): entry for entry in RECIPES.iterdir() if entry.name.endswith(".toml")}
-    path = Path(recipe)
-    if recipe in shipped:
-        text = shipped[recipe].read_text(encoding="utf-8")
-    elif path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
-    else:
-        raise ToolkitError(f"no recipe {recipe!r}; name a TOML file or one of {', '.join(sorted(shipped))}")
+    shipped = {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
+    path = shipped.get(recipe, Path(recipe))
+    if not path.is_file():
+        raise ToolkitError(f"no recipe {recipe!r}; name a TOML file or one of {', '.join(shipped)}")
     try:
-        content = tomllib.loads(text)
+        content = tomllib.loads(path.read_text(encoding="utf-8", errors="replace"))
     except tomllib.TOMLDecodeError as problem:
         raise ToolkitError(f"recipe {recipe} is not valid TOML: {problem}; correct it") from None
     values: dict[str, object] = {}
@@ -255,10 +248,9 @@ def read_recipe(recipe: str) -> dict[str, object]:
 
 def write_config(config: TrainConfig, path: Path) -> None:
     """Write every setting as TOML, so that `--recipe PATH` repeats the run."""
-    lines = ["# Every setting of this run; --recipe with this file repeats it."]
     # TOML writes these values as JSON does.
-    lines += [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in asdict(config).items()]
-    write_text(path, "\n".join(lines) + "\n")
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in asdict(config).items()]
+    write_text(path, "# Every setting of this run; --recipe with this file repeats it.\n" + "".join(lines))
 
 
 def _assignment(text: str) -> tuple[str, str]:

@@ -6,8 +6,9 @@ Source: section 5 of Oquab et al. 2023; `DistillModel` says what was chosen wher
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 
@@ -28,7 +29,7 @@ from .objective.feature_distill_model import FeatureDistillModel
 from .objective.frozen_teacher import FrozenTeacher
 from .objective.multi_student import MultiStudent, student_figures
 from .pretrain import train
-from .run import NO_MONITORING, MonitorOptions, run_training
+from .run import LaunchOptions, run_training
 
 AVERAGE_MOMENTUM = (0.99, 0.99)  # of the student's average, start and end; chosen
 FEATURES_LR_RATIO = 3.0  # over pretraining's; measured: 61.8 % k-NN instead of 60.4 (Fashion-MNIST, 3 seeds, 300 steps)
@@ -61,9 +62,7 @@ def distill(
     options: Options,
     *,
     teacher: str,
-    resume: bool = False,
-    num_processes: int = 1,
-    monitor: MonitorOptions = NO_MONITORING,
+    **launch: Unpack[LaunchOptions],
 ) -> Result | None:
     """Train students on a manifest's images against a frozen teacher (arguments as in `run_training`).
 
@@ -76,18 +75,10 @@ def distill(
     Raises:
         ToolkitError: when the objective is `heads` and the teacher has none.
     """
+    sources = (Source("teacher", teacher, model_content_id(teacher)),)
+    build = partial(build_distill_model, config, teacher)
     result = run_training(
-        "train distill",
-        manifest_path,
-        output,
-        config,
-        options,
-        lambda: build_distill_model(config, teacher),
-        train,
-        sources=(Source("teacher", teacher, model_content_id(teacher)),),
-        resume=resume,
-        num_processes=num_processes,
-        monitor=monitor,
+        "train distill", manifest_path, output, config, options, build, train, sources=sources, **launch
     )
     if result is not None and not options.dry_run and len(config.students) > 1 and is_main_process():
         for student in config.students:
@@ -134,14 +125,7 @@ def distill_config(
     if objective is not None:
         flags["objective"] = objective
     return command_config(
-        DistillConfig,
-        output,
-        recipe,
-        assignments,
-        resume=resume,
-        seed=seed,
-        default_recipe=default_recipe,
-        flags=flags,
+        DistillConfig, output, recipe, assignments, resume=resume, seed=seed, default_recipe=default_recipe, flags=flags
     )
 
 
@@ -151,7 +135,7 @@ def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | F
     Raises:
         ToolkitError: when the teacher has no heads and they are wanted, or takes other channels.
     """
-    frozen = load_frozen_teacher(config, teacher)
+    frozen = _load_frozen_teacher(config, teacher)
     models: dict[str, DistillModel | FeatureDistillModel] = {}
     for arch in config.students:
         # As `run_training` does, so that each student starts as it would alone.
@@ -162,12 +146,8 @@ def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | F
     return MultiStudent(models) if len(models) > 1 else models[config.arch]
 
 
-def load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
-    """Return the teacher, with its heads if the objective needs them, in bfloat16 where autocast makes it that.
-
-    Raises:
-        ToolkitError: as `build_distill_model` does.
-    """
+def _load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
+    """Return the teacher, with its heads if the objective needs them, in bfloat16 where autocast makes it that."""
     heads = load_heads(teacher) if config.objective == "heads" else {}
     if config.objective == "heads" and not heads:
         raise ToolkitError(

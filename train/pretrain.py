@@ -8,11 +8,12 @@ Shapes: B images of this process's batch, 2 global and L local crops of each, N 
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
-import torch
 from accelerate import Accelerator
+from torch.optim import Optimizer
 
 from .. import console
 from ..errors import Stopped, ToolkitError
@@ -46,7 +47,7 @@ from .monitor.metrics import (
 )
 from .monitor.online_knn import knn_figures
 from .objective.networks import update_teacher
-from .run import CHECKPOINTS, NO_MONITORING, MonitorOptions, Run, run_training
+from .run import CHECKPOINTS, LaunchOptions, Run, run_training
 
 
 def pretrain(
@@ -55,28 +56,18 @@ def pretrain(
     config: TrainConfig,
     options: Options,
     *,
-    resume: bool = False,
     init_from: str | None = None,
-    num_processes: int = 1,
-    monitor: MonitorOptions = NO_MONITORING,
+    **launch: Unpack[LaunchOptions],
 ) -> Result | None:
     """Train a ViT on a manifest's images and leave a run folder (arguments as in `run_training`).
 
     Args:
         init_from: a run, weights file or Hugging Face folder to start the backbone from, and the heads where they fit.
     """
+    sources = () if init_from is None else (Source("init", init_from, model_content_id(init_from)),)
+    build = partial(build_model, config, init_from)
     return run_training(
-        "train pretrain",
-        manifest_path,
-        output,
-        config,
-        options,
-        lambda: build_model(config, init_from),
-        train,
-        sources=() if init_from is None else (Source("init", init_from, model_content_id(init_from)),),
-        resume=resume,
-        num_processes=num_processes,
-        monitor=monitor,
+        "train pretrain", manifest_path, output, config, options, build, train, sources=sources, **launch
     )
 
 
@@ -98,8 +89,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
     # Resume from the latest checkpoint.
     counts = {"step": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "replaced_images": 0}
     counts["micro_batch_size"] = config.micro_batch_size
-    saved = checkpoints(run.folder / CHECKPOINTS)
-    if saved:
+    if saved := checkpoints(run.folder / CHECKPOINTS):
         counts |= load_checkpoint(saved[-1], model, optimizer)
         console.say(f"resuming at step {counts['step']:,} of {config.steps:,}")
     if is_main:
@@ -214,7 +204,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             # Save; not while gradients are bad, for then the weights may be.
             is_due = (step + 1) % config.checkpoint_every == 0 and not counts["skipped_in_a_row"]
             if is_due or is_last or num_stopped:
-                save(run, optimizer, full_model, counts, is_main=is_main)
+                save(run, optimizer, full_model, counts)
                 accelerator.wait_for_everyone()
             if num_stopped and not is_last:
                 raise Stopped(f"stopped at step {step + 1:,} of {config.steps:,}, all saved; go on with --resume")
@@ -236,33 +226,23 @@ def rates_at(step: int, config: TrainConfig) -> Rates:
     """Return a step's learning rate, weight decay, teacher momentum and teacher temperature."""
     peak_lr = scaled_lr(config.base_lr, batch_sizes(config.batch_size).at(0))
     final_lr = peak_lr if config.hold_lr else config.min_lr
-    (first_decay, last_decay), (first_momentum, last_momentum) = config.weight_decay, config.momentum
-    first_temp, last_temp = config.teacher_temp
+    cosine = partial(warmup_then_cosine, step, num_steps=config.steps)
+    (first_temp, last_temp), temp_steps = config.teacher_temp, config.teacher_temp_warmup_steps
     return Rates(
-        lr=warmup_then_cosine(
-            step, base=peak_lr, final=final_lr, num_steps=config.steps, warmup_steps=config.warmup_steps
-        ),
-        weight_decay=warmup_then_cosine(step, base=first_decay, final=last_decay, num_steps=config.steps),
-        momentum=warmup_then_cosine(step, base=first_momentum, final=last_momentum, num_steps=config.steps),
-        teacher_temp=linear_then_constant(
-            step, start=first_temp, final=last_temp, num_steps=config.teacher_temp_warmup_steps
-        ),
+        lr=cosine(base=peak_lr, final=final_lr, warmup_steps=config.warmup_steps),
+        weight_decay=cosine(base=config.weight_decay[0], final=config.weight_decay[1]),
+        momentum=cosine(base=config.momentum[0], final=config.momentum[1]),
+        teacher_temp=linear_then_constant(step, start=first_temp, final=last_temp, num_steps=temp_steps),
     )
 
 
 def save(
-    run: Run,
-    optimizer: torch.optim.Optimizer,
-    full_model: Callable[[], TrainedModel | None],
-    counts: Mapping[str, int],
-    *,
-    is_main: bool,
+    run: Run, optimizer: Optimizer, full_model: Callable[[], TrainedModel | None], counts: Mapping[str, int]
 ) -> None:
     """Write a checkpoint and `metrics.parquet`. All processes must call it; the main one writes."""
-    optimizer_state = full_optimizer_state(optimizer, wanted=is_main)
     model = full_model()
+    optimizer_state = full_optimizer_state(optimizer, wanted=model is not None)
     if model is not None:
-        preprocess = preprocess_of(run.config)
-        keep = run.config.keep_checkpoints
+        preprocess, keep = preprocess_of(run.config), run.config.keep_checkpoints
         save_checkpoint(run.folder / CHECKPOINTS, model, optimizer_state, counts, preprocess, keep=keep)
         write_metrics_table(run.folder, replace(run.provenance, kind="metrics"))

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -64,6 +65,14 @@ class MonitorOptions:
 
 
 NO_MONITORING = MonitorOptions()
+
+
+class LaunchOptions(TypedDict, total=False):
+    """The arguments of `run_training` that every command of training passes on to it."""
+
+    resume: bool
+    num_processes: int
+    monitor: MonitorOptions
 
 
 @dataclass(frozen=True)
@@ -220,18 +229,17 @@ def own_folder(run: Run, options: Options) -> Iterator[None]:
 
 def check_batch(config: TrainConfig, num_processes: int) -> None:
     """Raise ToolkitError when a batch cannot be shared out evenly, at least two images to each process."""
-    smallest = 2 if config.koleo_weight else 1
-    sizes, micro_batch_size = batch_sizes(config.batch_size).sizes, config.micro_batch_size
-    for size in sizes:
+    micro_batch_size = config.micro_batch_size
+    for size in batch_sizes(config.batch_size).sizes:
         if size % num_processes or size < 2 * num_processes:
             raise ToolkitError(
                 f"batch_size {size} does not give each of {num_processes} processes the same number of "
                 "images, two or more; change one of the two"
             )
-    for size in (size // num_processes for size in sizes if micro_batch_size):
-        if 0 < size % micro_batch_size < smallest:
+        own = size // num_processes
+        if config.koleo_weight and micro_batch_size and own % micro_batch_size == 1:
             raise ToolkitError(
-                f"micro_batch_size {micro_batch_size} leaves a single one of the {size} images of a process, and KoLeo "
+                f"micro_batch_size {micro_batch_size} leaves a single one of the {own} images of a process, and KoLeo "
                 "needs two; choose another, or set koleo_weight=0"
             )
 
@@ -243,10 +251,7 @@ def finished_result(output: str) -> Result:
 
 
 def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path) -> Accelerator:
-    """Return the Accelerator of this process, which knows all others that a launcher started.
-
-    Args:
-        track: trackers that it logs to, in the run folder where they keep files.
+    """Return the Accelerator of this process, which knows all others that a launcher started, and logs to `track`.
 
     Raises:
         ToolkitError: if the launcher's processes do not find one another, or the batch cannot be shared out among them.
@@ -259,15 +264,13 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
         raise ToolkitError("FSDP is asked for with one process alone; start several with --num-processes or torchrun")
     if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ToolkitError("this GPU has no bfloat16; set mixed_precision=no")
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # without it Accelerate ignores torchrun on a machine without GPU
         mixed_precision=config.mixed_precision,
         log_with=list(track) or None,
         project_dir=run_folder,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
-        ],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise ToolkitError(
@@ -291,10 +294,10 @@ def describe(run: Run, model: TrainedModel, num_processes: int) -> None:
     sizes = batch_sizes(config.batch_size)
     samples = sizes.images_until(config.steps)
     batch = f"{sizes.at(0)}" if len(sizes.sizes) == 1 else f"{sizes.at(0)} to {sizes.at(config.steps - 1)}"
+    processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
     console.say(
         f"{config.arch}: {backbone / 1e6:.2f} M parameters, {heads / 1e6:.2f} M more in heads; "
-        f"{config.steps:,} steps of {batch} images in {num_processes} "
-        f"{'process' if num_processes == 1 else 'processes'}: {samples:,} samples, "
+        f"{config.steps:,} steps of {batch} images in {processes}: {samples:,} samples, "
         f"{samples / num_images:.1f} passes over {num_images:,} images; peak learning rate "
         f"{scaled_lr(config.base_lr, sizes.at(0)):.2e} (base_lr * sqrt(batch_size / 1024))"
     )
@@ -307,7 +310,7 @@ def describe_cost(run: Run, build: Callable[[], TrainedModel], num_processes: in
     with torch.device("meta"):
         model = build()
     describe(run, model, num_processes)
-    decoded = decoded_bytes(images, decoded_side_px(config), config.in_chans, config.bit_depth)
     num_seen = min(len(images), batch_sizes(config.batch_size).images_until(config.steps))
-    cache_bytes = min(config.cache_mib << 20, num_seen * decoded)
+    decoded = num_seen * decoded_bytes(images, decoded_side_px(config), config.in_chans, config.bit_depth)
+    cache_bytes = min(config.cache_mib << 20, decoded)
     say_cost(config, model, num_processes, base_mib * 2**20 + cache_bytes)

@@ -83,6 +83,7 @@ def draw_crops(
     low, high = np.maximum(neutral - strength, [0.0, 0.0, 0.0, -np.inf]), neutral + strength
     flip, jitter, gray, blur, sigma, solarize, _ = rest
     lowest_sigma, highest_sigma = view.blur_sigma_px
+    sigma_px = lowest_sigma + sigma * (highest_sigma - lowest_sigma)
     return Crops(
         size_px=view.size_px,
         boxes=_random_boxes(box, place, sizes, view),
@@ -91,9 +92,7 @@ def draw_crops(
         factors=low + factors.transpose(1, 2, 0) * (high - low),
         order=keys.transpose(1, 2, 0).argsort(axis=-1),
         gray=gray < view.grayscale,
-        blur_sigma_px=np.where(
-            blur < np.array(view.blur)[:, None], lowest_sigma + sigma * (highest_sigma - lowest_sigma), 0.0
-        ),
+        blur_sigma_px=np.where(blur < np.array(view.blur)[:, None], sigma_px, 0.0),
         solarize=solarize < np.array(view.solarize)[:, None],
     )
 
@@ -125,10 +124,7 @@ def _random_boxes(
 
 
 def apply_crops(
-    images: Tensor,
-    crops: Crops,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    images: Tensor, crops: Crops, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Tensor:
     """Cut, resize and colour the crops of a batch.
 
@@ -281,9 +277,8 @@ def _blur_(pixels: Tensor, sigma_px: NDArray[np.float64]) -> None:
     rows = _where(sigma_px > 0, pixels.device)
     if not len(rows):
         return
-    size = pixels.shape[-1]
     sigma = torch.from_numpy(sigma_px.ravel()).to(pixels.device, torch.float32)[rows]
-    weights = blur_weights(sigma, size)[:, None]  # (n, 1, S, S)
+    weights = blur_weights(sigma, pixels.shape[-1])[:, None]  # (n, 1, S, S)
     pixels[rows] = weights @ pixels[rows] @ weights.transpose(2, 3)
 
 

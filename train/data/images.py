@@ -70,9 +70,7 @@ def image_set(images: pa.Table) -> ImageSet:
     weights = images.column("weight").fill_null(1.0).to_numpy().astype(np.float64)
     if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
         raise ToolkitError("the weight column has negative values, or nothing above 0; weights say how often to draw")
-    if (weights == weights[0]).all():
-        return ImageSet(uris, None)
-    return ImageSet(uris, weights.cumsum())
+    return ImageSet(uris, None if (weights == weights[0]).all() else weights.cumsum())
 
 
 def drawn_rows(images: ImageSet, seed: int, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -81,14 +79,13 @@ def drawn_rows(images: ImageSet, seed: int, samples: NDArray[np.int64]) -> NDArr
     With equal weights every pass visits each image once. Otherwise position p of a pass, permuted, is a quantile of the
     weights: an image is drawn n times its share of the weights, rounded down or up.
     """
-    num_images = len(images)
+    num_images, weights = len(images), images.cumulative_weights
     passes, positions = np.divmod(samples, num_images)
     rows = counter_rng.permuted(seed, "order", passes, positions, num_images)
-    if images.cumulative_weights is None:
+    if weights is None:
         return rows
     quantiles = (rows + counter_rng.uniform(seed, "weighted order", samples, 1)[..., 0]) / num_images
-    total = images.cumulative_weights[-1]
-    drawn: NDArray[np.int64] = np.searchsorted(images.cumulative_weights, quantiles * total, side="right")
+    drawn: NDArray[np.int64] = np.searchsorted(weights, quantiles * weights[-1], side="right")
     return drawn
 
 

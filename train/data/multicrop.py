@@ -84,8 +84,7 @@ def make_masks(step: int, batch_size: int, config: TrainConfig, process: int, nu
     """Return this process's masks (2 B, N) of a step: drawn for the global batch, so that all processes agree."""
     generator = np.random.default_rng(counter_rng.derived_seed(config.seed, "masks", step))
     side = config.global_crop_size_px // config.patch_size
-    masks = block_masks(
-        2 * batch_size, (side, side), generator, probability=config.mask_probability, ratio=config.mask_ratio
-    )
+    probability, ratio = config.mask_probability, config.mask_ratio
+    masks = block_masks(2 * batch_size, (side, side), generator, probability=probability, ratio=ratio)
     views = masks.reshape(2, batch_size, side * side)[:, process::num_processes]
     return torch.from_numpy(views.reshape(-1, side * side))

@@ -1,6 +1,6 @@
 """The student's forward and backward pass for a step: at once, or in micro-batches whose gradients add up."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -28,8 +28,7 @@ def forward_backward(
 ) -> tuple[dict[str, Tensor], int]:
     """Add the gradients of a step to the student's weights.
 
-    When a GPU runs out of memory, the step is repeated in micro-batches of half as many images. The images of an
-    update stay the same, and so does its size.
+    When a GPU runs out of memory, the step is repeated in micro-batches of half as many images; its images stay.
 
     Args:
         wrapped: the model as Accelerate prepared it.
@@ -46,7 +45,7 @@ def forward_backward(
     """
     while True:
         torch.manual_seed(seed)
-        batches = split_microbatches(step, sequential_views=sequential_views, num_images=micro_batch_size)
+        batches = list(split_microbatches(step, sequential_views=sequential_views, num_images=micro_batch_size))
         try:
             return _accumulate(wrapped, batches, accelerator, seed), micro_batch_size
         except torch.OutOfMemoryError:
@@ -83,9 +82,8 @@ def halved(micro_batch_size: int, num_images: int, smallest: int) -> int | None:
 
 
 def _accumulate(
-    wrapped: nn.Module, microbatches: Iterable[MicroBatch], accelerator: Accelerator, seed: int
+    wrapped: nn.Module, batches: Sequence[MicroBatch], accelerator: Accelerator, seed: int
 ) -> dict[str, Tensor]:
-    batches = list(microbatches)
     # FSDP reduces the gradients of every micro-batch: whole gradients would take the memory that sharding saves.
     is_sharded = isinstance(next(wrapped.parameters()), DTensor)
     outputs: list[dict[str, Tensor]] = []
@@ -93,7 +91,7 @@ def _accumulate(
     for number, batch in enumerate(batches):
         if len(batch.cls_targets) != num_views:
             cpu.give_back_freed_memory(batch.masks.device)  # tensors of other sizes do not fit in the holes it left
-            num_views = len(batch.cls_targets)
+        num_views = len(batch.cls_targets)
         with nullcontext() if is_sharded or batch is batches[-1] else accelerator.no_sync(wrapped):
             part_seed = derived_seed(seed, "part", number)
             outputs.append(microbatch_backward(wrapped, batch, accelerator.backward, part_seed))
@@ -132,19 +130,9 @@ def sum_outputs(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def weighted_losses(losses: Mapping[str, Tensor], config: TrainConfig) -> dict[str, float]:
-    """Return each loss times its weight, as `NAME_weighted`; they add up to the total.
-
-    The losses of several students have the student's name in front.
-    """
-    weights = {
-        "dino_local": config.dino_weight,
-        "dino_global": config.dino_weight,
-        "ibot": config.ibot_weight,
-        "koleo": config.koleo_weight,
-        "cls_local": config.dino_weight,
-        "cls_global": config.dino_weight,
-        "patch": config.ibot_weight,
-    }
+    """Return each loss, of several students NAME_loss, times its weight as `LOSS_weighted`; the sum is the total."""
+    weights = dict.fromkeys(("dino_local", "dino_global", "cls_local", "cls_global"), config.dino_weight)
+    weights |= {"ibot": config.ibot_weight, "patch": config.ibot_weight, "koleo": config.koleo_weight}
     return {
         f"{name}_weighted": weight * float(value)
         for name, value in losses.items()

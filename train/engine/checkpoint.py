@@ -26,21 +26,17 @@ from ...errors import ToolkitError
 from ...models.head import ProjectionHead
 from ...models.preprocess import Preprocess
 from ...models.saved import TEACHER_FILE, save_model, save_students
-from ...models.vit import VisionTransformer
 from ..objective.distill_model import DistillModel
 from ..objective.feature_distill_model import FeatureDistillModel
 from ..objective.multi_student import MultiStudent
+from ..objective.networks import backbone_of
 from ..objective.ssl_model import SSLModel
 from .fsdp import placed_like, trained_state
 
 TrainedModel = SSLModel | DistillModel | FeatureDistillModel | MultiStudent
 
-STUDENT_FILE, BUFFERS_FILE, OPTIMIZER_FILE, STATE_FILE = (
-    "student.safetensors",
-    "buffers.safetensors",
-    "optimizer.pt",
-    "state.json",
-)
+STUDENT_FILE, BUFFERS_FILE = "student.safetensors", "buffers.safetensors"
+OPTIMIZER_FILE, STATE_FILE = "optimizer.pt", "state.json"
 
 
 def save_teacher(folder: Path, model: TrainedModel, preprocess: Preprocess) -> None:
@@ -50,15 +46,8 @@ def save_teacher(folder: Path, model: TrainedModel, preprocess: Preprocess) -> N
             save_teacher(folder / name, student, preprocess)
         save_students(folder, model.teacher, list(model.models))
         return
-    backbone, heads = model.teacher["backbone"], dict(model.teacher.items())
-    del heads["backbone"]
-    assert isinstance(backbone, VisionTransformer)
-    save_model(
-        folder,
-        backbone=backbone,
-        heads={name: head for name, head in heads.items() if isinstance(head, ProjectionHead)},
-        preprocess=preprocess,
-    )
+    heads = {name: network for name, network in model.teacher.items() if isinstance(network, ProjectionHead)}
+    save_model(folder, backbone=backbone_of(model.teacher), heads=heads, preprocess=preprocess)
 
 
 def save_checkpoint(
@@ -70,7 +59,9 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint, flush it, rename it into place, and remove all but the last `keep`.
+    """Write a checkpoint, flush it, rename it into place, and remove all but the last `keep`; return its folder.
+
+    An existing one is left alone: the same step has the same content.
 
     Args:
         folder: the run's `checkpoints` folder, made if missing.
@@ -78,10 +69,6 @@ def save_checkpoint(
         optimizer_state: the state_dict of the student's optimizer, with full tensors.
         state: the loop's counts; `step`, the number of steps done, names the checkpoint.
         preprocess: how images are prepared for the teacher.
-        keep: how many checkpoints stay, this one included.
-
-    Returns:
-        The checkpoint's folder. An existing one is left alone: the same step has the same content.
     """
     final = folder / f"step-{state['step']:07d}"
     if final.exists():
@@ -112,10 +99,8 @@ def checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a `checkpoints` folder, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(
-        (path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)),
-        key=lambda path: int(path.name.removeprefix("step-")),
-    )
+    complete = (path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name))
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -128,13 +113,12 @@ def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Opti
     for side, file in (("student", STUDENT_FILE), ("teacher", TEACHER_FILE)):
         tensors |= {f"{side}.{name}": value for name, value in load_file(path / file).items()}
     own = trained_state(model)
-    expected = {name: value.shape for name, value in own.items()}
-    found = {name: value.shape for name, value in tensors.items()}
-    if expected != found:
-        name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    wanted, found = ({name: tuple(value.shape) for name, value in state.items()} for state in (own, tensors))
+    if wanted != found:
+        name = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ToolkitError(
-            f"checkpoint {path} is of another model: {name} is {_shape(found, name)}, wanted {_shape(expected, name)}; "
-            "resume with the run's own config.toml"
+            f"checkpoint {path} is of another model: {name} is {found.get(name, 'missing')}, wanted "
+            f"{wanted.get(name, 'missing')}; resume with the run's own config.toml"
         )
     placed = {name: placed_like(value, own[name]) for name, value in tensors.items()}
     model.load_state_dict(placed, strict=False)  # compared above; a frozen teacher is not in it
@@ -146,10 +130,6 @@ def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Opti
     optimizer.load_state_dict(saved)
     state: dict[str, int] = json.loads((path / STATE_FILE).read_text())
     return state
-
-
-def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
-    return str(tuple(shapes[name])) if name in shapes else "missing"
 
 
 def _flush(path: Path) -> None:

@@ -89,13 +89,9 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def full_model(model: Model, empty: Model, *, wanted: bool) -> Model | None:
-    """Return a model with full tensors in main memory, without its frozen teacher; None where it is not wanted.
+    """Return a sharded model whole in main memory, without its frozen teacher; None where it is not wanted.
 
-    All processes must call it.
-
-    Args:
-        model: sharded.
-        empty: its `meta_copy`.
+    All processes must call it. `empty` is the model's `meta_copy`.
     """
     state = {}
     for name, value in trained_state(model).items():

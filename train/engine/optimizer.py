@@ -33,13 +33,10 @@ def parameter_multipliers(
     Source: dinov2/utils/param_groups.py. Biases, norms and LayerScale are not decayed; all else is, tokens, position
     embedding and both halves of the weight norm included.
     """
-    block = re.match(r"blocks\.(\d+)\.", name)
-    if depth == 0:
-        layers_above = 0
-    elif block:
+    if block := re.match(r"blocks\.(\d+)\.", name):
         layers_above = depth - int(block[1])
     else:
-        layers_above = 0 if name.startswith("norm.") else depth + 1
+        layers_above = 0 if depth == 0 or name.startswith("norm.") else depth + 1
     lr = layerwise_decay**layers_above * (patch_embed_lr_mult if name.startswith("patch_embed.") else 1.0)
     is_decayed = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
     return Multipliers(lr, float(is_decayed), "last_layer" in name, is_head=depth == 0)
@@ -88,10 +85,7 @@ def apply_schedules(
     weight_decay: float,
     backbone_lr: float | None = None,
 ) -> None:
-    """Write a step's learning rate and weight decay, times their multipliers, into every group.
-
-    `backbone_lr` None means `lr`.
-    """
+    """Write a step's rates, times their multipliers, into every group; `backbone_lr` None means `lr`."""
     for group in optimizer.param_groups:
         rate = last_layer_lr if group["is_last_layer"] else lr
         if backbone_lr is not None and not group["is_head"]:
@@ -102,7 +96,5 @@ def apply_schedules(
 
 def clip_gradients(networks: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
     """Scale each network's gradients to a norm of at most `max_norm`; return the norms before, by network."""
-    return {
-        name: full_tensor(nn.utils.clip_grad_norm_(network.parameters(), max_norm))
-        for name, network in networks.items()
-    }
+    clip = nn.utils.clip_grad_norm_
+    return {name: full_tensor(clip(network.parameters(), max_norm)) for name, network in networks.items()}

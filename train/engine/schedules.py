@@ -15,10 +15,7 @@ Growth = tuple[tuple[int, int], ...]  # (images seen, batch from then on), both 
 
 
 def linear_then_constant(step: int, *, start: float, final: float, num_steps: int) -> float:
-    """Return the value of a line from `start` at step 0 to `final` at step num_steps - 1, then `final`.
-
-    The teacher's temperature goes from 0.04 to 0.07 this way.
-    """
+    """Return the value of a line from `start` at step 0 to `final` at step num_steps - 1, then `final`."""
     if step >= num_steps:
         return final
     return start + (final - start) * step / max(num_steps - 1, 1)
@@ -29,8 +26,7 @@ def warmup_then_cosine(
 ) -> float:
     """Return the value of a line from `warmup_start` to `base`, then of half a cosine from `base` towards `final`.
 
-    The line takes `warmup_steps`, both ends included. With no warm-up the cosine starts at step 0: so do weight decay
-    and the EMA's momentum.
+    The line takes `warmup_steps`, both ends included; without any the cosine starts at step 0.
     """
     if step < warmup_steps:
         return linear_then_constant(step, start=warmup_start, final=base, num_steps=warmup_steps)

@@ -57,14 +57,11 @@ class Crops:
 def crops_of(config: TrainConfig, *, is_masked: bool) -> tuple[Crops, Crops]:
     """Return the global and the local crops of an image; without masks a loss reads all tokens of global ones."""
     extra = 1 + config.num_register_tokens
-    num_patches, num_local_patches = (
-        (size // config.patch_size) ** 2 for size in (config.global_crop_size_px, config.local_crop_size_px)
-    )
+    num_patches = (config.global_crop_size_px // config.patch_size) ** 2
+    num_local_patches = (config.local_crop_size_px // config.patch_size) ** 2
     share = config.mask_probability * sum(config.mask_ratio) / 2 if is_masked else 1.0
-    return (
-        Crops(2, extra + num_patches, 1 + share * num_patches),
-        Crops(config.num_local_crops, extra + num_local_patches, 1.0),
-    )
+    global_crops = Crops(2, extra + num_patches, 1 + share * num_patches)
+    return global_crops, Crops(config.num_local_crops, extra + num_local_patches, 1.0)
 
 
 def flop_per_image(config: TrainConfig, model: TrainedModel) -> float:
@@ -141,7 +138,8 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     - a fifth of the activations, which the allocator loses; on a CPU a tenth of everything, by which the process may
       grow (`cpu.TidyHeap`)
     """
-    crops = crops_of(config, is_masked=isinstance(model, SSLModel))
+    is_masked = isinstance(model, SSLModel)
+    crops = crops_of(config, is_masked=is_masked)
     size = max(batch_sizes(config.batch_size).sizes) // num_processes
     micro_batch_size = min(config.micro_batch_size or size, size)
     copies = 4 if config.sequential_views or micro_batch_size < size or config.activation_checkpointing == "full" else 3
@@ -149,10 +147,7 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
         weight.numel() * weight.element_size() * (copies if weight.requires_grad else 1)
         for weight in model.parameters()
     )
-    pixels = sum(
-        kind.number * side**2
-        for kind, side in zip(crops, (config.global_crop_size_px, config.local_crop_size_px), strict=True)
-    )
+    pixels = 2 * config.global_crop_size_px**2 + config.num_local_crops * config.local_crop_size_px**2
     inputs = 4 * config.in_chans * size * pixels
     head = _head_of(model.student)
     num_prototypes = 0 if head is None else head.num_prototypes
@@ -160,7 +155,6 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     passes = [list(crops)]
     if config.sequential_views:
         passes = [[replace(crops[0], number=1)], [replace(crops[1], number=(crops[1].number + 1) // 2)]]
-    is_masked = isinstance(model, SSLModel)
     kept = micro_batch_size * max(
         sum(_kept_bytes(config, backbone_of(student), kinds, is_masked) for student in _students(model))
         + 3 * 4 * num_prototypes * sum(kind.read for kind in kinds)
@@ -236,10 +230,9 @@ def say_cost(config: TrainConfig, model: TrainedModel, num_processes: int, base_
 
 
 def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    for unit, length in (("days", 48 * 60), ("hours", 120), ("minutes", 2)):
-        if minutes >= length:
-            return f"{minutes / {'days': 1440, 'hours': 60, 'minutes': 1}[unit]:,.0f} {unit}"
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
     return f"{seconds:,.0f} seconds"
 
 

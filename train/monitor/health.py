@@ -25,10 +25,7 @@ def teacher_figures(step: MicroBatch) -> dict[str, Tensor]:
     if not step.are_probs:
         return {}
     probs = step.cls_targets.flatten(0, 1)  # (2, B, K) -> (2 B, K)
-    return {
-        "teacher_cls_probs": probs.mean(0),
-        "teacher_entropy": torch.special.entr(probs).sum(1).mean(),
-    }
+    return {"teacher_cls_probs": probs.mean(0), "teacher_entropy": torch.special.entr(probs).sum(1).mean()}
 
 
 def health_figures(outputs: Mapping[str, Tensor]) -> dict[str, float]:
@@ -78,10 +75,7 @@ def feature_std(tokens: Tensor) -> float:
 
 
 def collapse_reason(figures: Mapping[str, float]) -> str | None:
-    """Say how the figures show a collapse and what to change, or return None when they do not.
-
-    Of a teacher without prototypes there are no figures; then only the student's features tell.
-    """
+    """Say how the figures, those of the teacher if there are any, show a collapse and what to change; None else."""
     if "teacher_entropy" in figures:
         entropy, to_uniform = figures["teacher_entropy"], figures["teacher_kl_to_uniform"]
         if to_uniform < (1 - UNIFORM_SHARE) * (entropy + to_uniform):

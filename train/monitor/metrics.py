@@ -59,8 +59,7 @@ def write_metrics_table(run_folder: Path, provenance: Provenance) -> None:
 def averaged(outputs: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
     """Return a step's outputs with scalars and mean probabilities averaged over the processes; tokens stay local."""
     local = {name: value for name, value in outputs.items() if value.ndim < 2}
-    means: dict[str, Tensor] = accelerator.reduce(local, reduction="mean")
-    return {**outputs, **means}
+    return {**outputs, **accelerator.reduce(local, reduction="mean")}
 
 
 class Throughput:

@@ -31,11 +31,7 @@ class LabelledImages(NamedTuple):
     labels: NDArray[np.str_]  # (n,)
 
 
-class LabelledSets(NamedTuple):
-    """The images that vote, and those whose class is predicted."""
-
-    train: LabelledImages
-    test: LabelledImages
+LabelledSets = tuple[LabelledImages, LabelledImages]  # those that vote, and those whose class is predicted
 
 
 def labelled_sets(train: str, test: str) -> LabelledSets:
@@ -44,10 +40,10 @@ def labelled_sets(train: str, test: str) -> LabelledSets:
     Raises:
         ToolkitError: if one has no labels, or the images that vote are all of one class.
     """
-    sets = LabelledSets(_labelled("--eval-train", train), _labelled("--eval-test", test))
-    if len(labels := set(sets.train.labels.tolist())) < 2:
+    voting, tested = _labelled("--eval-train", train), _labelled("--eval-test", test)
+    if len(labels := set(voting.labels.tolist())) < 2:
         raise ToolkitError(f"all labels of --eval-train {train} are {min(labels)!r}; k-NN needs two classes or more")
-    return sets
+    return voting, tested
 
 
 def _labelled(option: str, name: str) -> LabelledImages:
@@ -63,15 +59,14 @@ def knn_figures(model: TrainedModel | None, sets: LabelledSets, config: TrainCon
 
     Empty without a model, as in all processes but the main one.
     """
-    backbones = {} if model is None else dict(model.teacher.items())
+    parts = {} if model is None else dict(model.teacher.items())
+    backbones = {name: part for name, part in parts.items() if isinstance(part, VisionTransformer)}
+    preprocess, num_workers = preprocess_of(config), config.num_workers
     # Blocks are compiled for the batches of training, not for these.
     with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
         return {
-            name.removesuffix("backbone") + "knn": knn_accuracy(
-                part, sets, preprocess_of(config), num_workers=config.num_workers
-            )
+            name.removesuffix("backbone") + "knn": knn_accuracy(part, sets, preprocess, num_workers=num_workers)
             for name, part in backbones.items()
-            if isinstance(part, VisionTransformer)
         }
 
 
@@ -81,8 +76,7 @@ def knn_accuracy(backbone: VisionTransformer, sets: LabelledSets, preprocess: Pr
     Features are the class tokens; no random number is drawn. Images that cannot be read are left out, said on stderr.
     """
     model = FeatureModel(Source("model", "teacher", ""), backbone.embed_dim, preprocess, backbone)
-    train_features, train_labels = _features(model, sets.train, num_workers)
-    test_features, test_labels = _features(model, sets.test, num_workers)
+    (train_features, train_labels), (test_features, test_labels) = (_features(model, it, num_workers) for it in sets)
     names, train_classes = np.unique(train_labels, return_inverse=True)
     k = min(K, len(train_classes))
     predictions = knn_predictions(train_features, train_classes, test_features, (k,))[k]

@@ -32,9 +32,7 @@ def tracked(accelerator: Accelerator, run_folder: Path, config: TrainConfig) -> 
     if not accelerator.log_with:
         yield
         return
-    settings = {
-        name: value if isinstance(value, int | float | str) else str(value) for name, value in asdict(config).items()
-    }
+    settings = {name: it if isinstance(it, int | float | str) else str(it) for name, it in asdict(config).items()}
     keywords = {tracker: {key: run_folder.name} for tracker, key in RUN_NAME_KEYS.items()}
     accelerator.init_trackers(PROJECT, config=settings, init_kwargs=keywords)
     try:

@@ -99,9 +99,7 @@ def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: fl
 
 
 def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, *, student_temp: float = 0.1) -> Tensor:
-    """Return the cross-entropy of masked patches, averaged within each crop, then over all crops.
-
-    Crops without a mask count as 0 in the average, as in the official code.
+    """Return the cross-entropy of masked patches, averaged within each crop, then over all crops, the unmasked as 0.
 
     Args:
         student_logits: (M, K), the masked patches crop by crop, in the order `patch_tokens[masks]` gives.
@@ -202,10 +200,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, *, num_iterations: int = 
 
 @torch.no_grad()
 def softmax_center(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
-    """Return teacher probabilities softmax((z - center) / temperature): (rows, K), (1, K) -> (rows, K), float32.
-
-    Source: centering of Caron et al. 2021 (DINO).
-    """
+    """Return softmax((z - center) / temperature), as in DINO: (rows, K), (1, K) -> (rows, K), float32."""
     return ((logits.float() - center) / temperature).softmax(-1)
 
 

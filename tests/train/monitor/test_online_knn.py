@@ -55,8 +55,8 @@ def test_a_manifest_with_labels_is_read_and_one_without_is_refused(tmp_path: Pat
     uris = sorted(str(path) for path in folder.glob("*/*.png"))
     pq.write_table(pa.table({"uri": uris, "label": [Path(uri).parent.name for uri in uris]}), tmp_path / "a.parquet")
     manifest = str(tmp_path / "a.parquet")
-    sets = labelled_sets(manifest, manifest)
-    assert sets.train.uris == uris and sets.train.labels.tolist() == ["blue", "blue", "red", "red"]
+    voting, tested = labelled_sets(manifest, manifest)
+    assert voting.uris == tested.uris == uris and voting.labels.tolist() == ["blue", "blue", "red", "red"]
     pq.write_table(pa.table({"uri": uris}), tmp_path / "none.parquet")
     with pytest.raises(ToolkitError, match="--eval-test .*none.parquet has no labels; give a manifest"):
         labelled_sets(manifest, str(tmp_path / "none.parquet"))
