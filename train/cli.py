@@ -1,6 +1,5 @@
 """dinov2 train: manifests in, run folders out."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -79,19 +78,12 @@ def pretrain(
     from ..features.launch import prints_result
     from .config import TrainConfig, command_config
     from .pretrain import pretrain as run
-    from .run import MonitorOptions
+    from .run import LaunchOptions, MonitorOptions
 
     config = command_config(TrainConfig, output, recipe, assignments or [], resume=resume, seed=seed)
-    result = run(
-        manifest,
-        output,
-        config,
-        replace(shared, seed=config.seed),
-        resume=resume,
-        init_from=init_from,
-        num_processes=num_processes,
-        monitor=MonitorOptions(eval_train, eval_test, tuple(track or ()), preview),
-    )
+    monitor = MonitorOptions(eval_train, eval_test, tuple(track or ()), preview)
+    launch: LaunchOptions = {"resume": resume, "num_processes": num_processes, "monitor": monitor}
+    result = run(manifest, output, config, shared, init_from=init_from, **launch)
     return result if prints_result() else None
 
 
@@ -125,19 +117,12 @@ def distill(
     from ..features.launch import prints_result
     from .distill import distill as run
     from .distill import distill_config
-    from .run import MonitorOptions
+    from .run import LaunchOptions, MonitorOptions
 
     config = distill_config(
         output, teacher, arch or [], recipe, assignments or [], objective=objective, resume=resume, seed=seed
     )
-    result = run(
-        manifest,
-        output,
-        config,
-        replace(shared, seed=config.seed),
-        teacher=teacher,
-        resume=resume,
-        num_processes=num_processes,
-        monitor=MonitorOptions(eval_train, eval_test, tuple(track or ()), preview),
-    )
+    monitor = MonitorOptions(eval_train, eval_test, tuple(track or ()), preview)
+    launch: LaunchOptions = {"resume": resume, "num_processes": num_processes, "monitor": monitor}
+    result = run(manifest, output, config, shared, teacher=teacher, **launch)
     return result if prints_result() else None

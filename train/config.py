@@ -171,10 +171,8 @@ def resolve(
     """Return the settings of a run: defaults < recipe < DINOV2_KEY in the environment < flags < key=value.
 
     Args:
-        kind: `TrainConfig`, or a dataclass derived from it.
         recipe: the name of a recipe that ships with the toolkit, a TOML file, or None for the defaults alone.
         environment: such as `os.environ`; other variables are ignored.
-        flags: values from the command line.
         assignments: "key=value" texts.
 
     Raises:

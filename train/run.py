@@ -57,11 +57,11 @@ class MonitorOptions:
     def check(self) -> LabelledSets | None:
         """Return the labelled images, if any are given; raise ToolkitError for options that cannot be followed."""
         check_trackers(self.track)
-        if self.eval_train is None and self.eval_test is None:
-            return None
-        if self.eval_train is None or self.eval_test is None:
+        if self.eval_train is not None and self.eval_test is not None:
+            return labelled_sets(self.eval_train, self.eval_test)
+        if self.eval_train != self.eval_test:
             raise ToolkitError("--eval-train and --eval-test go together; give both, or neither")
-        return labelled_sets(self.eval_train, self.eval_test)
+        return None
 
 
 NO_MONITORING = MonitorOptions()
@@ -103,7 +103,6 @@ def run_training(
     """Train a model on a manifest's images and leave a run folder; return None after a dry run.
 
     Args:
-        command: such as "train pretrain", for the provenance.
         manifest_path: images, one a row; an optional `weight` column says how often each is drawn. None stands for the
             newest pool in the catalog, said on stderr.
         output: the run folder as the user gave it.
@@ -113,7 +112,6 @@ def run_training(
         sources: what is read beside the manifest.
         resume: go on from the latest checkpoint in `output`, if there is one.
         num_processes: how many to start on this machine, unless a launcher has started this one.
-        monitor: what is measured beside the training, which it does not change.
 
     Raises:
         Stopped: if a signal came; everything is saved.

@@ -68,7 +68,6 @@ def draw_crops(
     """Draw the crops of a batch.
 
     Args:
-        seed: the run's.
         purpose: keeps global and local crops apart.
         samples: (B,) index of each sample in the run.
         sizes: (B, 2) height and width of each image in pixels.

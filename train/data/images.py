@@ -139,12 +139,10 @@ def read_batches(
     """Yield batches, the next ones being decoded meanwhile.
 
     Args:
-        seed: the run's.
         batches: the samples of each, all processes together; this one reads every `num_processes`-th.
         short_side_px: larger images are shrunk to this short side when decoded.
         num_workers: threads that decode ahead, each its part of every batch; 0 decodes a batch when asked for it.
         cache_bytes: decoded images kept in memory, until that many bytes are full.
-        in_chans, bit_depth: of the pixels, 8 or 16 bits.
 
     Raises:
         ToolkitError: if a thousand images in a row cannot be read.

@@ -26,7 +26,6 @@ def block_masks(
     Args:
         num_crops: global crops of a batch, 2 B.
         grid: rows and columns of patches, N = rows * columns.
-        generator: of all random numbers.
         probability: share of crops that are masked.
         ratio: least and greatest share of a masked crop's patches.
 

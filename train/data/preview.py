@@ -26,10 +26,6 @@ MASK_COLOUR = (0.53, 0.33, 0.75)  # of the patches that the student does not see
 def draw_preview(output: str, images: ImageSet, config: TrainConfig, provenance: Provenance, options: Options) -> None:
     """Write the sheet of a run's first images as a PNG, unless it is up to date.
 
-    Args:
-        output: the PNG file.
-        images, config, provenance: of the run.
-
     Raises:
         ToolkitError: if the output is no PNG, or something else stands there and --force was not given.
     """

@@ -101,12 +101,9 @@ def _accumulate(
 def microbatch_backward(
     wrapped: nn.Module, batch: MicroBatch, backward: Callable[[Tensor], object], seed: int
 ) -> dict[str, Tensor]:
-    """Add the gradients of a micro-batch to the student's weights; return the losses, detached.
+    """Add the gradients of a micro-batch to the student's weights, by `backward(loss)`; return the losses, detached.
 
-    Args:
-        wrapped: the model as Accelerate prepared it.
-        backward: runs the backward pass from a loss.
-        seed: of stochastic depth where a CPU runs the views apart; elsewhere it draws torch's own numbers.
+    `seed` is of stochastic depth where a CPU runs the views apart; elsewhere it draws torch's own numbers.
     """
 
     def run(batch: MicroBatch) -> dict[str, Tensor]:

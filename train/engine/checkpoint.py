@@ -97,9 +97,7 @@ def save_checkpoint(
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a `checkpoints` folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    complete = (path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name))
+    complete = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
     return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 

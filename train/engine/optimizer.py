@@ -51,12 +51,8 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Return AdamW over the trained parameters of backbone and heads, one group for each `Multipliers`.
 
-    The learning rate is 0 until `apply_schedules`.
-
-    Args:
-        networks: such as SSLModel's `student`; the heads have rate 1 throughout.
-        layerwise_decay, patch_embed_lr_mult: as in `parameter_multipliers`.
-        betas: of AdamW.
+    The learning rate is 0 until `apply_schedules`; `layerwise_decay` and `patch_embed_lr_mult` are for the backbone,
+    as in `parameter_multipliers`.
     """
     groups: dict[Multipliers, list[nn.Parameter]] = {}
     for network in networks.values():

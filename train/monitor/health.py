@@ -79,19 +79,13 @@ def collapse_reason(figures: Mapping[str, float]) -> str | None:
     if "teacher_entropy" in figures:
         entropy, to_uniform = figures["teacher_entropy"], figures["teacher_kl_to_uniform"]
         if to_uniform < (1 - UNIFORM_SHARE) * (entropy + to_uniform):
-            return (
-                f"the teacher's outputs are uniform (entropy {entropy:.2f} of {entropy + to_uniform:.2f} nats): "
-                "lower teacher_temp, or set centering to sinkhorn_knopp, or raise base_lr if it is very low"
-            )
-        if figures["prototype_perplexity"] < MIN_PERPLEXITY:
-            return (
-                f"the teacher gives all images the same prototype ({figures['prototype_perplexity']:.1f} in use): "
-                "set centering to sinkhorn_knopp, lower base_lr, or raise momentum"
-            )
+            found = f"the teacher's outputs are uniform (entropy {entropy:.2f} of {entropy + to_uniform:.2f} nats)"
+            return f"{found}: lower teacher_temp, set centering to sinkhorn_knopp, or raise base_lr if it is very low"
+        if (perplexity := figures["prototype_perplexity"]) < MIN_PERPLEXITY:
+            found = f"the teacher gives all images the same prototype ({perplexity:.1f} in use)"
+            return f"{found}: set centering to sinkhorn_knopp, lower base_lr, or raise momentum"
     feature_std = min(value for name, value in figures.items() if name.endswith("feature_std"))
     if feature_std < MIN_FEATURE_STD:
-        return (
-            f"the class tokens of all images are alike (spread {feature_std:.3f} of 1): "
-            "raise koleo_weight, lower base_lr, or raise batch_size"
-        )
+        found = f"the class tokens of all images are alike (spread {feature_std:.3f} of 1)"
+        return f"{found}: raise koleo_weight, lower base_lr, or raise batch_size"
     return None

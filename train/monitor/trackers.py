@@ -29,9 +29,6 @@ def check_trackers(names: Sequence[str]) -> None:
 @contextmanager
 def tracked(accelerator: Accelerator, run_folder: Path, config: TrainConfig) -> Iterator[None]:
     """Start the trackers that the Accelerator was made with, named after the run, and finish them however it ends."""
-    if not accelerator.log_with:
-        yield
-        return
     settings = {name: it if isinstance(it, int | float | str) else str(it) for name, it in asdict(config).items()}
     keywords = {tracker: {key: run_folder.name} for tracker, key in RUN_NAME_KEYS.items()}
     accelerator.init_trackers(PROJECT, config=settings, init_kwargs=keywords)

@@ -22,13 +22,8 @@ class DistillModel(nn.Module):
     """DINOv2's distillation: the objective of pretraining against a larger, frozen teacher with its own prototypes.
 
     No patch is masked and no block dropped. The iBOT loss reads all patch tokens of the global crops. The other losses
-    are those of pretraining. `student` and `teacher` are ModuleDicts as in SSLModel: `teacher` is the average of the
-    student, which is the result, and `frozen` is the model that gives the targets.
-
-    Args:
-        backbone: the student's; width, depth and patch size are its own.
-        frozen: the frozen teacher, with its heads.
-        losses: temperature and weights of the losses.
+    are those of pretraining. `student`, which starts with new heads of the frozen ones' dimensions, and `teacher`, its
+    average and the result, are ModuleDicts as in SSLModel. `frozen`, with its heads, gives the targets.
 
     Source: section 5 of Oquab et al. 2023 (the code was not released).
     """
@@ -36,7 +31,13 @@ class DistillModel(nn.Module):
     def __init__(self, backbone: VisionTransformer, frozen: FrozenTeacher, losses: LossSettings = PAPER_LOSSES) -> None:
         super().__init__()
         backbone.mask_token.requires_grad_(False)  # nothing is masked, and processes wait for every gradient
-        heads = {name: _new_head(head, backbone) for name, head in frozen.networks.items() if name != "backbone"}
+        heads = {
+            name: ProjectionHead(
+                backbone.embed_dim, head.num_prototypes, hidden_dim=head.hidden_dim, bottleneck_dim=head.bottleneck_dim
+            )
+            for name, head in frozen.networks.items()
+            if isinstance(head, ProjectionHead)
+        }
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
         self.teacher = TeacherNetworks(copy.deepcopy(dict(self.student.items())))
         self.frozen = frozen
@@ -65,11 +66,3 @@ class DistillModel(nn.Module):
         patch_tokens = features[0].patch_tokens[:num_global]  # none where there are no global crops
         cls_logits, patch_logits = head_logits(self.student, cls_tokens, patch_tokens.flatten(0, 1))
         return microbatch_losses(batch, cls_logits, patch_logits, cls_tokens[:num_global], self.losses)
-
-
-def _new_head(head: nn.Module, backbone: VisionTransformer) -> ProjectionHead:
-    """Return an untrained head with the teacher head's dimensions, for features of the backbone."""
-    assert isinstance(head, ProjectionHead)
-    return ProjectionHead(
-        backbone.embed_dim, head.num_prototypes, hidden_dim=head.hidden_dim, bottleneck_dim=head.bottleneck_dim
-    )

@@ -27,12 +27,7 @@ class FeatureDistillModel(nn.Module):
     Class and patch tokens of a global crop match the teacher's of the same crop. Class tokens of local crops match the
     mean of the teacher's two global ones. Nothing is masked or dropped. KoLeo spreads the student's class tokens as in
     pretraining. `student` holds `backbone` and two projectors; `teacher` is the average of the backbone, which is the
-    result, and `frozen` is the model that gives the targets.
-
-    Args:
-        backbone: the student's; width, depth and patch size are its own.
-        frozen: the frozen teacher; its heads, if any, are not used.
-        losses: weights of the losses.
+    result, and `frozen`, without its heads if any, gives the targets.
 
     Source: chosen; the paper distils by heads. Standardised targets: Heinrich et al. 2025 (RADIOv2.5).
     """

@@ -56,13 +56,9 @@ class FrozenTeacher(nn.Module):
         return backbone_of(self.networks)
 
     def forward(self, crops: Tensor, patch_size: int) -> Features:
-        """Return the teacher's features of crops, on the patch grid of a student of `patch_size`.
+        """Return the teacher's features of crops (B, C, H, W), on the patch grid of a student of `patch_size`.
 
         A teacher of another patch size sees the crops resized so that its grid is the same.
-
-        Args:
-            crops: (B, C, H, W) as the student sees them.
-            patch_size: the student's; H and W are multiples of it.
         """
         height, width = (side // patch_size * self.backbone.patch_size for side in crops.shape[2:])
         if (height, width) != tuple(crops.shape[2:]):

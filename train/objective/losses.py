@@ -90,7 +90,6 @@ def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: fl
     Args:
         student_logits: (V, B, K), row b of each view from image b.
         teacher_probs: (teacher views, B, K), rows that sum to 1.
-        student_temp: temperature of the student's softmax.
 
     Source: DINO objective, section 4 of Oquab et al. 2023. Dividing by the number of pairs is left to the caller.
     """
@@ -105,7 +104,6 @@ def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, *, s
         student_logits: (M, K), the masked patches crop by crop, in the order `patch_tokens[masks]` gives.
         teacher_probs: (M, K), of the same patches.
         masks: (crops, N) bool with M True in all.
-        student_temp: temperature of the student's softmax.
 
     Source: iBOT objective, section 4 of Oquab et al. 2023; Zhou et al. 2022.
     """
@@ -146,10 +144,8 @@ def koleo_loss(features: Tensor, *, gather: bool = False) -> Tensor:
     Source: KoLeo regulariser, section 4 of Oquab et al. 2023; Sablayrolles et al. 2019.
     """
     if len(features) < 2:
-        raise ToolkitError(
-            f"KoLeo needs at least 2 images in each process's batch and got {len(features)}; "
-            "raise the batch size or set the KoLeo weight to 0"
-        )
+        needed = "KoLeo needs at least 2 images in each process's batch"
+        raise ToolkitError(f"{needed} and got {len(features)}; raise batch_size or set koleo_weight to 0")
     with torch.autocast(features.device.type, enabled=False):
         normed = F.normalize(features.float(), dim=-1, eps=1e-8)
         everyone, first = normed, 0
@@ -174,7 +170,6 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, *, num_iterations: int = 
     Args:
         logits: (rows, K), any floating dtype.
         temperature: of the teacher; 0.04 to 0.07 in the paper.
-        num_iterations: 3 in the paper.
 
     Returns:
         (rows, K) float32; each row sums to 1.

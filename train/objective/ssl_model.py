@@ -45,8 +45,6 @@ class SSLModel(nn.Module):
     Args:
         backbone, dino_head: the student's; both become part of this module.
         ibot_head: a head of its own for patches (untied heads), or None to share `dino_head`.
-        centering: how teacher logits become probabilities.
-        losses: temperature and weights of the losses.
     """
 
     dino_center: Tensor
@@ -120,7 +118,6 @@ def microbatch_losses(
         cls_logits: (V b + L b, K), the student's for the global and local crops, view by view.
         patch_logits: (M, K), the student's for the patches under the masks, crop by crop.
         cls_tokens: (V b, D), the student's of the global crops, before the head.
-        settings: temperature and weights.
 
     Returns:
         `dino_local`, `dino_global` (each pair's mean cross-entropy over the number of all pairs, 2 + 2 L, so their
