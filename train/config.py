@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import MappingProxyType, UnionType
+from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .. import console
@@ -157,15 +157,14 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 # Lengths of schedules: whatever sets `steps` scales those that it does not set itself.
 SCHEDULE_KEYS = ("warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps", "freeze_backbone_steps")
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def resolve(
     kind: type[Config],
     recipe: str | None = None,
     *,
-    environment: Mapping[str, str] = NOTHING,
-    flags: Mapping[str, object] = NOTHING,
+    environment: Mapping[str, str] = {},
+    flags: Mapping[str, object] = {},
     assignments: Sequence[str] = (),
 ) -> Config:
     """Return the settings of a run: defaults < recipe < DINOV2_KEY in the environment < flags < key=value.
@@ -207,7 +206,7 @@ def command_config(
     resume: bool,
     seed: int | None,
     default_recipe: str = "tiny",
-    flags: Mapping[str, object] = NOTHING,
+    flags: Mapping[str, object] = {},
 ) -> Config:
     """Return the settings of a command, as `resolve` does; the recipe is `given_recipe` or else `default_recipe`."""
     recipe = given_recipe(output, recipe, resume)
@@ -238,10 +237,8 @@ def read_recipe(recipe: str) -> dict[str, object]:
         content = tomllib.loads(path.read_text(encoding="utf-8", errors="replace"))
     except tomllib.TOMLDecodeError as problem:
         raise ToolkitError(f"recipe {recipe} is not valid TOML: {problem}; correct it") from None
-    values: dict[str, object] = {}
-    for name, value in content.items():
-        values.update(value if isinstance(value, dict) else {name: value})
-    return values
+    sections = (value if isinstance(value, dict) else {name: value} for name, value in content.items())
+    return {name: value for section in sections for name, value in section.items()}
 
 
 def write_config(config: TrainConfig, path: Path) -> None:

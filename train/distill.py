@@ -109,8 +109,8 @@ def distill_config(
         objective: None for the recipe's.
         output, recipe, assignments, resume, seed: as in `command_config`.
     """
-    teachers = Path(teacher) / CONFIG_FILE
-    default_recipe = str(teachers) if teachers.exists() else "tiny"
+    teachers_own = Path(teacher) / CONFIG_FILE
+    default_recipe = str(teachers_own) if teachers_own.exists() else "tiny"
     given = given_recipe(output, recipe, resume)
     values = read_recipe(given or default_recipe)
     flags: dict[str, object] = {}

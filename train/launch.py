@@ -29,8 +29,7 @@ def check_launch(environment: Mapping[str, str]) -> None:
     # `accelerate launch --cpu --num_processes 2` starts one process, which this shows.
     if not started and environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in environment:
         raise ToolkitError(
-            "`accelerate launch --cpu` starts a single process whatever its --num_processes; "
-            "leave it out and give --num-processes to this command, or start it with torchrun"
+            "`accelerate launch --cpu` starts a single process; start with torchrun, or this command's --num-processes"
         )
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true":

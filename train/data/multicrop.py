@@ -1,7 +1,4 @@
-"""What a step shows the model of a batch: its crops and masks, by the settings.
-
-Shapes: B images of this process's batch, N patch tokens of a global crop, S the side of a crop.
-"""
+"""What a step shows the model of its batch of B images: crops of side S, and masks of N patches, by the settings."""
 
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
 """A sheet of what a run will see: the first dozen images, their crops as training draws them, and the masks.
 
-Shapes: B images of a step, N patch tokens of a global crop, S the side of a crop in pixels.
+Shapes as in `multicrop`.
 """
 
 from dataclasses import replace

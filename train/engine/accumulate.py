@@ -1,6 +1,6 @@
 """The student's forward and backward pass for a step: at once, or in micro-batches whose gradients add up."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -45,7 +45,7 @@ def forward_backward(
     """
     while True:
         torch.manual_seed(seed)
-        batches = list(split_microbatches(step, sequential_views=sequential_views, num_images=micro_batch_size))
+        batches = split_microbatches(step, sequential_views=sequential_views, num_images=micro_batch_size)
         try:
             return _accumulate(wrapped, batches, accelerator, seed), micro_batch_size
         except torch.OutOfMemoryError:
@@ -82,12 +82,12 @@ def halved(micro_batch_size: int, num_images: int, smallest: int) -> int | None:
 
 
 def _accumulate(
-    wrapped: nn.Module, batches: Sequence[MicroBatch], accelerator: Accelerator, seed: int
+    wrapped: nn.Module, microbatches: Iterable[MicroBatch], accelerator: Accelerator, seed: int
 ) -> dict[str, Tensor]:
+    batches = list(microbatches)
     # FSDP reduces the gradients of every micro-batch: whole gradients would take the memory that sharding saves.
     is_sharded = isinstance(next(wrapped.parameters()), DTensor)
-    outputs: list[dict[str, Tensor]] = []
-    num_views = 2
+    outputs, num_views = [], 2
     for number, batch in enumerate(batches):
         if len(batch.cls_targets) != num_views:
             cpu.give_back_freed_memory(batch.masks.device)  # tensors of other sizes do not fit in the holes it left

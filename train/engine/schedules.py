@@ -21,15 +21,13 @@ def linear_then_constant(step: int, *, start: float, final: float, num_steps: in
     return start + (final - start) * step / max(num_steps - 1, 1)
 
 
-def warmup_then_cosine(
-    step: int, *, base: float, final: float, num_steps: int, warmup_steps: int = 0, warmup_start: float = 0.0
-) -> float:
-    """Return the value of a line from `warmup_start` to `base`, then of half a cosine from `base` towards `final`.
+def warmup_then_cosine(step: int, *, base: float, final: float, num_steps: int, warmup_steps: int = 0) -> float:
+    """Return the value of a line from 0 to `base`, then of half a cosine from `base` towards `final`.
 
     The line takes `warmup_steps`, both ends included; without any the cosine starts at step 0.
     """
     if step < warmup_steps:
-        return linear_then_constant(step, start=warmup_start, final=base, num_steps=warmup_steps)
+        return linear_then_constant(step, start=0.0, final=base, num_steps=warmup_steps)
     if step >= num_steps:
         return final
     progress = (step - warmup_steps) / (num_steps - warmup_steps)

@@ -71,10 +71,7 @@ def knn_figures(model: TrainedModel | None, sets: LabelledSets, config: TrainCon
 
 
 def knn_accuracy(backbone: VisionTransformer, sets: LabelledSets, preprocess: Preprocess, *, num_workers: int) -> float:
-    """Return the share of test images, 0 to 1, whose class the 20 nearest training images vote for.
-
-    Features are the class tokens; no random number is drawn. Images that cannot be read are left out, said on stderr.
-    """
+    """Return the share of test images, 0 to 1, whose class the 20 nearest training images vote for by class tokens."""
     model = FeatureModel(Source("model", "teacher", ""), backbone.embed_dim, preprocess, backbone)
     (train_features, train_labels), (test_features, test_labels) = (_features(model, it, num_workers) for it in sets)
     names, train_classes = np.unique(train_labels, return_inverse=True)

@@ -1,7 +1,6 @@
 """Distillation by the teacher's prototypes: a frozen teacher, a smaller student, and the student's average.
 
-Shapes: B images, 2 global and L local crops of each; crops are view-major (all first views, then all second views).
-N patch tokens of a global crop, K prototypes, D the student's embed_dim.
+Shapes as in `micro_batch`.
 """
 
 import copy
@@ -49,7 +48,7 @@ class DistillModel(nn.Module):
     ) -> MicroBatch:
         """Return a step's crops with the frozen teacher's probabilities for them (arguments as in SSLModel).
 
-        `masks` (2 B, N) only tells how many patch tokens there are: the loss reads all of them, and none is masked.
+        `masks` (2 B, N) only tells how many patch tokens there are.
         """
         with torch.inference_mode():
             features: Features = self.frozen(global_crops, backbone_of(self.student).patch_size)

@@ -1,8 +1,6 @@
 """Distillation by features, for a teacher without heads: the student's tokens, projected, match the teacher's.
 
-Shapes: B images of a step, b of a micro-batch, 2 global and L local crops of each (V global ones in a micro-batch);
-crops are view-major (all first views, then all second views). N patch tokens of a global crop, D the student's
-embed_dim, K the teacher's.
+Shapes as in `micro_batch`; D is the student's embed_dim, K the teacher's.
 """
 
 import copy

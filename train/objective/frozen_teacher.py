@@ -1,7 +1,4 @@
-"""The frozen teacher of a distillation.
-
-Shapes: B crops, N patch tokens of each, D the teacher's embed_dim.
-"""
+"""The frozen teacher of a distillation."""
 
 from collections.abc import Mapping, Sequence
 

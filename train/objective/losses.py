@@ -5,6 +5,9 @@ Functions that look at all processes' rows do so through `all_reduce_sum` and `a
 Source: Oquab et al. 2023 (DINOv2), section 4; github.com/facebookresearch/dinov2 (dinov2/loss).
 """
 
+from collections.abc import Iterator
+from itertools import product
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -47,12 +50,11 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         losses = torch.empty(logits.shape[:2], dtype=torch.float32, device=logits.device)  # (V, B)
         log_normalisers = torch.empty_like(losses)
-        for view, view_logits in enumerate(logits):
-            for rows in _row_slices(len(targets)):
-                scaled, target = view_logits[rows].float() / temperature, targets[rows].float()
-                log_normaliser = scaled.logsumexp(-1)
-                log_normalisers[view, rows] = log_normaliser
-                losses[view, rows] = log_normaliser * target.sum(-1) - (scaled * target).sum(-1)
+        for view, rows in _chunks(logits):
+            scaled, target = logits[view, rows].float() / temperature, targets[rows].float()
+            log_normaliser = scaled.logsumexp(-1)
+            log_normalisers[view, rows] = log_normaliser
+            losses[view, rows] = log_normaliser * target.sum(-1) - (scaled * target).sum(-1)
         ctx.save_for_backward(logits, targets, log_normalisers)
         ctx.temperature = temperature  # type: ignore[attr-defined]  # the place torch gives for what is no tensor
         return losses
@@ -62,17 +64,18 @@ class _CrossEntropy(torch.autograd.Function):
         logits, targets, log_normalisers = ctx.saved_tensors  # type: ignore[attr-defined]
         temperature: float = ctx.temperature  # type: ignore[attr-defined]
         grad = torch.empty_like(logits)
-        for view, view_logits in enumerate(logits):
-            for rows in _row_slices(len(targets)):
-                target = targets[rows].float()
-                probs = (view_logits[rows].float() / temperature - log_normalisers[view, rows, None]).exp_()
-                step = probs.mul_(target.sum(-1, keepdim=True)).sub_(target)
-                grad[view, rows] = step.mul_(grad_losses[view, rows, None] / temperature).to(grad.dtype)
+        for view, rows in _chunks(logits):
+            target = targets[rows].float()
+            probs = (logits[view, rows].float() / temperature - log_normalisers[view, rows, None]).exp_()
+            step = probs.mul_(target.sum(-1, keepdim=True)).sub_(target)
+            grad[view, rows] = step.mul_(grad_losses[view, rows, None] / temperature).to(grad.dtype)
         return grad, None, None
 
 
-def _row_slices(num_rows: int) -> list[slice]:
-    return [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
+def _chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield every view with every slice of rows."""
+    for view, start in product(range(len(logits)), range(0, logits.shape[1], CHUNK_ROWS)):
+        yield view, slice(start, start + CHUNK_ROWS)
 
 
 def cross_entropy(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: float) -> Tensor:

@@ -1,8 +1,6 @@
 """Student, teacher and heads in one module: `teacher_targets` prepares a step, forward returns the student's losses.
 
-Shapes: B images of a step, b of a micro-batch, 2 global and L local crops of each (V global ones in a micro-batch);
-crops are view-major (all first views, then all second views). N patch tokens of a global crop, M masked ones of all, K
-prototypes, D embed_dim.
+Shapes as in `micro_batch`; D is embed_dim.
 """
 
 import copy
