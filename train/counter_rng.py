@@ -19,7 +19,6 @@ def hashed(seed: int, purpose: str, samples: ArrayLike, slots: int) -> NDArray[n
     """Return 64 random bits for each sample and slot.
 
     Args:
-        seed: any integer; the run's.
         purpose: what the numbers are for ("crops", "order", ...), so that two uses never share them.
         samples: non-negative integers of any shape.
         slots: how many numbers each sample needs.

@@ -107,7 +107,6 @@ def distill_config(
     Args:
         arch: the students' architectures, none for the recipe's; they bring their own width and attention heads.
         objective: None for the recipe's.
-        output, recipe, assignments, resume, seed: as in `command_config`.
     """
     teachers_own = Path(teacher) / CONFIG_FILE
     default_recipe = str(teachers_own) if teachers_own.exists() else "tiny"
@@ -130,11 +129,7 @@ def distill_config(
 
 
 def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | FeatureDistillModel | MultiStudent:
-    """Return new students by the settings, beside the frozen teacher.
-
-    Raises:
-        ToolkitError: when the teacher has no heads and they are wanted, or takes other channels.
-    """
+    """Return new students by the settings, beside the frozen teacher; raise ToolkitError for an unfit teacher."""
     frozen = _load_frozen_teacher(config, teacher)
     models: dict[str, DistillModel | FeatureDistillModel] = {}
     for arch in config.students:

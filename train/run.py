@@ -145,8 +145,7 @@ def run_training(
 
     # In this process, together with the others where a launcher has started several.
     accelerator = start_processes(config, monitor.track, run.folder)
-    is_main = accelerator.is_main_process
-    processes = Group(accelerator.process_index, accelerator.num_processes)
+    is_main, processes = accelerator.is_main_process, Group(accelerator.process_index, accelerator.num_processes)
     if processes.decide(lambda: is_finished(run, options, resume)):
         return finished_result(output)
     torch.manual_seed(derived_seed(config.seed, "weights", 0))

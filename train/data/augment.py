@@ -156,12 +156,7 @@ def resized_crops(images: Tensor, crops: Crops) -> Tensor:
 
     Equal to `F.interpolate(crop, S, mode="bicubic", antialias=True)` (and to Pillow's BICUBIC before it rounds), but as
     two matrix products with one pair of weight matrices an image, whose columns outside the box are zero.
-
-    Args:
-        images: (B, H, W, C) uint8 or uint16.
-
-    Returns:
-        (V * B, C, S, S) float32 in [0, 1], save for bicubic's overshoot.
+    From (B, H, W, C) uint8 or uint16 to (V * B, C, S, S) float32 in [0, 1], save for bicubic's overshoot.
     """
     batch, height, width, channels = images.shape
     num_views, size = crops.boxes.shape[0], crops.size_px

@@ -17,11 +17,7 @@ from ..objective.ssl_model import LossSettings, SSLModel
 
 
 def build_backbone(config: TrainConfig) -> VisionTransformer:
-    """Return a new ViT by the settings.
-
-    Raises:
-        ToolkitError: for an unknown architecture.
-    """
+    """Return a new ViT by the settings; raise ToolkitError for an unknown architecture."""
     backbone = build_vit(
         config.arch,
         patch_size=config.patch_size,
@@ -51,14 +47,13 @@ def build_model(config: TrainConfig, init_from: str | None = None) -> SSLModel:
     """
     backbone = build_backbone(config)
 
-    def head(num_prototypes: int, bottleneck_dim: int) -> ProjectionHead:
-        return ProjectionHead(
-            backbone.embed_dim, num_prototypes, hidden_dim=config.hidden_dim, bottleneck_dim=bottleneck_dim
-        )
-
-    heads = {"dino_head": head(config.num_prototypes, config.bottleneck_dim)}
+    sizes = {"dino_head": (config.num_prototypes, config.bottleneck_dim)}
     if config.separate_heads:
-        heads["ibot_head"] = head(config.ibot_num_prototypes, config.ibot_bottleneck_dim)
+        sizes["ibot_head"] = config.ibot_num_prototypes, config.ibot_bottleneck_dim
+    heads = {
+        name: ProjectionHead(backbone.embed_dim, prototypes, hidden_dim=config.hidden_dim, bottleneck_dim=bottleneck)
+        for name, (prototypes, bottleneck) in sizes.items()
+    }
     if init_from is not None:
         initialise(backbone, heads, init_from)
     return SSLModel(backbone, **heads, centering=config.centering, losses=loss_settings(config))

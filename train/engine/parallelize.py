@@ -62,9 +62,7 @@ def check_compiler(environment: Mapping[str, str]) -> None:
     """Raise ToolkitError where torch.compile would not find the C++ compiler, or Python's headers, that it needs."""
     compiler = environment.get("CXX", "g++")
     if shutil.which(compiler, path=environment.get("PATH")) is None:
-        raise ToolkitError(
-            f"compile=true needs a C++ compiler and there is no {compiler}; install it, or set compile=false"
-        )
+        raise ToolkitError(f"compile=true needs C++ and there is no {compiler}; install it, or set compile=false")
     headers = Path(get_path("include"))
     if not (headers / "Python.h").exists():
         raise ToolkitError(f"compile=true needs Python.h and {headers} has none; install it, or set compile=false")

@@ -8,6 +8,7 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ...errors import ToolkitError
 
@@ -22,10 +23,7 @@ def linear_then_constant(step: int, *, start: float, final: float, num_steps: in
 
 
 def warmup_then_cosine(step: int, *, base: float, final: float, num_steps: int, warmup_steps: int = 0) -> float:
-    """Return the value of a line from 0 to `base`, then of half a cosine from `base` towards `final`.
-
-    The line takes `warmup_steps`, both ends included; without any the cosine starts at step 0.
-    """
+    """Return a line from 0 to `base` in `warmup_steps`, both ends included, then half a cosine to `final`."""
     if step < warmup_steps:
         return linear_then_constant(step, start=0.0, final=base, num_steps=warmup_steps)
     if step >= num_steps:
@@ -80,14 +78,14 @@ def batch_sizes(batch_size: int | Sequence[Sequence[int]]) -> BatchSizes:
         ToolkitError: when that is no such list, or a batch has no image.
     """
     stages = [(0, batch_size)] if isinstance(batch_size, int) else [(images, size) for images, size in batch_size]
-    rises = all(one[0] < other[0] for one, other in zip(stages, stages[1:], strict=False))
+    rises = all(one[0] < other[0] for one, other in pairwise(stages))
     if not stages or stages[0][0] != 0 or not rises or min(size for _, size in stages) < 1:
         raise ToolkitError(
             f"batch_size is {batch_size}; it must be 1 or more, or a list that starts at 0 images and rises, "
             "like [[0, 256], [100000, 512]]"
         )
     first_steps, images_before = [0], [0]
-    for (_, size), (images, _) in zip(stages, stages[1:], strict=False):
+    for (_, size), (images, _) in pairwise(stages):
         steps = -(-(images - images_before[-1]) // size)  # the first step that starts with so many seen
         first_steps.append(first_steps[-1] + steps)
         images_before.append(images_before[-1] + steps * size)

@@ -212,9 +212,7 @@ def measured_flops(config: TrainConfig, device: torch.device) -> float:
 def say_cost(config: TrainConfig, model: TrainedModel, num_processes: int, base_bytes: float) -> None:
     """Say what a step computes, how much memory a process will take, and how long the run, by a trial on this machine.
 
-    Args:
-        model: may be on the meta device.
-        base_bytes: what a process holds besides, in main memory: libraries, the manifest, decoded images.
+    `model` may be on the meta device. A process holds `base_bytes` besides: libraries, the manifest, decoded images.
     """
     device = best_device()
     memory = memory_bytes(config, model, num_processes, 0.0 if device.type == "cuda" else base_bytes)

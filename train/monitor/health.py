@@ -29,11 +29,7 @@ def teacher_figures(step: MicroBatch) -> dict[str, Tensor]:
 
 
 def health_figures(outputs: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the figures of one step.
-
-    Args:
-        outputs: `student_cls_tokens` (B, D), or `NAME_student_cls_tokens` of several students; and the output of
-            `teacher_figures`.
+    """Return the figures of one step from `[NAME_]student_cls_tokens` (B, D) and the output of `teacher_figures`.
 
     Returns:
         `teacher_entropy` in nats; `teacher_kl_to_uniform` = ln K - entropy, 0 when all prototypes are equally likely;

@@ -5,9 +5,6 @@ Functions that look at all processes' rows do so through `all_reduce_sum` and `a
 Source: Oquab et al. 2023 (DINOv2), section 4; github.com/facebookresearch/dinov2 (dinov2/loss).
 """
 
-from collections.abc import Iterator
-from itertools import product
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -72,10 +69,9 @@ class _CrossEntropy(torch.autograd.Function):
         return grad, None, None
 
 
-def _chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield every view with every slice of rows."""
-    for view, start in product(range(len(logits)), range(0, logits.shape[1], CHUNK_ROWS)):
-        yield view, slice(start, start + CHUNK_ROWS)
+def _chunks(logits: Tensor) -> list[tuple[int, slice]]:
+    slices = [slice(start, start + CHUNK_ROWS) for start in range(0, logits.shape[1], CHUNK_ROWS)]
+    return [(view, rows) for view in range(len(logits)) for rows in slices]
 
 
 def cross_entropy(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: float) -> Tensor:
