@@ -32,7 +32,6 @@ def forward_backward(
 
     Args:
         wrapped: the model as Accelerate prepared it.
-        step: from `teacher_targets`.
         seed: of torch's random numbers, which stochastic depth draws; the same for every attempt.
         sequential_views, micro_batch_size: as in `TrainConfig`; 0 = all images.
         smallest: images that a micro-batch needs (2 for KoLeo, which compares them).

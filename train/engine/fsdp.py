@@ -54,11 +54,9 @@ def sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin |
 def shard(student: nn.ModuleDict, teacher: nn.ModuleDict, device: torch.device, *, keep_gathered: bool) -> None:
     """Shard backbones, block by block, and heads over all processes, in place.
 
-    Weights are gathered in float32, whatever the autocast, so that results are those of an unsharded model.
-
-    Args:
-        keep_gathered: the student's weights stay gathered from forward to backward, for less traffic. The teacher's
-            never do: without a backward pass they would stay gathered, and miss the next update.
+    Weights are gathered in float32, whatever the autocast, so that results are those of an unsharded model. Under
+    `keep_gathered` the student's stay gathered from forward to backward, for less traffic. The teacher's never do:
+    without a backward pass they would stay gathered, and miss the next update.
     """
     # Features are views of one tensor, which nothing changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

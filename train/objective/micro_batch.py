@@ -79,10 +79,7 @@ def split_microbatches(step: MicroBatch, *, sequential_views: bool, num_images: 
     """Split a whole step by images, and by views: half of the local crops, the others, each global view.
 
     The last micro-batch always holds global crops, so that all of a model's weights have a gradient from it.
-
-    Args:
-        sequential_views: whether to split by views.
-        num_images: images a micro-batch, 0 for all.
+    `num_images` is that of a micro-batch, 0 for all; views are split under `sequential_views`.
     """
     size = num_images or step.num_images
     for start in range(0, step.num_images, size):
