@@ -17,6 +17,7 @@ from .head import ProjectionHead
 from .vit import VisionTransformer
 
 HEAD_WIDTH = 64  # channels of an attention head in every released model
+HEAD_ARGUMENTS = ("in_dim", "num_prototypes", "hidden_dim", "bottleneck_dim")  # of `ProjectionHead`
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,6 @@ class BackboneSettings:
     img_size: int
     pos_embed_antialias: bool
     pos_embed_offset: float
-
-
-HEAD_ARGUMENTS = ("in_dim", "num_prototypes", "hidden_dim", "bottleneck_dim")  # of `ProjectionHead`
 
 
 def backbone_settings(backbone: VisionTransformer) -> BackboneSettings:

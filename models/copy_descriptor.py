@@ -80,9 +80,7 @@ class CopyDescriptor(nn.Module):
     def gabor_colour_features(self, standardised: Tensor, plain: Tensor) -> Tensor:
         """Return the input of the linear map (B, E), from what `standardise` returns."""
         grey = (standardised * standardised.new_tensor(GREY)[:, None, None]).sum(dim=1, keepdim=True)
-        energies = [
-            self.gabor_energy(grey if scale == 0 else F.avg_pool2d(grey, 2**scale), scale) for scale in range(SCALES)
-        ]
+        energies = [self.gabor_energy(F.avg_pool2d(grey, 2**scale), scale) for scale in range(SCALES)]
         colours = F.adaptive_avg_pool2d(standardised, COLOUR_PLACES)
         return torch.cat([plain, *energies, colours.flatten(1)], dim=1)
 

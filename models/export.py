@@ -44,7 +44,7 @@ class Reference:
 class Comparison:
     """How far an export, read back, is from the model."""
 
-    reader: str  # what read it
+    reader: str
     difference: float  # largest over all tokens of all images, at the size of the stored position embedding
     other_difference: float | None = None  # the same at the reference's other size; None: takes one size only
     note: str = ""  # what a user of the export must know
@@ -79,11 +79,9 @@ def make_reference(model: Model, image_size: int, num_images: int, seed: int) ->
     The other size is that of the model's preprocessing, or half of `image_size` where the two are equal.
     """
     backbone = model.backbone
-    other_size = model.preprocess.image_size
-    if other_size == image_size:
-        other_size = max(image_size // 2 // backbone.patch_size, 1) * backbone.patch_size
-    if other_size == image_size:  # a single patch
-        other_size = 2 * image_size
+    half = max(image_size // 2 // backbone.patch_size, 1) * backbone.patch_size
+    sizes = (model.preprocess.image_size, half, 2 * image_size)  # the last for a single patch
+    other_size = next(size for size in sizes if size != image_size)
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(num_images, backbone.in_chans, image_size, image_size, generator=generator)
     other_images = torch.randn(1, backbone.in_chans, other_size, other_size, generator=generator)
@@ -110,12 +108,9 @@ def largest_difference(tokens: Tensor, expected: Tensor) -> float:
 
 def compare(reader: str, tokens: Callable[[Tensor], Tensor], reference: Reference, note: str = "") -> Comparison:
     """Compare a function from images (B, C, S, S) to tokens (B, n, D) with the exported model, at both sizes."""
-    return Comparison(
-        reader,
-        largest_difference(tokens(reference.images), reference.tokens),
-        largest_difference(tokens(reference.other_images), reference.other_tokens),
-        note,
-    )
+    difference = largest_difference(tokens(reference.images), reference.tokens)
+    other_difference = largest_difference(tokens(reference.other_images), reference.other_tokens)
+    return Comparison(reader, difference, other_difference, note)
 
 
 def allowed_difference(to: Format, reference: Reference) -> float:
@@ -174,15 +169,9 @@ def _official_note(backbone: VisionTransformer) -> str:
     """Say how the official code builds a model for the file."""
     settings = asdict(backbone_settings(backbone))
     ffn, antialias, offset = (settings.pop(name) for name in ("ffn", "pos_embed_antialias", "pos_embed_offset"))
-    keywords = {
-        **settings,
-        "init_values": 1.0,
-        "ffn_layer": "swiglufused" if ffn == "swiglu" else "mlp",
-        "block_chunks": 0,
-        "interpolate_antialias": antialias,
-        "interpolate_offset": offset,
-    }
-    listed = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
+    settings |= {"init_values": 1.0, "ffn_layer": "swiglufused" if ffn == "swiglu" else "mlp", "block_chunks": 0}
+    settings |= {"interpolate_antialias": antialias, "interpolate_offset": offset}
+    listed = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     return f"dinov2.models.vision_transformer.DinoVisionTransformer({listed}) loads it strictly"
 
 

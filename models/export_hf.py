@@ -44,9 +44,8 @@ def hugging_face_config(model: Model) -> dict[str, object]:
     """Return what config.json says: the keys of Dinov2Config, and our interpolation, which it has no key for."""
     settings = backbone_settings(model.backbone)
     registers = settings.num_register_tokens
-    kind = "Dinov2WithRegistersModel" if registers else "Dinov2Model"
     return {
-        "architectures": [kind],
+        "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
         "model_type": "dinov2_with_registers" if registers else "dinov2",
         "image_size": settings.img_size,
         "patch_size": settings.patch_size,
@@ -63,17 +62,13 @@ def hugging_face_config(model: Model) -> dict[str, object]:
         "layerscale_value": 1.0,
         "drop_path_rate": 0.0,
         "dtype": "float32",
-        MODEL_METADATA: {
-            "pos_embed_antialias": settings.pos_embed_antialias,
-            "pos_embed_offset": settings.pos_embed_offset,
-        },
+        MODEL_METADATA: {name: getattr(settings, name) for name in ("pos_embed_antialias", "pos_embed_offset")},
     }
 
 
 def processor_config(model: Model) -> dict[str, object]:
     """Return what preprocessor_config.json says: resize, centre crop, normalise."""
     preprocess = model.preprocess
-    side = preprocess.image_size
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -81,7 +76,7 @@ def processor_config(model: Model) -> dict[str, object]:
         "size": {"shortest_edge": preprocess.short_side},
         "resample": PILLOW_BICUBIC,
         "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
+        "crop_size": {"height": preprocess.image_size, "width": preprocess.image_size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -94,9 +89,10 @@ def compare_hugging_face(model: Model, folder: Path, reference: Reference) -> Co
     """Load the folder with transformers, and compare tokens and, where there is a processor, prepared images."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
+    logging = transformers.utils.logging
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         loaded, report = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
@@ -105,12 +101,11 @@ def compare_hugging_face(model: Model, folder: Path, reference: Reference) -> Co
         if has_processor(model):
             processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     finally:
-        transformers.utils.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
     reader = f"transformers {transformers.__version__}, {type(loaded).__name__}"
     wrong = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]
     if wrong:
         return Comparison(reader, float("inf"), None, f"{len(wrong)} tensors do not fit, first {wrong[0]}")
-    loaded.eval()
 
     @torch.no_grad()
     def tokens(images: Tensor) -> Tensor:
@@ -121,14 +116,13 @@ def compare_hugging_face(model: Model, folder: Path, reference: Reference) -> Co
             f"the model takes {described_pixels(model)}, which no image processor of transformers makes: no "
             "preprocessor_config.json was written; prepare pixel_values as the card says"
         )
-    else:
-        note = (
-            "where the border around the centre crop is an odd number of pixels, transformers' image processor may cut "
-            "a pixel further left or up than this toolkit does"
-        )
+        return compare(reader, tokens, reference, note)
+    note = (
+        "where the border around the centre crop is an odd number of pixels, transformers' image processor may cut a "
+        "pixel further left or up than this toolkit does"
+    )
     comparison = compare(reader, tokens, reference, note)
-    prepared = 0.0 if processor is None else _processor_difference(model, processor)
-    return replace(comparison, difference=max(comparison.difference, prepared))
+    return replace(comparison, difference=max(comparison.difference, _processor_difference(model, processor)))
 
 
 def described_pixels(model: Model) -> str:

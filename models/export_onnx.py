@@ -59,9 +59,8 @@ def write_onnx(model: Model, file: Path) -> None:
     finally:
         logger.setLevel(level)
     assert program is not None
-    program.model.metadata_props.update(
-        mean=json.dumps(model.preprocess.mean), std=json.dumps(model.preprocess.std), image_size=str(backbone.img_size)
-    )
+    described = {"mean": model.preprocess.mean, "std": model.preprocess.std, "image_size": backbone.img_size}
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in described.items()})
     program.save(file, external_data=num_bytes > MAX_FILE_BYTES)
 
 
@@ -74,9 +73,8 @@ def compare_onnx(model: Model, file: Path, reference: Reference) -> Comparison:
     differences = []
     for batch in BATCHES:
         chosen = torch.arange(batch) % len(reference.images)  # few images, repeated
-        cls_token, patch_tokens = (
-            torch.from_numpy(output) for output in session.run(list(OUTPUTS), {INPUT: reference.images[chosen].numpy()})
-        )
+        outputs = session.run(list(OUTPUTS), {INPUT: reference.images[chosen].numpy()})
+        cls_token, patch_tokens = map(torch.from_numpy, outputs)
         differences.append(largest_difference(cls_token, reference.tokens[chosen, 0]))
         differences.append(largest_difference(patch_tokens, reference.tokens[chosen, first_patch:]))
     reader = f"onnxruntime {onnxruntime.__version__}, batches of {' and '.join(map(str, BATCHES))}"

@@ -32,7 +32,7 @@ class Preprocess:
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise ToolkitError(f"crop_ratio {self.crop_ratio} is not in (0, 1]; 0.875 is usual")
         if len(self.mean) != len(self.std):
-            raise ToolkitError(f"mean is of {len(self.mean)} channels, but std of {len(self.std)}; one a channel each")
+            raise ToolkitError(f"mean is of {len(self.mean)} channels, but std of {len(self.std)}; give one a channel")
         if self.bit_depth not in (8, 16):
             raise ToolkitError(f"bit_depth {self.bit_depth} is neither 8 nor 16; give one of these")
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ToolkitError
-from .block import Block, Ffn, Groups
+from .block import Block, Ffn, Groups, split
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class VisionTransformer(nn.Module):
         normed: Tensor = self.norm(tokens)
         first_patch = 1 + self.num_register_tokens
         features = []
-        for part, (sequences, length) in zip(torch.split(normed, [b * n for b, n in groups]), groups, strict=True):
+        for part, (sequences, length) in zip(split(normed, groups), groups, strict=True):
             sequence = part.view(sequences, length, -1)
             features.append(Features(sequence[:, 0], sequence[:, 1:first_patch], sequence[:, first_patch:]))
         return features

@@ -226,7 +226,7 @@ def _preprocess(weights: _Weights, file: Path, backbone: VisionTransformer) -> P
             return Preprocess(size, size / short_side, tuple(config["image_mean"]), tuple(config["image_std"]))
         except (KeyError, TypeError) as problem:
             raise ToolkitError(
-                f"{described} does not say crop_size.height, size.shortest_edge, image_mean and image_std ({problem}); "
+                f"{described} lacks crop_size.height, size.shortest_edge, image_mean or image_std ({problem}); "
                 "correct it, or remove it for the released models' preprocessing"
             ) from None
     patch_size, in_chans = backbone.patch_size, backbone.in_chans
