@@ -153,9 +153,11 @@ def launch(num_processes: int) -> None:
         for process in processes:
             process.send_signal(number)
 
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]  # a free one
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)), **os.environ}
     environment |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes), LAUNCHED: "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with _handled_signals(pass_on):
         for rank in range(num_processes):
             processes.append(
@@ -175,28 +177,20 @@ def launch(num_processes: int) -> None:
 
 def _exit_codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
     """Wait for all processes, stopping those that are left when one has failed; return exit codes as they came."""
-    codes: list[int] = []
-    running = list(processes)
-    deadline = float("inf")
+    codes, running, deadline = list[int](), processes, float("inf")
     while running:
         time.sleep(0.1)
         if time.monotonic() > deadline:
             for process in running:
                 process.kill()
-        for process in [process for process in running if process.poll() is not None]:
-            running.remove(process)
-            codes.append(process.returncode)
-            if process.returncode not in (0, 75) and deadline == float("inf"):
-                deadline = time.monotonic() + KILL_AFTER_S
-                for other in running:
-                    other.terminate()
+        ended = [process for process in running if process.poll() is not None]
+        running = [process for process in running if process not in ended]
+        codes += [process.returncode for process in ended]
+        if deadline == float("inf") and not {0, 75}.issuperset(codes):
+            deadline = time.monotonic() + KILL_AFTER_S
+            for process in running:
+                process.terminate()
     return codes
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

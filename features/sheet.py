@@ -40,8 +40,8 @@ def draw_sheet(
     `headings` stand above the rows, one each; none by default.
     """
     above_px = 2 * CAPTION_PX if headings else 0
-    line_px = tile_px + (2 * CAPTION_PX if any(tile.caption for row in rows for group in row for tile in group) else 6)
-    line_px += above_px
+    has_captions = any(tile.caption for row in rows for group in row for tile in group)
+    line_px = above_px + tile_px + (2 * CAPTION_PX if has_captions else 6)
     font = ImageFont.load_default(CAPTION_PX)
     widths = [*(round(font.getlength(text)) for text in headings), *(_row_width(row, tile_px) for row in rows)]
     sheet, pen, head_px = titled_sheet(title, note, max(widths, default=0), len(rows) * (line_px + GAP_PX))
@@ -54,8 +54,7 @@ def draw_sheet(
                 image = fit(tile.image, tile_px)
                 corner = left, top + tile_px - image.height  # down to its caption
                 sheet.paste(image, corner)
-                frame = (corner[0] - 1, corner[1] - 1, corner[0] + image.width, corner[1] + image.height)
-                pen.rectangle(frame, outline=EDGE)
+                pen.rectangle((left - 1, corner[1] - 1, left + image.width, top + tile_px), outline=EDGE)
                 pen.text((left, top + tile_px + 4), _shorten(tile.caption, font, tile_px), FAINT, font)
                 left += tile_px + GAP_PX
             left += GROUP_GAP_PX - GAP_PX
@@ -67,8 +66,7 @@ def titled_sheet(title: str, note: str, width_px: int, height_px: int) -> tuple[
     fonts = ImageFont.load_default(TITLE_PX), ImageFont.load_default(CAPTION_PX)
     head_px = MARGIN_PX + 2 * TITLE_PX + (2 * CAPTION_PX if note else 0)
     text_px = round(max(fonts[0].getlength(title), fonts[1].getlength(note)))
-    size = 2 * MARGIN_PX + max(text_px, width_px), head_px + height_px + MARGIN_PX
-    sheet = Image.new("RGB", size, PAPER)
+    sheet = Image.new("RGB", (2 * MARGIN_PX + max(text_px, width_px), head_px + height_px + MARGIN_PX), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN_PX, MARGIN_PX), title, INK, fonts[0])
     pen.text((MARGIN_PX, MARGIN_PX + round(1.6 * TITLE_PX)), note, FAINT, fonts[1])
@@ -90,8 +88,7 @@ def read_tile(uri: str | None, caption: str, tile_px: int) -> Tile:
 def fit(image: Image.Image, side_px: int) -> Image.Image:
     """Return an image scaled to fit a square; a tiny one a whole number of times, so that its pixels stay squares."""
     longest = max(image.size)
-    if side_px // longest >= TINY_TIMES:
-        times = side_px // longest
+    if (times := side_px // longest) >= TINY_TIMES:
         return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     size = (max(1, image.width * side_px // longest), max(1, image.height * side_px // longest))
     return image.resize(size, Image.Resampling.LANCZOS)
@@ -103,11 +100,11 @@ def _row_width(row: Row, tile_px: int) -> int:
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
-    if font.getlength(text) <= width_px:
-        return text
-    while text and font.getlength(f"{text}…") > width_px:
+    shown = text
+    while text and font.getlength(shown) > width_px:
         text = text[:-1]
-    return f"{text}…"
+        shown = f"{text}…"
+    return shown
 
 
 def check_picture_name(output: str) -> Path:

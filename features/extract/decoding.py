@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count, islice
 
 import torch
 from PIL import Image
@@ -87,8 +87,8 @@ def load_batches(
     """
     asked = Reading() if reading is None else reading
 
-    def load_all(task: list[tuple[int, str]] | None) -> list[tuple[int, Loaded | int | str]] | None:
-        return None if task is None else [(index, load(uri, preprocess, asked, tiling)) for index, uri in task]
+    def load_all(task: list[tuple[int, str | None]]) -> list[tuple[int, Loaded | int | str | None]]:
+        return [(index, uri and load(uri, preprocess, asked, tiling)) for index, uri in task]
 
     batch, images, start = ImageBatch(), list[Loaded](), time.perf_counter()
     with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as executor:
@@ -96,36 +96,27 @@ def load_batches(
         with closing(map_in_order(load_all, _tasks(uris), executor, ahead)) as tasks:
             for task in tasks:
                 batch.waited_s += time.perf_counter() - start
-                for index, result in task or []:
+                for index, result in task:
                     if isinstance(result, Loaded):
                         batch.indices.append(index)
                         images.append(result)
                     elif isinstance(result, str):
                         batch.failures.append((index, result))
-                    else:
+                    elif result is not None:
                         batch.known.append((index, result))
-                    if len(images) == batch_size:
+                    is_end = result is None and (images or batch.failures or batch.known)
+                    if is_end or len(images) == batch_size:
                         yield _filled(batch, images)
                         batch, images = ImageBatch(), []
-                if task is None and (images or batch.failures or batch.known):
-                    yield _filled(batch, images)
-                    batch, images = ImageBatch(), []
                 start = time.perf_counter()
 
 
-def _tasks(uris: Iterable[str | None]) -> Iterator[list[tuple[int, str]] | None]:
-    """Yield the names a few at a time, numbered; None where a batch ends, and last."""
-    index = 0
-    task: list[tuple[int, str]] = []
-    for uri in chain(uris, [None]):
-        if uri is not None:
-            task.append((index, uri))
-            index += 1
-        if task and (uri is None or len(task) == TASK_IMAGES):
-            yield task
-            task = []
-        if uri is None:
-            yield None
+def _tasks(uris: Iterable[str | None]) -> Iterator[list[tuple[int, str | None]]]:
+    """Yield the names a few at a time, numbered; None, which ends a batch, is not counted, and comes last."""
+    numbers = count()
+    numbered = ((-1 if uri is None else next(numbers), uri) for uri in chain(uris, [None]))
+    while task := list(islice(numbered, TASK_IMAGES)):
+        yield task
 
 
 def load(uri: str, preprocess: Preprocess, reading: Reading, tiling: Tiling | None) -> Loaded | int | str:

@@ -4,6 +4,7 @@ Shapes: C channels, S side of a tile in pixels, T tiles of an image, D embed_dim
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from PIL import Image
@@ -46,17 +47,12 @@ def cut(picture: Picture, preprocess: Preprocess, patch_size: int, short_side: i
     scale = wanted / min(picture.size)
     width, height = (max(int(length * scale + 1e-6) // patch_size * patch_size, side) for length in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    layout = Layout(
-        height // patch_size,
-        width // patch_size,
-        _offsets(height // patch_size, side // patch_size),
-        _offsets(width // patch_size, side // patch_size),
-    )
+    rows, columns, window = height // patch_size, width // patch_size, side // patch_size
+    layout = Layout(rows, columns, _offsets(rows, window), _offsets(columns, window))
     pixels = torch.tensor(values_of(picture)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
     tiles = [
         pixels[:, top * patch_size : top * patch_size + side, left * patch_size : left * patch_size + side]
-        for top in layout.tops
-        for left in layout.lefts
+        for top, left in product(layout.tops, layout.lefts)
     ]
     return torch.stack(tiles), layout
 
@@ -67,17 +63,15 @@ def stitch(tiles: Features, layout: Layout) -> Features:
     Class (and register) tokens are averaged over the tiles; where tiles overlap, their patch tokens are.
     """
     side = round(tiles.patch_tokens.shape[1] ** 0.5)  # patches a side of a tile
-    dim = tiles.patch_tokens.shape[2]
-    total = tiles.patch_tokens.new_zeros((layout.rows, layout.columns, dim), dtype=torch.float32)
-    count = total.new_zeros((layout.rows, layout.columns, 1))
-    grids = tiles.patch_tokens.float().view(layout.num_tiles, side, side, dim)  # (T, N, D) -> (T, side, side, D)
-    places = [(top, left) for top in layout.tops for left in layout.lefts]
-    for grid, (top, left) in zip(grids, places, strict=True):
+    grids = tiles.patch_tokens.float().view(layout.num_tiles, side, side, -1)  # (T, N, D) -> (T, side, side, D)
+    total = grids.new_zeros((layout.rows, layout.columns, grids.shape[-1]))
+    count = grids.new_zeros((layout.rows, layout.columns, 1))
+    for grid, (top, left) in zip(grids, product(layout.tops, layout.lefts), strict=True):
         total[top : top + side, left : left + side] += grid
         count[top : top + side, left : left + side] += 1
-    patches = (total / count).view(1, -1, dim)  # (rows, columns, D) -> (1, rows * columns, D)
+    patches = (total / count).flatten(0, 1)  # (rows, columns, D) -> (rows * columns, D)
     return Features(
-        tiles.cls_token.float().mean(dim=0, keepdim=True), tiles.register_tokens.float().mean(dim=0)[None], patches
+        tiles.cls_token.float().mean(dim=0)[None], tiles.register_tokens.float().mean(dim=0)[None], patches[None]
     )
 
 

@@ -11,7 +11,6 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +31,7 @@ ITERATIONS = 6  # chosen: cells need not be good clusters
 MIN_NEAREST = 16  # chosen: P, the cells of which a row knows, is at least this
 CELLS_A_GROUP = 4  # chosen: a row looks for its cells in the nearest P / 4 groups, which hold many more
 BLOCK_ROWS = 8_192  # rows assigned at a time
-NAMES = ("stored", "ids", "centroids", "nearest", "gaps", "offsets")  # the last one says that all are there
+NAMES = ("stored", "ids", "centroids", "nearest", "gaps", "offsets")
 
 
 @dataclass(frozen=True)
@@ -168,19 +167,16 @@ def _write(pool: Vectors, centroids: Float32, groups: Int64, num_nearest: int, p
         gaps: Float16 = np.memmap(gaps_file, np.float16, "w+", shape=shape)
         _assign(pool, centroids, groups, nearest, gaps)
         by_cell = group_by(np.array(nearest[:, 0]), len(centroids))
-        whole: dict[str, npt.NDArray[Any]] = {"ids": by_cell.rows, "centroids": centroids, "offsets": by_cell.offsets}
         gathered = {"stored": pool.array, "nearest": nearest, "gaps": gaps}
-        for name in NAMES:
+        for name, source in gathered.items():
+            rows = pool.rows[by_cell.rows] if name == "stored" else by_cell.rows
             with replacing(paths[name]) as temporary:
-                if name in whole:
-                    with temporary.open("wb") as file:
-                        np.save(file, whole[name])
-                else:
-                    source = gathered[name]
-                    rows = pool.rows[by_cell.rows] if name == "stored" else by_cell.rows
-                    target = np.lib.format.open_memmap(temporary, "w+", source.dtype, (len(rows), source.shape[1]))
-                    _gather(source, rows, target)
-                    target.flush()
+                target = np.lib.format.open_memmap(temporary, "w+", source.dtype, (len(rows), source.shape[1]))
+                _gather(source, rows, target)
+                target.flush()
+    for name, array in (("ids", by_cell.rows), ("centroids", centroids), ("offsets", by_cell.offsets)):
+        with replacing(paths[name]) as temporary, temporary.open("wb") as file:
+            np.save(file, array)
 
 
 def _assign(pool: Vectors, centroids: Float32, groups: Int64, nearest: Int32, gaps: Float16) -> None:
