@@ -112,7 +112,6 @@ def with_choice(
     Its content id differs where its vectors cannot be compared with those of the model as it was.
 
     Args:
-        choice: the tokens that make an image's vector.
         image_size: side in pixels of what the model sees; None means its own.
         windows: short side in pixels to which larger images are resized, to be seen in tiles of `image_size`; None
             means the centre square.
@@ -171,15 +170,19 @@ def extract(
         model: whose backbone is put on the GPU when there is one, and into evaluation mode.
         uris: names as `store.images.read_bytes` takes them, read only a little ahead of the model; None among them
             ends a batch there, and is not counted.
-        batch_size: images the model sees at a time (fewer in the last batch).
         num_workers: threads that read, decode and resize.
-        reading: what else is asked of the images.
     """
     device = best_device()
     model.backbone.to(device).eval()
+    tiling = None
+    if model.windows is not None:
+        assert isinstance(model.backbone, VisionTransformer), "as with_choice checks"
+        patch_size = model.backbone.patch_size
+        cutting = partial(cut, preprocess=model.preprocess, patch_size=patch_size, short_side=model.windows)
+        tiling = Tiling(cutting, 2 * model.windows)
     running: Started | None = None
     sizes = {"batch_size": batch_size, "num_workers": num_workers}
-    for batch in load_batches(uris, model.preprocess, **sizes, reading=reading, tiling=_tiling(model)):
+    for batch in load_batches(uris, model.preprocess, **sizes, reading=reading, tiling=tiling):
         if batch.indices:
             blocks = _forward_batch(model, batch, device, batch_size)
             started: Started | None = (batch, *chosen_tokens(blocks, model.choice, batch.layouts))
@@ -253,11 +256,3 @@ def _fetch(batch: ImageBatch, vectors: Tensor, patches: list[Tensor]) -> Feature
     features = vectors.to("cpu", torch.float32, copy=True)
     fetched = [image.to("cpu", torch.float32, copy=True) for image in patches]
     return FeatureBatch(batch.indices, batch.facts, features, batch.failures, batch.waited_s, fetched, batch.known)
-
-
-def _tiling(model: FeatureModel) -> Tiling | None:
-    if model.windows is None:
-        return None
-    assert isinstance(model.backbone, VisionTransformer), "as with_choice checks"
-    cutting = partial(cut, preprocess=model.preprocess, patch_size=model.backbone.patch_size, short_side=model.windows)
-    return Tiling(cutting, 2 * model.windows)

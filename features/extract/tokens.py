@@ -64,7 +64,6 @@ def chosen_tokens(
 
     Args:
         features: of the L blocks: of the images, or of all their tiles.
-        choice: what is wanted.
         layouts: (B,) of tiles; empty if the images were not cut.
     """
     wants_patches = choice.tokens == "patches"

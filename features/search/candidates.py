@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import console
-from ...store.vectors import Bools, Float32, Int64, PageRelease, Vectors
+from ...store.vectors import Float32, Int64, PageRelease, Vectors
 from ..threads import Workers, map_in_order, workers
 from .products import device, product, unit_rows
 
@@ -40,12 +40,25 @@ class TopK:
         self.least = np.full(num_queries, -np.inf, np.float32)  # what a candidate must exceed
         self.lock = threading.Lock()
 
-    def add(self, products: Float32, start: int) -> None:
-        """Add the products (B, T) of all queries with the pool vectors from `start` on; threads may, in any order."""
-        queries = np.arange(len(self.counts))
+    def add(self, products: Float32, start: int, *, transposed: bool = False) -> None:
+        """Add the products (B, T) of all queries with the pool vectors from `start` on; (T, B) where `transposed`.
+
+        Threads may add tiles in any order.
+        """
+        by_query = products.T if transposed else products
+        query, column = np.empty(0, np.int64), np.empty(0, np.int64)
         with self.lock:
-            query, column = self.passing(queries, products)
-            self.add_pairs(queries, query, products[query, column], column + start)
+            is_first = self.least[0] == -np.inf  # of all queries, for they have seen equally many vectors
+            if not is_first and transposed:
+                column, query = np.divmod(np.flatnonzero(products > self.least), products.shape[1])
+                order = np.argsort(query, kind="stable")
+                query, column = query[order], column[order]
+            elif not is_first:
+                query, column = np.divmod(np.flatnonzero(products > self.least[:, None]), products.shape[1])
+            if is_first or np.bincount(query, minlength=1).max() > self.num:
+                largest = _largest(by_query, min(self.num, by_query.shape[1]))
+                query, column = np.repeat(np.arange(len(largest)), largest.shape[1]), largest.reshape(-1)
+            self.add_pairs(np.arange(len(self.counts)), query, by_query[query, column], column + start)
 
     def passing(self, queries: Int64, products: Float32) -> tuple[Int64, Int64]:
         """Return the places, rising, of the products (B, T) of `queries` (B,) that exceed the least so far.
@@ -53,12 +66,11 @@ class TopK:
         At most `num` of a query. More may be added meanwhile; `add_pairs` sorts that out.
         """
         passes = products > self.least[queries, None]
-        query, column = _places(passes)
-        many = np.flatnonzero(np.bincount(query, minlength=len(queries)) > self.num)
+        many = np.flatnonzero(np.count_nonzero(passes, axis=1) > self.num)
         if len(many):
             passes[many] = False
             passes[many[:, None], _largest(products[many], self.num)] = True
-            query, column = _places(passes)
+        query, column = np.divmod(np.flatnonzero(passes), products.shape[1])
         return query, column
 
     def add_pairs(self, queries: Int64, query: Int64, products: Float32, positions: Int64) -> None:
@@ -89,15 +101,6 @@ class TopK:
         self.positions[queries, : self.num] = np.take_along_axis(positions, top, axis=1)
         self.counts[queries] = self.num
         self.least[queries] = values.min(axis=1)
-
-
-def _places(passes: Bools) -> tuple[Int64, Int64]:
-    """Return rows, rising, and columns of what is true in (B, T), in the order of memory while that is searched."""
-    if passes.flags.c_contiguous:
-        return np.divmod(np.flatnonzero(passes), passes.shape[1])
-    column, row = np.divmod(np.flatnonzero(passes.T), len(passes))
-    order = np.argsort(row, kind="stable")
-    return row[order], column[order]
 
 
 def _largest(values: Float32, num: int) -> Int64:
@@ -160,7 +163,7 @@ def _by_tiles(
         products = product(points[number], right)
         best[number].add(products, first)
         if other != number:
-            best[other].add(products.T, blocks[number][0])
+            best[other].add(products, blocks[number][0], transposed=True)
         return products.size * (1 if other == number else 2)
 
     compared, shown_queries = 0, 0

@@ -87,8 +87,6 @@ def exact_neighbors(
     """Return the k nearest pool vectors of every query, exactly.
 
     Args:
-        task: what is searched.
-        progress: what the progress line says, None for no line.
         block_bytes: what the queries that go through the pool together may take.
     """
     neighbors = task.no_neighbors()
@@ -125,8 +123,7 @@ def _rerank(task: KnnTask, rows: Int64, found: Int64, approximate: Float32, neig
     k = neighbors.indices.shape[1]
     error = tolerance(task.pool.dim)
     # What the search left out is at most this similar.
-    is_part = found.shape[1] < len(task.pool)
-    others = approximate.min(axis=1) + error if is_part else np.full(len(found), -np.inf, np.float32)
+    others = approximate.min(axis=1) + error if found.shape[1] < len(task.pool) else np.full(len(found), -np.inf)
     is_candidate = found >= 0
     if task.identity is not None:
         is_candidate &= task.identity.queries[rows][:, None] != task.identity.pool[found]

@@ -38,9 +38,8 @@ def probe_radius(vectors: Vectors, cells: Cells, threshold: float, search: Searc
     kinds = [kind for kind in (np.flatnonzero(has_pair), np.flatnonzero(~has_pair)) if len(kind)]
     samples = [kind[evenly_spread(len(kind), EXACT_ROWS)] for kind in kinds]
     sample = np.concatenate(samples)  # places in `rows`
-    weights = np.concatenate(
-        [np.full(len(some), len(kind) / len(some)) for kind, some in zip(kinds, samples, strict=True)]
-    )
+    lengths = [len(some) for some in samples]
+    weights = np.repeat([len(kind) / num for kind, num in zip(kinds, lengths, strict=True)], lengths)
     everything = np.arange(len(cells))
     identity = Identity(rows[sample], everything)
     task = KnnTask(vectors.take(rows[sample]), vectors, MAX_PAIRS, everything, identity, threshold)
