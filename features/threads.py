@@ -50,8 +50,7 @@ def map_in_order(
     Closing the iterator cancels what has not begun. Items are taken as they are needed: `ahead` more than the one that
     is waited for, two a thread by default.
     """
-    if ahead is None:
-        ahead = 2 * executor._max_workers
+    ahead = 2 * executor._max_workers if ahead is None else ahead
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -73,5 +72,4 @@ def in_parallel(step: Callable[[int], None], starts: range) -> None:
             step(start)
         return
     with ThreadPoolExecutor(count) as threads:
-        for _ in threads.map(step, starts):
-            pass
+        list(threads.map(step, starts))  # waits for all, and raises what one raises

@@ -116,7 +116,7 @@ def _candidates(
             advance()
             for part in parts:
                 best.add_pairs(*part)
-            pages.add(cells.num_bytes(cell))
+            pages.add(cells.stored[cells.members(cell)].nbytes)
     values, positions = best.found()
     return np.where(values > -np.inf, positions, -1), values
 

@@ -52,10 +52,6 @@ class Cells:
         """Return the rows of a cell."""
         return slice(int(self.offsets[cell]), int(self.offsets[cell + 1]))
 
-    def num_bytes(self, cell: int) -> int:
-        """Return the size of a cell's vectors."""
-        return self.stored[self.members(cell)].nbytes
-
     def vectors(self, pool: Vectors) -> Vectors:
         """Return the pool's vectors in the order of rows."""
         return Vectors(self.stored, np.arange(len(self)), pool.base)

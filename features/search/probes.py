@@ -80,7 +80,7 @@ def _pairs_in_many_cells(vectors: Vectors, cells: Cells, rows: Int64, threshold:
         for cell, (left, right) in zip(probed_cells, map_in_order(compare, probed_cells, threads), strict=True):
             lefts.append(left)
             rights.append(right)
-            pages.add(cells.num_bytes(cell))
+            pages.add(cells.stored[cells.members(cell)].nbytes)
     return np.concatenate(lefts), np.concatenate(rights), probed
 
 
