@@ -28,11 +28,6 @@ class Selection:
     added: dict[pa.Field, pa.Array]  # (R,) columns in the order of the output, also dictionaries of strings
 
     @property
-    def num_rows(self) -> int:
-        """Return R."""
-        return len(self.places)
-
-    @property
     def schema(self) -> pa.Schema:
         """Return the columns: those of images, `row`, and what was added."""
         there = {name for images, _ in self.parts for name in images.schema().names}

@@ -36,10 +36,8 @@ BLOCK_ENTRIES = 1_024  # chosen: a batch ends where a block does, so that neithe
 def embed_images(arguments: list[str], output: str, settings: EmbedSettings, options: Options) -> Result | None:
     """Embed all images that the SOURCE arguments name; return None after a dry run, and where another process speaks.
 
-    Raises:
-        Stopped: if a signal came; what was done is kept, and the same command resumes.
-        ToolkitError: if an argument is wrong, something else stands at `output`, no image at all can be read, or more
-            than the share `max_failed` cannot.
+    Raises Stopped when a signal came (the same command resumes), and ToolkitError when an argument is wrong, something
+    else stands at `output`, no image at all can be read, or more than the share `max_failed` cannot.
     """
     path = check_manifest_name(output)
     if settings.num_processes > 1 and not is_launched(os.environ) and not options.dry_run:

@@ -205,7 +205,7 @@ def _retrieve(
         for part, pairs in zip(sets, found, strict=True)
     ]
     num_collisions = num_candidates - num_distinct
-    figures |= {"images": rows.num_rows, "retrieved": len(retrieved), "wanted": num_candidates}
+    figures |= {"images": len(rows.places), "retrieved": len(retrieved), "wanted": num_candidates}
     figures |= {"distinct": num_distinct, "collisions": num_collisions, "composition": composition}
     console.say(
         f"{num_queries:,} queries retrieved {len(retrieved):,} of {len(pool):,} pool images; {num_candidates:,}"
