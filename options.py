@@ -74,10 +74,7 @@ def with_shared(*without: str, **defaults: Any) -> Callable[[Callable[..., "Resu
     """Give a command the options that all commands with an output share, and print the result that it returns.
 
     The command receives them as `shared`, an `Options`. One that it declares itself it gets by its own name instead.
-
-    Args:
-        without: names of shared options that make no sense for the command.
-        defaults: other defaults than usual, such as limit=12.
+    `without` names shared options that make no sense for the command; `defaults` are others than usual (limit=12).
     """
 
     def decorate(function: Callable[..., "Result | None"]) -> Callable[..., None]:

@@ -106,10 +106,7 @@ def _write_answer(
 
 
 def _fields(answer: pa.Schema) -> list[pa.Field]:
-    """Return the columns to write: those of images first, at their declared types, then the others of the answer.
-
-    Raises ToolkitError when the answer names no images, or has two columns of one name.
-    """
+    """Return the columns to write: those of images, then others. ToolkitError without `uri`, or with doubles."""
     if "uri" not in answer.names:
         raise ToolkitError(f"the answer has no `uri` column (it has {', '.join(answer.names)}); select it too")
     twice = sorted({name for name in answer.names if answer.names.count(name) > 1})

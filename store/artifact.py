@@ -69,10 +69,8 @@ def is_up_to_date(
 ) -> bool:
     """Tell whether `output` holds this very work already; if so, touch it (so that Make rests) and say so.
 
-    Enters it in the catalog where it is missing there, as after a kill between the two. Raises ToolkitError when
-    something else stands there and --force was not given.
-
-    `provenance` is that of the work that is wanted, `kind` says in a word what the output should be.
+    Enters it in the catalog where it is missing there, as after a kill between the two. `provenance` is that of the
+    work that is wanted, `kind` a word for the output. Raises ToolkitError when something else stands there unforced.
     """
     if options.force or not output.exists():
         return False

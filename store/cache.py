@@ -86,8 +86,7 @@ def make_room(num_bytes: int) -> None:
 def cache_key(source: Source) -> str:
     """Return the name under which the cache keeps what is made from a manifest.
 
-    It depends on the content id, which is only what the file says of itself, and on the paths, sizes and time stamps of
-    its parts.
+    It depends on the content id, which only the file itself says, and on paths, sizes and time stamps of its parts.
     """
     stamp = _stamp(source)
     same = cache_folder() / f"{stamp}.same"

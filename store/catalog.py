@@ -186,10 +186,7 @@ def metrics_of(artifact: Artifact) -> list[tuple[str, float]]:
 
 
 def newest_features(role: str) -> list[Artifact]:
-    """Return what a bare command may read as `role`: existing outputs of embed and dedup, newest first.
-
-    Outputs of `retrieve` and `cluster` are results, never chosen by themselves.
-    """
+    """Return what a bare command may read as `role`: existing outputs of embed and dedup alone, newest first."""
     made = artifacts("role = ? and command in ('curate embed', 'curate dedup')", [role])
     return [a for a in made if a.kind in ("embeddings", "selection") and Path(a.path).exists()]
 

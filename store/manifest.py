@@ -155,9 +155,7 @@ class Manifest:
     def pieces(self, columns: list[str], limit: int | None = None, rows: Rows | None = None) -> Iterator[Piece]:
         """Yield the columns in row order, a row group or less at a time, with the places of the rows.
 
-        Args:
-            limit: only the first so many rows of the manifest.
-            rows: (R,) only these rows, rising; row groups without any are not read.
+        With `limit` only the first so many rows; of `rows` (R,), rising, only these, and no row group without any.
         """
         stored = [self.old_names.get(name, name) for name in columns]
         end = self.num_rows if limit is None else min(limit, self.num_rows)
@@ -269,10 +267,9 @@ def provenance_from(values: dict[str, Any], path: Path) -> Provenance:
 
 
 class ManifestWriter:
-    """Writes a manifest, as a context manager.
+    """Writes a manifest, as a context manager; after an exception the old file, if any, stands as it was.
 
-    After the block, `provenance.content_id` is set and the file stands; after an exception the old file, if any, stands
-    as it was.
+    After the block, `provenance.content_id` is set and the file stands.
     """
 
     def __init__(self, path: Path, fields: list[pa.Field], provenance: Provenance) -> None:

@@ -127,10 +127,7 @@ def _label_column(labels: str) -> str | None:
 
 
 def listing_id(source: ImageSource, skip: Skip) -> str:
-    """Return the content id of a source: of files that of the listing (path, size, time stamp), nothing is opened.
-
-    `skip` tells which paths do not count, such as the output of the command itself.
-    """
+    """Return the content id of a source: of files that of the listing (path, size, time stamp) less `skip`."""
     if source.manifest is not None:
         return source.manifest.content_id
     digest = hashlib.blake2b(digest_size=16)
@@ -178,10 +175,7 @@ def _paths(source: ImageSource, skip: Skip) -> Iterator[str]:
 
 
 def _walk(folder: str, skip: Skip) -> Iterator[str]:
-    """Yield every entry below a folder that is not a folder itself, and folders that cannot be read or are links.
-
-    The order is that of the paths as bytes, whatever the file system says.
-    """
+    """Yield every file below a folder, and folders that are links or unreadable, in order of the paths as bytes."""
     stack = [_listed_folder(os.path.join(folder, ""), skip)]
     while stack:
         path = next(stack[-1], None)
