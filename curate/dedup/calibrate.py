@@ -24,9 +24,9 @@ from .threshold import (
     MIN_FAR_NEIGHBOR,
     ChanceModel,
     chance_model,
-    own_threshold,
     sample_neighbors,
     sample_rows,
+    threshold_of,
 )
 
 PRECISIONS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)  # chosen: shown beside the precision asked for
@@ -128,7 +128,7 @@ def _calibrate(
         asked = sorted({*PRECISIONS, precision})
         candidates = [candidate(each, chance.threshold_at(1 - each)) for each in asked]
         suggested = candidates[asked.index(precision)]
-    own = own_threshold(vectors.base)
+    own = threshold_of(images.source.model())
     if own is not None and own > suggested.threshold:
         console.say(f"the descriptor `copy` has a threshold of its own, {own}: a pool may raise it and not lower it")
         suggested = candidate(None, own)

@@ -26,6 +26,7 @@ from ...store.vectors import Float64, Int64
 from ..inputs import EmbeddedImages, Input
 from ..selection import selected, write_table
 from .reference_sets import ImageSets
+from .representative import preferred
 
 REASONS = (
     "near-duplicate",
@@ -124,9 +125,8 @@ def _removed(decisions: Decisions, rows: Int64) -> pa.Table:
 
 def _group_columns(decisions: Decisions, rows: Int64) -> list[pa.Array]:
     """Return `group_id` and `min_similarity_to_kept` of the images at `rows` (R,)."""
-    first = np.empty(len(decisions.labels), np.int64)
-    first[decisions.labels[::-1]] = np.arange(len(decisions.labels))[::-1]  # of equal labels the last one counts
-    group_id = decisions.images.rows.take(pa.array(first[decisions.labels[rows]]))
+    first = preferred(decisions.labels, np.arange(len(decisions.labels)))
+    group_id = decisions.images.rows.take(pa.array(first[rows]))
     is_alone = decisions.group_sizes[rows] == 1
     return [group_id, pa.array(decisions.min_similarity_to_kept[rows], pa.float32(), mask=is_alone)]
 

@@ -14,7 +14,7 @@ from ...features.search.join import components_above
 from ...features.search.neighbors import first_identical, nearest, similarities
 from ...features.search.products import tile_above, unit_rows
 from ...store.vectors import Bools, Float64, Int64, Vectors
-from .representative import inverse, preferred
+from .representative import preferred
 from .settings import Linkage
 
 AreCopies = Callable[[Int64, Int64, Float64, Bools], Bools]  # rows, rows, cosines, whether to align contents: (E,) each
@@ -65,9 +65,8 @@ def group_duplicates(
     distinct = np.flatnonzero(first == rows)  # (M,)
     number = np.searchsorted(distinct, first)  # (N,) places in `distinct`
     num_copies = np.bincount(number, minlength=len(distinct))
-    best = np.full(len(distinct), len(first))  # (M,) the priority of the preferred copy
-    np.minimum.at(best, number, priority)
-
+    best_copy = preferred(first, priority)[distinct]  # (M,)
+    best = priority[best_copy]
     searched = vectors.take(distinct)
     if are_copies is not None:
 
@@ -81,14 +80,12 @@ def group_duplicates(
         joined = components_above(searched, threshold, weights=num_copies, enough=k, search=search)
         is_saturated, recall = joined.degree >= k, joined.recall
         kept = star(searched, joined.labels, best, threshold) if linkage == "star" else preferred(joined.labels, best)
-    kept = inverse(priority)[best[kept]][number]  # (N,)
-    smallest = np.full(len(first), len(first))  # at the place of the kept one
-    np.minimum.at(smallest, kept, rows)
+    kept = best_copy[kept][number]  # (N,)
     min_similarity = np.ones(len(first))  # at the place of the kept one
     others = np.flatnonzero(kept != rows)
     np.minimum.at(min_similarity, kept[others], similarities(vectors, others, vectors, kept[others]))
     num_saturated = int(num_copies[is_saturated].sum())
-    return DuplicateGroups(smallest[kept], kept, min_similarity[kept], num_saturated, recall)
+    return DuplicateGroups(preferred(kept, rows), kept, min_similarity[kept], num_saturated, recall)
 
 
 def _first_similar_copy(vectors: Vectors, threshold: float) -> Int64:
@@ -98,9 +95,7 @@ def _first_similar_copy(vectors: Vectors, threshold: float) -> Int64:
     """
     first = first_identical(vectors)
     copies = np.flatnonzero(first != np.arange(len(first)))
-    originals = np.unique(first[copies])
-    unlike = originals[similarities(vectors, originals, vectors, originals) <= threshold]
-    alone = copies[np.isin(first[copies], unlike)]
+    alone = copies[similarities(vectors, copies, vectors, first[copies]) <= threshold]
     first[alone] = alone
     return first
 
@@ -178,7 +173,7 @@ def distinct_pairs(left: Int64, right: Int64, num: int, is_near: Bools) -> tuple
 def _star_of_pairs(left: Int64, right: Int64, priority: Int64) -> Int64:
     """Return for every vector the one that is kept for it (M,), from pairs that are copies; as `star` does."""
     by_priority = np.argsort(priority)
-    rank = inverse(by_priority)
+    rank = np.argsort(by_priority)
     one, other = np.minimum(rank[left], rank[right]), np.maximum(rank[left], rank[right])
     return by_priority[first_independent(len(priority), one, other)][rank]
 

@@ -21,7 +21,7 @@ from .decisions import GROUPED_WITH_EVALUATION, KEPT, NEAR_DUPLICATE, RESEMBLES_
 from .groups import DuplicateGroups, group_duplicates
 from .image_keys import first_with_same_key, image_ids
 from .reference_sets import ImageSets, Matches, are_same, extend_to_groups, find_matches
-from .representative import Keep, inverse, preference, preferred
+from .representative import Keep, preference, preferred
 from .settings import DedupSettings
 from .threshold import FIXED_THRESHOLD, threshold_from_pool, threshold_of
 from .verify import MIN_COSINE, Pairs, Verifier
@@ -67,8 +67,6 @@ def find_near_duplicates(
         matches = find_matches(compared, evaluation, against_threshold, search, against_verifier)
         matches = extend_to_groups(matches, groups.labels, order, compared, evaluation)
 
-    sets = ImageSets([images, *known.sets, *evaluation.sets])
-    decisions = _decide(sets, represented_by, groups, known_matches, matches, len(images) + len(known))
     figures: dict[str, object] = {
         "chained_groups": len(np.unique(groups.labels[groups.min_similarity_to_kept <= threshold])),
         "saturated": groups.num_saturated,
@@ -81,7 +79,8 @@ def find_near_duplicates(
         figures["max_difference"] = verifier.max_difference
         figures["pairs_verified"], figures["pairs_unreadable"] = verifier.num_pairs, verifier.num_unreadable
     _say_figures(figures, settings, verifier)
-    return replace(decisions, figures=figures)
+    sets = ImageSets([images, *known.sets, *evaluation.sets])
+    return _decide(sets, represented_by, groups, known_matches, matches, len(images) + len(known), figures)
 
 
 def is_verified(settings: DedupSettings, inputs: list[Input]) -> bool:
@@ -126,7 +125,8 @@ def _threshold(
     if isinstance(threshold, float):
         origin = f"as for {known[0].manifest.path}"
     else:
-        threshold, origin = threshold_from_pool(images.vectors.take(_with_different_vectors(images)))
+        own = threshold_of(images.source.model())
+        threshold, origin = threshold_from_pool(images.vectors.take(_with_different_vectors(images)), own)
     console.say(f"threshold {threshold:.7g}, set {origin}")
     return threshold, origin
 
@@ -148,8 +148,6 @@ def _groups(
     """Group images, (U,) each. No star holds an image that is like a known one: that is alone."""
     everyone, ones = np.arange(len(images)), np.ones(len(images))
     free = np.flatnonzero(~known_matches.is_direct) if settings.linkage == "star" else everyone
-    if not len(free):
-        return DuplicateGroups(everyone, everyone, ones, 0, 1.0)
 
     def are_copies(left: Int64, right: Int64, cosines: Float64, align: Bools) -> Bools:
         assert verifier is not None
@@ -160,7 +158,7 @@ def _groups(
         threshold,
         settings.k if verifier is None else verifier.k,
         linkage=settings.linkage,
-        priority=inverse(np.argsort(rank[free])),
+        priority=np.argsort(np.argsort(rank[free])),
         search=search,
         are_copies=None if verifier is None else are_copies,
         num_aligned=0 if verifier is None else verifier.num_aligned,
@@ -177,6 +175,7 @@ def _decide(
     known: Matches,
     evaluation: Matches,
     first_evaluation: int,
+    figures: dict[str, object],
 ) -> Decisions:
     """Decide on all N images, from what was found for the distinct ones, (U,) each.
 
@@ -203,7 +202,7 @@ def _decide(
     reason[copies], duplicate_of[copies] = SAME_BYTES, represented_by[copies]
     similarity[copies] = similarities(vectors, copies, vectors, represented_by[copies])
     labels, min_similarity = distinct[groups.labels][place], groups.min_similarity_to_kept[place]
-    return Decisions(sets, reason, duplicate_of, similarity, labels, min_similarity, {})
+    return Decisions(sets, reason, duplicate_of, similarity, labels, min_similarity, figures)
 
 
 def _say_figures(figures: dict[str, object], settings: DedupSettings, verifier: Verifier | None) -> None:

@@ -73,7 +73,7 @@ def preference(keep: Keep, images: EmbeddedImages) -> Int64:
         raise ToolkitError(
             f"--keep {keep.text}: a column of {column.type} has no largest value; name another"
         ) from None
-    return inverse(order)
+    return np.argsort(order)
 
 
 def _scores(keep: Keep, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -87,13 +87,6 @@ def _scores(keep: Keep, column: pa.ChunkedArray) -> pa.ChunkedArray:
         console.warn(f"--keep {keep.text}: no image has {keep.column} {', '.join(reversed(missing))}")
     scores = pc.add(pc.fill_null(pc.index_in(values, value_set=best_last), -1), 1)
     return pc.if_else(pc.is_null(values), -1, scores)
-
-
-def inverse(order: Int64) -> Int64:
-    """Return the place of each number in a permutation, (N,)."""
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(len(order))
-    return places
 
 
 def preferred(labels: Int64, rank: Int64) -> Int64:

@@ -4,14 +4,13 @@ N images, S of them sampled, k neighbours, R radii.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ...features.search.exact_search import DEFAULTS
 from ...features.search.neighbors import Identity, Neighbors, SearchSettings, nearest
 from ...models.copy_descriptor import THRESHOLD, copy_content_id
-from ...store.manifest import Source, open_manifest
+from ...store.manifest import Source
 from ...store.vectors import Float64, Int64, Vectors
 
 CHANCE = 0.05  # chosen: share of the images above the threshold that may be there by chance
@@ -23,13 +22,12 @@ MIN_FAR_NEIGHBOR = 8  # of fewer images no threshold is learnt
 FIXED_THRESHOLD = 0.999  # chosen: what remains then
 
 
-def threshold_from_pool(distinct: Vectors) -> tuple[float, str]:
+def threshold_from_pool(distinct: Vectors, own: float | None) -> tuple[float, str]:
     """Return a threshold for a pool's distinct vectors (N, D), and its origin in words.
 
-    The descriptor made for copies has its own, raised where the pool is so crowded that it would cost too many; for
-    any other features it is learnt from how densely the vectors lie.
+    A descriptor's `own` is raised where the pool is so crowded that it would cost too many. Where it has none, the
+    threshold is learnt from how densely the vectors lie.
     """
-    own = own_threshold(distinct.base)
     far = min(FAR_NEIGHBOR, (len(distinct) - 1) // 3)
     if far < MIN_FAR_NEIGHBOR:
         if own is not None:
@@ -74,13 +72,6 @@ def sample_rows(num_images: int) -> int:
     """Return how many images' neighbours say enough about a pool."""
     fewest, most = SAMPLE_ROWS
     return min(num_images, max(fewest, min(most, int(SAMPLE_PRODUCTS / max(num_images, 1)))))
-
-
-def own_threshold(base: Source) -> float | None:
-    """Return the threshold that belongs to the descriptor of an embedding manifest; None: it has none."""
-    path = Path(base.path)
-    provenance = open_manifest(path).provenance if path.exists() else None
-    return None if provenance is None else threshold_of(provenance.model())
 
 
 def threshold_of(model: Source | None) -> float | None:
