@@ -126,15 +126,8 @@ def group_copies(
         num_before = len(copies)
         for start in range(0, len(queries), SEARCHED_ROWS):
             some = queries[start : start + SEARCHED_ROWS]
-            near = nearest(
-                vectors.take(some),
-                vectors.take(pool),
-                k,
-                order=priority[pool],
-                identity=Identity(some, pool),
-                above=threshold,
-                search=search,
-            )
+            one, other, identity = vectors.take(some), vectors.take(pool), Identity(some, pool)
+            near = nearest(one, other, k, order=priority[pool], identity=identity, above=threshold, search=search)
             recall = min(recall, near.recall)
             query, column = np.nonzero(near.indices >= 0)
             is_near = column < num_aligned

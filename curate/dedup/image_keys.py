@@ -76,8 +76,7 @@ def read_keys(uris: Keys, num: int, key: Callable[[bytes], str], progress: str) 
     chunks, reason = [], ""
     with workers() as threads, console.progress(progress, num, "images") as advance:
         for piece in uris:
-            names = piece.to_pylist()
-            tasks = (names[start : start + TASK_IMAGES] for start in range(0, len(names), TASK_IMAGES))
+            tasks = (piece.slice(start, TASK_IMAGES).to_pylist() for start in range(0, len(piece), TASK_IMAGES))
             keys: list[str | None] = []
             for found, problem in map_in_order(partial(_keys_of, key), tasks, threads):
                 keys.extend(found)

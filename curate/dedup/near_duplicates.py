@@ -101,9 +101,8 @@ def _first_same_bytes(images: EmbeddedImages, memory: int | None) -> Int64:
     """Return the first image with the same id for each, (N,), where their vectors agree."""
     first = first_with_same_key(image_ids(images), len(images), memory)
     copies = np.flatnonzero(first != np.arange(len(images)))
-    cosines = similarities(images.vectors, copies, images.vectors, first[copies])
-    unlike = copies[~are_same(cosines, images.vectors, copies, images.vectors, first[copies])]
-    first[unlike] = unlike
+    is_same, _ = are_same(images.vectors, copies, images.vectors, first[copies])
+    first[copies[~is_same]] = copies[~is_same]
     return first
 
 

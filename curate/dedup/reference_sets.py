@@ -68,21 +68,13 @@ def find_matches(
     position = first_with_same_key(image_ids(images), len(images), search.memory, ids)
     similarity, recall = np.full(len(images), -np.inf), 1.0
     for other, rows, theirs in others.split(position):
-        cosines = similarities(vectors, rows, other.vectors, theirs)
-        is_same = are_same(cosines, vectors, rows, other.vectors, theirs)
+        is_same, cosines = are_same(vectors, rows, other.vectors, theirs)
         similarity[rows] = np.where(is_same, cosines, -np.inf)
         position[rows[~is_same]] = -1
     same_bytes = position >= 0
     for start, other in zip(others.starts.tolist(), others.sets, strict=False):
-        near = nearest(
-            vectors,
-            other.vectors,
-            1 if verifier is None else verifier.k,
-            order=other.order,
-            above=threshold,
-            search=search,
-            progress=f"comparing with {other.source.manifest.path.name}",
-        )
+        k, progress = 1 if verifier is None else verifier.k, f"comparing with {other.source.manifest.path.name}"
+        near = nearest(vectors, other.vectors, k, order=other.order, above=threshold, search=search, progress=progress)
         recall = min(recall, near.recall)
         cosines = near.similarities
         if verifier is not None:
@@ -99,16 +91,15 @@ def find_matches(
     return Matches(position, similarity, same_bytes, position >= 0, recall)
 
 
-def are_same(cosines: Float64, vectors: Vectors, positions: Int64, others: Vectors, other_positions: Int64) -> Bools:
-    """Tell of pairs with the same id (P,), and of these cosines, whether their vectors agree that they are one image.
+def are_same(one: Vectors, ones: Int64, other: Vectors, others: Int64) -> tuple[Bools, Float64]:
+    """Tell of pairs with the same id (P,) whether their vectors agree that they are one image, and their cosines.
 
     An id of other origin may name a whole slide of which the rows are tiles, or be counted anew in every set.
     """
-    of_one = similarities(vectors, positions, vectors, positions)
-    of_other = similarities(others, other_positions, others, other_positions)
-    both_zero = (of_one == 0) & (of_other == 0)  # zero vectors have a cosine of 0 even to themselves
-    is_same: Bools = (cosines > SAME_IMAGE) | both_zero
-    return is_same
+    cosines = similarities(one, ones, other, others)
+    # Zero vectors have a cosine of 0 even to themselves.
+    both_zero = (similarities(one, ones, one, ones) == 0) & (similarities(other, others, other, others) == 0)
+    return (cosines > SAME_IMAGE) | both_zero, cosines
 
 
 def extend_to_groups(found: Matches, labels: Int64, order: Int64, images: EmbeddedImages, others: ImageSets) -> Matches:

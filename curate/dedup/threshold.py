@@ -55,15 +55,9 @@ def sample_neighbors(
     """Return the positions of about `num` vectors (S,), evenly spread and rising, and the k nearest others of each."""
     sample = np.linspace(0, len(distinct) - 1, min(num, len(distinct))).astype(np.int64)  # no two the same
     positions = np.arange(len(distinct))
+    queries, identity = distinct.take(sample), Identity(sample, positions)
     near = nearest(
-        distinct.take(sample),
-        distinct,
-        k,
-        order=positions,
-        identity=Identity(sample, positions),
-        above=above,
-        search=search,
-        progress=progress,
+        queries, distinct, k, order=positions, identity=identity, above=above, search=search, progress=progress
     )
     return sample, near
 

@@ -56,8 +56,7 @@ def pixel_difference(residuals: Float32, cosines: Float64) -> Float64:
 
     At the limit for copies a pair may have a residual of 6 % at a cosine of 0.95, and of 1.5 % at 0.3.
     """
-    result: Float64 = (residuals.astype(np.float64) + 0.005) * np.sqrt(1.03 - cosines)
-    return result
+    return (residuals.astype(np.float64) + 0.005) * np.sqrt(1.03 - cosines)
 
 
 def crowded_limit(differences: Float64, max_lost: float) -> float:
@@ -106,9 +105,8 @@ class Verifier:
         keys, _, number, align = distinct_pairs(left, right, len(images), column < self.num_aligned)
         ones, others = np.divmod(keys, len(images))
         pairs = Pairs(images, ones, images, others, align)
-        found = self._residuals(pairs)
-        self._sampled = pairs, found
-        residuals = found[number]
+        self._sampled = pairs, self._residuals(pairs)
+        residuals = self._sampled[1][number]
         is_read = residuals != UNREADABLE
         differences = pixel_difference(residuals[is_read], near.similarities[query, column][is_read])
         self.max_difference = crowded_limit(differences, 2 * MAX_LOST * len(sample))  # every pair counts at both ends
@@ -127,9 +125,8 @@ class Verifier:
         is_unreadable = residuals == UNREADABLE
         self.num_pairs += len(pairs)
         self.num_unreadable += int(is_unreadable.sum())
-        by_cosine = cosines > self.threshold_if_unreadable
-        is_copy: Bools = np.where(is_unreadable, by_cosine, pixel_difference(residuals, cosines) <= self.max_difference)
-        return is_copy
+        by_pixels = pixel_difference(residuals, cosines) <= self.max_difference
+        return np.where(is_unreadable, cosines > self.threshold_if_unreadable, by_pixels)
 
     def _residuals(self, pairs: Pairs) -> Float32:
         """Return the residuals of pairs (E,), or `UNREADABLE`."""
