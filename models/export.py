@@ -51,11 +51,7 @@ class Comparison:
 
 
 def model_at_size(model: Model, image_size: int) -> Model:
-    """Return the model with its position embedding stored for another size.
-
-    Raises:
-        ToolkitError: if the size is not a multiple of the patch.
-    """
+    """Return the model with its position embedding stored for another size, a multiple of the patch."""
     backbone, patch_size = model.backbone, model.backbone.patch_size
     if image_size == backbone.img_size:
         return model

@@ -199,11 +199,7 @@ def _translated(name: str, blocks: str, new_of_old: Mapping[str, str]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        ToolkitError: if it cannot be read or is none.
-    """
+    """Return the object in a JSON file; raise ToolkitError if it cannot be read or is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:

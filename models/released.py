@@ -58,11 +58,7 @@ RELEASED = {weights.name: weights for weights in _ALL}
 
 
 def find_released(name: str) -> ReleasedWeights:
-    """Return the released weights of a name, their address on the mirror if $DINOV2_MIRROR names one.
-
-    Raises:
-        ToolkitError: if there are none.
-    """
+    """Return the released weights of a name, on $DINOV2_MIRROR if that is set; raise ToolkitError if there are none."""
     if name not in RELEASED:
         raise ToolkitError(f"no released weights named {name!r}; choose one of {', '.join(RELEASED)}")
     mirror = os.environ.get("DINOV2_MIRROR")

@@ -76,11 +76,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], description: str) -> None:
 
 
 def read_model_json(folder: Path) -> SavedModel:
-    """Return what a model folder's model.json says.
-
-    Raises:
-        ToolkitError: if it is missing, no JSON, or lacks something.
-    """
+    """Return what a model folder's model.json says; raise ToolkitError if it is missing, no JSON, or incomplete."""
     path = folder / MODEL_JSON
     return saved_model(read_json(path), path)
 
