@@ -16,7 +16,6 @@ app = typer.Typer(
     invoke_without_command=True, callback=options.help_when_bare, help="Runs and manifests in, scores and pictures out."
 )
 
-
 # How features are scored; an Enum because typer knows no list of Literal.
 Method = StrEnum("Method", ["KNN", "LINEAR", "LOGREG", "SEGMENT", "RETRIEVAL"])
 METHOD_HELP = (
@@ -24,6 +23,8 @@ METHOD_HELP = (
     " penalties; segment: a class for every pixel, from masks; retrieval: images of the same class."
     " May be given several times."
 )
+K_HELP = "knn: neighbours that vote; retrieval: ranks of the recall."
+MODELS_HELP = f"{MODEL_HELP} May be given several times."
 MASKS_HELP = "segment: column of the manifests with masks, names or encoded pictures; 255 is ignored."
 SIDE_HELP = "segment: side in pixels of the windows that slide over larger images."
 Images = Annotated[
@@ -49,22 +50,12 @@ def probe(
     masks: Annotated[str, option(INPUT, MASKS_HELP, metavar="COLUMN")] = "mask",
     model: Annotated[
         list[str] | None,
-        option(
-            MODEL,
-            f"{MODEL_HELP} May be given several times.",
-            default="the manifests' embeddings, else the newest finished run, else copy",
-        ),
+        option(MODEL, MODELS_HELP, default="the manifests' embeddings, else the newest finished run, else copy"),
     ] = None,
     image_size: Annotated[int | None, option(MODEL, SIDE_HELP, min=1, default="the model's own")] = None,
     method: Annotated[list[Method] | None, option(METHOD, METHOD_HELP, default="knn")] = None,
     k: Annotated[
-        str | None,
-        option(
-            METHOD,
-            "knn: neighbours that vote; retrieval: ranks of the recall.",
-            metavar="K,K...",
-            default="10,20,100,200; retrieval 1,5,10",
-        ),
+        str | None, option(METHOD, K_HELP, metavar="K,K...", default="10,20,100,200; retrieval 1,5,10")
     ] = None,
     per_class: Annotated[
         int | None,

@@ -24,7 +24,6 @@ def measure_knn(task: Task, ks: tuple[int, ...] | None, per_class: int | None) -
 
     With `per_class`, only so many images of each class vote, drawn NUM_DRAWS times: the value is the mean over the
     draws, its interval covers images and draws, and `top1_std` is the standard deviation over the draws.
-
     Raises ToolkitError when a k is above the number of training images that vote.
     Source: the k-NN evaluation of DINOv2, dinov2/eval/knn.py.
     """

@@ -41,14 +41,18 @@ def measure_linear(task: Task) -> Iterator[Measurement]:
     Every token set and learning rate is trained on four fifths of the images. The most accurate on the others (of
     equals the one with the lowest rate, and the smallest set) is trained again on all. Features are shifted by their
     mean and divided by one number, so that features of any size suit the same rates.
-
     Raises ToolkitError when there are too few images to hold any out.
     Source: the linear evaluation of DINOv2, dinov2/eval/linear.py. There, training crops are augmented, and the best
     of the grid is chosen on the test images. Here features are computed once, and the test images choose nothing.
     """
     fit, held_out = hold_out(task.train_labels, HELD_OUT, task.seed, "a linear probe, which chooses its learning rate")
     steps = min(STEPS, max(MIN_STEPS, STEPS_PER_IMAGE * len(task.train)))
-    token_sets = grid_token_sets(task.embed_dim, task.blocks, task.has_mean)
+    dim, end = task.embed_dim, task.blocks * task.embed_dim
+    token_sets = [
+        TokenSet(blocks, mean_patch, slice(end - blocks * dim, end + mean_patch * dim))
+        for blocks in sorted({1, task.blocks})
+        for mean_patch in sorted({False, task.has_mean})
+    ]
     train = torch.from_numpy(np.array(task.train))  # a copy: it is changed, and may be a memory-mapped file
     shift = train.mean(dim=0)
     train -= shift
@@ -56,7 +60,6 @@ def measure_linear(task: Task) -> Iterator[Measurement]:
     train /= scale
     labels = torch.from_numpy(task.train_labels)
     sizes = {"num_classes": task.num_classes, "steps": steps, "seed": task.seed}
-
     trained = train_grid(train[fit], labels[fit], LEARNING_RATES, token_sets, **sizes)
     others, fitted = train[held_out], zip(token_sets, trained, strict=True)
     accuracy = torch.stack([_accuracy(others[:, each.columns], labels[held_out], *grid) for each, grid in fitted])
@@ -81,16 +84,6 @@ def measure_linear(task: Task) -> Iterator[Measurement]:
     }
     predictions = most_likely(test @ weights[0] + biases[0], task.topk)
     yield from accuracies(parameters, predictions, task.test_labels, len(train), task.seed)
-
-
-def grid_token_sets(embed_dim: int, blocks: int, has_mean: bool) -> tuple[TokenSet, ...]:
-    """Return the token sets of a feature of the class tokens of `blocks` blocks, and perhaps the mean patch token."""
-    end = blocks * embed_dim
-    return tuple(
-        TokenSet(count, mean_patch, slice(end - count * embed_dim, end + mean_patch * embed_dim))
-        for count in sorted({1, blocks})
-        for mean_patch in sorted({False, has_mean})
-    )
 
 
 def _accuracy(inputs: Tensor, labels: Tensor, weights: Tensor, biases: Tensor) -> Tensor:

@@ -55,7 +55,6 @@ def measure_logreg(task: Task) -> Iterator[Measurement]:
             if len(accuracy) - int(np.argmax(accuracy)) > PATIENCE:
                 break
     best = PENALTIES[int(np.argmax(accuracy))]  # of equals the strongest penalty
-
     (chosen,) = regression_path(train, labels, task.num_classes, (best,))
     parameters: dict[str, object] = {
         "C": best,

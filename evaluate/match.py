@@ -100,7 +100,6 @@ def _draw(model: PatchModel, pictures: list[Picture], num_matches: int) -> Drawn
     note = f"the best {len(matches.left)} of {matches.num_mutual} mutual nearest neighbours by cosine"
     if len(matches.left):
         note += f", {float(matches.similarities.max()):.3f} to {float(matches.similarities.min()):.3f}"
-
     shown = [
         image.convert("RGB").resize((max(1, round(image.width * HEIGHT_PX / image.height)), HEIGHT_PX))
         for image in map(as_image, pictures)

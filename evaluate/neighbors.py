@@ -41,8 +41,8 @@ class NeighborSettings:
     model: str | None = None  # that embeds query images; None: the one that embedded the pool
 
 
-Image = dict[str, Any]  # an image on the sheet: uri, label and, beside a query, the similarity to it
-Line = tuple[Image, list[Image]]  # a query, and its nearest first
+Shown = dict[str, Any]  # an image on the sheet: uri, label and, beside a query, the similarity to it
+Line = tuple[Shown, list[Shown]]  # a query, and its nearest first
 Queries = tuple[pa.Table, Vectors]  # query images (image_id, uri, label) and their vectors (Q, D)
 
 
@@ -93,7 +93,7 @@ def draw_neighbors(query: str, output: str, settings: NeighborSettings, options:
     return make_picture(output, provenance, options, described=described, draw=drawn)
 
 
-def _tile(image: Image) -> Tile:
+def _tile(image: Shown) -> Tile:
     """Return an image with its caption: the similarity and the label; of a query without a label the file's name."""
     if "similarity" in image:
         return read_tile(image["uri"], f"{image['similarity']:.3f}  {image['label'] or ''}".strip(), TILE_PX)
@@ -132,10 +132,9 @@ def _retrieved(retrieved: Manifest, sets: list[Manifest], settings: NeighborSett
     images = pa.concat_tables(read_images(queries).select(QUERY_COLUMNS) for queries in sets)
     places = pc.index_in(wanted, value_set=images.column("image_id").combine_chunks())
     if places.null_count:
-        missing, searched = f"{places.null_count} of {len(wanted)}", ", ".join(str(queries.path) for queries in sets)
-        raise ToolkitError(
-            f"{missing} queries of {retrieved.path} are not in {searched}; name by --queries what `retrieve` was given"
-        )
+        missing = f"{places.null_count} of {len(wanted)} queries of {retrieved.path}"
+        searched = ", ".join(str(queries.path) for queries in sets)
+        raise ToolkitError(f"{missing} are not in {searched}; name by --queries what `retrieve` was given")
     lines: list[Line] = []
     for query_id, query in zip(wanted, images.take(places).to_pylist(), strict=True):
         of_query = chosen.filter(pc.equal(chosen.column("query_id"), query_id)).sort_by("rank")[: settings.k]
@@ -154,10 +153,8 @@ def _model_of(pool: Manifest, settings: NeighborSettings, seed: int) -> FeatureM
         raise ToolkitError(f"nothing says which model embedded {pool.path}; name it by --model")
     model = open_model(name, seed)
     if made_by is not None and model.source.content_id != made_by.content_id:
-        raise ToolkitError(
-            f"{pool.path} was not embedded by {name} as it is now (seed {seed}); embed the query images as the pool was"
-            " and give that manifest, or embed the pool again"
-        )
+        other = f"{pool.path} was not embedded by {name} as it is now (seed {seed})"
+        raise ToolkitError(f"{other}; embed the query images as it was and give that manifest, or the pool again")
     return model
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import console
 from ..features.sheet import Tile, draw_sheet
@@ -65,7 +66,6 @@ def colour_patches(tokens: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -
     sides is largest; the background is the side that has more of the image borders. Of the foreground, the next
     three components are red, green and blue. Where the first component does not follow the borders, no background is
     removed and the first three are shown.
-
     Source: figure 1 of Oquab et al. 2023 (DINOv2). There, the threshold is 0; here it is found, for a small
     foreground pulls the mean away from the gap.
     """
@@ -106,7 +106,8 @@ def find_foreground(features: Tensor, grids: Sequence[tuple[int, int]]) -> Tenso
     None where the first component does not follow the borders of the images.
     """
     first = (features @ principal_directions(features, 1))[:, 0]
-    border = torch.cat([_on_border(height, width) for height, width in grids])
+    inside_of = (torch.zeros(height - 2, width - 2) for height, width in grids)
+    border = torch.cat([pad(inside, (1, 1, 1, 1), value=1).flatten() for inside in inside_of]).bool()
     above = first > best_split(first)
     foreground = above if above[border].double().mean() < above[~border].double().mean() else ~above
     at_border, inside = foreground[border].double().mean(), foreground[~border].double().mean()
@@ -122,10 +123,3 @@ def best_split(values: Tensor) -> float:
     between = below**2 / count + above**2 / (len(ordered) - count)
     place = int(between.argmax())
     return float(ordered[place] + ordered[place + 1]) / 2
-
-
-def _on_border(height: int, width: int) -> Tensor:
-    """Return which patches of a grid lie at its edge, (h * w,)."""
-    inside = torch.zeros(height, width, dtype=torch.bool)
-    inside[1:-1, 1:-1] = True
-    return ~inside.flatten()

@@ -83,6 +83,9 @@ class PatchModel:
         return picture.height // self.backbone.patch_size, picture.width // self.backbone.patch_size
 
 
+Draw = Callable[[PatchModel, list[Picture], list[str]], Drawn]  # of the images that can be read and their captions
+
+
 def open_patch_model(name: str | None, image_size: int | None, seed: int) -> PatchModel:
     """Return the model that --model names, for images with a short side of --image-size.
 
@@ -120,18 +123,11 @@ def open_images(
 
 
 def draw_images(
-    command: str,
-    arguments: list[str],
-    output: str,
-    settings: PictureSettings,
-    options: Options,
-    *,
-    what: str,
-    draw: Callable[[PatchModel, list[Picture], list[str]], Drawn],
+    command: str, arguments: list[str], output: str, settings: PictureSettings, options: Options, what: str, draw: Draw
 ) -> Result | None:
     """Run a command of `evaluate` that draws what a model sees in images; return None after a dry run.
 
-    `draw` makes the picture and its figures from the images that can be read and their captions; `what` names it.
+    `what` names the picture.
     Raises ToolkitError when no image can be read, the model has no patch tokens, or the size does not suit it.
     """
     inputs, images = open_images(arguments, output, null=settings.null, limit=options.limit)

@@ -22,7 +22,6 @@ def measure_retrieval(task: Task, ks: tuple[int, ...] | None) -> Iterator[Measur
 
     The test images are the queries, the training images the pool. A query's own image is left out of the pool, so both
     may be the same images. A query without an image of its class in the pool counts 0.
-
     Source: the instance retrieval of DINOv2 (Oquab et al. 2023, section 7.3), its rule "an image of the same
     landmark" replaced by "an image of the same class".
     """

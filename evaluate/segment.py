@@ -37,6 +37,7 @@ WEIGHT_DECAY, WARMUP = 1e-3, 0.05  # the warm-up is a share of the steps
 PREDICTED_NUMBERS = 16_000_000  # pixels by classes that are predicted at a time: 64 MB
 
 Random = np.random.Generator
+Sizes = tuple[int, int | None]  # the batch size and the number of threads that decode images
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,14 @@ class Sample:
 
 
 def measure_segment(
-    model: FeatureModel,
-    train: MaskedSplit,
-    test: MaskedSplit,
-    *,
-    image_size: int | None,
-    sizes: tuple[int, int | None],
-    seed: int,
+    model: FeatureModel, train: MaskedSplit, test: MaskedSplit, *, image_size: int | None, sizes: Sizes, seed: int
 ) -> Iterator[Measurement]:
     """Yield mean intersection over union and pixel accuracy of a batch norm and a 1 x 1 convolution on patch tokens.
 
     Images keep their size (smaller ones are enlarged to `image_size` on the short side). Windows of `image_size`, the
     model's own by default, slide over them; patch tokens of overlapping windows are averaged, logits are interpolated
     between patches. The tokens of the training images are computed once. Pixels of value 255 are ignored; the mean is
-    over the classes that stand in the test masks or are predicted. `sizes` are the batch size and the number of threads
-    that decode images.
+    over the classes that stand in the test masks or are predicted.
 
     Raises ToolkitError when the model has no patch tokens, masks do not suit their images or name a single class.
     Source: the linear segmentation of DINOv2 (Oquab et al. 2023, section 7.4), optimised as DINOv3's published
@@ -80,7 +74,6 @@ def measure_segment(
         num_tiles = sum(len(_offsets(sample.tokens, side)) for sample in samples)
         steps = min(MAX_STEPS, max(MIN_STEPS, PASSES * num_tiles // BATCH_TILES))
         head = train_head(samples, classes, side=side, steps=steps, seed=seed)
-
     counts = []
     for sample in _samples(windowed, test, *sizes):
         counts.append(pixel_counts(classes[predict(head, sample.tokens, sample.mask.shape)], sample.mask))
@@ -107,9 +100,6 @@ def measure_segment(
 
         interval = resampled_interval(resampled, seed)
         yield Measurement(parameters, metric, score(by_image.sum(axis=0)), interval, len(samples), len(by_image))
-
-
-# Tokens and masks
 
 
 def _on_disk(sample: Sample, file: IO[bytes]) -> Sample:
@@ -148,9 +138,6 @@ def _classes(samples: list[Sample], train: MaskedSplit) -> Int64:
         found = f"only the class {classes[0]}" if len(classes) else "no class"
         raise ToolkitError(f"the masks of {train.source.path} hold {found}; a probe needs two or more to tell apart")
     return classes
-
-
-# The head
 
 
 def train_head(samples: list[Sample], classes: Int64, *, side: int, steps: int, seed: int) -> nn.Module:
@@ -230,9 +217,6 @@ def predict(head: nn.Module, tokens: Tensor, size: tuple[int, ...]) -> Int64:
         strip_logits = at_points(logits, torch.stack([columns, rows], dim=-1)[None])
         predictions[start : start + strip] = strip_logits[0].argmax(dim=0).cpu().numpy()
     return predictions
-
-
-# The scores
 
 
 def pixel_counts(predictions: Int64, mask: Mask) -> Int64:
