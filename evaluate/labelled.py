@@ -71,8 +71,7 @@ def number_classes(train: LabelledSplit, test: LabelledSplit) -> list[LabelledSp
         found = f"all {len(train.labels):,} labelled images of {train.source.path} are {classes[0]!r}"
         raise ToolkitError(f"{found}; a probe needs two classes or more to tell apart")
     numbers = {label: number for number, label in enumerate(classes)}
-    unknown = [label for label in test.labels if label not in numbers]
-    if unknown:
+    if unknown := [label for label in test.labels if label not in numbers]:
         listed = ", ".join(sorted(set(unknown))[:3]) + (", ..." if len(set(unknown)) > 3 else "")
         of_all = f"{len(unknown):,} of {len(test.labels):,}"
         console.warn(f"{of_all} test images are of a class that no training image has ({listed}); they count as wrong")

@@ -61,8 +61,10 @@ def measure_linear(task: Task) -> Iterator[Measurement]:
     labels = torch.from_numpy(task.train_labels)
     sizes = {"num_classes": task.num_classes, "steps": steps, "seed": task.seed}
     trained = train_grid(train[fit], labels[fit], LEARNING_RATES, token_sets, **sizes)
-    others, fitted = train[held_out], zip(token_sets, trained, strict=True)
-    accuracy = torch.stack([_accuracy(others[:, each.columns], labels[held_out], *grid) for each, grid in fitted])
+    others = train[held_out]
+    logits = (others[:, each.columns] @ w + b[:, None] for each, (w, b) in zip(token_sets, trained, strict=True))
+    correct = (each.argmax(dim=2) == labels[held_out] for each in logits)  # (G, N, C) -> (G, N)
+    accuracy = torch.stack([each.double().mean(dim=1) for each in correct])
     rate, number = divmod(int(accuracy.T.argmax()), len(token_sets))
     best, learning_rate = token_sets[number], LEARNING_RATES[rate]
 
@@ -84,12 +86,6 @@ def measure_linear(task: Task) -> Iterator[Measurement]:
     }
     predictions = most_likely(test @ weights[0] + biases[0], task.topk)
     yield from accuracies(parameters, predictions, task.test_labels, len(train), task.seed)
-
-
-def _accuracy(inputs: Tensor, labels: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
-    """Return the accuracy of each of a token set's classifiers, (G,), on its inputs (N, E')."""
-    predictions = (inputs @ weights + biases[:, None]).argmax(dim=2)  # (G, N, C) -> (G, N)
-    return (predictions == labels).double().mean(dim=1)
 
 
 def train_grid(

@@ -75,8 +75,7 @@ def regression_path(
     Each starts where the one before ended, so give rising penalties. Features are (N, D), labels (N,) in 0..C-1.
 
     The features are preconditioned: centred, turned to their principal directions, and each direction divided by the
-    square root of its curvature (the variance over the number of classes, plus the penalty). That takes a tenth of the
-    steps, and the weights are returned for the features as they are.
+    square root of its curvature (the variance over the number of classes, plus the penalty), for a tenth of the steps.
     """
     inputs = torch.from_numpy(features.astype(np.float64))
     shift = inputs.mean(dim=0)

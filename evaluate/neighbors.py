@@ -201,9 +201,8 @@ def _nearest(read_queries: Callable[[], Queries], pool: Manifest, k: int) -> lis
     found = nearest(vectors, pool_vectors, k, order=np.arange(len(pool_vectors)), identity=identity)
     lines: list[Line] = []
     for query, indices, similarities in zip(queries.to_pylist(), found.indices, found.similarities, strict=True):
-        images = pool_images.take(indices[indices >= 0]).to_pylist()
-        cosines = similarities[indices >= 0].tolist()
-        lines.append((query, [{**image, "similarity": cosine} for image, cosine in zip(images, cosines, strict=True)]))
+        near = pool_images.take(indices[indices >= 0]).append_column("similarity", [similarities[indices >= 0]])
+        lines.append((query, near.to_pylist()))
     return lines
 
 

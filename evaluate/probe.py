@@ -77,10 +77,9 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
         console.say(f"would train {' and '.join(methods)} on {train_on}, {test_on}")
 
     def work() -> Provenance:
-        scores: list[Score] = []
-        for model in models:  # each is freed before the next is opened
-            scores += _scores(model, labelled, masked, settings, options.seed)
-        return write_scores(path, provenance, scores)
+        # Each model is freed before the next is opened.
+        rows = [row for model in models for row in _scores(model, labelled, masked, settings, options.seed)]
+        return write_scores(path, provenance, rows)
 
     if artifact.make(output, provenance, options, describe=describe, work=work) is None:
         return None
