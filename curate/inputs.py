@@ -23,7 +23,7 @@ from ..store.manifest import IMAGE_FIELDS, ROW_FIELD, Manifest, Source, open_man
 from ..store.vectors import Float32, Int64, Vectors, locate_vectors, open_vectors, scratch_size
 
 FLOPS_A_CORE = 5e10  # measured: float32 products on an AVX2 core
-PLAIN_MODELS = ("pixels", "copy")  # their vectors compare looks, not content
+PLAIN_MODELS = ("pixels", "copy")  # their vectors compare appearance, not content
 PLACE_FIELD = pa.field("place", pa.int64())  # of a row in the output
 
 
@@ -217,7 +217,7 @@ def warn_of_plain_features(source: Input) -> None:
     """Warn when vectors compare the looks of pictures, not their content."""
     model = source.model()
     if model is not None and model.path in PLAIN_MODELS:
-        what = f"come from `{model.path}`, which compares looks, not content"
+        what = f"come from `{model.path}`, which compares appearance, not content"
         console.warn(f"the vectors of {source.manifest.path} {what}; embed with a trained --model for better groups")
 
 

@@ -23,7 +23,7 @@ class Options:
     """The options that every command with an output shares."""
 
     seed: int = 0
-    force: bool = False  # overwrite an output that was made otherwise
+    force: bool = False  # overwrite an output that was made differently
     dry_run: bool = False  # check everything, say what would happen, write nothing
     limit: int | None = None  # only the first so many rows or images
 
@@ -76,7 +76,7 @@ def is_up_to_date(
         return False
     there = find(output)
     if there is None or not there.same_work(provenance):
-        reason = f"is no {kind} of ours" if there is None else f"was made otherwise ({difference(there, provenance)})"
+        reason = f"is no {kind} of ours" if there is None else f"was made differently ({difference(there, provenance)})"
         raise ToolkitError(f"{output} exists and {reason}; choose another -o, or --force to overwrite it")
     console.say(f"{output} is up to date")
     if not options.dry_run:

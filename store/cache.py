@@ -26,6 +26,8 @@ OUR_NAMES = re.compile(
     r"[0-9a-f]{32}(-[a-z]+|\.files)?\.npy|[0-9a-f]{32}\.same|embed-[0-9a-f]{16}|(clustering|progress)-[0-9a-f]{32}|spill"
     r"|\.[\w.-]+\.[0-9]+\.tmp"
 )
+SPILL = "spill"  # where DuckDB puts what does not fit in memory
+SPILLED_NAMES = re.compile(r"duckdb_temp_[\w.-]+")
 
 
 def cache_folder() -> Path:
@@ -40,12 +42,22 @@ def cache_folder() -> Path:
         return folder
     if not folder.is_dir():
         raise ToolkitError(f"{folder} is no folder, and the cache needs one there; move it away")
-    names = os.listdir(folder)  # before the marker is looked for, which another process may just have written
-    if not _is_marked(folder) and (others := sorted(name for name in names if not OUR_NAMES.fullmatch(name))):
+    others = _foreign_names(folder)  # before the marker is looked for, which another process may just have written
+    if others and not _is_marked(folder):
         raise ToolkitError(
             f"{folder} is not a cache of ours (without our {MARKER}, but with {others[0]!r}); move it away"
         )
     return folder
+
+
+def _foreign_names(folder: Path) -> list[str]:
+    """Return what lies in an unmarked folder, and no toolkit can have put there; through a link, all of it."""
+    names = sorted(os.listdir(folder))
+    if folder.is_symlink():
+        return names
+    spilled = sorted(os.listdir(folder / SPILL)) if (folder / SPILL).is_dir() else []
+    foreign = [name for name in names if not OUR_NAMES.fullmatch(name)]
+    return foreign + [f"{SPILL}/{name}" for name in spilled if not SPILLED_NAMES.fullmatch(name)]
 
 
 def open_cache() -> Path:

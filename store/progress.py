@@ -43,7 +43,7 @@ class Progress:
             np.savez(file, allow_pickle=False, **{key: np.asarray(value) for key, value in arrays.items()})
         self._last = time.monotonic()
         if self.signals:
-            raise Stopped("stopped: the progress is saved; the same command goes on from here")
+            raise Stopped("stopped: the progress is saved; the same command resumes")
 
     def load(self, name: str) -> dict[str, Array] | None:
         """Return what was kept under a name, None where there is nothing."""

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
-from .cache import cache_folder
+from .cache import SPILL, cache_folder
 from .manifest import ROW_GROUP_ROWS, Manifest, open_manifest
 from .memory import SMALLEST, memory_budget
+from .renamed import COLUMNS
 
 MOST_BYTES = 512 << 20  # measured: millions of names are sorted no faster with more
 BATCH_ROWS = 4 * ROW_GROUP_ROWS  # rows at a time
@@ -26,7 +27,7 @@ def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     connection = duckdb.connect()
     try:
         connection.execute("set memory_limit = ?", [f"{min(max(budget // 2, SMALLEST), MOST_BYTES)}B"])
-        connection.execute("set temp_directory = ?", [str(cache_folder().absolute() / "spill")])
+        connection.execute("set temp_directory = ?", [str(cache_folder().absolute() / SPILL)])
         yield connection
     finally:
         connection.close()
@@ -59,11 +60,19 @@ def failure(problem: duckdb.Error) -> str:
 def rows_where(manifest: Manifest, condition: str) -> Iterator[pa.RecordBatch]:
     """Yield the rows that fulfil an SQL condition, rising: one int64 column. ToolkitError when DuckDB refuses it."""
     start = 0
+    names = manifest.names()
+    present = {old: new for old, new in COLUMNS.items() if new in names and old not in names}
+    # A renamed column answers to its old name and its present one, whichever the file has.
+    aliases = "".join(
+        f', "{old}" as "{new}"' if new in manifest.old_names else f', "{new}" as "{old}"'
+        for old, new in present.items()
+    )
     with connect() as connection:
         for part in manifest.parts:
             # The condition stands in lines of its own, so that a comment in it ends there too.
             query = f"""
-                select file_row_number + {start} as found from read_parquet($1, file_row_number = true)
+                select file_row_number + {start} as found
+                from (select *{aliases} from read_parquet($1, file_row_number = true))
                 where (
                 {condition}
                 )

@@ -70,6 +70,14 @@ def imported(file: Path) -> set[Path]:
     return found
 
 
+def test_the_package_imports_itself_by_relative_names_alone() -> None:
+    for file in modules():
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.split(".")[0] == "dinov2_toolkit" for name in names), file
+
+
 @pytest.mark.parametrize("room", ALLOWED)
 def test_a_room_imports_only_what_it_may(room: str) -> None:
     files = [file for file in modules() if room_of(file) == room]

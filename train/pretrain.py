@@ -207,7 +207,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
                 save(run, optimizer, full_model, counts)
                 accelerator.wait_for_everyone()
             if num_stopped and not is_last:
-                raise Stopped(f"stopped at step {step + 1:,} of {config.steps:,}, all saved; go on with --resume")
+                raise Stopped(f"stopped at step {step + 1:,} of {config.steps:,}, all saved; resume with --resume")
     if (finished := full_model()) is not None:
         save_teacher(run.folder, finished, preprocess_of(config))
     return figures

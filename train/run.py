@@ -190,7 +190,7 @@ def is_finished(run: Run, options: Options, resume: bool) -> bool:
         return False
     if not there.same_work(run.provenance):
         raise ToolkitError(
-            f"{folder} was made otherwise ({difference(there, run.provenance)}); choose another -o, "
+            f"{folder} was made differently ({difference(there, run.provenance)}); choose another -o, "
             "or --force to start over"
         )
     if (folder / MODEL_JSON).exists():
@@ -201,7 +201,7 @@ def is_finished(run: Run, options: Options, resume: bool) -> bool:
     saved = checkpoints(folder / CHECKPOINTS)
     if saved and not resume:
         raise ToolkitError(
-            f"{folder} holds an unfinished run ({saved[-1].name}); go on with --resume, or --force to start over"
+            f"{folder} holds an unfinished run ({saved[-1].name}); resume with --resume, or --force to start over"
         )
     return False
 

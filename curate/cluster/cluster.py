@@ -59,7 +59,7 @@ def cluster_images(manifest: Path | None, output: str, settings: ClusterSettings
     num_rows = pool.num_rows(options.limit)
     num_clusters = parse_num_clusters(settings.num_clusters, num_rows)
     _check(settings, num_rows)
-    is_made = path.exists()  # or made otherwise, which ends the step below
+    is_made = path.exists()  # or made differently, which ends the step below
     if settings.report is not None:
         check_report(settings.report, options, is_made)
     if settings.sheet is not None and not is_made:

@@ -76,7 +76,7 @@ def test_the_picture_holds_both_images_and_as_many_lines() -> None:
     before = Path("match.png").read_bytes()
     draw_match("a.png", "b.png", "match.png", SMALL_VIT, Options())
     assert Path("match.png").read_bytes() == before
-    with pytest.raises(ToolkitError, match=r"was made otherwise \(matches 20, now 5\)"):
+    with pytest.raises(ToolkitError, match=r"was made differently \(matches 20, now 5\)"):
         draw_match("a.png", "b.png", "match.png", MatchSettings(SMALL_VIT.model, 56, 5), Options())
 
 

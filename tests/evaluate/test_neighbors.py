@@ -150,7 +150,7 @@ def test_a_second_run_is_up_to_date_and_another_needs_force(capsys: pytest.Captu
     before = Path("sheet.png").read_bytes()
     draw_neighbors(str(pool), "sheet.png", NeighborSettings(pool, k=1), Options())
     assert "sheet.png is up to date" in capsys.readouterr().err
-    with pytest.raises(ToolkitError, match=r"was made otherwise \(k 1, now 2\)"):
+    with pytest.raises(ToolkitError, match=r"was made differently \(k 1, now 2\)"):
         draw_neighbors(str(pool), "sheet.png", NeighborSettings(pool, k=2), Options())
     assert Path("sheet.png").read_bytes() == before
     draw_neighbors(str(pool), "sheet.png", NeighborSettings(pool, k=2), Options(force=True))

@@ -149,7 +149,7 @@ def test_a_second_run_is_up_to_date_and_another_needs_force(tmp_path: Path, caps
     draw_pca([name], "pca.png", SMALL_VIT, Options())
     assert "pca.png is up to date" in capsys.readouterr().err
     larger = PictureSettings(SMALL_VIT.model, image_size=70)
-    with pytest.raises(ToolkitError, match=r"was made otherwise \(image_size 56, now 70\).*--force"):
+    with pytest.raises(ToolkitError, match=r"was made differently \(image_size 56, now 70\).*--force"):
         draw_pca([name], "pca.png", larger, Options())
     assert Path("pca.png").read_bytes() == before
     draw_pca([name], "pca.png", larger, Options(force=True))

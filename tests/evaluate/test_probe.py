@@ -270,7 +270,7 @@ def test_a_second_run_is_up_to_date_and_another_needs_force(capsys: pytest.Captu
     assert measure(train, test) == first
     assert "scores.parquet is up to date" in words(capsys)
     assert Path("scores.parquet").read_bytes() == before
-    with pytest.raises(ToolkitError, match=r"was made otherwise \(k .*--force"):
+    with pytest.raises(ToolkitError, match=r"was made differently \(k .*--force"):
         measure(train, test, ProbeSettings(ks=(2,)))
     assert Path("scores.parquet").read_bytes() == before
     measure(train, test, ProbeSettings(ks=(2,)), Options(force=True))

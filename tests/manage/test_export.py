@@ -328,7 +328,7 @@ def test_the_same_export_again_is_up_to_date_and_another_asks_for_force(
     capsys.readouterr()
     assert export(tmp_path / "run", tmp_path / "vit.pth", "official").figures == first.figures
     assert capsys.readouterr().err == f"{tmp_path / 'vit.pth'} is up to date\n"
-    with pytest.raises(ToolkitError, match=r"was made otherwise \(image_size 28, now 14\); .* --force"):
+    with pytest.raises(ToolkitError, match=r"was made differently \(image_size 28, now 14\); .* --force"):
         export(tmp_path / "run", tmp_path / "vit.pth", "official", image_size=14)
     assert (tmp_path / "vit.pth").read_bytes() == content
     export(tmp_path / "run", tmp_path / "vit.pth", "official", image_size=14, force=True)

@@ -152,3 +152,21 @@ def test_what_is_touched_is_found_again(tmp_path: Path) -> None:
     assert sorted(path.suffix for path in cached()) == [".npy", ".same"]
     os.utime(pool)  # by another's hand
     assert cache_key(opened.source("manifest")) != key
+
+
+def test_a_spill_folder_or_a_link_with_foreign_files_makes_no_cache_of_ours(tmp_path: Path) -> None:
+    folder = cache_folder()
+    (folder / "spill").mkdir(parents=True)
+    (folder / "spill" / "mine").write_text("mine")
+    with pytest.raises(ToolkitError, match=r"not a cache of ours .*'spill/mine'"):
+        commands.gc()
+    (folder / "spill" / "mine").rename(folder / "spill" / "duckdb_temp_storage-0.tmp")
+    assert cache_folder() == folder
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / f"{0:032x}.npy").write_text("mine")
+    folder.rename(tmp_path / "aside")
+    folder.symlink_to(tmp_path / "mine")
+    with pytest.raises(ToolkitError, match="not a cache of ours"):
+        commands.gc()
+    assert (tmp_path / "mine" / f"{0:032x}.npy").exists()

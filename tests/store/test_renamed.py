@@ -10,6 +10,7 @@ import pytest
 from dinov2_toolkit.store import renamed
 from dinov2_toolkit.store.image_columns import image_batches
 from dinov2_toolkit.store.manifest import PROVENANCE_KEY, RESULT_KEY, open_manifest, provenance_from
+from dinov2_toolkit.store.tables import rows_where
 
 SIMILARITIES = pa.array([0.5, None, 0.25], pa.float32())
 PROVENANCE = {
@@ -89,3 +90,16 @@ def test_old_settings_of_a_run_are_read_under_present_keys_and_values(
 def test_every_table_leads_to_names_that_are_not_old_themselves() -> None:
     for table in (renamed.COLUMNS, renamed.PARAMETERS, renamed.FIGURES, renamed.RECIPE_KEYS):
         assert not set(table) & set(table.values())
+
+
+@pytest.mark.parametrize("name", ["old_similarity", "new_similarity"])
+@pytest.mark.parametrize("stored", ["old_similarity", "new_similarity"])
+def test_a_condition_may_use_either_name_of_a_column(tmp_path: Path, stored: str, name: str) -> None:
+    write(tmp_path / "a.parquet")
+    if stored == "new_similarity":
+        table = pq.read_table(tmp_path / "a.parquet")
+        pq.write_table(table.rename_columns(["uri", stored, "row"]), tmp_path / "a.parquet")
+    found = [
+        batch.column(0).to_pylist() for batch in rows_where(open_manifest(tmp_path / "a.parquet"), f"{name} < 0.3")
+    ]
+    assert found == [[2]]

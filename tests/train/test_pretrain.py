@@ -155,11 +155,11 @@ def test_a_finished_run_is_up_to_date_and_others_are_not_overwritten(
     weights = (manifest.parent / "a" / "teacher.safetensors").read_bytes()
     run(manifest, "a", "steps=2", "num_workers=2", resume=True)
     assert "up to date" in capsys.readouterr().err
-    with pytest.raises(ToolkitError, match="made otherwise \\(momentum .*0.9, 1.0.*--force"):
+    with pytest.raises(ToolkitError, match="made differently \\(momentum .*0.9, 1.0.*--force"):
         run(manifest, "a", "steps=2", "momentum=[0.9, 1.0]")
     assert (manifest.parent / "a" / "teacher.safetensors").read_bytes() == weights
     (manifest.parent / "a" / "model.json").unlink()
-    with pytest.raises(ToolkitError, match="unfinished run \\(step-0000002\\); go on with --resume"):
+    with pytest.raises(ToolkitError, match="unfinished run \\(step-0000002\\); resume with --resume"):
         run(manifest, "a", "steps=2")
     run(manifest, "a", "steps=2", "momentum=[0.9, 1.0]", force=True)
     assert (manifest.parent / "a" / "teacher.safetensors").read_bytes() != weights

@@ -38,8 +38,7 @@ class FeatureDistillModel(nn.Module):
             {"backbone": backbone, "cls_projector": nn.Linear(*widths), "patch_projector": nn.Linear(*widths)}
         )
         self.teacher = TeacherNetworks({"backbone": copy.deepcopy(backbone)})
-        self.frozen = frozen
-        self.losses = losses
+        self.frozen, self.losses = frozen, losses
 
     @torch.no_grad()
     def teacher_targets(

@@ -147,7 +147,7 @@ def test_an_output_that_was_made_otherwise_is_left_alone(source: Path) -> None:
         EmbedSettings(model="pixels", labels="none"),
         EmbedSettings(model="pixels", dtype="float32"),
     ):
-        with pytest.raises(ToolkitError, match="pool.parquet exists and was made otherwise .*--force"):
+        with pytest.raises(ToolkitError, match="pool.parquet exists and was made differently .*--force"):
             embed_images(["images"], "pool.parquet", changed, Options())
     with pytest.raises(ToolkitError, match="limit None, now 3"):
         embed_images(["images"], "pool.parquet", PIXELS, Options(limit=3))

@@ -192,6 +192,6 @@ def test_class_tokens_are_not_compared_with_means_of_patches(run: str, picture: 
         "image_size": 28,
         "windows": None,
     }
-    with pytest.raises(ToolkitError, match=r"cls.parquet exists and was made otherwise \(tokens cls, now mean\)"):
+    with pytest.raises(ToolkitError, match=r"cls.parquet exists and was made differently \(tokens cls, now mean\)"):
         embed_images(["images"], "cls.parquet", EmbedSettings(run, tokens="mean"), Options())
     assert not os.path.exists("none.parquet")

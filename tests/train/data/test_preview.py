@@ -59,7 +59,7 @@ def test_a_dry_run_with_a_preview_draws_it_and_trains_nothing(manifest: Path) ->
     with Image.open(picture) as image:
         assert image.width > 500 and image.height > 1000
     assert not Path(run).exists()
-    with pytest.raises(ToolkitError, match="was made otherwise"):
+    with pytest.raises(ToolkitError, match="was made differently"):
         pretrain(manifest, run, settings(*CHANGES, "num_local_crops=2"), Options(dry_run=True), monitor=monitor)
     with pytest.raises(ToolkitError, match="does not end in .png"):
         pretrain(manifest, run, settings(*CHANGES), Options(dry_run=True), monitor=MonitorOptions(preview="crops.jpg"))
