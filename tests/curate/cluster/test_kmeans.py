@@ -213,7 +213,7 @@ def test_a_signal_ends_at_the_next_save_and_the_work_goes_on() -> None:
     whole = cluster_vectors(vectors, 20, num_resamplings=1, seed=0)
     stopped = kept("stopped")
     stopped.signals.append(15)
-    with pytest.raises(Stopped, match="goes on"):
+    with pytest.raises(Stopped, match="the same command resumes"):
         cluster_vectors(vectors, 20, num_resamplings=1, seed=0, progress=stopped)
     again = kept("stopped")
     assert again.load("fit") is not None
