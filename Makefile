@@ -7,7 +7,7 @@ PYTHON ?= python3
 	.venv/bin/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: .venv/installed  ## curate, pretrain, distil and probe on real images (14 minutes on two cores)
+demo: .venv/installed  ## curate, pretrain, distil and probe on real images (9 to 14 minutes on two cores)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -C examples
 
 test: .venv/installed  ## the fast tests; `.venv/bin/pytest -m slow` and `-m gpu` run the others
