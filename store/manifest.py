@@ -56,6 +56,8 @@ GROUP_FIELDS = (  # dedup, of what stays and what goes alike
     pa.field("group_id", pa.int64()),  # row of the first image of its group
     pa.field("min_similarity_to_kept", pa.float32()),  # lowest in the group; null where the image is alone
 )
+# dedup with pixel verification, of what goes: to `duplicate_of`; null where their pixels were not compared
+PIXEL_DIFFERENCE_FIELD = pa.field("pixel_difference", pa.float32())
 SCORE_FIELDS = (
     pa.field("model", pa.string()),
     pa.field("method", pa.string()),

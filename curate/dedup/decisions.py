@@ -15,6 +15,7 @@ from ... import console
 from ...store import catalog
 from ...store.manifest import (
     GROUP_FIELDS,
+    PIXEL_DIFFERENCE_FIELD,
     REMOVED_FIELDS,
     ROW_GROUP_ROWS,
     SELECTION_FIELDS,
@@ -35,6 +36,7 @@ REASONS = (
     "resembles an evaluation image",
     "near-duplicate of an image that resembles an evaluation image",
 )
+REMOVED_COLUMNS = (*REMOVED_FIELDS, *GROUP_FIELDS, PIXEL_DIFFERENCE_FIELD)
 NEAR_DUPLICATE, SAME_BYTES, SAME_PIXELS, RESEMBLES_EVALUATION, GROUPED_WITH_EVALUATION = range(len(REASONS))
 KEPT = -1
 
@@ -53,6 +55,7 @@ class Decisions:
     labels: Int64  # its group, named by any member
     min_similarity_to_kept: Float64  # lowest in its group
     figures: dict[str, object]  # what was measured on the way
+    differences: Float64 | None = None  # by pixels, to `duplicate_of`; NaN where they were not compared
 
     @property
     def images(self) -> EmbeddedImages:
@@ -94,8 +97,9 @@ class Decisions:
 def write_decisions(path: Path, decisions: Decisions, provenance: Provenance) -> Provenance:
     """Write the selection at `path` and beside it what was removed, in row order; return the selection's provenance."""
     # The removed rows come first: whoever sees the selection finds them beside it.
-    fields = [*REMOVED_FIELDS, *GROUP_FIELDS]
-    with ManifestWriter(removed_path(path), fields, replace(provenance, kind="removed", base=None)) as removed:
+    with ManifestWriter(
+        removed_path(path), list(REMOVED_COLUMNS), replace(provenance, kind="removed", base=None)
+    ) as removed:
         rows = np.flatnonzero(decisions.reason != KEPT)
         for start in range(0, max(len(rows), 1), REMOVED_ROWS):
             removed.write(_removed(decisions, rows[start : start + REMOVED_ROWS]))
@@ -109,18 +113,19 @@ def write_decisions(path: Path, decisions: Decisions, provenance: Provenance) ->
 
 
 def _removed(decisions: Decisions, rows: Int64) -> pa.Table:
-    """Return the removed images at `rows` (R,) with REMOVED_FIELDS and GROUP_FIELDS."""
+    """Return the removed images at `rows` (R,) with REMOVED_COLUMNS."""
     split = [*decisions.sets.split(decisions.duplicate_of[rows])]
     names = pa.chunked_array([chunk for images, _, which in split for chunk in images.uris(which).chunks], pa.string())
-    places = np.concatenate([places for _, places, _ in split])
+    places, differences = np.concatenate([places for _, places, _ in split]), decisions.differences
     columns = [
         decisions.images.uris(rows),
         pa.array(REASONS).take(pa.array(decisions.reason[rows])),
         names.take(pa.array(np.argsort(places))),
         pa.array(decisions.similarity[rows], pa.float32()),
         *_group_columns(decisions, rows),
+        pa.nulls(len(rows), pa.float32()) if differences is None else pa.array(differences[rows], from_pandas=True),
     ]
-    return pa.table(columns, schema=pa.schema([*REMOVED_FIELDS, *GROUP_FIELDS]))
+    return pa.table(columns, names=[field.name for field in REMOVED_COLUMNS]).cast(pa.schema(REMOVED_COLUMNS))
 
 
 def _group_columns(decisions: Decisions, rows: Int64) -> list[pa.Array]:

@@ -66,6 +66,10 @@ def find_near_duplicates(
             against_threshold, against_verifier = settings.against_threshold, None
         matches = find_matches(compared, evaluation, against_threshold, search, against_verifier)
         matches = extend_to_groups(matches, groups.labels, order, compared, evaluation)
+        differences = np.full(len(compared), np.nan)
+        if verifier is not None:
+            both = [(known, known_matches), (evaluation, matches)]
+            differences = _differences(compared, groups, both if against_verifier is verifier else both[:1], verifier)
 
     figures: dict[str, object] = {
         "chained_groups": len(np.unique(groups.labels[groups.min_similarity_to_kept <= threshold])),
@@ -80,7 +84,7 @@ def find_near_duplicates(
         figures["pairs_verified"], figures["pairs_unreadable"] = verifier.num_pairs, verifier.num_unreadable
     _say_figures(figures, settings, verifier)
     sets = ImageSets([images, *known.sets, *evaluation.sets])
-    return _decide(sets, represented_by, groups, known_matches, matches, len(images) + len(known), figures)
+    return _decide(sets, represented_by, groups, known_matches, matches, differences, len(images) + len(known), figures)
 
 
 def is_verified(settings: DedupSettings, inputs: list[Input]) -> bool:
@@ -167,12 +171,32 @@ def _groups(
     return replace(found, labels=labels, kept=kept, min_similarity_to_kept=ones)
 
 
+def _differences(
+    images: EmbeddedImages, groups: DuplicateGroups, matches: list[tuple[ImageSets, Matches]], verifier: Verifier
+) -> Float64:
+    """Return how different every image is, by pixels, from what it goes for, (U,); NaN where it stays."""
+    differences = np.full(len(images), np.nan)
+
+    def compare(rows: Int64, other: EmbeddedImages, theirs: Int64) -> None:
+        cosines = similarities(images.vectors, rows, other.vectors, theirs)
+        pairs = Pairs(images, rows, other, theirs, np.ones(len(rows), bool))
+        differences[rows] = verifier.differences(pairs, cosines)
+
+    removed = np.flatnonzero(groups.kept != np.arange(len(images)))
+    compare(removed, images, groups.kept[removed])
+    for sets, found in matches:
+        for other, rows, theirs in sets.split(found.position):
+            compare(rows, other, theirs)
+    return differences
+
+
 def _decide(
     sets: ImageSets,
     represented_by: Int64,
     groups: DuplicateGroups,
     known: Matches,
     evaluation: Matches,
+    differences: Float64,
     first_evaluation: int,
     figures: dict[str, object],
 ) -> Decisions:
@@ -201,7 +225,8 @@ def _decide(
     reason[copies], duplicate_of[copies] = SAME_BYTES, represented_by[copies]
     similarity[copies] = similarities(vectors, copies, vectors, represented_by[copies])
     labels, min_similarity = distinct[groups.labels][place], groups.min_similarity_to_kept[place]
-    return Decisions(sets, reason, duplicate_of, similarity, labels, min_similarity, figures)
+    of_pixels = np.where(reason == SAME_BYTES, np.nan, differences[place])
+    return Decisions(sets, reason, duplicate_of, similarity, labels, min_similarity, figures, of_pixels)
 
 
 def _say_figures(figures: dict[str, object], settings: DedupSettings, verifier: Verifier | None) -> None:

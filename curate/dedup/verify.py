@@ -128,6 +128,11 @@ class Verifier:
         by_pixels = pixel_difference(residuals, cosines) <= self.max_difference
         return np.where(is_unreadable, cosines > self.threshold_if_unreadable, by_pixels)
 
+    def differences(self, pairs: Pairs, cosines: Float64) -> Float64:
+        """Return how different the images of pairs are, (E,), to be compared with `max_difference`; NaN: unreadable."""
+        residuals = self._residuals(pairs)
+        return np.where(residuals == UNREADABLE, np.nan, pixel_difference(residuals, cosines))
+
     def _residuals(self, pairs: Pairs) -> Float32:
         """Return the residuals of pairs (E,), or `UNREADABLE`."""
         if not len(pairs):

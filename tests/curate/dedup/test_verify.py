@@ -104,6 +104,19 @@ def test_any_linkage_and_number_of_neighbours(folder: Path, linkage: str) -> Non
     assert deduplicated(embedded(folder), linkage=linkage, k=3)[0] == PLANTED
 
 
+def test_each_removed_image_says_how_different_its_pixels_are(folder: Path) -> None:
+    (folder / "same-03.png").write_bytes((folder / "scene-03.png").read_bytes())
+    pool = embedded(folder)
+    deduplicated(pool)
+    path = removed_path(pool.with_name("unique.parquet"))
+    found = {Path(row["uri"]).stem: row["pixel_difference"] for row in pq.read_table(path).to_pylist()}
+    assert set(found) == {*PLANTED, "same-03"} or set(found) == {*PLANTED, "scene-03"}
+    assert all(0 < found[name] <= MAX_DIFFERENCE for name in PLANTED)
+    assert sum(value is None for value in found.values()) == 1  # of the same bytes
+    deduplicated(pool, verify=False)
+    assert pq.read_table(path).column("pixel_difference").null_count == len(pq.read_table(path)) > 0
+
+
 def test_residuals_are_kept_and_cosines_decide_where_an_image_cannot_be_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
