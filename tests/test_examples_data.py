@@ -88,6 +88,8 @@ def test_a_tenth_of_the_pool_is_planted_a_third_of_each_kind(sets: dict[str, pa.
     pool = sets["fashion_pool"]
     assert pool.num_rows - pool["planted_of"].null_count == 1_200
     assert Counter(pool["planted_kind"].to_pylist()) == {None: 10_800, "jpeg": 400, "shift": 400, "brightness": 400}
+    planted = {row["label"] for row in pool.to_pylist() if row["planted_of"] is not None}
+    assert planted == {"t_shirt_top", "trouser", "pullover", "dress", "coat"}  # the five most common
 
 
 def test_planted_images_are_similar_but_not_equal_to_their_original(
