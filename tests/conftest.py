@@ -10,6 +10,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 from dinov2_toolkit import console  # noqa: E402
+from dinov2_toolkit.tests.browser import chromium, open_page  # noqa: E402, F401
 
 
 @pytest.fixture(autouse=True)

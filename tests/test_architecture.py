@@ -10,13 +10,14 @@ import pytest
 import dinov2_toolkit
 
 ROOT = Path(dinov2_toolkit.__path__[0])
-FLOOR = {"store", "models", "features", "features/search", "features/extract"}  # what every group of commands may use
+FLOOR = {"store", "models", "features", "features/search", "features/extract", "features/page"}
 TRAIN = {"train/base", "train/data", "train/objective", "train/engine", "train/monitor"}
 ALLOWED = {  # which rooms a room may import; console, errors and options, at the bottom, are free to all
     "store": set(),
     "models": {"store"},
     "features": {"features/search", "features/extract", "models", "store"},
     "features/search": {"features", "store"},
+    "features/page": {"features", "store"},
     "features/extract": {"features", "models", "store"},
     "curate": FLOOR,
     "curate/embed": {"curate", *FLOOR},

@@ -1,0 +1,1 @@
+"""Pages for people: one HTML file each, with everything in it and nothing asked of a network."""
