@@ -13,6 +13,7 @@ from .errors import Stopped, ToolkitError
 from .evaluate.cli import app as evaluate
 from .manage.cli import app as catalog
 from .manage.cli import export, models
+from .report.cli import report
 from .train.cli import app as train
 
 # Typer carries its own copy of click, whose general exceptions it does not export by name.
@@ -27,13 +28,14 @@ class InOrder(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names for --help."""
-        return ["curate", "train", "evaluate", "export", "models", "catalog"]
+        return ["curate", "train", "evaluate", "report", "export", "models", "catalog"]
 
 
 app = typer.Typer(cls=InOrder, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.add_typer(curate, name="curate")
 app.add_typer(train, name="train")
 app.add_typer(evaluate, name="evaluate")
+app.command()(report)
 app.command()(export)
 app.add_typer(models, name="models")
 app.add_typer(catalog, name="catalog")

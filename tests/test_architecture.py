@@ -33,7 +33,19 @@ ALLOWED = {  # which rooms a room may import; console, errors and options, at th
     "train": {*TRAIN, *FLOOR},
     "evaluate": FLOOR,
     "manage": {"curate", "curate/embed", "evaluate", "train", *TRAIN, *FLOOR},
-    "cli": {"curate/cli", "train", "evaluate", "manage"},
+    "report": {
+        "curate",
+        "curate/embed",
+        "curate/dedup",
+        "curate/cluster",
+        "curate/retrieve",
+        "evaluate",
+        "manage",
+        "train",
+        *TRAIN,
+        *FLOOR,
+    },
+    "cli": {"curate/cli", "train", "evaluate", "manage", "report"},
 }
 BASE = ("config", "counter_rng", "launch")  # of training: what its rooms build on
 FILES = {"curate/cli.py": "curate/cli", **{f"train/{name}.py": "train/base" for name in BASE}}

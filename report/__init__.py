@@ -1,0 +1,1 @@
+"""`dinov2 report`: what runs, manifests and scores show, as one page."""
