@@ -26,6 +26,7 @@ NUM_UNWANTED = 12_000  # as many as clothes
 ONE_BLANK_IN = 100  # of the unwanted files
 ONE_BROKEN_IN = 200
 MIN_CONTRAST = 24.0  # standard deviation of the grey levels of a crop
+MIN_BYTES = 250  # of a crop as PNG; bare edges and stripes take fewer, and are copies of each other
 HOSTILE_NAMES = (
     b"-rf",
     b"two  spaces ",
@@ -83,39 +84,44 @@ def unwanted(count: int, seed: int = 0) -> Iterator[File]:
     """Yield `count` files of no interest: crops of clip art, one blank in 100, one broken in 200."""
     num_blank, num_broken = count // ONE_BLANK_IN, count // ONE_BROKEN_IN
     crops = clipart_crops(count - num_blank - num_broken, seed)
-    rng = np.random.default_rng((seed, 1))
     for crop in crops:
-        yield encoded(crop, rng)
+        yield File(UNWANTED, ".png", crop)
+    rng = np.random.default_rng((seed, 1))
     for _ in range(num_blank):
         side_px, level = rng.integers(16, 41), rng.integers(256)
-        yield encoded(np.full((side_px, side_px), level, np.uint8), rng)
+        yield File(UNWANTED, ".png", as_png(np.full((side_px, side_px), level, np.uint8)))
     for i in range(num_broken):
-        whole = encoded(crops[i], rng).content
         yield (
-            File(UNWANTED, ".png", whole[: len(whole) // 2]),
+            File(UNWANTED, ".png", crops[i][: len(crops[i]) // 2]),
             File(UNWANTED, ".jpg", b"This is a note, whatever its name says.\n"),
             File(UNWANTED, ".png", b""),
         )[i % 3]
 
 
-def clipart_crops(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Return `count` distinct square crops of clip art, (28, 28) uint8, light on a dark ground as the clothes are.
+def clipart_crops(count: int, seed: int = 0) -> list[bytes]:
+    """Return `count` distinct square crops of clip art as PNG, 28 px, grey, light on a dark ground as the clothes are.
 
-    Every picture is cropped equally often, up to one. A crop's side is 30 to 100 % of the picture's shorter side.
+    Every picture is cropped equally often, up to one; its crops are turned and mirrored in eight ways, in turn, for
+    overlapping crops would be copies. A crop's side is 30 to 100 % of the picture's shorter side.
     """
     pictures = [on_dark(row["bytes"]) for row in pq.read_table(DATA / "clipart.parquet")["image"].to_pylist()]
     rng = np.random.default_rng((seed, 2))
-    crops: dict[bytes, np.ndarray] = {}
-    while len(crops) < count:
+    first_turns = rng.integers(8, size=len(pictures)).tolist()
+    crops: dict[bytes, None] = {}
+    for lap in range(count):
         for i in rng.permutation(len(pictures)).tolist():
+            if len(crops) == count:
+                return list(crops)
             picture = pictures[i]
             side = min(picture.size) * rng.uniform(0.3, 1.0)
             left, top = (rng.uniform(0, length - side) for length in picture.size)
             box = (left, top, left + side, top + side)
             crop = np.asarray(picture.resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR, box, reducing_gap=2.0))
-            if crop.std() >= MIN_CONTRAST and len(crops) < count:
-                crops.setdefault(crop.tobytes(), crop)
-    return list(crops.values())
+            quarter_turns, is_mirrored = divmod((first_turns[i] + lap) % 8, 2)
+            png = as_png(np.rot90(crop[:, ::-1] if is_mirrored else crop, quarter_turns))
+            if crop.std() >= MIN_CONTRAST and len(png) >= MIN_BYTES:
+                crops[png] = None
+    return list(crops)
 
 
 def on_dark(content: bytes) -> Image.Image:
@@ -126,14 +132,10 @@ def on_dark(content: bytes) -> Image.Image:
     return page.convert("L").point(lambda level: 255 - level)
 
 
-def encoded(pixels: np.ndarray, rng: np.random.Generator) -> File:
-    """Return an unwanted picture as a PNG or, one time in 30 as among the clothes, as a JPEG."""
+def as_png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    if is_jpeg := rng.random() < 1 / 30:
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=int(rng.integers(40, 91)))
-    else:
-        Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return File(UNWANTED, ".jpg" if is_jpeg else ".png", buffer.getvalue())
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def main() -> None:
