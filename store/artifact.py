@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from ..errors import ToolkitError
 from . import catalog
 from .cache import touch
 from .files import write_text
+from .lock import writing
 from .manifest import Provenance, Source, open_manifest, part_paths, provenance_from, provenance_values, toolkit_version
 
 RUN_PROVENANCE = "provenance.json"  # in a run folder
@@ -62,15 +63,23 @@ def provenance_at(path: Path) -> Provenance | None:
 
 
 Find = Callable[[Path], Provenance | None]  # returns the provenance of what stands at a path
+NO_SIDE_FILES: Mapping[Path, str] = {}
 
 
 def is_up_to_date(
-    output: Path, provenance: Provenance, options: Options, *, kind: str = "manifest", find: Find = provenance_at
+    output: Path,
+    provenance: Provenance,
+    options: Options,
+    *,
+    side_files: Mapping[Path, str] = NO_SIDE_FILES,
+    kind: str = "manifest",
+    find: Find = provenance_at,
 ) -> bool:
     """Tell whether `output` holds this very work already; if so, touch it (so that Make rests) and say so.
 
-    Enters it in the catalog where it is missing there, as after a kill between the two. `provenance` is that of the
-    work that is wanted, `kind` a word for the output. Raises ToolkitError when something else stands there unforced.
+    It does not where one of `side_files` comes from other work. Enters it in the catalog where it is missing there, as
+    after a kill between the two. `provenance` is that of the work that is wanted, `kind` a word for the output. Raises
+    ToolkitError when something else stands there unforced.
     """
     if options.force or not output.exists():
         return False
@@ -78,6 +87,9 @@ def is_up_to_date(
     if there is None or not there.same_work(provenance):
         reason = f"is no {kind} of ours" if there is None else f"was made differently ({difference(there, provenance)})"
         raise ToolkitError(f"{output} exists and {reason}; choose another -o, or --force to overwrite it")
+    sides = [(provenance_at(side), side_kind) for side, side_kind in side_files.items() if side.exists()]
+    if not all(side and side.kind == side_kind and side.same_work(provenance) for side, side_kind in sides):
+        return False
     console.say(f"{output} is up to date")
     if not options.dry_run:
         path = str(output.absolute())
@@ -97,9 +109,8 @@ def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance,
         return
     if side.is_dir():
         raise ToolkitError(f"{side}, which goes with {output}, is a folder; choose another -o, or move it away")
-    for source in (*provenance.inputs, *([] if provenance.base is None else [provenance.base])):
-        if any(part.exists() and part.samefile(side) for part in part_paths(Path(source.path))):
-            raise ToolkitError(f"{side} is an input, and -o {output} would overwrite it; choose another -o")
+    if _is_input(side, provenance):
+        raise ToolkitError(f"{side} is an input, and -o {output} would overwrite it; choose another -o")
     if options.force:
         return
     there = provenance_at(side)
@@ -108,6 +119,13 @@ def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance,
     what = "is no manifest of ours" if there is None else f"was made by `{there.command}` ({there.kind})"
     what = f"{side}, which goes with {output}, exists and {what}"
     raise ToolkitError(f"{what}; choose another -o, or --force to overwrite it")
+
+
+def _is_input(path: Path, provenance: Provenance) -> bool:
+    """Tell whether a step would overwrite one of its inputs, by whatever name, if it wrote a file that stands there."""
+    sources = [*provenance.inputs, *([] if provenance.base is None else [provenance.base])]
+    parts = [part for source in sources for part in part_paths(Path(source.path))]
+    return path.exists() and any(part.exists() and part.samefile(path) for part in parts)
 
 
 def difference(there: Provenance, wanted: Provenance) -> str:
@@ -146,7 +164,7 @@ def make(
     *,
     describe: Callable[[], None],
     work: Callable[[], Provenance],
-    side_files: Mapping[Path, str] | None = None,
+    side_files: Mapping[Path, str] = NO_SIDE_FILES,
     update: bool = False,
     kind: str = "manifest",
     find: Find = provenance_at,
@@ -162,17 +180,21 @@ def make(
         update: do the work whatever stands at `output`, as a step that resumes or updates it.
         kind, find: as in `is_up_to_date`.
 
-    Raises ToolkitError when something else stands at `output` or a side file and --force was not given.
+    Raises ToolkitError when `output` or a side file is an input, or is being written by another process, or when
+    something else stands there and --force was not given.
     """
     path = Path(output)
-    if update or not is_up_to_date(path, provenance, options, kind=kind, find=find):
-        for side, side_kind in (side_files or {}).items():
-            check_side_file(side, side_kind, path, provenance, options)
-        if options.dry_run:
-            describe()
-        else:
-            with recorded(path) as finished:
-                finished.append(work())
+    if _is_input(path, provenance):
+        raise ToolkitError(f"output {output} is what the step reads; choose another -o")
+    with nullcontext() if options.dry_run else writing(path, *side_files):
+        if update or not is_up_to_date(path, provenance, options, side_files=side_files, kind=kind, find=find):
+            for side, side_kind in side_files.items():
+                check_side_file(side, side_kind, path, provenance, options)
+            if options.dry_run:
+                describe()
+            else:
+                with recorded(path) as finished:
+                    finished.append(work())
     if options.dry_run:
         return None
     made = find(path)

@@ -1,8 +1,9 @@
 """A file that one process at a time holds."""
 
 import fcntl
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ToolkitError
@@ -18,6 +19,35 @@ def held(lock: Path, doing: str) -> Iterator[None]:
         if not try_lock(file.fileno()):
             raise ToolkitError(f"another process is {doing}; wait for it, or end it")
         yield
+
+
+@contextmanager
+def writing(*outputs: Path) -> Iterator[None]:
+    """Hold the right to write some outputs: `.NAME.lock` beside each, removed when the block ends.
+
+    A folder in which no lock can be made cannot be written to either; then there is none.
+    Raises ToolkitError when another process writes one of them.
+    """
+    with ExitStack() as stack:
+        for output in outputs:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            lock = output.with_name(f".{output.name}.lock")
+            with suppress(PermissionError):
+                while True:
+                    file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
+                    stack.callback(os.close, file)
+                    if not try_lock(file):
+                        raise ToolkitError(f"another process is writing {output}; wait for it, or end it")
+                    if _is_at(file, lock):  # else who had it has just removed it
+                        stack.callback(lock.unlink, missing_ok=True)
+                        break
+        yield
+
+
+def _is_at(file: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), path.stat())
+    return False
 
 
 def is_held(lock: Path) -> bool:

@@ -14,7 +14,9 @@ from dinov2_toolkit.curate.cluster.cluster import ClusterSettings, cluster_image
 from dinov2_toolkit.curate.dedup.dedup import dedup_images
 from dinov2_toolkit.curate.dedup.settings import DedupSettings
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
+from dinov2_toolkit.curate.union import Part, UnionSettings, union_manifests
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.manage.query import sql
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import open_manifest
 
@@ -137,3 +139,23 @@ def test_pictures_and_reports_are_checked_by_a_dry_run_and_when_up_to_date(tmp_p
         with pytest.raises(ToolkitError, match="exists; choose another --report"):
             cluster_images(pool, output, ClusterSettings("2", report=report), options)
     assert report.read_text() == "mine"
+
+
+def test_a_removed_list_that_another_command_has_overwritten_is_noticed(tmp_path: Path, pool: Path) -> None:
+    output, side = tmp_path / "o.parquet", tmp_path / "o.removed.parquet"
+    dedup(pool, output, Options())
+    union_manifests([Part(pool)], str(side), UnionSettings(), Options(force=True))
+    with pytest.raises(ToolkitError, match="o.removed.parquet, which goes with .*was made by `curate union`.*--force"):
+        dedup(pool, output, Options())
+    dedup(pool, output, Options(force=True))
+    made = open_manifest(side).provenance
+    assert made is not None and made.command == "curate dedup"
+
+
+def test_an_output_is_never_an_input(tmp_path: Path, pool: Path) -> None:
+    before = pool.read_bytes()
+    (tmp_path / "link.parquet").symlink_to(pool)
+    for output in (pool, tmp_path / "link.parquet"):
+        with pytest.raises(ToolkitError, match="is what the step reads; choose another -o"):
+            sql(f"select * from '{pool}' limit 1", str(output), True, False)
+    assert pool.read_bytes() == before
