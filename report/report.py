@@ -13,6 +13,7 @@ from ..features.page.document import check_page_name, page_provenance, render, w
 from ..store.artifact import Options, Result
 from ..store.manifest import Provenance
 from .manifest import manifest_sections
+from .manifest_parts import style
 from .targets import Targets, open_targets
 
 
@@ -47,4 +48,4 @@ def report(names: list[str], output: str, options: Options) -> Result | None:
 def _page(targets: Targets, provenance: Provenance) -> str:
     names = [*targets.manifests, *targets.runs, *targets.scores]
     sections = manifest_sections(targets.manifests, seed=provenance.seed)
-    return render("Report", sections, note=", ".join(names), provenance=provenance)
+    return render("Report", sections, note=", ".join(names), provenance=provenance, styles=[style()])
