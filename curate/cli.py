@@ -199,9 +199,6 @@ def cluster(
             " far as they have images; or in proportion to their sizes.",
         ),
     ] = "water",
-    report: Annotated[
-        Path | None, option(OUTPUT, "Write how the balance changed, as a page.", metavar="REPORT.html")
-    ] = None,
     sheet: Annotated[
         Path | None, option(OUTPUT, "Draw large, medium, small and suspected clusters.", metavar="SHEET.png")
     ] = None,

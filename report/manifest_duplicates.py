@@ -91,6 +91,7 @@ class Duplicates:
     rule: Rule
     figures: dict[str, object]
     reasons: dict[str, int]
+    num_chained: int  # of them, how many lie beyond the limit themselves
     similarities: list[Row]  # reason, low, high, num
     differences: list[Row]  # low, high, num
     groups: list[Group]
@@ -119,6 +120,7 @@ def read_duplicates(selection: Manifest, seed: int) -> Duplicates | None:
     with asking(rows=stored(listed, COLUMNS)) as ask:
         ask.keep("removed", KEEP, near=near, limit=rule.limit, threshold=rule.threshold or 0.0)
         reasons = ask("select reason, count(*) as num from removed group by reason order by num desc, reason")
+        ((num_chained,),) = (row.values() for row in ask("select count(*) from removed where doubt > 1"))
         similarities = _histogram(ask, "similarity", "reason")
         differences = _histogram(ask, "difference", "''") if rule.limit is not None else []
         chosen = ask(CHOSEN, seed=seed, most=GROUPS)
@@ -135,7 +137,7 @@ def read_duplicates(selection: Manifest, seed: int) -> Duplicates | None:
         why = why_kept(facts.get(group["kept"]), [facts.get(row["uri"]) for row in rows], rule, rows[0]["reason"])
         groups.append(Group(group["kind"], group["kept"], why, group["num"], gone))
     counts = {row["reason"]: row["num"] for row in reasons}
-    return Duplicates(rule, provenance.figures, counts, similarities, differences, groups)
+    return Duplicates(rule, provenance.figures, counts, num_chained, similarities, differences, groups)
 
 
 def _histogram(ask: Asking, column: str, series: str) -> list[Row]:
@@ -186,20 +188,19 @@ def why_removed(row: Row, rule: Rule) -> tuple[str, ...]:
     if reason == REASONS[SAME_PIXELS]:
         return ("the same pixels, in another file",)
     if difference is not None and rule.limit is not None:
-        numbers.insert(0, f"pixel difference {difference:.4f}, limit {rule.limit:.4g}")
-        if difference <= rule.limit:
-            return (_words(reason, "a copy, verified by pixels"), *numbers)
-        return (_words(reason, "joined by a chain of copies: itself beyond the limit"), *numbers)
+        is_copy = difference <= rule.limit
+        numbers.insert(0, f"pixels {difference:.4f} {'≤' if is_copy else '>'} {rule.limit:.4g}")
+        words = "a copy, verified by pixels" if is_copy else "joined by a chain of copies only"
+        return (_words(reason, words), *numbers)
     if rule.limit is not None:
         return (_words(reason, "a copy of it, or of another image of its group"), *numbers)
     threshold = rule.against_threshold if reason not in REASONS[:SAME_PIXELS] else rule.threshold
     threshold = rule.threshold if threshold is None else threshold
     if threshold is None or similarity is None:
         return (reason, *numbers)
-    numbers = [f"cosine {similarity:.4f}, threshold {threshold:.4g}"]
-    if similarity > threshold:
-        return (_words(reason, "a near-duplicate, above the threshold"), *numbers)
-    return (_words(reason, "joined by a chain of near-duplicates: itself below the threshold"), *numbers)
+    is_near = similarity > threshold
+    words = "a near-duplicate" if is_near else "joined by a chain of near-duplicates only"
+    return (_words(reason, words), f"cosine {similarity:.4f} {'>' if is_near else '≤'} {threshold:.4g}")
 
 
 def _words(reason: str, of_near_duplicates: str) -> str:

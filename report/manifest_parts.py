@@ -125,8 +125,11 @@ def signed(number: int) -> str:
 
 
 def image_name(uri: str | None) -> str:
-    """Return what people call an image: the name of its file."""
-    return "an image without a name" if uri is None else os.path.basename(uri.rstrip("/")) or uri
+    """Return what people call an image: the name of its file, or its row in a Parquet file."""
+    if uri is None:
+        return "an image without a name"
+    name = os.path.basename(uri.rstrip("/")) or uri
+    return name.replace("?row=", ", row ") if uri.startswith("parquet://") else name
 
 
 def read_thumbnails(uris: Sequence[str | None], labels: Sequence[str | None] | None = None) -> list[Thumbnail]:

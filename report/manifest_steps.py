@@ -7,6 +7,7 @@ from typing import Any  # of a Vega-Lite specification
 from markupsafe import Markup
 
 from ..curate.cluster.table import FIGURES_HEADER, figure_rows
+from ..curate.dedup.verify import MAX_DIFFERENCE
 from ..features.page import chart, parts
 from ..features.page.document import Section
 from ..features.page.thumbnail import Thumbnail
@@ -54,7 +55,8 @@ def _duplicates_section(stage: Stage, name: str, seed: int) -> Section:
                 "images went": sum(found.reasons.values()),
                 "groups of duplicates": figures["groups"],
                 "images in the largest": figures["largest_group"],
-                **found.reasons,
+                **(found.reasons if len(found.reasons) > 1 else {}),
+                **({"joined by a chain only": found.num_chained} if found.num_chained else {}),
             }
         ),
         *(parts.text(words) for words in _rule_words(found)),
@@ -68,23 +70,33 @@ def _duplicates_section(stage: Stage, name: str, seed: int) -> Section:
 
 
 def _rule_words(found: Duplicates) -> list[str]:
-    rule = found.rule
-    words = []
+    """Say what decided, sentence by sentence."""
+    rule, words = found.rule, []
     if rule.limit is not None:
+        lowered = f", lowered from {MAX_DIFFERENCE} as the images are much alike" if rule.limit < MAX_DIFFERENCE else ""
         words.append(
             f"The descriptor proposes pairs (cosine above {rule.threshold:.4g}), and pixels decide: two images are"
-            f" copies if their pixel difference, after alignment, is at most {rule.limit:.4g}."
+            f" copies if their pixel difference, after alignment, is at most {rule.limit:.4g}{lowered}."
         )
     elif rule.threshold is not None:
-        origin = f" The threshold was set {rule.threshold_origin}." if rule.threshold_origin != "given" else ""
+        origin = "" if rule.threshold_origin in ("", "given") else f" The threshold was set {rule.threshold_origin}."
         words.append(f"Two images are near-duplicates if their cosine is above {rule.threshold:.4g}.{origin}")
-    keeps = {"largest": "the image with the most pixels stays", "first": "the first image stays"}
-    linkage = {
-        "components": "Pairs that share an image join into one group",
-        "star": "Every image of a group is above the threshold to the one that stays",
-    }
-    stays = keeps.get(rule.keep, f"--keep {rule.keep} decides which image stays")
-    return [*words, f"{linkage.get(rule.linkage, 'Of a group')}; {stays}."]
+    else:
+        words.append("Only equal images went: the same bytes, or the same pixels.")
+    keeps = {"largest": "The image with the most pixels stays.", "first": "The first image stays."}
+    stays = keeps.get(rule.keep, f"Which image stays, --keep {rule.keep} decides.")
+    if rule.linkage == "components":
+        stays = f"Pairs that share an image join into one group. {stays}"
+    words.append(stays)
+    if found.num_chained:
+        num = "1 image lies" if found.num_chained == 1 else f"{found.num_chained:,} images lie"
+        words.append(
+            f"{num} beyond the limit to the one that stays, and went only because a chain of others joins them."
+            " If the most doubtful groups below look wrong, --linkage star keeps such images."
+        )
+    if rule.limit is not None or rule.threshold is not None:
+        words.append("The bar below an image shows how near it lies to the limit, which is the mark on the bar.")
+    return words
 
 
 def _duplicate_charts(found: Duplicates) -> list[Markup]:

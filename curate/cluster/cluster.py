@@ -22,12 +22,11 @@ from ..inputs import EmbeddedImages, describe, open_input, read_embedded, warn_o
 from ..selection import selected, selection_provenance, write_table
 from .kmeans import cluster_levels
 from .lloyd import NUM_ITERATIONS, NUM_NEIGHBORS, POINTS_A_CENTROID
-from .report import check_report, write_report
 from .sampling import balanced_sample, seeded_keys
 from .sheet import draw_clusters
 from .table import describe_levels, table_path
 
-NOT_PARAMETERS = ("features", "where", "memory", "report", "sheet")  # recorded otherwise, or do not change the rows
+NOT_PARAMETERS = ("features", "where", "memory", "sheet")  # recorded otherwise, or do not change the rows
 FORMER_OPTIONS = {"metric": "cosine", "init": "k-means++", "polish": 0}  # recorded, so that old outputs are up to date
 
 
@@ -44,7 +43,6 @@ class ClusterSettings:
     features: Path | None = None
     where: str | None = None
     memory: str | None = None  # such as 3GB; None: a third of the machine
-    report: Path | None = None  # where to write how balance changed
     sheet: Path | None = None  # where to draw clusters
 
 
@@ -59,10 +57,7 @@ def cluster_images(manifest: Path | None, output: str, settings: ClusterSettings
     num_rows = pool.num_rows(options.limit)
     num_clusters = parse_num_clusters(settings.num_clusters, num_rows)
     _check(settings, num_rows)
-    is_made = path.exists()  # or made differently, which ends the step below
-    if settings.report is not None:
-        check_report(settings.report, options, is_made)
-    if settings.sheet is not None and not is_made:
+    if settings.sheet is not None and not path.exists():  # what was made differently ends the step below
         check_sheet(settings.sheet, options)
     parameters = {name: value for name, value in asdict(settings).items() if name not in NOT_PARAMETERS}
     parameters |= {"num_clusters": num_clusters, **FORMER_OPTIONS}
@@ -81,8 +76,6 @@ def cluster_images(manifest: Path | None, output: str, settings: ClusterSettings
 
     side_files = {table_path(path): "clusters"}
     result = make(output, provenance, options, describe=describe_work, work=work, side_files=side_files)
-    if result is not None and settings.report is not None:
-        write_report(path, settings.report)
     if result is not None and settings.sheet is not None:
         draw_clusters(path, settings.sheet, options)
     return result

@@ -52,9 +52,9 @@ def test_groups_say_which_limit_decided_and_what_only_a_chain_joins(tmp_path: Pa
     assert found.reasons == {"near-duplicate": 3} and found.differences == []
     chain, pair = found.groups
     assert [Path(str(gone.uri)).stem for gone in chain.removed] == ["1", "2"] and chain.num_removed == 2
-    assert chain.removed[0].reasons == ("a near-duplicate, above the threshold", "cosine 0.9397, threshold 0.9")
-    joined = "joined by a chain of near-duplicates: itself below the threshold"
-    assert chain.removed[1].reasons == (joined, "cosine 0.7660, threshold 0.9")
+    assert chain.removed[0].reasons == ("a near-duplicate", "cosine 0.9397 > 0.9")
+    assert chain.removed[1].reasons == ("joined by a chain of near-duplicates only", "cosine 0.7660 ≤ 0.9")
+    assert found.num_chained == 1
     assert [gone.doubt for gone in chain.removed] == pytest.approx([0.603, 2.340], abs=1e-3)
     assert chain.why == "the largest, 9 × 9 px; the others at most 5 × 5 px"
     assert pair.why == "5 × 5 px, as the others; the first of these by image id and name"
@@ -101,7 +101,7 @@ def test_pixels_and_bytes_are_reasons(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found is not None and found.rule.limit == 0.018 and found.reasons == {"near-duplicate": 4, "same bytes": 2}
     assert sum(row["num"] for row in found.differences) == 4
     reasons = {Path(str(gone.uri)).stem[:4]: gone.reasons for group in found.groups for gone in group.removed}
-    assert reasons["near"][0] == "a copy, verified by pixels" and reasons["near"][1].endswith(", limit 0.018")
+    assert reasons["near"][0] == "a copy, verified by pixels" and reasons["near"][1].endswith(" ≤ 0.018")
     assert set(reasons.values()) >= {("the same file, byte by byte",)}
     why = {group.why for group in found.groups}
     assert "the largest, 48 × 48 px; the others at most 40 × 40 px" in why
@@ -118,20 +118,20 @@ def test_pixels_and_bytes_are_reasons(tmp_path: Path, monkeypatch: pytest.Monkey
             0.97,
             0.004,
             VERIFIED,
-            ("a copy, verified by pixels", "pixel difference 0.0040, limit 0.018", "cosine 0.9700"),
+            ("a copy, verified by pixels", "pixels 0.0040 ≤ 0.018", "cosine 0.9700"),
         ),
-        (0, 0.8, 0.02, VERIFIED, ("joined by a chain of copies: itself beyond the limit",)),
+        (0, 0.8, 0.02, VERIFIED, ("joined by a chain of copies only", "pixels 0.0200 > 0.018", "cosine 0.8000")),
         (0, 0.8, None, VERIFIED, ("a copy of it, or of another image of its group", "cosine 0.8000")),
-        (0, 0.91, None, BY_COSINE, ("a near-duplicate, above the threshold", "cosine 0.9100, threshold 0.9")),
+        (0, 0.91, None, BY_COSINE, ("a near-duplicate", "cosine 0.9100 > 0.9")),
         (1, 1.0, None, BY_COSINE, ("the same file, byte by byte",)),
         (2, 1.0, None, BY_COSINE, ("the same pixels, in another file",)),
-        (3, 0.85, None, BY_COSINE, ("resembles an evaluation image", "cosine 0.8500, threshold 0.8")),
+        (3, 0.85, None, BY_COSINE, ("resembles an evaluation image", "cosine 0.8500 > 0.8")),
         (
             4,
             0.7,
             None,
             BY_COSINE,
-            ("in a group with an image like an evaluation image", "cosine 0.7000, threshold 0.8"),
+            ("in a group with an image like an evaluation image", "cosine 0.7000 ≤ 0.8"),
         ),
     ],
 )

@@ -126,19 +126,13 @@ def test_a_folder_at_a_side_file_stays(tmp_path: Path, pool: Path) -> None:
         dedup(pool, tmp_path / "v.parquet", Options(force=True))
 
 
-def test_pictures_and_reports_are_checked_by_a_dry_run_and_when_up_to_date(tmp_path: Path, pool: Path) -> None:
-    sheet, report = tmp_path / "s.png", tmp_path / "r.html"
+def test_pictures_are_checked_by_a_dry_run(tmp_path: Path, pool: Path) -> None:
+    sheet = tmp_path / "s.png"
     sheet.write_text("mine")
-    with pytest.raises(ToolkitError, match="--force"):
-        dedup_images(pool, str(tmp_path / "v.parquet"), DedupSettings(0.9, sheet=sheet), Options(dry_run=True))
-    output = str(tmp_path / "c.parquet")
-    cluster_images(pool, output, ClusterSettings("2", report=report), Options())
-    cluster_images(pool, output, ClusterSettings("2", report=report), Options())  # its own
-    report.write_text("mine")
     for options in (Options(), Options(dry_run=True)):
-        with pytest.raises(ToolkitError, match="exists; choose another --report"):
-            cluster_images(pool, output, ClusterSettings("2", report=report), options)
-    assert report.read_text() == "mine"
+        with pytest.raises(ToolkitError, match="exists; choose another --sheet"):
+            dedup_images(pool, str(tmp_path / "v.parquet"), DedupSettings(0.9, sheet=sheet), options)
+    assert sheet.read_text() == "mine"
 
 
 def test_a_removed_list_that_another_command_has_overwritten_is_noticed(tmp_path: Path, pool: Path) -> None:
