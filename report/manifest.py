@@ -12,7 +12,7 @@ from ..features.page.thumbnail import Thumbnail
 from ..store.manifest import Manifest
 from . import manifest_parts
 from .manifest_clusters import Clusters, read_clusters
-from .manifest_composition import Composition, read_composition, read_overlaps
+from .manifest_composition import Composition, read_cluster_composition, read_composition, read_overlaps
 from .manifest_flow import Stage, ancestors, pool_of, read_flow
 from .manifest_parts import Strip, image_name, read_thumbnails
 from .manifest_removed import SHOWN, Reason, read_removed
@@ -80,17 +80,22 @@ def _composition_section(stages: list[Stage]) -> Section:
         clusters = read_clusters(stage.manifest, 0) if stage.command == "curate cluster" and stage.manifest else None
         if clusters is not None and clusters.is_sample:
             body.append(_cluster_share_chart(stage, clusters))
+        elif clusters is not None and stage.manifest is not None and (others := [k for k in given if k != stage.key]):
+            level = clusters.levels[-1].level
+            sets = {names[key]: opened[key] for key in (stage.key, *others)}
+            by_cluster = read_cluster_composition(stage.manifest, level, sets)
+            body.append(_share_chart(by_cluster, list(sets), f"cluster of level {level}, {names[stage.key]}"))
     return Section(title, body)
 
 
-def _share_chart(found: Composition, shown: list[str]) -> Markup:
-    """Return the shares of labels as bars: of the pool, and of what the report is of."""
+def _share_chart(found: Composition, shown: list[str], what: str = "label") -> Markup:
+    """Return shares as bars: of the pool, and of what the report is of."""
     rows = [
         {"label": row["label"], "share": row["share"], "set": row["name"]}
         for row in found.shares
         if row["name"] in shown
     ]
-    title = "Share of each label"
+    title = f"Share of each {what}"
     labels = list(dict.fromkeys(row["label"] for row in found.shares))
     sets = [each.name for each in found.sets if each.num_labelled]
     shares = {(row["label"], row["name"]): row["share"] for row in found.shares}
@@ -99,9 +104,9 @@ def _share_chart(found: Composition, shown: list[str]) -> Markup:
     )
     spec = chart.bars(rows, name="label", value="share", series="set")
     spec["encoding"]["x"]["axis"] = {"format": "%"}
-    return parts.chart(
-        title, spec, numbers, explanation="Of the images with a label; the most common of the pool first."
-    )
+    evenness = [f"{each.name} {parts.number(each.entropy)}" for each in found.sets if each.name in shown]
+    words = f"Of the images that have one, the most common of the pool first. Evenness: {', '.join(evenness)}."
+    return parts.chart(title, spec, numbers, explanation=words)
 
 
 def _cluster_share_chart(stage: Stage, clusters: Clusters) -> Markup:

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..curate.cluster.table import table_path
-from ..store.manifest import Manifest, open_manifest
+from ..store.manifest import Manifest
 from ..store.vectors import Int64
-from .manifest_rows import Row, ask, stored
+from .manifest_rows import Row, ask, beside, stored
 
 LISTED = 20  # clusters of a table
 MOST = 40  # chosen: clusters of a level with bars of their own
@@ -56,14 +55,10 @@ class Clusters:
 
 def read_clusters(selection: Manifest, seed: int) -> Clusters | None:
     """Return the clusters of a selection; None where their table is gone, or of other work."""
-    path, provenance = table_path(selection.path), selection.provenance
-    if provenance is None or not path.is_file():
+    made, provenance = beside(selection, table_path(selection.path)), selection.provenance
+    if made is None or provenance is None:
         return None
-    made = open_manifest(path).provenance
-    if made is None or not made.same_work(provenance):
-        return None
-    with pq.ParquetFile(path) as file:  # by its literal name, and without the centroids
-        table = file.read(columns=["level", *COLUMNS, "suspected"])
+    table = made.read(["level", *COLUMNS, "suspected"])  # without the centroids
     levels = []
     for level in sorted(pc.unique(table.column("level")).to_pylist()):
         of_level = table.filter(pc.equal(table.column("level"), level))

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..store.manifest import Manifest
-from .manifest_rows import Row, asking, images
+from .manifest_rows import Asking, Row, asking, images
 
 LABELS = 24  # chosen: labels with a bar of their own; the others are one together
 REST = "all others"
+KEY = "md5_number(concat_ws(chr(0), image_id, uri))"  # of an image
 
 # The entropy counts the labels of all sets, so that one which a selection lacks makes it less even.
 SETS = """
@@ -59,8 +60,29 @@ def read_composition(manifests: Mapping[str, Manifest]) -> Composition:
             ask.connection.execute(
                 "insert into counts select $name, label, count(*) from given group by label", {"name": name}
             )
-        found = {row["name"]: row for row in ask(SETS)}
-        shares = ask(SHARES, first=next(iter(manifests)), most=LABELS, rest=REST)
+        return _composition(ask, manifests)
+
+
+def read_cluster_composition(clustered: Manifest, level: int, manifests: Mapping[str, Manifest]) -> Composition:
+    """Return the same for the clusters of a level, in which `clustered` has the images of all."""
+    column = f"cluster_{level}"
+    with asking(clustered=images(clustered, ("image_id", "uri"), [column])) as ask:
+        ask.keep("clusters", f"select {KEY} as key, any_value({column}) as cluster from clustered group by key")
+        ask.connection.execute("create temp table counts (name varchar, label varchar, num bigint)")
+        for name, manifest in manifests.items():
+            ask.connection.register("given", images(manifest, ("image_id", "uri")))
+            ask.connection.execute(
+                "insert into counts select $name, cluster::varchar, count(*)"
+                f" from given left join clusters on clusters.key = {KEY} group by cluster",
+                {"name": name},
+            )
+        return _composition(ask, manifests)
+
+
+def _composition(ask: Asking, manifests: Mapping[str, Manifest]) -> Composition:
+    """Return what the table `counts` says of manifests."""
+    found = {row["name"]: row for row in ask(SETS)}
+    shares = ask(SHARES, first=next(iter(manifests)), most=LABELS, rest=REST)
     sets = []
     for name, manifest in manifests.items():
         row = found.get(name, {"labelled": 0, "labels": 0, "entropy": None})
@@ -92,7 +114,7 @@ def read_overlaps(manifests: Mapping[str, Manifest]) -> dict[tuple[str, str], in
         for place, manifest in enumerate(manifests.values()):
             ask.connection.register("given", images(manifest, ("image_id", "uri")))
             ask.connection.execute(
-                "insert into members select distinct md5_number(concat_ws(chr(0), image_id, uri)), $bit from given",
+                f"insert into members select distinct {KEY}, $bit from given",
                 {"bit": 1 << place},
             )
         masks = ask(

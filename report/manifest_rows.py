@@ -8,6 +8,7 @@ from typing import Any  # of a row's values
 import duckdb
 import pyarrow as pa
 
+from ..errors import ToolkitError
 from ..store import tables
 from ..store.image_columns import image_batches, image_schema
 from ..store.manifest import Manifest, Provenance, Source, open_manifest, removed_path
@@ -76,20 +77,31 @@ def find(source: Source, near: Path) -> Manifest | None:
     """Return the manifest that a step recorded, where it was or moved with the others; None: gone, or changed."""
     recorded = Path(source.path)
     for path in (recorded, near.parent / recorded.name):
-        if (path.is_file() or (path / "_manifest.json").is_file()) and (manifest := open_manifest(path)):
-            if manifest.content_id == source.content_id:
-                return manifest
+        manifest = opened(path)
+        if manifest is not None and manifest.content_id == source.content_id:
+            return manifest
     return None
+
+
+def opened(path: Path) -> Manifest | None:
+    """Return the manifest at a path; None where there is none that can be read."""
+    try:
+        return open_manifest(path)
+    except ToolkitError:
+        return None
 
 
 def removed_rows(manifest: Manifest) -> Manifest | None:
     """Return the rows that the step which made a manifest removed; None where that list is gone or of other work."""
-    path = removed_path(manifest.path)
-    if manifest.provenance is None or not path.is_file():
+    return beside(manifest, removed_path(manifest.path))
+
+
+def beside(manifest: Manifest, path: Path) -> Manifest | None:
+    """Return what the step which made a manifest wrote beside it; None where that is gone or of other work."""
+    side, made = opened(path), manifest.provenance
+    if side is None or made is None or side.provenance is None or not side.provenance.same_work(made):
         return None
-    removed = open_manifest(path)
-    is_own = removed.provenance is not None and removed.provenance.same_work(manifest.provenance)
-    return removed if is_own else None
+    return side
 
 
 def sources(provenance: Provenance, *roles: str) -> list[Source]:

@@ -5,9 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dinov2_toolkit.curate.cluster.cluster import ClusterSettings, cluster_images
 from dinov2_toolkit.report.manifest import manifest_sections
 from dinov2_toolkit.report.manifest_clusters import read_clusters, size_curve
-from dinov2_toolkit.report.manifest_composition import LABELS, REST, read_composition, read_overlaps
+from dinov2_toolkit.report.manifest_composition import (
+    LABELS,
+    REST,
+    read_cluster_composition,
+    read_composition,
+    read_overlaps,
+)
 from dinov2_toolkit.report.manifest_retrieved import read_retrieved
 from dinov2_toolkit.report.report import report
 from dinov2_toolkit.store.artifact import Options
@@ -56,6 +63,27 @@ def test_rare_labels_are_one_bar_and_labels_that_a_selection_lacks_are_zero(tmp_
     assert of_pool[-1]["label"] == REST and of_pool[-1]["num"] == sum(range(1, 41 - LABELS))
     assert [row["num"] for row in of_some] == [1, *[0] * (LABELS - 1), 1]
     assert sum(row["share"] for row in of_pool) == pytest.approx(1.0)
+
+
+def test_clusters_of_the_whole_pool_are_compared_with_any_selection_of_it(
+    paths: dict[str, Path], tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole.parquet"
+    cluster_images(paths["unique"], str(whole), ClusterSettings("4", resample=1), Options())
+    rows = open_manifest(whole).read(["uri", "cluster_0"]).to_pylist()
+    near = set(open_manifest(paths["near"]).read(["uri"]).column(0).to_pylist())
+    found = read_cluster_composition(
+        open_manifest(whole), 0, {"whole": open_manifest(whole), "near": open_manifest(paths["near"])}
+    )
+    counts = {(row["name"], row["label"]): row["num"] for row in found.shares}
+    for cluster in range(4):
+        members = [row["uri"] for row in rows if row["cluster_0"] == cluster]
+        assert counts["whole", str(cluster)] == len(members)
+        assert counts["near", str(cluster)] == len(near.intersection(members))
+    sections = manifest_sections(
+        {name: open_manifest(path) for name, path in (("w", whole), ("n", paths["near"]))}, seed=0
+    )
+    assert "Share of each cluster of level 0, whole" in "".join(part for each in sections for part in each.parts)
 
 
 def test_images_in_common_are_counted_once(paths: dict[str, Path]) -> None:

@@ -95,6 +95,14 @@ def test_an_input_that_was_made_again_is_not_taken_for_the_old_one(paths: dict[s
     assert stages[-2].missing == "it was made again since, and is another now" and stages[-2].num_images == 24
 
 
+def test_what_cannot_be_read_any_more_counts_as_gone(paths: dict[str, Path]) -> None:
+    removed_path(paths["unique"]).write_text("no Parquet")
+    paths["unique"].write_text("no Parquet")
+    stages = flow_of(paths["near"])
+    assert stages[-2].num_images == 24 and stages[-2].manifest is None
+    assert read_removed(stages, seed=0)[0].stage == stages[1]
+
+
 def test_conditions_limits_and_queries_are_reasons_too(paths: dict[str, Path], tmp_path: Path) -> None:
     some = str(tmp_path / "some.parquet")
     dedup_images(paths["pool"], some, DedupSettings(threshold=0.9, where="width > 40"), Options(limit=20))
