@@ -56,36 +56,50 @@ def _flow_section(stages: list[Stage]) -> Section:
 def _composition_section(stages: list[Stage]) -> Section:
     opened = {stage.key: stage.manifest for stage in stages if stage.manifest is not None}
     names = dict(zip(opened, distinct_names([manifest.path for manifest in opened.values()]), strict=True))
-    found = read_composition({names[key]: manifest for key, manifest in opened.items()})
     given = [stage.key for stage in stages if stage.is_given]
     pools = [pool.key for key in given if (pool := pool_of(stages, key)) is not None]
-    title = "Selections side by side" if len(given) > 1 else "Composition before and after"
-    rows = [[each.name, each.num_images, each.num_labelled, each.num_labels, each.entropy] for each in found.sets]
-    header = ["set", "images", "with a label", "labels", "evenness"]
+    shown = [names[key] for key in dict.fromkeys([*pools, *given])]
+    found = read_composition({names[key]: manifest for key, manifest in opened.items()})
     body = []
     if len(given) > 1:
         overlaps = read_overlaps({names[key]: opened[key] for key in given})
-        header += [f"in common with {names[key]}" for key in given]
-        for row in rows:
-            row += [overlaps.get((str(row[0]), names[key])) for key in given]
-    body.append(
-        parts.table("All steps" if len(given) == 1 else "Selections and what they were made from", header, rows)
-    )
+        body.append(_side_by_side(found, shown, overlaps))
+    else:
+        rows = [[each.name, each.num_images, each.num_labelled, each.num_labels, each.entropy] for each in found.sets]
+        body.append(parts.table("All steps", ["set", "images", "with a label", "labels", "evenness"], rows))
     if found.shares:
         words = "Evenness is the normalized entropy of labels: 1 when all are equally frequent, 0 when one is alone."
-        body = [parts.text(words), *body, _share_chart(found, [names[key] for key in dict.fromkeys([*pools, *given])])]
+        body = [parts.text(words), *body, _share_chart(found, shown)]
     else:
         body.append(parts.note("No image has a label, so nothing can be said about shares of labels."))
     for stage in stages:
         clusters = read_clusters(stage.manifest, 0) if stage.command == "curate cluster" and stage.manifest else None
         if clusters is not None and clusters.is_sample:
             body.append(_cluster_share_chart(stage, clusters))
-        elif clusters is not None and stage.manifest is not None and (others := [k for k in given if k != stage.key]):
+        elif clusters is not None and (others := [key for key in given if key != stage.key]):
             level = clusters.levels[-1].level
             sets = {names[key]: opened[key] for key in (stage.key, *others)}
-            by_cluster = read_cluster_composition(stage.manifest, level, sets)
+            by_cluster = read_cluster_composition(opened[stage.key], level, sets)
             body.append(_share_chart(by_cluster, list(sets), f"cluster of level {level}, {names[stage.key]}"))
-    return Section(title, body)
+    title = "Composition" if len(shown) == 1 else "Composition before and after"
+    return Section("Selections side by side" if len(given) > 1 else title, body)
+
+
+def _side_by_side(found: Composition, shown: list[str], overlaps: dict[tuple[str, str], int]) -> Markup:
+    """Return a table with a column for each set: counts, evenness, images in common, shares of labels."""
+    sets = {each.name: each for each in found.sets}
+    shares = {(row["label"], row["name"]): row["share"] for row in found.shares}
+    rows: list[list[object]] = [
+        ["images", *(sets[name].num_images for name in shown)],
+        ["with a label", *(sets[name].num_labelled for name in shown)],
+        ["labels", *(sets[name].num_labels for name in shown)],
+        ["evenness of labels", *(sets[name].entropy for name in shown)],
+    ]
+    for other in dict.fromkeys(one for one, _ in overlaps):
+        rows.append([f"in common with {other}", *(overlaps.get((name, other)) for name in shown)])
+    for label in dict.fromkeys(row["label"] for row in found.shares):
+        rows.append([f"share of {label}", *(shares.get((label, name)) for name in shown)])
+    return parts.table("What the report is of, and where it comes from", ["", *shown], rows)
 
 
 def _share_chart(found: Composition, shown: list[str], what: str = "label") -> Markup:

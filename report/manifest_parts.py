@@ -128,8 +128,7 @@ def image_name(uri: str | None) -> str:
     """Return what people call an image: the name of its file, or its row in a Parquet file."""
     if uri is None:
         return "an image without a name"
-    name = os.path.basename(uri.rstrip("/")) or uri
-    return name.replace("?row=", ", row ") if uri.startswith("parquet://") else name
+    return os.path.basename(uri.rstrip("/")).replace(".parquet?row=", " row ") or uri
 
 
 def read_thumbnails(uris: Sequence[str | None], labels: Sequence[str | None] | None = None) -> list[Thumbnail]:

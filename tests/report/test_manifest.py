@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from dinov2_toolkit.curate.cluster.cluster import ClusterSettings, cluster_images
 from dinov2_toolkit.report.manifest import manifest_sections
@@ -149,7 +150,8 @@ def test_every_section_is_there_and_a_foreign_file_has_those_it_can(paths: dict[
     assert manifest_sections({}, seed=0) == []
     sections = manifest_sections({name: open_manifest(paths[name]) for name in ("even", "near")}, seed=0)
     assert "Selections side by side" in [section.title for section in sections]
-    assert "in common with near" in "".join(part for section in sections for part in section.parts)
+    text = "".join(part for section in sections for part in section.parts)
+    assert "in common with near" in text and f"share of {Markup.escape(MARKUP)}" in text
     for side in tmp_path.glob("*.removed.parquet"):
         side.unlink()
     for gone in ("even.clusters", "seeds", "pool"):
