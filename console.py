@@ -1,10 +1,13 @@
 """What people read: messages, progress and tables, all on stderr. Results go to stdout and never pass here."""
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+# Control characters, line and paragraph separators, marks of direction, and bytes of names that are not UTF-8.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LOG_INTERVAL_S = 10.0  # chosen: how often a progress line is written where stderr is no terminal
 
 _verbosity = 1  # 0: errors only, 1: messages, 2: details
@@ -14,6 +17,11 @@ def set_verbosity(quiet: bool, verbose: int) -> None:
     """Let only errors through when `quiet`; also details when `verbose` > 0."""
     global _verbosity
     _verbosity = 0 if quiet else 1 + verbose
+
+
+def plain(text: str) -> str:
+    """Return text with escapes such as \\x1b in place of what a terminal obeys: control and bidirectional marks."""
+    return UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def say(message: str) -> None:
@@ -36,11 +44,11 @@ def detail(message: str) -> None:
 
 def error(message: str) -> None:
     """Write one line that starts with "error:", whatever the verbosity."""
-    _write(f"error: {' '.join(message.split())}")
+    _write(f"error: {message}")
 
 
 def _write(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(plain(message), file=sys.stderr, flush=True)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -56,7 +64,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -
         is_text = all(isinstance(row[position], str) for row in rows)
         drawn.add_column(name, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
+        drawn.add_row(*(Text(f"{cell:.4g}" if isinstance(cell, float) else plain(str(cell))) for cell in row))
     Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(drawn)
 
 

@@ -20,15 +20,19 @@ from ..store.manifest import Provenance, open_manifest
 
 
 def list_artifacts(kind: str | None, as_json: bool) -> None:
-    """Print one line an artifact, newest first: time, kind, rows, path."""
-    found = catalog.artifacts() if kind is None else catalog.artifacts("kind = ?", [kind])
+    """Print one line an artifact, newest first: time, kind, rows, path. Raises ToolkitError for an unknown kind."""
+    known = catalog.artifacts()
+    kinds = list(dict.fromkeys((*catalog.KINDS, *(artifact.kind for artifact in known))))
+    if kind is not None and kind not in kinds:
+        raise ToolkitError(f"--kind {kind}: there is no such kind; give {', '.join(kinds)}")
+    found = [artifact for artifact in known if kind in (None, artifact.kind)]
     if as_json:
         print(json.dumps({"rows": [_plain(artifact) for artifact in found]}))
         return
     for artifact in found:
         gone = "" if Path(artifact.path).exists() else "  (gone)"
         rows = "" if artifact.rows is None else f"{artifact.rows:,}"
-        print(f"{artifact.time:%Y-%m-%d %H:%M:%S}  {artifact.kind:<10}  {rows:>12}  {_from_here(artifact.path)}{gone}")
+        _print(f"{artifact.time:%Y-%m-%d %H:%M:%S}  {artifact.kind:<10}  {rows:>12}  {_from_here(artifact.path)}{gone}")
 
 
 def show(name: str, as_json: bool) -> None:
@@ -40,48 +44,58 @@ def show(name: str, as_json: bool) -> None:
         return
     for key, value in _plain(artifact).items():
         if key not in ("id", "parameters") and value is not None:
-            print(f"{key:<10}  {value}")
+            _print(f"{key:<10}  {value}")
     for key, value in json.loads(artifact.parameters).items():
-        print(f"parameter   {key} = {value}")
+        _print(f"parameter   {key} = {value}")
     for source in inputs:
-        print(f"input       {source.role}: {source.path} ({source.content_id})")
+        _print(f"input       {source.role}: {source.path} ({source.content_id})")
     for key, value in metrics.items():
-        print(f"metric      {key} = {value:g}")
+        _print(f"metric      {key} = {value:g}")
 
 
 def lineage(name: str, as_json: bool) -> None:
-    """Print the tree of what an artifact was made from, found by content. Raises ToolkitError as `show` does."""
-    artifact = catalog.find(name)
+    """Print the tree of what an artifact was made from, found by content; what stands in it twice is opened once.
+
+    Raises ToolkitError as `show` does.
+    """
+    artifact, inputs = catalog.find(name), catalog.inputs()
     by_digest = {known.digest: known for known in reversed(catalog.artifacts(table="artifacts"))}
-    tree = _ancestors(artifact, by_digest)
-    print(json.dumps(tree) if as_json else "\n".join(_indented(tree)))
+    opened = {artifact.id}
 
+    def ancestors(of: Artifact) -> dict[str, Any]:
+        below: list[dict[str, Any]] = []
+        for source in inputs.get(of.id, []):
+            known = by_digest.get(source.content_id)
+            if known is None or known.id == of.id:
+                tree: dict[str, Any] = {"path": source.path, "inputs": []}
+            elif known.id in opened:
+                tree = {"path": known.path, "command": known.command, "inputs": [], "again": True}
+            else:
+                opened.add(known.id)
+                tree = ancestors(known)
+            below.append({**tree, "as": source.role})
+        return {"path": of.path, "command": of.command, "inputs": below}
 
-def _ancestors(artifact: Artifact, by_digest: dict[str, Artifact]) -> dict[str, Any]:
-    inputs = []
-    for source in catalog.inputs_of(artifact):
-        known = by_digest.get(source.content_id, artifact)
-        tree = {"path": source.path, "inputs": []} if known.id == artifact.id else _ancestors(known, by_digest)
-        inputs.append({**tree, "as": source.role})
-    return {"path": artifact.path, "command": artifact.command, "inputs": inputs}
+    tree = ancestors(artifact)
+    print(json.dumps(tree)) if as_json else _print(*_indented(tree))
 
 
 def _indented(tree: dict[str, Any], depth: int = 0) -> list[str]:
     role = f"{tree['as']}: " if "as" in tree else ""
     command = f"  [{tree['command']}]" if "command" in tree else ""
-    line = f"{'  ' * depth}{role}{_from_here(tree['path'])}{command}"
+    again = "  (as above)" if "again" in tree else ""
+    line = f"{'  ' * depth}{role}{_from_here(tree['path'])}{command}{again}"
     return [line, *(below for child in tree["inputs"] for below in _indented(child, depth + 1))]
 
 
 def verify(names: list[str], as_json: bool) -> None:
-    """Compare artifacts, read whole, with their content ids. Raises ToolkitError when one is gone or differs."""
+    """Compare artifacts, read whole, with their content ids. Raises ToolkitError when one is not as it was made."""
     found = [catalog.find(name) for name in names] or catalog.artifacts()
     states = [(artifact.path, _state(artifact)) for artifact in found]
     if as_json:
         print(json.dumps({"rows": [{"path": path, "state": state} for path, state in states]}))
     else:
-        for path, state in states:
-            print(f"{state:<8}  {_from_here(path)}")
+        _print(*(f"{state:<8}  {_from_here(path)}" for path, state in states))
     if bad := [path for path, state in states if state != "ok"]:
         changed = f"{len(bad)} of {len(states)} artifacts are not as they were made, first {bad[0]}"
         raise ToolkitError(f"{changed}; make them again")
@@ -91,17 +105,22 @@ def _state(artifact: Artifact) -> str:
     path = Path(artifact.path)
     if not path.exists():
         return "gone"
-    if artifact.kind in ("run", "export"):
-        from ..models.weights import model_content_id
+    try:
+        if artifact.kind in ("run", "export"):
+            from ..models.weights import model_content_id
 
-        return "ok" if model_content_id(path) == artifact.digest else "changed"
-    return "ok" if data_content_id(path) == artifact.digest else "changed"
+            return "ok" if model_content_id(path) == artifact.digest else "changed"
+        open_manifest(path)
+        return "ok" if data_content_id(path) == artifact.digest else "changed"
+    except (ToolkitError, OSError) as problem:
+        console.warn(f"{path} cannot be read: {problem}")
+        return "broken"
 
 
 def rebuild(paths: list[Path]) -> None:
     """Enter every manifest, run folder and export under `paths` that carries provenance; times are those of the files.
 
-    Raises ToolkitError when a path does not exist.
+    What is broken is named and left out. Raises ToolkitError when a path does not exist.
     """
     entered = 0
     for path in paths:
@@ -123,14 +142,19 @@ def _carriers(path: Path) -> list[tuple[Path, Provenance]]:
         carriers = sorted({*path.rglob("*.parquet"), *runs, *files})
     found = []
     for carrier in carriers:
-        if carrier.exists():
-            provenance = open_manifest(carrier).provenance if carrier.suffix == ".parquet" else provenance_at(carrier)
+        try:
+            provenance = None
+            if carrier.exists():
+                is_manifest = carrier.suffix == ".parquet"
+                provenance = open_manifest(carrier).provenance if is_manifest else provenance_at(carrier)
             if provenance is not None and provenance.content_id:  # an unfinished run has none
-                found.append((carrier, provenance))
-    return sorted(found, key=lambda pair: pair[0].stat().st_mtime)
+                found.append((carrier, provenance, carrier.stat().st_mtime))
+        except (ToolkitError, OSError) as problem:
+            console.warn(f"{carrier} is left out: {problem}")
+    return [(carrier, provenance) for carrier, provenance, _ in sorted(found, key=lambda each: each[2])]
 
 
-def gc() -> None:
+def gc(as_json: bool = False) -> None:
     """Empty the cache, and forget artifacts that no longer exist; print how many bytes came free.
 
     Only files with names of ours are removed, and not what an `embed` is writing at this moment. What stopped commands
@@ -147,11 +171,16 @@ def gc() -> None:
     for path in gone:
         catalog.forget(path)
     console.say(f"removed {freed / 2**20:,.1f} MiB of the cache; forgot {len(gone)} artifacts that are gone")
-    print(freed)
+    print(json.dumps({"freed_bytes": freed, "forgotten": len(gone)}) if as_json else freed)
 
 
 def _plain(artifact: Artifact) -> dict[str, object]:
     return {**asdict(artifact), "time": artifact.time.isoformat(sep=" ", timespec="seconds")}
+
+
+def _print(*lines: str) -> None:
+    for line in lines:
+        print(console.plain(line))
 
 
 def _from_here(path: str) -> str:

@@ -106,11 +106,11 @@ def rebuild(
 
 
 @app.command()
-def gc() -> None:
-    """Empty the cache, and forget artifacts that are gone."""
+def gc(as_json: Json = False) -> None:
+    """Empty the cache, and forget artifacts that are gone; prints how many bytes came free."""
     from .catalog import gc as run
 
-    run()
+    run(as_json)
 
 
 @models.callback(invoke_without_command=True)

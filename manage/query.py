@@ -23,20 +23,19 @@ CATALOG_TABLES = ("artifacts", "inputs", "metrics", "newest")
 def sql(query: str, output: str | None, force: bool, as_json: bool) -> Result | None:
     """Run a query over the catalog's tables and any 'file.parquet' it names.
 
-    Prints the rows as tab-separated lines with a header, or as {"rows": [...]}; with `output`, writes them as a
-    manifest and returns its name.
-    Raises ToolkitError for a query that DuckDB refuses, or an answer that cannot be a manifest.
+    Prints the rows as tab-separated lines with a header, control characters escaped, or as {"rows": [...]}; with
+    `output`, writes them as a manifest and returns its name.
+    Raises ToolkitError for a query that does not only read, or that DuckDB refuses, or an answer that is no manifest.
     """
     if output is not None:
         return _make_manifest(query, output, Options(force=force))
     with _connect() as connection:
-        answer = _run(connection, query).to_arrow_table()
+        answer = tables.select(connection, query).to_arrow_table()
     if as_json:
         print(json.dumps({"rows": answer.to_pylist()}, default=str))
         return None
-    print("\t".join(answer.column_names))
-    for row in answer.to_pylist():
-        print("\t".join("" if value is None else str(value) for value in row.values()))
+    for row in (answer.column_names, *(row.values() for row in answer.to_pylist())):
+        print("\t".join("" if value is None else console.plain(str(value)) for value in row))
     return None
 
 
@@ -52,13 +51,6 @@ def _connect() -> Iterator[duckdb.DuckDBPyConnection]:
             yield connection
         except duckdb.Error as problem:
             raise ToolkitError(f"the query failed ({tables.failure(problem)}); correct it") from None
-
-
-def _run(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRelation:
-    relation = connection.sql(query)
-    if relation is None:
-        raise ToolkitError(f"{query!r} has no answer; ask with select")
-    return relation
 
 
 def _make_manifest(query: str, output: str, options: Options) -> Result | None:
@@ -79,7 +71,7 @@ def _make_manifest(query: str, output: str, options: Options) -> Result | None:
 
     def work() -> Provenance:
         with _connect() as connection:
-            answer = _run(connection, query).to_arrow_reader(tables.BATCH_ROWS)
+            answer = tables.select(connection, query).to_arrow_reader(tables.BATCH_ROWS)
             return _write_answer(path, answer, sources, provenance)
 
     return make(output, provenance, options, describe=lambda: None, work=work)

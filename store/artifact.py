@@ -186,6 +186,8 @@ def make(
     path = Path(output)
     if _is_input(path, provenance):
         raise ToolkitError(f"output {output} is what the step reads; choose another -o")
+    if not options.dry_run:
+        catalog.check()
     with nullcontext() if options.dry_run else writing(path, *side_files):
         if update or not is_up_to_date(path, provenance, options, side_files=side_files, kind=kind, find=find):
             for side, side_kind in side_files.items():
@@ -212,4 +214,9 @@ def recorded(output: Path) -> Iterator[list[Provenance]]:
     yield finished
     (provenance,) = finished
     if provenance.content_id:
-        catalog.record(output, provenance, time.monotonic() - start)
+        try:
+            catalog.record(output, provenance, time.monotonic() - start)
+        except (ToolkitError, OSError) as problem:
+            raise ToolkitError(
+                f"{output} is finished but not in the catalog: {problem}; the same command enters it"
+            ) from None

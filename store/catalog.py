@@ -5,50 +5,22 @@ Losing it loses convenience only: manifests carry their own provenance, and `reb
 
 import json
 import os
-import random
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from datetime import datetime
 from pathlib import Path
 
 import duckdb
 
+from .. import console
 from ..errors import ToolkitError
-from .lock import try_lock
+from .database import opened
+from .files import write_text
 from .manifest import Provenance, Source, open_manifest
 
-LOCK_PATIENCE_S = 60.0  # chosen: DuckDB lets one process write at a time; a transaction here takes milliseconds
-
-SCHEMA = """
-    create sequence if not exists artifact_ids;
-    create table if not exists artifacts (
-        id bigint primary key default nextval('artifact_ids'),
-        kind varchar not null,          -- embeddings, selection, removed, scores, metrics, run
-        path varchar not null,          -- absolute
-        digest varchar not null,        -- content id
-        rows bigint,
-        bytes bigint,
-        command varchar,
-        parameters varchar,             -- JSON
-        seed bigint,
-        version varchar,
-        time timestamp not null,
-        duration double,                -- seconds
-        role varchar,                   -- pool, queries or eval
-        model varchar                   -- content id of the model that made the vectors
-    );
-    create table if not exists inputs (
-        artifact bigint not null,       -- artifacts.id
-        role varchar not null,
-        path varchar not null,
-        digest varchar not null         -- artifacts.digest of the input, where it is an artifact
-    );
-    create table if not exists metrics (artifact bigint not null, name varchar not null, value double);
-    create or replace view newest as
-        select * from artifacts qualify row_number() over (partition by path order by time desc, id desc) = 1;
-"""
+KINDS = ("images", "embeddings", "selection", "removed", "clusters", "scores", "run", "export")
+COLUMNS = "id, kind, path, digest, rows, bytes, command, parameters, seed, version, time, duration, role, model"
 
 
 @dataclass(frozen=True)
@@ -76,47 +48,69 @@ def catalog_path() -> Path:
     return Path(os.environ.get("DINOV2_CATALOG") or ".dinov2/catalog.duckdb")
 
 
+def known_paths() -> Path:
+    """Return the file beside the catalog that lists the paths in it, from which a broken one is made again."""
+    path = catalog_path()
+    return path.with_name(f"{path.name}.paths")
+
+
 @contextmanager
 def connect(read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open the catalog for one short transaction. Raises ToolkitError when it stays locked, or is not a catalog."""
-    path = catalog_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with closing(_open_patiently(path, folder)) as connection:
-            connection.execute("begin transaction")
-            connection.execute(SCHEMA)
-            yield connection
-            connection.execute("rollback" if read_only else "commit")
-    finally:
-        os.close(folder)
+    """Open the catalog for one short transaction; a broken one is made again first, from the files that it knew.
 
-
-def _open_patiently(path: Path, folder: int) -> duckdb.DuckDBPyConnection:
-    """Open the catalog while this process alone holds a lock on its folder, until that is closed.
-
-    DuckDB's own lock is not enough: a file that another process is just making has none yet.
+    Raises ToolkitError when it cannot be opened, or stays in use by another process.
     """
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    pause_s = 0.01
-    while True:
+    with opened(catalog_path(), read_only=read_only) as (connection, is_broken):
+        if is_broken:
+            _enter_known(connection)
+        connection.execute("begin transaction")
+        yield connection
+        connection.execute("rollback" if read_only else "commit")
+        if not read_only or is_broken:
+            paths = connection.execute("select distinct path from artifacts order by path").fetchall()
+            write_text(known_paths(), "".join(f"{json.dumps(path)}\n" for (path,) in paths))
+
+
+def _enter_known(connection: duckdb.DuckDBPyConnection) -> None:
+    """Enter the files that the lost catalog knew and that still say how they came about."""
+    from .artifact import provenance_at  # which records what it makes here
+
+    lines = known_paths().read_text().splitlines() if known_paths().is_file() else []
+    found = 0
+    for path in (Path(json.loads(line)) for line in lines):
         try:
-            if try_lock(folder):
-                return duckdb.connect(str(path))
-        except duckdb.IOException as problem:
-            if "lock" not in str(problem).lower():
-                raise ToolkitError(f"{path} is not a catalog; move it away and run `dinov2 catalog rebuild`") from None
-        if time.monotonic() > deadline:
-            raise ToolkitError(f"{path} is in use by another process; end it and try again")
-        time.sleep(pause_s * (0.5 + random.random()))
-        pause_s = min(2 * pause_s, 0.5)
+            provenance = provenance_at(path) if path.exists() else None
+            if provenance is not None and provenance.content_id:
+                made = datetime.fromtimestamp(path.stat().st_mtime)
+                _enter(connection, _row(path, provenance, None, made), provenance)
+                found += 1
+        except (ToolkitError, OSError) as problem:
+            console.warn(f"{path} is not entered in the catalog again: {problem}")
+    console.warn(f"{found} of {len(lines)} artifacts are in the new catalog; `dinov2 catalog rebuild PATH` finds more")
+
+
+def check() -> None:
+    """Raise ToolkitError when nothing could be entered in the catalog; makes none."""
+    path = catalog_path()
+    if path.exists():
+        with connect():
+            return
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(there, os.W_OK):
+        raise ToolkitError(f"the catalog {path} cannot be made in {there}; set DINOV2_CATALOG to where you may write")
 
 
 def record(output: Path, provenance: Provenance, duration_s: float | None, *, at: datetime | None = None) -> None:
     """Enter an artifact with its inputs; numbers among its figures become its metrics. `at` is now by default."""
+    row = _row(output, provenance, duration_s, at or datetime.now())
+    with connect() as connection:
+        _enter(connection, row, provenance)
+
+
+def _row(output: Path, provenance: Provenance, duration_s: float | None, at: datetime) -> dict[str, object]:
     files = [output] if output.is_file() else [file for file in output.rglob("*") if file.is_file()]
     model = provenance.model()
-    row = {
+    return {
         "kind": provenance.kind,
         "path": str(output.absolute()),
         "digest": provenance.content_id,
@@ -126,20 +120,22 @@ def record(output: Path, provenance: Provenance, duration_s: float | None, *, at
         "parameters": json.dumps(provenance.parameters, sort_keys=True),
         "seed": provenance.seed,
         "version": provenance.version,
-        "time": at or datetime.now(),
+        "time": at,
         "duration": duration_s,
         "role": provenance.role,
         "model": model.content_id if model else None,
     }
+
+
+def _enter(connection: duckdb.DuckDBPyConnection, row: dict[str, object], provenance: Provenance) -> None:
+    _delete(connection, "path = ? and digest = ?", [row["path"], row["digest"]])
     insert = f"insert into artifacts ({', '.join(row)}) values ({', '.join('?' for _ in row)}) returning id"
-    with connect() as connection:
-        _delete(connection, "path = ? and digest = ?", [row["path"], row["digest"]])
-        ((artifact,),) = connection.execute(insert, list(row.values())).fetchall()
-        for source in provenance.inputs:
-            connection.execute("insert into inputs values (?, ?, ?, ?)", [artifact, *astuple(source)])
-        for name, value in provenance.figures.items():
-            if isinstance(value, int | float):
-                connection.execute("insert into metrics values (?, ?, ?)", [artifact, name, float(value)])
+    ((artifact,),) = connection.execute(insert, list(row.values())).fetchall()
+    for source in provenance.inputs:
+        connection.execute("insert into inputs values (?, ?, ?, ?)", [artifact, *astuple(source)])
+    for name, value in provenance.figures.items():
+        if isinstance(value, int | float):
+            connection.execute("insert into metrics values (?, ?, ?)", [artifact, name, float(value)])
 
 
 def _delete(connection: duckdb.DuckDBPyConnection, where: str, values: list[object]) -> None:
@@ -158,8 +154,8 @@ def artifacts(where: str = "true", values: Sequence[object] = (), *, table: str 
     if not catalog_path().exists():
         return []
     with connect(read_only=True) as connection:
-        rows = connection.execute(f"select * from {table} where {where} order by time desc, id desc", list(values))
-        return [Artifact(*row) for row in rows.fetchall()]
+        query = f"select {COLUMNS} from {table} where {where} order by time desc, id desc"
+        return [Artifact(*row) for row in connection.execute(query, list(values)).fetchall()]
 
 
 def find(name: str) -> Artifact:
@@ -172,11 +168,19 @@ def find(name: str) -> Artifact:
     raise ToolkitError(f"the catalog {catalog_path()} has no {name!r}; see `dinov2 catalog list`")
 
 
+def inputs() -> dict[int, list[Source]]:
+    """Return what each artifact, by its id, was made from; those without inputs are missing."""
+    found: dict[int, list[Source]] = {}
+    with connect(read_only=True) as connection:
+        rows = connection.execute("select artifact, role, path, digest from inputs").fetchall()
+    for artifact, *source in rows:
+        found.setdefault(artifact, []).append(Source(*source))
+    return found
+
+
 def inputs_of(artifact: Artifact) -> list[Source]:
     """Return what an artifact was made from."""
-    with connect(read_only=True) as connection:
-        rows = connection.execute("select role, path, digest from inputs where artifact = ?", [artifact.id])
-        return [Source(*row) for row in rows.fetchall()]
+    return inputs().get(artifact.id, [])
 
 
 def metrics_of(artifact: Artifact) -> list[tuple[str, float]]:

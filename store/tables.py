@@ -1,5 +1,6 @@
 """Tables larger than memory: DuckDB with a limit, spilling to the cache, and rows that stream through it."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,14 @@ import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
 from .cache import SPILL, cache_folder
+from .database import OFFLINE
 from .manifest import ROW_GROUP_ROWS, Manifest, open_manifest
 from .memory import SMALLEST, memory_budget
 from .renamed import COLUMNS
 
 MOST_BYTES = 512 << 20  # measured: millions of names are sorted no faster with more
 BATCH_ROWS = 4 * ROW_GROUP_ROWS  # rows at a time
+QUOTED = re.compile(r"""'([^']+)'""")
 PARQUET_NAME = re.compile(r"""'([^']+\.parquet)'""")
 
 
@@ -24,13 +27,30 @@ PARQUET_NAME = re.compile(r"""'([^']+\.parquet)'""")
 def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open an empty database that takes at most half of `memory` bytes (None: of the default) and spills the rest."""
     budget = memory_budget(None) if memory is None else memory
-    connection = duckdb.connect()
+    connection = duckdb.connect(config=OFFLINE)
     try:
         connection.execute("set memory_limit = ?", [f"{min(max(budget // 2, SMALLEST), MOST_BYTES)}B"])
         connection.execute("set temp_directory = ?", [str(cache_folder().absolute() / SPILL)])
+        connection.execute("set python_enable_replacements = false")
+        connection.execute("set lock_configuration = true")
         yield connection
     finally:
         connection.close()
+
+
+def select(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRelation:
+    """Return the answer of a query that only reads.
+
+    Raises ToolkitError for other statements, for several, and for names of pipes, which would hang.
+    """
+    kinds = [statement.type for statement in connection.extract_statements(query)]
+    if kinds != [duckdb.StatementType.SELECT]:
+        found = ", ".join(kind.name for kind in kinds) or "nothing"
+        raise ToolkitError(f"{query!r} is not one select statement ({found}); only reading is allowed")
+    for name in QUOTED.findall(query):
+        if os.path.lexists(name) and not (os.path.isfile(name) or os.path.isdir(name)):
+            raise ToolkitError(f"{name} is no regular file; name another")
+    return connection.sql(query)
 
 
 def stream(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.RecordBatchReader:

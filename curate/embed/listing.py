@@ -74,6 +74,10 @@ def _own_files(output: Path) -> Skip:
     """Return what recognises the files that the command itself writes, should they lie below a source."""
     outputs = [str(path.absolute()) for path in (output, removed_path(output))]
     database = str(catalog.catalog_path().absolute())
-    own = {*outputs, database, f"{database}.wal", str(cache_folder().absolute())}
-    temporary = tuple(os.path.join(os.path.dirname(file), f".{os.path.basename(file)}.") for file in outputs)
-    return lambda found: found in own or (found.startswith(temporary) and found.endswith(".tmp"))
+    own = {*outputs, database, str(cache_folder().absolute())}
+    written = [*outputs, str(catalog.known_paths().absolute())]
+    temporary = tuple(os.path.join(os.path.dirname(file), f".{os.path.basename(file)}.") for file in written)
+    beside = tuple(f"{database}.{ending}" for ending in ("wal", "paths", "broken-"))
+    return lambda found: (
+        found in own or found.startswith(beside) or (found.startswith(temporary) and found.endswith((".tmp", ".lock")))
+    )

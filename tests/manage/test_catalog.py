@@ -1,18 +1,22 @@
 """The catalog: what was recorded is found, chosen, traced, verified, and rebuilt."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pytest
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.manage import catalog as commands
-from dinov2_toolkit.store import catalog
+from dinov2_toolkit.store import catalog, database
 from dinov2_toolkit.store.artifact import Options, is_up_to_date
 from dinov2_toolkit.store.cache import cache_folder, cached, open_cache
+from dinov2_toolkit.store.database import MIGRATIONS
 from dinov2_toolkit.store.lock import held
 from dinov2_toolkit.store.manifest import IMAGE_FIELDS, ManifestWriter, Provenance, Source, open_manifest
 
@@ -151,18 +155,182 @@ def test_a_second_run_is_up_to_date_and_another_is_refused(tmp_path: Path) -> No
         is_up_to_date(tmp_path / "x.parquet", other, Options())
 
 
-def test_a_file_that_is_no_catalog_is_one_clear_line() -> None:
-    catalog.catalog_path().parent.mkdir(parents=True)
-    catalog.catalog_path().write_text("hello")
-    with pytest.raises(ToolkitError, match="is not a catalog"):
+def test_another_file_at_the_place_of_the_catalog_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("mine")
+    monkeypatch.setenv("DINOV2_CATALOG", str(thesis))
+    with pytest.raises(ToolkitError, match="thesis.txt is no catalog; set DINOV2_CATALOG"):
         catalog.artifacts()
+    assert thesis.read_text() == "mine"
+
+
+def test_another_database_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINOV2_CATALOG", str(tmp_path / "other.duckdb"))
+    with duckdb.connect(str(tmp_path / "other.duckdb")) as other:
+        other.execute("create table patients as select 1 as id")
+    with pytest.raises(ToolkitError, match="is a database, but no catalog .it has patients.; set DINOV2_CATALOG"):
+        make(tmp_path / "pool.parquet")
+    with duckdb.connect(str(tmp_path / "other.duckdb")) as other:
+        assert [name for (name,) in other.execute("show tables").fetchall()] == ["patients"]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "text": lambda content: b"hello",
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "header": lambda content: content[:4096] + bytes(4096) + content[8192:],
+    "block": lambda content: content[:12400] + bytes(100) + content[12500:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_catalog_is_set_aside_and_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    pool = make(tmp_path / "pool.parquet")
+    make(tmp_path / "sub" / "unique.parquet", "curate dedup", "selection", inputs=(pool,), num_rows=2)
+    before = {(a.path, a.kind, a.digest, a.parameters, a.role, a.model, a.rows) for a in catalog.artifacts()}
+    path = catalog.catalog_path()
+    broken = DAMAGES[damage](path.read_bytes())
+    path.write_bytes(broken)
+    assert {(a.path, a.kind, a.digest, a.parameters, a.role, a.model, a.rows) for a in catalog.artifacts()} == before
+    assert catalog.inputs_of(catalog.find("unique")) == [pool]
+    said = capsys.readouterr().err
+    assert "was broken" in said and "2 of 2 artifacts" in said
+    (aside,) = path.parent.glob("catalog.duckdb.broken-*")
+    assert aside.read_bytes() == broken and str(aside) in said
+
+
+def test_an_older_layout_is_brought_up_to_date(tmp_path: Path) -> None:
+    make(tmp_path / "pool.parquet")
+    with catalog.connect() as connection:  # as it was before layouts had numbers
+        connection.execute("drop table migrations")
+        connection.execute("create or replace view newest as select * from artifacts")
+    assert [Path(artifact.path).name for artifact in catalog.artifacts()] == ["pool.parquet"]
+    make(tmp_path / "pool.parquet")
+    with catalog.connect(read_only=True) as connection:
+        numbers = connection.execute("select number from migrations order by number").fetchall()
+    assert [number for (number,) in numbers] == list(range(1, len(MIGRATIONS) + 1))
+
+
+def test_a_newer_layout_is_refused_and_kept(tmp_path: Path) -> None:
+    make(tmp_path / "pool.parquet")
+    with catalog.connect() as connection:
+        connection.execute("insert into migrations values (99, now()::timestamp)")
+    before = catalog.catalog_path().read_bytes()
+    with pytest.raises(ToolkitError, match=f"has layout 99, and this toolkit knows up to {len(MIGRATIONS)}; update"):
+        catalog.artifacts()
+    assert catalog.catalog_path().read_bytes() == before
+
+
+def test_a_missing_column_is_a_broken_catalog_and_one_more_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "pool.parquet")
+    with catalog.connect() as connection:
+        connection.execute("alter table artifacts add column colour varchar")
+    assert len(catalog.artifacts()) == 1 and "broken" not in capsys.readouterr().err
+    with catalog.connect() as connection:
+        connection.execute("alter table metrics drop column value")
+    assert len(catalog.artifacts()) == 1 and "broken" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_a_catalog_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locks = tmp_path / "lock" / "locked.duckdb"  # whose errors all have the word in them
+    locks.mkdir(parents=True)
+    monkeypatch.setenv("DINOV2_CATALOG", str(locks))
+    with pytest.raises(ToolkitError, match="is no regular file"):
+        catalog.artifacts()
+    (tmp_path / "lock" / "x.duckdb").write_bytes(b"corrupt")
+    monkeypatch.setenv("DINOV2_CATALOG", str(tmp_path / "lock" / "x.duckdb"))
+    monkeypatch.setattr(database, "LOCK_PATIENCE_S", 0.0)
+    assert catalog.artifacts() == []
+    os.mkfifo(tmp_path / "pipe.duckdb")
+    monkeypatch.setenv("DINOV2_CATALOG", str(tmp_path / "pipe.duckdb"))
+    with pytest.raises(ToolkitError, match="is no regular file"):
+        catalog.artifacts()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DINOV2_CATALOG", str(tmp_path / "file" / "catalog.duckdb"))
+    with pytest.raises(ToolkitError, match="cannot be opened .*set DINOV2_CATALOG to another"):
+        make(tmp_path / "pool.parquet")
+
+
+def test_a_name_in_the_cloud_is_a_file_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DINOV2_CATALOG", "md:x.duckdb")
+    make(tmp_path / "pool.parquet")
+    assert (tmp_path / "md:x.duckdb").is_file()
+
+
+def test_an_unknown_kind_names_the_kinds(tmp_path: Path) -> None:
+    make(tmp_path / "pool.parquet")
+    commands.list_artifacts("run", as_json=False)
+    with pytest.raises(ToolkitError, match="--kind foo: there is no such kind; give images, embeddings, selection"):
+        commands.list_artifacts("foo", as_json=False)
+
+
+def test_lineage_opens_everything_once_and_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pool = make(tmp_path / "pool.parquet", inputs=(Source("images", "/photos", "listing"),))
+    left = make(tmp_path / "left.parquet", "curate dedup", "selection", inputs=(pool,), num_rows=2)
+    right = make(tmp_path / "right.parquet", "curate dedup", "selection", inputs=(pool,), num_rows=3)
+    both = make(tmp_path / "both.parquet", "curate union", "selection", inputs=(left, right), num_rows=4)
+    commands.lineage("both", as_json=False)
+    lines = [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "both.parquet  [curate union]",
+        "left.parquet  [curate dedup]",
+        "pool.parquet  [curate embed]",
+        "photos",
+        "right.parquet  [curate dedup]",
+        "pool.parquet  [curate embed]  (as above)",
+    ]
+    with catalog.connect() as connection:  # whoever forges ids can make a circle
+        pool_id = connection.execute("select id from artifacts where digest = ?", [pool.content_id]).fetchall()[0][0]
+        connection.execute("insert into inputs values (?, ?, ?, ?)", [pool_id, "x", both.path, both.content_id])
+    commands.lineage("both", as_json=True)
+    assert capsys.readouterr().out.count('"again": true') == 2
+
+
+def test_rebuild_and_verify_name_what_is_broken_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b", "c"):
+        make(tmp_path / f"{name}.parquet", num_rows=len(name) + ord(name))
+    (tmp_path / "b.parquet").write_bytes(b"PAR")
+    (tmp_path / "x.parquet").write_bytes(b"no")
+    (tmp_path / "y.provenance.json").write_bytes(b"\xff")
+    (tmp_path / "y").touch()
+    with pytest.raises(ToolkitError, match="1 of 3 artifacts are not as they were made, first .*b.parquet"):
+        commands.verify([], as_json=False)
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["ok", "broken", "ok"]
+    assert "b.parquet cannot be read" in printed.err
+    catalog.catalog_path().unlink()
+    commands.rebuild([tmp_path])
+    assert {Path(artifact.path).name for artifact in catalog.artifacts()} == {"a.parquet", "c.parquet"}
+    said = capsys.readouterr().err
+    assert "b.parquet is left out" in said and "x.parquet is left out" in said
+
+
+def test_names_of_others_cannot_forge_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "a\nerror: forged\x1b[31m\u202e.parquet"
+    source = make(tmp_path / evil)
+    make(tmp_path / "b.parquet", "curate dedup", "selection", inputs=(source,), num_rows=2)
+    commands.list_artifacts(None, as_json=False)
+    commands.show(evil, as_json=False)
+    commands.lineage("b", as_json=False)
+    commands.verify([], as_json=False)
+    printed = capsys.readouterr().out
+    assert "a\\nerror: forged\\x1b[31m\\u202e.parquet" in printed
+    assert not any(line.startswith("error") for line in printed.splitlines()) and "\x1b" not in printed
+    commands.list_artifacts(None, as_json=True)  # for programs: the true name
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert str(tmp_path / evil) in [row["path"] for row in rows]
 
 
 def test_processes_at_once_all_get_their_row_in(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from dinov2_toolkit.store import catalog
+from dinov2_toolkit.store import catalog, database
 from dinov2_toolkit.store.manifest import Provenance
 for number in range(5):
     path = Path(sys.argv[1]) / f"{sys.argv[2]}-{number}"

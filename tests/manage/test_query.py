@@ -1,8 +1,11 @@
 """SQL over manifests makes manifests like any other."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -151,3 +154,60 @@ def test_the_catalog_can_be_asked_and_is_not_held_meanwhile(tmp_path: Path, pool
     with _connect() as connection:
         assert catalog.find("few").rows == 1  # by another connection
         assert connection.sql("select count(*) from newest").fetchall() == [(2,)]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "copy (select 1) to '{folder}/out.csv'",
+        "copy (select 1) to '{pool}'",
+        "explain analyze copy (select 1) to '{folder}/out.csv'",
+        "attach '{folder}/other.duckdb'",
+        "delete from artifacts",
+        "drop table artifacts",
+        "install httpfs",
+        "load httpfs",
+        "set threads = 1",
+        "pragma version",
+        "export database '{folder}/out'",
+        "select 1; copy (select 1) to '{folder}/out.csv'",
+        "",
+    ],
+)
+@pytest.mark.parametrize("output", [None, "new.parquet"])
+def test_a_query_only_reads(tmp_path: Path, pool: Path, query: str, output: str | None) -> None:
+    catalog.record(pool, open_manifest(pool).provenance or Provenance("", "", {}), None)
+    before, names = pool.read_bytes(), sorted(tmp_path.rglob("*"))
+    query = f"{query.format(folder=tmp_path, pool=pool)} -- '{pool}'"
+    with pytest.raises(ToolkitError, match="is not one select statement"):
+        sql(query, None if output is None else str(tmp_path / output), False, False)
+    assert pool.read_bytes() == before and sorted(tmp_path.rglob("*")) == names
+    assert len(catalog.artifacts()) == 1
+
+
+@pytest.mark.parametrize("name", ["'s3://b/x.parquet'", "'https://host.invalid/x.parquet'", "read_xlsx('x')"])
+def test_a_query_needs_no_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: asked.append(arguments))
+    with pytest.raises(ToolkitError, match="the query failed .*extension"):
+        sql(f"select * from {name}", None, False, False)
+    with tables.connect() as connection:
+        for setting in ("autoinstall_known_extensions", "autoload_known_extensions"):
+            assert connection.execute(f"select current_setting('{setting}')").fetchall() == [(False,)]
+        with pytest.raises(duckdb.Error, match="locked"):
+            connection.execute("set autoload_known_extensions = true")
+    assert asked == []
+
+
+def test_a_pipe_in_a_query_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with pytest.raises(ToolkitError, match="pipe.parquet is no regular file"):
+        sql(f"select * from '{tmp_path}/pipe.parquet'", None, False, False)
+
+
+def test_values_of_others_are_escaped_but_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    query = "select 'a' || chr(10) || 'error: forged' || chr(27) || chr(9) as name"
+    sql(query, None, False, as_json=False)
+    assert capsys.readouterr().out == "name\na\\nerror: forged\\x1b\\t\n"
+    sql(query, None, False, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"rows": [{"name": "a\nerror: forged\x1b\t"}]}
