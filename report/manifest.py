@@ -116,7 +116,7 @@ def _share_chart(found: Composition, shown: list[str], what: str = "label") -> M
     numbers = parts.table(
         title, ["label", *sets], [[label, *(f"{shares[label, name]:.2%}" for name in sets)] for label in labels]
     )
-    spec = chart.bars(rows, name="label", value="share", series="set")
+    spec = chart.bars(rows, name="label", value="share", series="set" if len(shown) > 1 else None)
     spec["encoding"]["x"]["axis"] = {"format": "%"}
     evenness = [f"{each.name} {parts.number(each.entropy)}" for each in found.sets if each.name in shown]
     words = f"Of the images that have one, the most common of the pool first. Evenness: {', '.join(evenness)}."

@@ -189,7 +189,7 @@ def why_removed(row: Row, rule: Rule) -> tuple[str, ...]:
         return ("the same pixels, in another file",)
     if difference is not None and rule.limit is not None:
         is_copy = difference <= rule.limit
-        numbers.insert(0, f"pixels {difference:.4f} {'≤' if is_copy else '>'} {rule.limit:.4g}")
+        numbers.insert(0, f"pixels {difference:.4f} {'≤' if is_copy else '>'} {rule.limit:.4f}")
         words = "a copy, verified by pixels" if is_copy else "joined by a chain of copies only"
         return (_words(reason, words), *numbers)
     if rule.limit is not None:

@@ -34,6 +34,7 @@ class Other:
     image: Thumbnail
     words: Sequence[str]
     doubt: float | None = None  # 1 at the limit, more beyond it
+    difference: Thumbnail | None = None  # what differs from the one it stands beside
 
     @property
     def meter(self) -> tuple[float, bool] | None:

@@ -10,9 +10,10 @@ from ..curate.cluster.table import FIGURES_HEADER, figure_rows
 from ..curate.dedup.verify import MAX_DIFFERENCE
 from ..features.page import chart, parts
 from ..features.page.document import Section
-from ..features.page.thumbnail import Thumbnail
+from ..features.page.thumbnail import Thumbnail, thumbnail
 from . import manifest_parts
 from .manifest_clusters import CENTRAL, COLUMNS, LISTED, PICTURED, RANDOM, Clusters, Level, read_clusters
+from .manifest_difference import AMPLIFIED, difference_picture
 from .manifest_duplicates import Duplicates, Group, read_duplicates
 from .manifest_flow import Stage
 from .manifest_parts import Entry, Other, Strip, image_name, read_thumbnails
@@ -24,6 +25,10 @@ KINDS = {
     "doubtful": "The most doubtful: nearest to the limit, or joined by a chain",
     "random": "Some others at random",
 }
+DIFFERENCE_WORDS = (
+    f"Beside an image, dark on white, what differs from the one that stays, {AMPLIFIED} times as strong as it is, where"
+    " the two lie pixel on pixel."
+)
 
 
 def step_sections(stages: Sequence[Stage], seed: int) -> list[Section]:
@@ -65,7 +70,10 @@ def _duplicates_section(stage: Stage, name: str, seed: int) -> Section:
     for kind, heading in KINDS.items():
         of_kind = [group for group in found.groups if group.kind == kind]
         if of_kind:
-            body += [parts.heading(heading), manifest_parts.groups(_group_entries(of_kind))]
+            body.append(parts.heading(heading))
+            if kind == "doubtful":
+                body.append(parts.text(DIFFERENCE_WORDS))
+            body.append(manifest_parts.groups(_group_entries(of_kind)))
     return Section(title, body)
 
 
@@ -138,12 +146,17 @@ def _histogram(rows: list[Row], axis: str, limit: float | None) -> dict[str, Any
 
 
 def _group_entries(groups: list[Group]) -> list[Entry]:
+    """Return groups with their images; beside doubtful ones what differs from the one that stays."""
     uris = [uri for group in groups for uri in (group.kept, *(gone.uri for gone in group.removed))]
     pictures = iter(read_thumbnails(uris))
     entries = []
     for group in groups:
         kept = next(pictures)
-        others = [Other(next(pictures), gone.reasons, gone.doubt) for gone in group.removed]
+        others = []
+        for gone in group.removed:
+            differs = difference_picture(group.kept, gone.uri) if group.kind == "doubtful" and gone.doubt else None
+            difference = None if differs is None else thumbnail(differs, alt="what differs, dark on white")
+            others.append(Other(next(pictures), gone.reasons, gone.doubt, difference))
         left = group.num_removed - len(others)
         entries.append(Entry(kept, group.why, others, "stays", f"and {left:,} more" if left else ""))
     return entries

@@ -101,7 +101,7 @@ def test_pixels_and_bytes_are_reasons(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found is not None and found.rule.limit == 0.018 and found.reasons == {"near-duplicate": 4, "same bytes": 2}
     assert sum(row["num"] for row in found.differences) == 4
     reasons = {Path(str(gone.uri)).stem[:4]: gone.reasons for group in found.groups for gone in group.removed}
-    assert reasons["near"][0] == "a copy, verified by pixels" and reasons["near"][1].endswith(" ≤ 0.018")
+    assert reasons["near"][0] == "a copy, verified by pixels" and reasons["near"][1].endswith(" ≤ 0.0180")
     assert set(reasons.values()) >= {("the same file, byte by byte",)}
     why = {group.why for group in found.groups}
     assert "the largest, 48 × 48 px; the others at most 40 × 40 px" in why
@@ -118,9 +118,9 @@ def test_pixels_and_bytes_are_reasons(tmp_path: Path, monkeypatch: pytest.Monkey
             0.97,
             0.004,
             VERIFIED,
-            ("a copy, verified by pixels", "pixels 0.0040 ≤ 0.018", "cosine 0.9700"),
+            ("a copy, verified by pixels", "pixels 0.0040 ≤ 0.0180", "cosine 0.9700"),
         ),
-        (0, 0.8, 0.02, VERIFIED, ("joined by a chain of copies only", "pixels 0.0200 > 0.018", "cosine 0.8000")),
+        (0, 0.8, 0.02, VERIFIED, ("joined by a chain of copies only", "pixels 0.0200 > 0.0180", "cosine 0.8000")),
         (0, 0.8, None, VERIFIED, ("a copy of it, or of another image of its group", "cosine 0.8000")),
         (0, 0.91, None, BY_COSINE, ("a near-duplicate", "cosine 0.9100 > 0.9")),
         (1, 1.0, None, BY_COSINE, ("the same file, byte by byte",)),
