@@ -14,6 +14,7 @@ from ..store.artifact import Options, Result
 from ..store.manifest import Provenance
 from .manifest import manifest_sections
 from .manifest_parts import style
+from .run import run_sections
 from .targets import Targets, open_targets
 
 
@@ -47,5 +48,5 @@ def report(names: list[str], output: str, options: Options) -> Result | None:
 
 def _page(targets: Targets, provenance: Provenance) -> str:
     names = [*targets.manifests, *targets.runs, *targets.scores]
-    sections = manifest_sections(targets.manifests, seed=provenance.seed)
+    sections = [*manifest_sections(targets.manifests, seed=provenance.seed), *run_sections(targets.runs)]
     return render("Report", sections, note=", ".join(names), provenance=provenance, styles=[style()])

@@ -1,5 +1,7 @@
 """Vega-Lite specifications of the charts that pages have in common; `parts.chart` draws them.
 
+Rows are given under the names that people read. In a specification their columns are a, b, c in the order of the
+arguments, since Vega takes dots, brackets and quotes in a name for a path.
 Source: https://vega.github.io/vega-lite/docs/
 """
 
@@ -7,87 +9,105 @@ from collections.abc import Mapping, Sequence
 from typing import Any  # a specification is JSON
 
 Spec = dict[str, Any]
+Rows = Sequence[Mapping[str, object]]
 HEIGHT_PX = 220
+BAR_PX, GROUPED_BAR_PX = 20, 12
 
 
 def lines(
-    points: Sequence[Mapping[str, object]], *, x: str, y: str, series: str | None = None, log: bool = False
+    points: Rows,
+    *,
+    x: str,
+    y: str,
+    series: str | None = None,
+    order: Sequence[str] | None = None,
+    limit: float | None = None,
 ) -> Spec:
     """Return lines over a number, one for each value of `series`.
 
     Args:
         points: rows that have the columns named by the others; a null `y` is a gap.
         x, y, series: names of columns, which are also the titles of the axes.
-        log: a logarithmic y axis; all values must be above 0.
+        order: all values of `series`, so that each has the same colour in several charts.
+        limit: where a dashed line stands, such as the edge of what is healthy.
     """
-    scale: Spec = {"type": "log"} if log else {"zero": False}
+    columns = _columns(x, y, series)
     encoding: Spec = {
-        "x": _axis(x, "quantitative", scale={"zero": False, "nice": False}),
-        "y": _axis(y, "quantitative", scale=scale),
-        "tooltip": [_column(name) for name in ((series,) if series else ()) + (x, y)],
+        "x": {
+            **columns[x],
+            "type": "quantitative",
+            "scale": {"zero": False, "nice": False},
+            "axis": {"tickCount": 6},
+        },
+        # The figure's caption says what the y axis is.
+        "y": {**columns[y], "type": "quantitative", "scale": {"zero": False}, "axis": {"title": None}},
+        "tooltip": list(columns.values()),
     }
-    if series:
-        encoding["color"] = {**_column(series), "type": "nominal", "sort": None}
-        encoding["strokeDash"] = {**_column(series), "type": "nominal", "sort": None, "legend": None}
+    if series is not None:
+        own: Spec = {**columns[series], "type": "nominal", "sort": None}
+        own |= {} if order is None else {"scale": {"domain": list(order)}}
+        encoding |= {"color": own, "strokeDash": own}
     mark = {"type": "line", "point": {"size": 24} if len(points) <= 40 else {"size": 40, "opacity": 0}}
-    return _spec(points, {"mark": mark, "encoding": encoding})
+    drawn: Spec = {"mark": mark, "encoding": encoding}
+    if limit is not None:
+        rule = {"mark": {"type": "rule", "strokeDash": [2, 4]}, "encoding": {"y": {"datum": limit}}}
+        drawn = {"layer": [drawn, rule]}
+    return _spec(points, columns, drawn)
 
 
-def bars(rows: Sequence[Mapping[str, object]], *, name: str, value: str, series: str | None = None) -> Spec:
+def bars(rows: Rows, *, name: str, value: str, series: str | None = None) -> Spec:
     """Return horizontal bars, one a row, in the order of the rows; with `series` grouped by it."""
+    columns = _columns(name, value, series)
     encoding: Spec = {
-        "y": {**_axis(name, "nominal"), "sort": None},
-        "x": _axis(value, "quantitative"),
-        "tooltip": [_column(each) for each in (name, *((series,) if series else ()), value)],
+        "y": {**columns[name], "type": "nominal", "sort": None},
+        "x": {**columns[value], "type": "quantitative"},
+        "tooltip": list(columns.values()),
     }
-    step = 20
-    if series:
-        encoding["color"] = {**_column(series), "type": "nominal", "sort": None}
-        encoding["yOffset"] = {**_column(series), "type": "nominal", "sort": None}
-        step = 12
-    return _spec(rows, {"mark": "bar", "encoding": encoding}, height_px=step * len(rows))
+    if series is not None:
+        own = {**columns[series], "type": "nominal", "sort": None}
+        encoding |= {"color": own, "yOffset": own}
+    bar_px = BAR_PX if series is None else GROUPED_BAR_PX
+    return _spec(rows, columns, {"mark": "bar", "encoding": encoding}, height_px=bar_px * len(rows))
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], *, x: str, y: str = "images") -> Spec:
     """Return a histogram of counts between edges, one more edge than counts."""
     rows = [{"from": low, "to": high, y: count} for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)]
+    columns = _columns("from", "to", y)
     encoding: Spec = {
-        "x": {"field": "from", "type": "quantitative", "title": x, "bin": {"binned": True}},
-        "x2": {"field": "to"},
-        "y": _axis(y, "quantitative"),
-        "tooltip": [{"field": each} for each in ("from", "to", y)],
+        "x": {**columns["from"], "type": "quantitative", "title": x, "bin": {"binned": True}},
+        "x2": {"field": columns["to"]["field"]},
+        "y": {**columns[y], "type": "quantitative"},
+        "tooltip": list(columns.values()),
     }
-    return _spec(rows, {"mark": "bar", "encoding": encoding})
+    return _spec(rows, columns, {"mark": "bar", "encoding": encoding})
 
 
-def heatmap(cells: Sequence[Mapping[str, object]], *, x: str, y: str, value: str, side_px: int = 18) -> Spec:
+def heatmap(cells: Rows, *, x: str, y: str, value: str, side_px: int = 18) -> Spec:
     """Return a matrix of cells coloured by a value from 0 up; missing cells stay empty."""
+    columns = _columns(x, y, value)
     encoding: Spec = {
-        "x": {**_axis(x, "nominal"), "sort": None},
-        "y": {**_axis(y, "nominal"), "sort": None},
-        "color": {**_column(value), "type": "quantitative", "legend": None},
-        "tooltip": [_column(each) for each in (y, x, value)],
+        "x": {**columns[x], "type": "nominal", "sort": None},
+        "y": {**columns[y], "type": "nominal", "sort": None},
+        "color": {**columns[value], "type": "quantitative", "legend": None},
+        "tooltip": list(columns.values()),
     }
     num_rows = len({cell[y] for cell in cells})
-    return _spec(cells, {"mark": "rect", "encoding": encoding}, height_px=side_px * num_rows)
+    return _spec(cells, columns, {"mark": "rect", "encoding": encoding}, height_px=side_px * num_rows)
 
 
-def _spec(rows: Sequence[Mapping[str, object]], drawn: Spec, height_px: int = HEIGHT_PX) -> Spec:
+def _columns(*names: str | None) -> dict[str, Spec]:
+    """Return a reference to each column by its name, None left out."""
+    given = [name for name in names if name is not None]
+    return {name: {"field": letter, "title": name} for name, letter in zip(given, "abcd", strict=False)}
+
+
+def _spec(rows: Rows, columns: Mapping[str, Spec], drawn: Spec, height_px: int = HEIGHT_PX) -> Spec:
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "width": "container",
         "height": height_px,
         "autosize": {"type": "fit-x", "contains": "padding"},
-        "data": {"values": list(rows)},
+        "data": {"values": [{column["field"]: row[name] for name, column in columns.items()} for row in rows]},
         **drawn,
     }
-
-
-def _axis(name: str, kind: str, **settings: object) -> Spec:
-    return {**_column(name), "type": kind, **settings}
-
-
-def _column(name: str) -> Spec:
-    """Return a reference to a column; Vega reads dots and brackets in a name as a path unless escaped."""
-    escaped = "".join(f"\\{letter}" if letter in ".[]\\" else letter for letter in name)
-    return {"field": escaped, "title": name}

@@ -1,14 +1,17 @@
 """What a section of a page is made of: text, key figures, tables, charts, pictures. All that comes in is escaped."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any  # of a template, and of a Vega-Lite specification
+from typing import Any, Literal  # Any: of a template, and of a Vega-Lite specification
 
 from markupsafe import Markup
 
 from .document import environment
 from .thumbnail import Thumbnail
 
+Branch = tuple[str, str, Sequence["Branch"]]  # a name, a remark, and what stands below it
+FORMATTED = re.compile(r"[-−+]?\d[\d,]*(\.\d+)?( ?(%|h|min|s|px|[KMG]i?B))?")
 NOTHING = "–"  # for a value that there is not
 
 
@@ -42,11 +45,8 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]])
 
     The first column names the rows. Markup in a cell stays as it is.
     """
-    numeric = [
-        any(_is_number(row[place]) for row in rows)
-        and all(_is_number(row[place]) or row[place] is None for row in rows)
-        for place in range(len(header))
-    ]
+    columns = [[row[place] for row in rows] for place in range(len(header))]
+    numeric = [any(map(_stands_right, cells)) and all(map(_may_stand_right, cells)) for cells in columns]
     return _macro("table", caption, header, [[number(cell) for cell in row] for row in rows], numeric)
 
 
@@ -78,9 +78,14 @@ def figure(title: str, picture: Thumbnail, *, explanation: str = "") -> Markup:
     return _macro("figure", title, explanation, picture)
 
 
-def gallery(label: str, pictures: Sequence[Thumbnail]) -> Markup:
-    """Return thumbnails in rows; `label` says to a screen reader what they are."""
-    return _macro("gallery", label, pictures)
+def gallery(label: str, pictures: Sequence[Thumbnail], *, size: Literal["", "small", "wide"] = "") -> Markup:
+    """Return thumbnails in rows; `label` says to a screen reader what they are. Wide ones are as wide as two."""
+    return _macro("gallery", label, pictures, size)
+
+
+def tree(branches: Sequence[Branch]) -> Markup:
+    """Return lists within lists."""
+    return _macro("tree", branches)
 
 
 def number(value: object) -> object:
@@ -99,3 +104,12 @@ def number(value: object) -> object:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _stands_right(value: object) -> bool:
+    """Tell whether a cell is a number, or one that the caller has formatted, such as "12.5 %"."""
+    return _is_number(value) or (isinstance(value, str) and FORMATTED.fullmatch(value) is not None)
+
+
+def _may_stand_right(value: object) -> bool:
+    return value in (None, NOTHING) or _stands_right(value)

@@ -3,8 +3,9 @@
 Shapes as in `multicrop`.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, count, islice
+from itertools import count, takewhile
 
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from ...store.manifest import Provenance
 from ..config import TrainConfig
 from ..engine.schedules import batch_sizes
 from .images import Batch, ImageSet, read_batches
-from .multicrop import decoded_side_px, make_views, preprocess_of
+from .multicrop import decoded_side_px, make_crops, make_masks, preprocess_of, view_settings
 
 NUM_IMAGES, TILE_PX = 12, 112
 MASK_COLOUR = (0.53, 0.33, 0.75)  # of the patches that the student does not see: violet, which is rare in images
@@ -33,25 +34,41 @@ def draw_preview(output: str, images: ImageSet, config: TrainConfig, provenance:
     provenance = replace(provenance, kind="picture", command=f"{provenance.command} --preview")
     if is_picture_up_to_date(path, provenance, options):
         return
+    note = f"image; two global crops of {config.global_crop_size_px} px, violet where the student's patches are masked"
+    if config.num_local_crops:
+        note += f"; {config.num_local_crops} local crops of {config.local_crop_size_px} px"
+    rows = list(preview_rows(images, config, NUM_IMAGES))
+    write_picture(draw_sheet(rows, title="What training sees", note=note, tile_px=TILE_PX), path, provenance)
+
+
+def preview_rows(images: ImageSet, config: TrainConfig, num_images: int) -> Iterator[list[list[Tile]]]:
+    """Yield the tiles of a run's first images in one process: the image, its global crops with masks, its local ones.
+
+    No other images of their batches are read. Raises ToolkitError when a thousand images in a row cannot be read.
+    """
+    sizes = batch_sizes(config.batch_size)
+    steps = list(takewhile(lambda step: sizes.images_until(step) < num_images, count()))
+    samples = (range(batch.start, min(batch.stop, num_images)) for batch in map(sizes.images_of, steps))
     batches = read_batches(
         images,
         seed=config.seed,
-        batches=map(batch_sizes(config.batch_size).images_of, count()),
+        batches=samples,
         short_side_px=decoded_side_px(config),
         in_chans=config.in_chans,
         bit_depth=config.bit_depth,
     )
-    rows = chain.from_iterable(_rows(batch, step, config) for step, batch in enumerate(batches))
-    note = f"image; two global crops of {config.global_crop_size_px} px, violet where the student's patches are masked"
-    if config.num_local_crops:
-        note += f"; {config.num_local_crops} local crops of {config.local_crop_size_px} px"
-    sheet = draw_sheet(list(islice(rows, NUM_IMAGES)), title="What training sees", note=note, tile_px=TILE_PX)
-    write_picture(sheet, path, provenance)
+    for step, batch in zip(steps, batches, strict=True):
+        yield from _rows(batch, step, config)
 
 
 def _rows(batch: Batch, step: int, config: TrainConfig) -> list[list[list[Tile]]]:
-    """Return the tiles of each image of a step: itself, its global crops, its local ones."""
-    global_crops, local_crops, masks = make_views(batch, config, step, batch.images.device)
+    """Return the tiles of each of the first images of a step: itself, its global crops, its local ones."""
+    size = max(batch_sizes(config.batch_size).at(step), len(batch.samples))
+    masks = make_masks(step, size, config, 0, 1)
+    masks = masks.view(2, size, -1)[:, : len(batch.samples)].flatten(0, 1)  # (2 size, N) -> (2 B, N)
+    global_views, local_views = view_settings(config)
+    global_crops = make_crops(batch, batch.images, config.seed, "global crops", global_views)
+    local_crops = make_crops(batch, batch.images, config.seed, "local crops", local_views) if local_views else None
     views = [_masked(_pixels(global_crops, config), masks, config.patch_size)]
     views += [] if local_crops is None else [_pixels(local_crops, config)]
     groups = [crops.view(-1, len(batch.samples), *crops.shape[1:]) for crops in views]  # (V * B, ...) -> (V, B, ...)

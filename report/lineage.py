@@ -1,0 +1,47 @@
+"""Where a run comes from: what it was made from, what that was made from, back to the raw pool."""
+
+import os
+from pathlib import Path
+
+from ..features.page.parts import Branch
+from ..store import catalog
+from ..store.artifact import provenance_at
+from ..store.manifest import Provenance, Source, is_manifest_name, open_manifest
+
+
+def lineage(provenance: Provenance, near: Path, seen: set[str]) -> list[Branch]:
+    """Return the inputs of a step as branches, each with its own inputs below it; what `seen` has only by name.
+
+    An input is looked for where it was, beside `near`, and in the catalog by its content, for it may have moved.
+    """
+    return [_branch(source, near, seen) for source in provenance.inputs]
+
+
+def _branch(source: Source, near: Path, seen: set[str]) -> Branch:
+    found = locate(source, near)
+    made = None if found is None else provenance_at(found)
+    if found is None or made is None:
+        is_path = os.sep in source.path and "://" not in source.path
+        is_gone = found is None and is_path and not Path(source.path).exists()
+        return source.path, f"{source.role}, not there any more" if is_gone else source.role, []
+    remark = f"{source.role}, made by {made.command}"
+    if is_manifest_name(str(found)):
+        remark += f", {open_manifest(found).num_rows:,} images"
+    if source.content_id in seen:
+        return str(found), f"{remark}; see above", []
+    seen.add(source.content_id)
+    return str(found), remark, lineage(made, found, seen)
+
+
+def locate(source: Source, near: Path) -> Path | None:
+    """Return where a manifest or run that a step read is now; None where it is gone, or another stands there."""
+    recorded = Path(source.path)
+    moved = [Path(known.path) for known in catalog.artifacts("digest = ?", [source.content_id], table="artifacts")]
+    for path in (recorded, near.absolute().parent / recorded.name, *moved):
+        is_ours = path.is_file() and path.suffix == ".parquet" or (path / "_manifest.json").is_file()
+        if is_ours or (path / "provenance.json").is_file():
+            made = provenance_at(path)
+            content_id = made.content_id if made is not None else open_manifest(path).content_id
+            if content_id == source.content_id:
+                return path
+    return None
