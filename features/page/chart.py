@@ -21,6 +21,7 @@ def lines(
     y: str,
     series: str | None = None,
     order: Sequence[str] | None = None,
+    log: bool = False,
     limit: float | None = None,
 ) -> Spec:
     """Return lines over a number, one for each value of `series`.
@@ -29,6 +30,7 @@ def lines(
         points: rows that have the columns named by the others; a null `y` is a gap.
         x, y, series: names of columns, which are also the titles of the axes.
         order: all values of `series`, so that each has the same colour in several charts.
+        log: a logarithmic y axis; all values must be above 0.
         limit: where a dashed line stands, such as the edge of what is healthy.
     """
     columns = _columns(x, y, series)
@@ -40,11 +42,16 @@ def lines(
             "axis": {"tickCount": 6},
         },
         # The figure's caption says what the y axis is.
-        "y": {**columns[y], "type": "quantitative", "scale": {"zero": False}, "axis": {"title": None}},
+        "y": {
+            **columns[y],
+            "type": "quantitative",
+            "scale": {"type": "log"} if log else {"zero": False},
+            "axis": {"title": None},
+        },
         "tooltip": list(columns.values()),
     }
     if series is not None:
-        own: Spec = {**columns[series], "type": "nominal", "sort": None}
+        own: Spec = {**columns[series], "type": "nominal", "sort": None, "legend": {"title": None}}
         own |= {} if order is None else {"scale": {"domain": list(order)}}
         encoding |= {"color": own, "strokeDash": own}
     mark = {"type": "line", "point": {"size": 24} if len(points) <= 40 else {"size": 40, "opacity": 0}}
@@ -65,7 +72,7 @@ def bars(rows: Rows, *, name: str, value: str, series: str | None = None) -> Spe
     }
     if series is not None:
         own = {**columns[series], "type": "nominal", "sort": None}
-        encoding |= {"color": own, "yOffset": own}
+        encoding |= {"color": {**own, "legend": {"title": None}}, "yOffset": own}
     bar_px = BAR_PX if series is None else GROUPED_BAR_PX
     return _spec(rows, columns, {"mark": "bar", "encoding": encoding}, height_px=bar_px * len(rows))
 
