@@ -289,3 +289,38 @@ def union(
     from .union import UnionSettings, parse_parts, union_manifests
 
     return union_manifests(parse_parts(parts), output, options.settings_of(UnionSettings, locals()), shared)
+
+
+@app.command("map")
+@options.with_shared()
+def map_(
+    manifest: Pool = None,
+    features: Features = None,
+    where: options.Where = None,
+    output: Annotated[str, options.output_option("map.parquet")] = "map.parquet",
+    html: Annotated[Path | None, option(OUTPUT, "Also write the map as a page to explore.", metavar="MAP.html")] = None,
+    neighbors: Annotated[
+        int | None, option(OUTPUT, "Also write the K nearest neighbours of every image.", min=1, metavar="K")
+    ] = None,
+    thumbnails: Annotated[
+        int | None, option(OUTPUT, "Also write a small picture of every image.", min=1, metavar="PX")
+    ] = None,
+    sample: Annotated[
+        int | None,
+        option(
+            METHOD,
+            "Images that are projected; the others are placed among their nearest of these.",
+            min=1,
+            metavar="N",
+            default="all of up to 500,000, else 200,000",
+        ),
+    ] = None,
+    memory: options.Memory = None,
+    recall: options.Recall = 0.99,
+    *,
+    shared: "Options",
+) -> "Result | None":
+    """Lay the images out on a map, like beside like: two coordinates each, and a page to explore them."""
+    from .map.map import MapSettings, map_images
+
+    return map_images(manifest, output, options.settings_of(MapSettings, locals()), shared)

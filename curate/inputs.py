@@ -53,8 +53,9 @@ class Input:
     def sources(self) -> tuple[Source, ...]:
         """Return what to record as inputs."""
         features = () if self.features is None else (self.features.source("features"),)
-        asked = () if self.where is None else (part.source("where") for part in tables.named_manifests(self.where))
-        return (self.manifest.source(self.role), *features, *asked)
+        asked = [] if self.where is None else [part.source("where") for part in tables.named_manifests(self.where)]
+        listed = [] if self.where is None else tables.named_lists(self.where)
+        return (self.manifest.source(self.role), *features, *asked, *listed)
 
     def base(self) -> Source | None:
         """Return the embedding manifest that a selection of these images refers to.

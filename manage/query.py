@@ -65,7 +65,11 @@ def _make_manifest(query: str, output: str, options: Options) -> Result | None:
         kind="images",
         command="catalog sql",
         parameters={"query": query},
-        inputs=(*(source.source("manifest") for source in sources), *(models.values() if len(models) == 1 else ())),
+        inputs=(
+            *(source.source("manifest") for source in sources),
+            *tables.named_lists(query),
+            *(models.values() if len(models) == 1 else ()),
+        ),
         role=roles.pop() if len(roles) == 1 else "pool",
     )
 

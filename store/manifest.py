@@ -58,6 +58,14 @@ GROUP_FIELDS = (  # dedup, of what stays and what goes alike
 )
 # dedup with pixel verification, of what goes: to `duplicate_of`; null where their pixels were not compared
 PIXEL_DIFFERENCE_FIELD = pa.field("pixel_difference", pa.float32())
+PROJECTION_FIELDS = (  # map: where an image lies
+    pa.field("projection_x", pa.float32()),
+    pa.field("projection_y", pa.float32()),
+)
+NEIGHBORS_FIELD = pa.field(  # map: the nearest rows of the same manifest, counted from 0, and 1 less the cosine to each
+    "neighbors", pa.struct({"ids": pa.list_(pa.int64()), "distances": pa.list_(pa.float32())})
+)
+THUMBNAIL_FIELD = pa.field("thumbnail", pa.struct({"bytes": pa.binary(), "path": pa.string()}))  # map: encoded, and uri
 SCORE_FIELDS = (
     pa.field("model", pa.string()),
     pa.field("method", pa.string()),

@@ -1,5 +1,9 @@
-"""Tables larger than memory: DuckDB with a limit, spilling to the cache, and rows that stream through it."""
+"""Tables larger than memory: DuckDB with a limit, spilling to the cache, and rows that stream through it.
 
+Queries may name a list of names as `lines('names.txt')`: a table of its lines, in one column.
+"""
+
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,7 +17,7 @@ import pyarrow.parquet as pq
 from ..errors import ToolkitError
 from .cache import SPILL, cache_folder
 from .database import OFFLINE
-from .manifest import ROW_GROUP_ROWS, Manifest, open_manifest
+from .manifest import ROW_GROUP_ROWS, Manifest, Source, open_manifest
 from .memory import SMALLEST, memory_budget
 from .renamed import COLUMNS
 
@@ -21,6 +25,12 @@ MOST_BYTES = 512 << 20  # measured: millions of names are sorted no faster with 
 BATCH_ROWS = 4 * ROW_GROUP_ROWS  # rows at a time
 QUOTED = re.compile(r"""'([^']+)'""")
 PARQUET_NAME = re.compile(r"""'([^']+\.parquet)'""")
+LIST_NAME = re.compile(r"""\blines\(\s*'([^']+)'\s*\)""")
+LINES = """
+    create macro lines(file) as table
+    select line from (select rtrim(unnest(string_split(content, chr(10))), chr(13)) as line from read_text(file))
+    where line <> ''
+"""
 
 
 @contextmanager
@@ -31,6 +41,7 @@ def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     try:
         connection.execute("set memory_limit = ?", [f"{min(max(budget // 2, SMALLEST), MOST_BYTES)}B"])
         connection.execute("set temp_directory = ?", [str(cache_folder().absolute() / SPILL)])
+        connection.execute(LINES)
         connection.execute("set python_enable_replacements = false")
         connection.execute("set lock_configuration = true")
         yield connection
@@ -62,6 +73,16 @@ def stream(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.RecordBatchReade
 def named_manifests(query: str) -> list[Manifest]:
     """Open every 'file.parquet' that a query names, each once."""
     return [open_manifest(Path(name)) for name in dict.fromkeys(PARQUET_NAME.findall(query))]
+
+
+def named_lists(query: str) -> list[Source]:
+    """Return every list that a query names by `lines('file')` as an input of a step, each once."""
+    paths = [Path(name) for name in dict.fromkeys(LIST_NAME.findall(query))]
+    there = [path for path in paths if path.is_file()]  # DuckDB tells of the others
+    return [
+        Source("list", str(path.absolute()), hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest())
+        for path in there
+    ]
 
 
 def answer(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:

@@ -1,0 +1,1 @@
+"""Two coordinates an image, and the page that shows them."""
