@@ -49,9 +49,10 @@ def pool_of(folder: Path, num: int = NUM, more: dict[str, pa.Array] | None = Non
     )
 
 
-def mapped(tmp_path: Path, pool: Path | None = None, limit: int | None = None, **settings: object) -> Path:
+def mapped(tmp_path: Path, pool: Path | None = None, **settings: object) -> Path:
     path = tmp_path / "map.parquet"
-    options = Options(force=True, limit=limit)
+    limit = settings.pop("limit", None)
+    options = Options(force=True, limit=limit)  # type: ignore[arg-type]
     map_images(pool or pool_of(tmp_path), str(path), MapSettings(**settings), options)  # type: ignore[arg-type]
     return path
 
@@ -86,7 +87,8 @@ def test_a_map_of_a_selection_and_of_some_rows(tmp_path: Path) -> None:
     assert pq.read_table(path).select(["row", "cluster_0", "distance"]).to_pylist() == [
         {name: row[name] for name in ("row", "cluster_0", "distance")} for row in rows
     ]
-    again = mapped(tmp_path / "again", path) if (tmp_path / "again").mkdir() is None else path
+    (tmp_path / "again").mkdir()
+    again = mapped(tmp_path / "again", path)
     assert pq.read_table(again).column_names == pq.read_table(path).column_names  # a map of a map
     images = read_embedded(open_input("pool", again, tmp_path / "x.parquet"))  # and any step reads it
     np.testing.assert_array_equal(images.vectors.rows, [row["row"] for row in rows])
@@ -160,8 +162,8 @@ def test_a_large_map_shows_a_sample_and_says_so(tmp_path: Path) -> None:
 # In the browser -----------------------------------------------------------------------------------------------------
 
 
-def opened(tmp_path: Path, open_page: OpenPage, *how: object, **settings: object) -> "Page":
-    mapped(tmp_path, html=tmp_path / "map.html", **settings)
+def opened(tmp_path: Path, open_page: OpenPage, *how: object, pool: Path | None = None, **settings: object) -> "Page":
+    mapped(tmp_path, pool, html=tmp_path / "map.html", **settings)
     page = open_page(tmp_path / "map.html", *how)
     page.wait_for_selector(".map[data-ready=yes]")
     return page
