@@ -43,7 +43,6 @@ def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
         connection.execute("set temp_directory = ?", [str(cache_folder().absolute() / SPILL)])
         connection.execute(LINES)
         connection.execute("set python_enable_replacements = false")
-        connection.execute("set lock_configuration = true")
         yield connection
     finally:
         connection.close()
@@ -61,6 +60,7 @@ def select(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPy
     for name in QUOTED.findall(query):
         if os.path.lexists(name) and not (os.path.isfile(name) or os.path.isdir(name)):
             raise ToolkitError(f"{name} is no regular file; name another")
+    connection.execute("set lock_configuration = true")
     return connection.sql(query)
 
 
