@@ -194,6 +194,7 @@ def test_a_query_needs_no_network(name: str, monkeypatch: pytest.MonkeyPatch) ->
     with tables.connect() as connection:
         for setting in ("autoinstall_known_extensions", "autoload_known_extensions"):
             assert connection.execute(f"select current_setting('{setting}')").fetchall() == [(False,)]
+        tables.select(connection, "select 1")
         with pytest.raises(duckdb.Error, match="locked"):
             connection.execute("set autoload_known_extensions = true")
     assert asked == []
