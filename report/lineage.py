@@ -1,8 +1,10 @@
 """Where a run comes from: what it was made from, what that was made from, back to the raw pool."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import ToolkitError
 from ..features.page.parts import Branch
 from ..store import catalog
 from ..store.artifact import provenance_at
@@ -36,12 +38,21 @@ def _branch(source: Source, near: Path, seen: set[str]) -> Branch:
 def locate(source: Source, near: Path) -> Path | None:
     """Return where a manifest or run that a step read is now; None where it is gone, or another stands there."""
     recorded = Path(source.path)
-    moved = [Path(known.path) for known in catalog.artifacts("digest = ?", [source.content_id], table="artifacts")]
-    for path in (recorded, near.absolute().parent / recorded.name, *moved):
-        is_ours = path.is_file() and path.suffix == ".parquet" or (path / "_manifest.json").is_file()
-        if is_ours or (path / "provenance.json").is_file():
-            made = provenance_at(path)
-            content_id = made.content_id if made is not None else open_manifest(path).content_id
-            if content_id == source.content_id:
-                return path
+    for path in (recorded, near.absolute().parent / recorded.name, *_moved(source)):
+        if _content_id(path) == source.content_id:
+            return path
     return None
+
+
+def _moved(source: Source) -> Iterator[Path]:
+    for known in catalog.artifacts("digest = ?", [source.content_id], table="artifacts"):
+        yield Path(known.path)
+
+
+def _content_id(path: Path) -> str | None:
+    """Return the content id of the manifest or run at a path, None where there is none that can be read."""
+    made = provenance_at(path)
+    try:
+        return open_manifest(path).content_id if made is None else made.content_id
+    except ToolkitError:
+        return None

@@ -1,5 +1,6 @@
 """Sections on manifests: from the raw files to what is left, step by step, and what came of the composition."""
 
+import json
 import os
 from collections.abc import Mapping
 
@@ -18,6 +19,8 @@ from .manifest_parts import Strip, image_name, read_thumbnails
 from .manifest_removed import SHOWN, Reason, read_removed
 from .manifest_rows import Row
 from .manifest_steps import step_sections
+
+NOT_SETTINGS = ("sources", "parts", "columns", "metric", "init", "polish")  # inputs, and what cannot be set
 
 
 def manifest_sections(manifests: Mapping[str, Manifest], *, seed: int) -> list[Section]:
@@ -38,18 +41,37 @@ def _flow_section(stages: list[Stage]) -> Section:
     titles = {stage.key: stage.title for stage in stages}
     for stage in stages:
         raw = ancestors(stages, stage.key)[0].num_images
-        share = None if not raw or stage.num_images is None else f"{stage.num_images / raw:.1%}"
+        share = f"{stage.num_images / raw:.1%}" if raw and stage.num_images is not None else None
         changes = "; ".join(f"{manifest_parts.signed(each.num_images)} {each.reason}" for each in stage.changes)
-        origin = ", ".join(titles[key] for key in stage.parents) or parts.NOTHING
-        rows.append([stage.title, stage.num_images, share, origin, changes, stage.command, stage.path, stage.missing])
-    header = ["step", "images", "of the raw", "made from", "what went or came", "command", "file", "note"]
+        origin = ", ".join(titles[key] for key in stage.parents) or None
+        made_by = f"{stage.command}: {_settings(stage)}" if stage.command else None
+        rows.append([stage.title, stage.num_images, share, origin, changes or None, made_by, stage.path, stage.missing])
+    header = ["step", "images", "of the raw", "made from", "what went or came", "made by", "file", "note"]
     if not any(stage.missing for stage in stages):
         header, rows = header[:-1], [row[:-1] for row in rows]
     intro = "Each bar is as long as its number of images; colours say why images went at a step."
-    table = parts.table("The steps and the reason of every loss", header, rows)
+    tables = [parts.table("The steps and the reason of every loss", header, rows)]
+    for stage in stages:
+        figures = stage.manifest.provenance.figures if stage.manifest and stage.manifest.provenance else {}
+        composition = figures.get("composition")
+        if stage.command == "curate union" and isinstance(composition, list):
+            rows = [[part["source"], part["rows"], part["images"], f"{part['share']:.1%}"] for part in composition]
+            header = ["part", "images", "not in earlier parts", "share of draws in training"]
+            tables.append(parts.table(f"The parts of {os.path.basename(stage.path)}", header, rows))
     return Section(
         "From the raw files to what is left",
-        [parts.text(intro), manifest_parts.flow(stages), parts.details("The same as a table", [table])],
+        [parts.text(intro), manifest_parts.flow(stages), parts.details("The same as tables", tables)],
+    )
+
+
+def _settings(stage: Stage) -> str:
+    """Return the settings with which a step was called, those left out that say nothing."""
+    provenance = None if stage.manifest is None else stage.manifest.provenance
+    parameters = {} if provenance is None else {**provenance.parameters, "seed": provenance.seed}
+    return ", ".join(
+        f"{name} {json.dumps(value) if isinstance(value, list) else value}"
+        for name, value in parameters.items()
+        if name not in NOT_SETTINGS and value is not None and value is not False and value not in ([], "")
     )
 
 

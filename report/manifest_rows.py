@@ -12,6 +12,7 @@ from ..errors import ToolkitError
 from ..store import tables
 from ..store.image_columns import image_batches, image_schema
 from ..store.manifest import Manifest, Provenance, Source, open_manifest, removed_path
+from .lineage import locate
 
 Row = dict[str, Any]
 IMAGE_COLUMNS = ("image_id", "uri", "width", "height", "label")
@@ -74,13 +75,9 @@ def images(
 
 
 def find(source: Source, near: Path) -> Manifest | None:
-    """Return the manifest that a step recorded, where it was or moved with the others; None: gone, or changed."""
-    recorded = Path(source.path)
-    for path in (recorded, near.parent / recorded.name):
-        manifest = opened(path)
-        if manifest is not None and manifest.content_id == source.content_id:
-            return manifest
-    return None
+    """Return the manifest that a step read, wherever it is now; None where it is gone, or another stands there."""
+    path = locate(source, near)
+    return None if path is None else opened(path)
 
 
 def opened(path: Path) -> Manifest | None:

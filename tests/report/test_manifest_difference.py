@@ -7,12 +7,14 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from dinov2_toolkit.report.manifest_difference import difference_picture, differing
+from dinov2_toolkit.store.vectors import Float64
 from dinov2_toolkit.tests.report.curated import scene
 
 
-def darkness(picture: Image.Image | None) -> np.ndarray:
+def darkness(picture: Image.Image | None) -> Float64:
     assert picture is not None
-    return 255 - np.asarray(picture, np.float64).mean(axis=2)
+    levels: Float64 = np.asarray(picture, np.float64).mean(axis=2)
+    return 255 - levels
 
 
 def test_nothing_differs_between_an_image_and_its_copies() -> None:
