@@ -110,7 +110,7 @@ def write_pool(path: Path, share: float) -> None:
     by_rank = sorted(range(len(rows)), key=lambda row: (rank[originals[row]], row))  # copies beside their originals
     pool = [{"image": rows[row]["image"], "label": rows[row]["label"]} for row in by_rank[:num_clothes]]
     num_unwanted = round(num_clothes * share / (1 - share))
-    for number, file in enumerate(unwanted(num_unwanted)):
+    for number, file in enumerate(unwanted(num_unwanted, on_dark=True)):
         image = {"bytes": file.content, "path": f"{file.label}/{number:05d}{file.suffix}"}
         pool.append({"image": image, "label": file.label})
     write_parquet([pool[row] for row in rng.permutation(len(pool))], path)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageChops
 
 DATA = Path(__file__).parent / "data"
 UNWANTED = "clip_art"  # the label of all that is of no interest
@@ -80,10 +80,14 @@ def clothes() -> Iterator[File]:
         yield File(label, Path(image["path"]).suffix, image["bytes"])
 
 
-def unwanted(count: int, seed: int = 0) -> Iterator[File]:
-    """Yield `count` files of no interest: crops of clip art, one blank in 100, one broken in 200."""
+def unwanted(count: int, seed: int = 0, *, on_dark: bool = False) -> Iterator[File]:
+    """Yield `count` files of no interest: crops of clip art, one blank in 100, one broken in 200.
+
+    Clothes are light on a dark ground, clip art is dark on a light one; `on_dark` inverts it, so that it is harder to
+    tell from clothes.
+    """
     num_blank, num_broken = count // ONE_BLANK_IN, count // ONE_BROKEN_IN
-    crops = clipart_crops(count - num_blank - num_broken, seed)
+    crops = clipart_crops(count - num_blank - num_broken, seed, on_dark=on_dark)
     for crop in crops:
         yield File(UNWANTED, ".png", crop)
     rng = np.random.default_rng((seed, 1))
@@ -98,13 +102,13 @@ def unwanted(count: int, seed: int = 0) -> Iterator[File]:
         )[i % 3]
 
 
-def clipart_crops(count: int, seed: int = 0) -> list[bytes]:
-    """Return `count` distinct square crops of clip art as PNG, 28 px, grey, light on a dark ground as the clothes are.
+def clipart_crops(count: int, seed: int = 0, *, on_dark: bool = False) -> list[bytes]:
+    """Return `count` distinct square crops of clip art as PNG, 28 px, grey, on white or inverted.
 
     Every picture is cropped equally often, up to one; its crops are turned and mirrored in eight ways, in turn, for
     overlapping crops would be copies. A crop's side is 30 to 100 % of the picture's shorter side.
     """
-    pictures = [on_dark(row["bytes"]) for row in pq.read_table(DATA / "clipart.parquet")["image"].to_pylist()]
+    pictures = [drawing(row["bytes"], on_dark) for row in pq.read_table(DATA / "clipart.parquet")["image"].to_pylist()]
     rng = np.random.default_rng((seed, 2))
     first_turns = rng.integers(8, size=len(pictures)).tolist()
     crops: dict[bytes, None] = {}
@@ -124,12 +128,13 @@ def clipart_crops(count: int, seed: int = 0) -> list[bytes]:
     return list(crops)
 
 
-def on_dark(content: bytes) -> Image.Image:
-    """Return a drawing in grey, inverted: what was white or transparent is black."""
-    drawing = Image.open(io.BytesIO(content)).convert("RGBA")
-    page = Image.new("RGBA", drawing.size, "white")
-    page.alpha_composite(drawing)
-    return page.convert("L").point(lambda level: 255 - level)
+def drawing(content: bytes, on_dark: bool) -> Image.Image:
+    """Return a picture in grey, on white where it is transparent; `on_dark` inverts it."""
+    picture = Image.open(io.BytesIO(content)).convert("RGBA")
+    page = Image.new("RGBA", picture.size, "white")
+    page.alpha_composite(picture)
+    grey = page.convert("L")
+    return ImageChops.invert(grey) if on_dark else grey
 
 
 def as_png(pixels: np.ndarray) -> bytes:

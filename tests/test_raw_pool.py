@@ -66,6 +66,14 @@ def test_crops_are_distinct_have_contrast_and_depend_on_the_seed() -> None:
     assert crops != clipart_crops(2_500, seed=2)
 
 
+def test_crops_are_dark_on_white_or_inverted() -> None:
+    on_white, on_dark = (
+        np.array([np.asarray(Image.open(io.BytesIO(crop))) for crop in clipart_crops(50, on_dark=on_dark)])
+        for on_dark in (False, True)
+    )
+    assert on_white.mean() > 128 > on_dark.mean()
+
+
 def test_an_existing_folder_is_not_written_to(pool: Path) -> None:
     with pytest.raises(FileExistsError, match="remove it"):
         write_raw_pool(pool)
