@@ -12,6 +12,7 @@ from ..errors import ToolkitError
 from ..features.grouping import group_by
 from ..features.knn import TEMPERATURE, knn_predictions
 from ..store.vectors import Int64
+from .by_class import by_class
 from .scores import Correct, Measurement, accuracies, resampled_interval
 from .task import Task
 
@@ -22,6 +23,7 @@ NUM_DRAWS = 10  # chosen: of a few images a class
 def measure_knn(task: Task, ks: tuple[int, ...] | None, per_class: int | None) -> Iterator[Measurement]:
     """Yield the accuracy of the votes of the k nearest training images, for each k.
 
+    For the most accurate k, of equals the smallest, also what `by_class` yields.
     With `per_class`, only so many images of each class vote, drawn NUM_DRAWS times: the value is the mean over the
     draws, its interval covers images and draws, and `top1_std` is the standard deviation over the draws.
     Raises ToolkitError when a k is above the number of training images that vote.
@@ -35,6 +37,8 @@ def measure_knn(task: Task, ks: tuple[int, ...] | None, per_class: int | None) -
         predictions = knn_predictions(train, task.train_labels, test, ks, topk=task.topk, progress=progress)
         for k in ks:
             yield from accuracies({"k": k, **parameters}, predictions[k], task.test_labels, len(train), task.seed)
+        best = max(ks, key=lambda k: (int((predictions[k][:, 0] == task.test_labels).sum()), -k))
+        yield from by_class({"k": best, **parameters}, predictions[best][:, 0], task)
         return
 
     drawn = [draw_per_class(task.train_labels, per_class, task.seed, draw) for draw in range(NUM_DRAWS)]

@@ -22,7 +22,7 @@ from .linear import BLOCKS, measure_linear
 from .logreg import measure_logreg
 from .masks import MaskedSplit, open_masked_split
 from .retrieval import measure_retrieval
-from .scores import Measurement, Score, best_score, score_row, show_scores, write_scores
+from .scores import Measurement, Score, best_score, overall, score_row, show_scores, write_scores
 from .segment import measure_segment
 from .task import Task
 
@@ -85,7 +85,7 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
         return None
     scores = open_manifest(path).read().to_pylist()
     show_scores(scores)
-    rows = [{**row, "parameters": json.loads(row["parameters"])} for row in scores]
+    rows = [{**row, "parameters": json.loads(row["parameters"])} for row in overall(scores)]
     return Result(output, {"rows": rows}, best_score(scores))
 
 
@@ -172,9 +172,11 @@ def _task(splits: list[LabelledSplit], model: FeatureModel | None, settings: Pro
     if "linear" in settings.methods and model is not None and isinstance(model.backbone, VisionTransformer):
         blocks, has_mean = min(BLOCKS, model.backbone.depth), True
         model = with_choice(model, TokenChoice("cls+mean", blocks))
+    names = dict(zip(splits[0].classes.tolist(), splits[0].labels, strict=True))
     read = (split_features(split, model, settings.batch_size, settings.num_workers) for split in splits)
     (train, train_labels, train_uris), (test, test_labels, test_uris) = read
     if train.shape[1] != test.shape[1]:
         dims = f"train embeddings have {train.shape[1]} numbers and test embeddings {test.shape[1]}"
         raise ToolkitError(f"{dims}; embed both by the same model")
-    return Task(train, train_labels, test, test_labels, train_uris, test_uris, blocks, has_mean, seed)
+    class_names = tuple(names[number] for number in range(len(names)))
+    return Task(train, train_labels, test, test_labels, train_uris, test_uris, blocks, has_mean, seed, class_names)

@@ -36,6 +36,8 @@ class Measurement:
     interval: tuple[float, float]  # 95 %
     num_train: int
     num_test: int
+    true_class: str | None = None  # None: of all classes
+    predicted_class: str | None = None  # of a confusion
 
 
 def accuracies(
@@ -81,9 +83,17 @@ def write_scores(path: Path, provenance: Provenance, scores: list[Score]) -> Pro
     with ManifestWriter(path, list(SCORE_FIELDS), provenance) as writer:
         writer.write(pa.Table.from_pylist(scores, schema=pa.schema(SCORE_FIELDS)))
         writer.set_figures(
-            **{f"{row['model']} {row['method']} {_setting(row)} {row['metric']}": row["value"] for row in scores}
+            **{
+                f"{row['model']} {row['method']} {setting_of(row)} {row['metric']}": row["value"]
+                for row in overall(scores)
+            }
         )
     return writer.provenance
+
+
+def overall(scores: list[Score]) -> list[Score]:
+    """Return the measurements of all classes together."""
+    return [row for row in scores if row["true_class"] is None]
 
 
 def best_score(scores: list[Score]) -> float:
@@ -96,17 +106,17 @@ def show_scores(scores: list[Score]) -> None:
     """Print a table of the headline metrics on stderr; other metrics stand behind the headline of their method."""
     header = ["model", "method", "setting", "metric", "value", "95 % interval", "also", "train", "test"]
     lines: list[list[object]] = []
-    for row in scores:
+    for row in overall(scores):
         value, interval = f"{row['value']:.4f}", f"{row['low']:.3f} to {row['high']:.3f}"
         if row["metric"] not in HEADLINES:
             lines[-1][6] = f"{lines[-1][6]}  {row['metric']} {value}".strip()
             continue
-        first = [row["model"], row["method"], _setting(row), row["metric"]]
+        first = [row["model"], row["method"], setting_of(row), row["metric"]]
         lines.append([*first, value, interval, "", row["num_train"], row["num_test"]])
     console.table("", header, lines)
 
 
-def _setting(row: Score) -> str:
+def setting_of(row: Score) -> str:
     """Return the parameters that tell the measurements of a method apart."""
     parameters = json.loads(row["parameters"])
     match row["method"]:

@@ -29,6 +29,7 @@ class Task:
     blocks: int = 1
     has_mean: bool = False
     seed: int = 0
+    class_names: tuple[str, ...] = ()  # (C,)
 
     @property
     def num_classes(self) -> int:

@@ -15,6 +15,7 @@ from ..store.manifest import Provenance
 from .manifest import manifest_sections
 from .manifest_parts import style
 from .run import run_sections
+from .scores import score_sections
 from .targets import Targets, open_targets
 
 
@@ -48,5 +49,9 @@ def report(names: list[str], output: str, options: Options) -> Result | None:
 
 def _page(targets: Targets, provenance: Provenance) -> str:
     names = [*targets.manifests, *targets.runs, *targets.scores]
-    sections = [*manifest_sections(targets.manifests, seed=provenance.seed), *run_sections(targets.runs)]
+    sections = [
+        *manifest_sections(targets.manifests, seed=provenance.seed),
+        *run_sections(targets.runs),
+        *score_sections(targets.scores),
+    ]
     return render("Report", sections, note=", ".join(names), provenance=provenance, styles=[style()])

@@ -76,6 +76,8 @@ SCORE_FIELDS = (
     pa.field("high", pa.float64()),
     pa.field("num_train", pa.int64()),
     pa.field("num_test", pa.int64()),
+    pa.field("true_class", pa.string()),  # null: of all classes
+    pa.field("predicted_class", pa.string()),  # only of a confusion
 )
 
 

@@ -77,6 +77,26 @@ def bars(rows: Rows, *, name: str, value: str, series: str | None = None) -> Spe
     return _spec(rows, columns, {"mark": "bar", "encoding": encoding}, height_px=bar_px * len(rows))
 
 
+def intervals(rows: Rows, *, name: str, value: str, low: str, high: str, series: str) -> Spec:
+    """Return a point and an interval a row, grouped by name and coloured by `series`; null bounds draw no interval."""
+    columns = _columns(name, value, low, high, series)
+    own = {**columns[series], "type": "nominal", "sort": None}
+    place: Spec = {
+        "y": {**columns[name], "type": "nominal", "sort": None, "axis": {"title": None, "grid": True}},
+        "yOffset": own,
+        "color": {**own, "legend": {"title": None}},
+        "tooltip": list(columns.values()),
+    }
+    start: Spec = {**columns[low], "type": "quantitative", "title": value, "scale": {"zero": False}}
+    start["axis"] = {"tickCount": 8}
+    bounds: Spec = {"x": start, "x2": {"field": columns[high]["field"]}}
+    rule = {"mark": {"type": "rule", "strokeWidth": 2}, "encoding": {**place, **bounds}}
+    point_x = {**columns[value], "type": "quantitative"}
+    point = {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1}, "encoding": {**place, "x": point_x}}
+    num_names, num_series = (len({row[each] for row in rows}) for each in (name, series))
+    return _spec(rows, columns, {"layer": [rule, point]}, height_px=(GROUPED_BAR_PX * num_series + 14) * num_names)
+
+
 def histogram(edges: Sequence[float], counts: Sequence[int], *, x: str, y: str = "images") -> Spec:
     """Return a histogram of counts between edges, one more edge than counts."""
     rows = [{"from": low, "to": high, y: count} for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)]
@@ -90,23 +110,27 @@ def histogram(edges: Sequence[float], counts: Sequence[int], *, x: str, y: str =
     return _spec(rows, columns, {"mark": "bar", "encoding": encoding})
 
 
-def heatmap(cells: Rows, *, x: str, y: str, value: str, side_px: int = 18) -> Spec:
-    """Return a matrix of cells coloured by a value from 0 up; missing cells stay empty."""
+def heatmap(cells: Rows, *, x: str, y: str, value: str, order: Sequence[str] | None = None, side_px: int = 22) -> Spec:
+    """Return a matrix of cells coloured by a value from 0 up; missing cells stay empty.
+
+    `order` is that of both axes.
+    """
     columns = _columns(x, y, value)
+    scale: Spec = {} if order is None else {"domain": list(order)}
     encoding: Spec = {
-        "x": {**columns[x], "type": "nominal", "sort": None},
-        "y": {**columns[y], "type": "nominal", "sort": None},
+        "x": {**columns[x], "type": "nominal", "sort": None, "scale": scale},
+        "y": {**columns[y], "type": "nominal", "sort": None, "scale": scale},
         "color": {**columns[value], "type": "quantitative", "legend": None},
         "tooltip": list(columns.values()),
     }
-    num_rows = len({cell[y] for cell in cells})
+    num_rows = len({cell[y] for cell in cells} if order is None else order)
     return _spec(cells, columns, {"mark": "rect", "encoding": encoding}, height_px=side_px * num_rows)
 
 
 def _columns(*names: str | None) -> dict[str, Spec]:
     """Return a reference to each column by its name, None left out."""
     given = [name for name in names if name is not None]
-    return {name: {"field": letter, "title": name} for name, letter in zip(given, "abcd", strict=False)}
+    return {name: {"field": letter, "title": name} for name, letter in zip(given, "abcde", strict=False)}
 
 
 def _spec(rows: Rows, columns: Mapping[str, Spec], drawn: Spec, height_px: int = HEIGHT_PX) -> Spec:

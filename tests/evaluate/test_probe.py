@@ -46,8 +46,9 @@ def embedded(name: str, degrees: list[float], labels: list[str | None], model: s
 
 
 def rows(path: str = "scores.parquet") -> list[dict[str, object]]:
+    """Return the measurements of all classes together."""
     listed: list[dict[str, object]] = pq.read_table(path).to_pylist()
-    return listed
+    return [row for row in listed if row["true_class"] is None]
 
 
 def measure(train: str, test: str, settings: ProbeSettings = ONE, options: Options | None = None) -> Result:
