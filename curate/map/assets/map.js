@@ -94,10 +94,12 @@
       requestAnimationFrame(() => { waiting = false; draw(); });
     }
 
-    function spans(radius) {
-      const found = [];
-      for (let y = -radius; y <= radius; y++) found.push([y, Math.floor(Math.sqrt((radius + 0.4) ** 2 - y * y))]);
-      return found;
+    function disc(radius) { // places of its pixels from the middle one
+      const places = [];
+      for (let y = -radius; y <= radius; y++) {
+        for (let x = -radius; x <= radius; x++) if (x * x + y * y <= (radius + 0.4) ** 2) places.push(y * canvas.width + x);
+      }
+      return Int32Array.from(places);
     }
 
     function draw() {
@@ -110,18 +112,15 @@
       const isChoice = numPicked > 0;
       const passes = hiddenSome || isChoice ? [false, true] : [true];
       for (const isFront of passes) {
-        const disc = spans(isFront && isChoice ? radius + 1 : radius);
-        const reach = disc.length >> 1;
+        const reach = isFront && isChoice ? radius + 1 : radius, places = disc(reach);
         for (let place = 0; place < total; place++) {
           const point = order[place];
           if (passes.length > 1 && (shown[point] && (!isChoice || picked[point]) ? true : false) !== isFront) continue;
           const x = ((xs[point] * scale + left) * ratio) | 0, y = ((top - ys[point] * scale) * ratio) | 0;
           if (x < reach || y < reach || x >= columnsPx - reach || y >= rowsPx - reach) continue;
           const colour = isFront ? colours[point] : faint;
-          for (const [offset, half] of disc) {
-            const middle = (y + offset) * columnsPx + x;
-            pixels.fill(colour, middle - half, middle + half + 1);
-          }
+          const middle = y * columnsPx + x;
+          for (let each = 0; each < places.length; each++) pixels[middle + places[each]] = colour;
         }
       }
       context.putImageData(image, 0, 0);
@@ -268,6 +267,15 @@
       return best;
     }
 
+    function nearestPictured(found) {
+      let best = -1, least = NEAR_PX ** 2 * 4 / scale ** 2;
+      for (const point of pictured) {
+        const distance = (xs[point] - xs[found]) ** 2 + (ys[point] - ys[found]) ** 2;
+        if (distance < least) { best = point; least = distance; }
+      }
+      return best;
+    }
+
     const say = (words) => { said.textContent = words; };
 
     function point(found, isSaid = false) {
@@ -276,10 +284,11 @@
       tip.hidden = found < 0;
       if (found >= 0) {
         tip.replaceChildren();
-        const image = picture(found);
-        if (image) {
-          const shownImage = made("img", "", tip, { src: image.src, alt: "" });
-          shownImage.onload = () => shownImage.classList.toggle("pixels", shownImage.naturalWidth <= 64);
+        const beside = pictureOf.has(found) ? found : pictured.length ? nearestPictured(found) : -1;
+        if (beside >= 0) {
+          const image = made("img", "", tip, { src: picture(beside).src, alt: "" });
+          image.onload = () => image.classList.toggle("pixels", image.naturalWidth <= 64);
+          if (beside !== found) made("small", "Picture of an image beside it", tip);
         }
         made("div", uri(found), tip);
         const list = made("dl", "", tip);
