@@ -57,7 +57,15 @@ Where = Annotated[
 ]
 BatchSize = Annotated[int, option(ADVANCED, "Images that the model sees at a time.", "--batch-size", min=1)]
 NumWorkers = Annotated[
-    int | None, option(ADVANCED, "Threads that decode images.", "--num-workers", min=1, default="one a core")
+    int | None, option(ADVANCED, "Processes that decode images.", "--num-workers", min=1, default="one a core")
+]
+MaxPixels = Annotated[int, option(FILTERS, "Leave out images of more pixels.", "--max-pixels", min=1, metavar="N")]
+MaxImageBytes = Annotated[
+    int, option(FILTERS, "Leave out images whose file or row is larger.", "--max-image-bytes", min=1, metavar="N")
+]
+ImageTimeout = Annotated[
+    float,
+    option(FILTERS, "Leave out images that take longer to decode.", "--image-timeout", min=0.1, metavar="SECONDS"),
 ]
 SHARED: dict[str, tuple[Any, Any]] = {  # name -> annotation, default
     "limit": (Limit, None),

@@ -7,6 +7,7 @@ import typer
 
 from .. import options
 from ..options import ADVANCED, FILTERS, INPUT, METHOD, MODEL, MODEL_HELP, OUTPUT, option
+from ..store.limits import DEFAULT_LIMITS, Limits
 
 if TYPE_CHECKING:
     from ..store.artifact import Options, Result
@@ -77,6 +78,9 @@ def embed(
     max_failed: Annotated[
         float, option(FILTERS, "Fail when a larger share of the files cannot be read.", min=0.0, max=1.0)
     ] = 1.0,
+    max_pixels: options.MaxPixels = DEFAULT_LIMITS.max_pixels,
+    max_image_bytes: options.MaxImageBytes = DEFAULT_LIMITS.max_image_bytes,
+    image_timeout: options.ImageTimeout = DEFAULT_LIMITS.image_timeout,
     batch_size: options.BatchSize = 64,
     num_workers: options.NumWorkers = None,
     num_processes: Annotated[
@@ -89,7 +93,7 @@ def embed(
     from .embed.embed import EmbedSettings, embed_images
     from .embed.filters import Filters
 
-    filters = options.settings_of(Filters, locals())
+    filters, limits = options.settings_of(Filters, locals()), options.settings_of(Limits, locals())
     settings = options.settings_of(EmbedSettings, locals())
     return embed_images(sources, output or f"{role}.parquet", settings, shared)
 

@@ -4,19 +4,19 @@ M images.
 """
 
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
 from .. import console
 from ..errors import ToolkitError
+from ..features.image_workers import Read
 from ..store.image_columns import absolute_uris, column_uris, read_images, row_uris
-from ..store.images import DECODE_ERRORS, UnreadableImage, read_bytes
+from ..store.images import UnreadableImage, opened
+from ..store.limits import BYTES_PER_PIXEL, claim_memory
 from ..store.manifest import Manifest, Source, is_manifest_name, open_manifest
 
 IGNORE = 255  # the value of pixels that count for nothing
@@ -68,22 +68,30 @@ def _mask_uris(manifest: Manifest, column: str, limit: int | None) -> list[str |
     return uris
 
 
-def read_mask(uri: str, image_uri: str, width: int, height: int) -> Mask:
-    """Return the class of every pixel of the mask behind a uri: grey values, or the numbers of palette colours.
+def decode_mask(data: bytes) -> Mask:
+    """Return the class of every pixel of an encoded mask: grey values, or the numbers of palette colours.
 
-    Raises ToolkitError when it cannot be read, has colours, values above 255, or another size than its image.
+    Raises UnreadableImage when it cannot be read, has colours, or values above 255.
     """
-    try:
-        with Image.open(BytesIO(read_bytes(uri))) as picture:
-            if picture.mode not in ("L", "P", "1", "I", "I;16"):
-                raise ToolkitError(f"the mask {uri} is of mode {picture.mode}; a mask is a picture of one channel")
-            values = np.asarray(picture)
-    except (UnreadableImage, *DECODE_ERRORS) as problem:
-        reason = getattr(problem, "reason", problem)
-        raise ToolkitError(f"the mask {uri} of {image_uri} cannot be read: {reason}; correct the row") from None
-    if values.shape != (height, width):
-        sizes = f"{values.shape[1]} x {values.shape[0]} pixels, but its image {image_uri} {width} x {height}"
+    with opened(data) as picture:
+        if picture.mode not in ("L", "P", "1", "I", "I;16"):
+            raise UnreadableImage(f"it is of mode {picture.mode}, and a mask is a picture of one channel")
+        claim_memory(BYTES_PER_PIXEL * picture.width * picture.height)
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > IGNORE:
+            raise UnreadableImage(f"it holds the value {values.max()}; classes are 0 to 254, and 255 is ignored")
+        return values.astype(np.uint8)
+
+
+def read_mask(read: Read[Mask], uri: str, image_uri: str, width: int, height: int) -> Mask:
+    """Return what `read`, workers of `decode_mask`, makes of the mask of an image.
+
+    Raises ToolkitError when it cannot be read, or has another size than its image.
+    """
+    (mask,) = read([uri])
+    if isinstance(mask, UnreadableImage):
+        raise ToolkitError(f"the mask {uri} of {image_uri} cannot be read: {mask.reason}; correct the row")
+    if mask.shape != (height, width):
+        sizes = f"{mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_uri} {width} x {height}"
         raise ToolkitError(f"the mask {uri} is {sizes}; make masks of their image's size")
-    if values.min() < 0 or values.max() > IGNORE:
-        raise ToolkitError(f"the mask {uri} holds the value {values.max()}; classes are 0 to 254, and 255 is ignored")
-    return values.astype(np.uint8)
+    return mask

@@ -20,11 +20,12 @@ from ..errors import ToolkitError
 from ..features.extract.extract import FeatureModel, best_device, with_choice
 from ..features.extract.tokens import TokenChoice
 from ..features.extract.windows import MAX_ASPECT
+from ..features.image_workers import image_workers
 from ..models.vit import VisionTransformer
 from ..store.cache import open_cache
 from ..store.vectors import Float64, Int64
 from .labelled import extract_split
-from .masks import IGNORE, Mask, MaskedSplit, read_mask
+from .masks import IGNORE, Mask, MaskedSplit, decode_mask, read_mask
 from .scores import Measurement, resampled_interval
 
 NUM_VALUES = 256  # V
@@ -116,12 +117,13 @@ def _on_disk(sample: Sample, file: IO[bytes]) -> Sample:
 
 def _samples(model: FeatureModel, split: MaskedSplit, batch_size: int, num_workers: int | None) -> Iterator[Sample]:
     """Yield the tokens and mask of every image of a split that can be read."""
-    for batch in extract_split(model, split, batch_size, num_workers):
-        for index, facts, tokens in zip(batch.indices, batch.facts, batch.patches, strict=True):
-            uri, size = split.uris[index], (facts.width, facts.height)
-            if max(size) > MAX_ASPECT * min(size):
-                raise ToolkitError(f"{uri} is {facts.width} x {facts.height} pixels, too long; cut it to pieces")
-            yield Sample(tokens.half(), read_mask(split.mask_uris[index], uri, *size))
+    with image_workers(decode_mask, 1) as read:
+        for batch in extract_split(model, split, batch_size, num_workers):
+            for index, facts, tokens in zip(batch.indices, batch.facts, batch.patches, strict=True):
+                uri, size = split.uris[index], (facts.width, facts.height)
+                if max(size) > MAX_ASPECT * min(size):
+                    raise ToolkitError(f"{uri} is {facts.width} x {facts.height} pixels, too long; cut it to pieces")
+                yield Sample(tokens.half(), read_mask(read, split.mask_uris[index], uri, *size))
 
 
 def _classes(samples: list[Sample], train: MaskedSplit) -> Int64:

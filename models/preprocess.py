@@ -4,17 +4,22 @@ Shapes: B images, C channels, S side of the square in pixels.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from ..errors import ToolkitError
+from ..store.images import Values
 from ..store.pixels import Picture, values_of
+
+if TYPE_CHECKING:  # processes that only decode do without torch
+    from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; what DINOv2 normalises by
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ASPECT = 4  # chosen: of a longer image the middle part is resized, for the rest would be cropped away
+THIN = 100  # chosen: an image so many times as long as wide is averaged to a few pixels before it is squeezed
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,14 @@ class Preprocess:
         return 2 * self.short_side  # chosen: twice, so that the reduced decoding does not show in the result
 
 
-def crop_picture(picture: Picture, preprocess: Preprocess) -> Tensor:
+def crop_picture(picture: Picture, preprocess: Preprocess) -> "Tensor":
+    """Return a picture as pixels, (C, S, S) uint8 or uint16; see `cropped_values`."""
+    import torch
+
+    return torch.from_numpy(cropped_values(picture, preprocess))
+
+
+def cropped_values(picture: Picture, preprocess: Preprocess) -> Values:
     """Return a picture as pixels, (C, S, S) uint8 or uint16.
 
     The short side is resized to `short_side`, bicubic with antialiasing, and the central square is cut out.
@@ -62,12 +74,13 @@ def crop_picture(picture: Picture, preprocess: Preprocess) -> Tensor:
     if isinstance(picture, Image.Image):
         picture = picture.convert("RGB" if preprocess.in_chans == 3 else "L")
     if preprocess.crop_ratio is None:
-        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+        is_thin = max(picture.size) > THIN * min(picture.size)
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=3.0 if is_thin else None)
     else:
         picture = _resize_short_side(_middle(picture), preprocess.short_side)
         left, top = round((picture.width - side) / 2), round((picture.height - side) / 2)
         picture = picture.crop((left, top, left + side, top + side))
-    return torch.tensor(values_of(picture)).permute(2, 0, 1).contiguous()  # (S, S, C) -> (C, S, S)
+    return np.array(values_of(picture).transpose(2, 0, 1), order="C")  # (S, S, C) -> (C, S, S)
 
 
 def _middle(picture: Picture) -> Picture:
@@ -83,7 +96,9 @@ def _resize_short_side(picture: Picture, short_side: int) -> Picture:
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+def normalise(pixels: "Tensor", preprocess: Preprocess) -> "Tensor":
     """Return pixels (B, C, S, S) uint8 or uint16 as float32, each channel less its mean and divided by its std."""
+    import torch
+
     mean, std = (torch.tensor(each, device=pixels.device).view(-1, 1, 1) for each in (preprocess.mean, preprocess.std))
     return (pixels.float() / torch.iinfo(pixels.dtype).max - mean) / std

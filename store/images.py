@@ -6,16 +6,11 @@ A bad image is data, not an error: whatever is wrong raises UnreadableImage with
 import hashlib
 import math
 import os
-import stat
-import struct
-import threading
 import warnings
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote_to_bytes
 
@@ -23,13 +18,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from . import parquet_rows
+from .files import NotRegularError, open_regular
+from .limits import (
+    BYTES_PER_PIXEL,
+    COEFFICIENT_BYTES,
+    DEFAULT_LIMITS,
+    Limits,
+    check_bytes,
+    check_pixels,
+    check_scans,
+    claim_memory,
+    webp_size,
+)
+from .limits import UnreadableImage as UnreadableImage
 
 ColourMode = Literal["RGB", "L"]
 Values = NDArray[np.unsignedinteger[Any]]  # (H, W, C) uint8 or uint16: pixels down and across, channels
 
 ARRAY_START = b"\x93NUMPY"  # of a .npy file
-MAX_FILE_BYTES = 1 << 30  # chosen: a larger file is hardly an image, and would be read into memory
 TRANSPOSES = {  # by EXIF orientation: what turns the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,22 +45,22 @@ TRANSPOSES = {  # by EXIF orientation: what turns the stored pixels upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-LARGE_PIXELS = 32_000_000  # chosen: images above it are decoded one at a time, whatever the number of threads
-
-# What Pillow's readers raise for broken files; none of it may end a run over a million images.
-PYTHON_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError)
-DECODE_ERRORS = (*PYTHON_ERRORS, MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
 
 # Pillow's warnings about files that it can read are of no use; the reason for others is in the removed rows.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-class UnreadableImage(Exception):
-    """A file or row that cannot be decoded; `reason` says why in one short line."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = " ".join(reason.split())[:200]
-        super().__init__(self.reason)
+@contextmanager
+def guarded(doing: str = "cannot be decoded") -> Iterator[None]:
+    """Whatever the block raises becomes UnreadableImage: no image may end a run over a million of them."""
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except MemoryError:
+        raise UnreadableImage("not enough memory to decode it") from None
+    except Exception as problem:  # Pillow's and NumPy's readers raise anything
+        raise UnreadableImage(f"{doing}: {problem or type(problem).__name__}") from None
 
 
 def image_id(data: bytes) -> str:
@@ -62,58 +68,58 @@ def image_id(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, limits: Limits = DEFAULT_LIMITS) -> bytes:
     """Return the bytes behind a path, file:// or parquet://FILE?row=N[&column=NAME]; UnreadableImage if none."""
     scheme, separator, rest = uri.partition("://")
-    if not separator or "/" in scheme:
-        return _read_file(uri)
-    if scheme == "file":
-        return _read_file(os.fsdecode(unquote_to_bytes(rest)))
-    if scheme == "parquet":
-        return _read_row(rest)
-    raise UnreadableImage("URLs are not fetched" if scheme in ("http", "https") else f"{scheme}:// is not read")
+    with guarded("cannot be read"):
+        if not separator or "/" in scheme:
+            return _read_file(uri, limits)
+        if scheme == "file":
+            return _read_file(os.fsdecode(unquote_to_bytes(rest)), limits)
+        if scheme == "parquet":
+            return _read_row(rest, limits)
+        raise UnreadableImage("URLs are not fetched" if scheme in ("http", "https") else f"{scheme}:// is not read")
 
 
-def _read_file(path: str) -> bytes:
+def _read_file(path: str, limits: Limits) -> bytes:
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise UnreadableImage("a folder, not a file")
-        if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait forever
-            raise UnreadableImage("not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise UnreadableImage(f"{status.st_size / 1e9:.1f} GB, too large for an image")
-        return Path(path).read_bytes()
+        with open_regular(path) as file:
+            check_bytes(os.fstat(file.fileno()).st_size, limits)
+            return file.read(limits.max_image_bytes)  # no more, should it grow meanwhile
     except FileNotFoundError:
         raise UnreadableImage("a broken link" if os.path.islink(path) else "no such file") from None
+    except NotRegularError as problem:
+        raise UnreadableImage(f"{problem.strerror}, not a regular file") from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
         raise UnreadableImage(f"cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
 
 
-def _read_row(place: str) -> bytes:
+def _read_row(place: str, limits: Limits) -> bytes:
+    from .parquet_rows import rows  # here: processes that only decode do without Arrow
+
     path, _, query = place.partition("?")
     fields = parse_qs(query)
     row, column = fields.get("row", [""])[0], fields.get("column", ["image"])[0]
     if not (row.isascii() and row.isdigit()):
         raise UnreadableImage("a parquet:// name without ?row=N")
     try:
-        data = parquet_rows.rows.read(os.fsdecode(unquote_to_bytes(path)), column, int(row))
+        data = rows.read(os.fsdecode(unquote_to_bytes(path)), column, int(row), limits)
     except FileNotFoundError:
         raise UnreadableImage("no such Parquet file") from None
-    except (OSError, LookupError, TypeError, ValueError) as problem:  # ArrowInvalid is a ValueError
+    except LookupError as problem:
         raise UnreadableImage(f"cannot be read: {problem.args[0] if problem.args else problem}") from None
     if data is None:
         raise UnreadableImage("the row holds no image")
     return data
 
 
-def decode(data: bytes, mode: ColourMode = "RGB", min_side: int | None = None) -> Image.Image:
+def decode(data: bytes, mode: ColourMode = "RGB", limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     """Return the picture that `data` encodes, upright, in `mode`; see `decode_sized`."""
-    return decode_sized(data, mode, min_side)[0]
+    return decode_sized(data, mode, limits=limits)[0]
 
 
 def decode_sized(
-    data: bytes, mode: ColourMode = "RGB", min_side: int | None = None
+    data: bytes, mode: ColourMode = "RGB", min_side: int | None = None, limits: Limits = DEFAULT_LIMITS
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Return the picture that `data` encodes, in 8-bit `mode`, and its full (width, height).
 
@@ -129,13 +135,14 @@ def decode_sized(
     Raises UnreadableImage whatever is wrong with the data.
     """
     if data.startswith(ARRAY_START):
-        picture = shown(read_array(data))
+        picture = shown(read_array(data, limits))
         return picture.convert(mode), picture.size
-    with opened(data) as image:
+    with opened(data, limits) as image:
         full_size = image.size
         if min_side is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (min_side, min_side))
         is_reduced = image.size != full_size
+        claim_memory(_decoding_bytes(image, full_size))
         image.load()
         turned, is_swapped = upright(image)
         if not is_reduced:
@@ -148,37 +155,56 @@ def decode_sized(
 
 
 @contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
+def opened(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Iterator[Image.Image]:
     """Open an encoded image; whatever is wrong with it, also in the block, raises UnreadableImage."""
     if not data:
         raise UnreadableImage("empty file")
-    try:
-        with Image.open(BytesIO(data), formats=_formats()) as image:
-            num_pixels = image.width * image.height
-            with _large_images if num_pixels > LARGE_PIXELS else nullcontext():
-                yield image
-    except UnidentifiedImageError:
-        raise UnreadableImage("not an image of a known format") from None
-    except Image.DecompressionBombError:
-        raise UnreadableImage(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels") from None
-    except MemoryError:
-        raise UnreadableImage("not enough memory to decode it") from None
-    except DECODE_ERRORS as problem:
-        raise UnreadableImage(f"cannot be decoded: {problem or type(problem).__name__}") from None
+    with guarded():
+        check_bytes(len(data), limits)
+        if (size := webp_size(data)) is not None:
+            check_pixels(*size, len(data), limits)
+            claim_memory(2 * BYTES_PER_PIXEL * size[0] * size[1])
+        try:
+            image = Image.open(BytesIO(data), formats=formats())
+        except UnidentifiedImageError:
+            raise UnreadableImage("not an image of a known format") from None
+        except Image.DecompressionBombError:
+            raise UnreadableImage(f"more than --max-pixels {limits.max_pixels}") from None
+        with image:
+            check_pixels(*image.size, len(data), limits)
+            if image.info.get("progressive"):
+                check_scans(data)
+            yield image
 
 
-def read_array(data: bytes) -> Values:
+def _decoding_bytes(image: Image.Image, full_size: tuple[int, int]) -> int:
+    """Return about how many bytes an opened image takes while it is decoded."""
+    num_bytes = BYTES_PER_PIXEL * image.width * image.height
+    if image.info.get("progressive"):
+        num_bytes += COEFFICIENT_BYTES * full_size[0] * full_size[1]
+    return num_bytes
+
+
+def read_array(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Values:
     """Return the pixels (H, W, C) of a .npy file of uint8 or uint16, (H, W) as one channel; else UnreadableImage."""
-    try:
-        values = np.load(BytesIO(data), allow_pickle=False)
-    except DECODE_ERRORS as problem:
-        raise UnreadableImage(f"cannot be decoded: {problem or type(problem).__name__}") from None
-    if values.dtype.kind != "u" or values.dtype.itemsize > 2:
-        raise UnreadableImage(f"an array of {values.dtype}; only uint8 and uint16 are read")
-    if values.ndim not in (2, 3) or 0 in values.shape:
-        raise UnreadableImage(f"an array of shape {values.shape}; it must be (height, width, channels)")
-    pixels: Values = values.reshape(*values.shape[:2], -1).astype(values.dtype.newbyteorder("="), copy=False)
-    return pixels
+    with guarded():
+        check_bytes(len(data), limits)
+        file = BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read_header(file)
+        if dtype.kind != "u" or dtype.itemsize > 2:
+            raise UnreadableImage(f"an array of {dtype}; only uint8 and uint16 are read")
+        if len(shape) not in (2, 3) or min(shape) <= 0:
+            raise UnreadableImage(f"an array of shape {shape}; it must be (height, width, channels)")
+        if math.prod(shape) * dtype.itemsize > len(data) - file.tell():
+            raise UnreadableImage(f"an array of shape {shape} that is cut off")
+        check_pixels(shape[1], shape[0], len(data), limits)
+        claim_memory(2 * len(data) + BYTES_PER_PIXEL * shape[0] * shape[1])
+        values = np.frombuffer(data, dtype, math.prod(shape), file.tell())
+        values = values.reshape(shape, order="F" if is_fortran else "C")
+        pixels: Values = values.reshape(*shape[:2], -1).astype(dtype.newbyteorder("="), copy=False)
+        return pixels
 
 
 def shown(values: Values) -> Image.Image:
@@ -194,11 +220,8 @@ def eight_bits(values: Values) -> Values:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # values / 257, rounded
 
 
-_large_images = threading.Lock()
-
-
 @cache
-def _formats() -> list[str]:
+def formats() -> list[str]:
     """Return the formats that are tried: all of Pillow's but PostScript, which would start another program."""
     Image.init()
     return [name for name in Image.ID if name != "EPS"]
@@ -208,7 +231,7 @@ def upright(image: Image.Image) -> tuple[Image.Image, bool]:
     """Return an image turned as its EXIF orientation says, and whether width and height changed places."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except DECODE_ERRORS:  # the pixels may be good all the same
+    except Exception:  # the pixels may be good all the same
         orientation = 1
     if not isinstance(orientation, int) or orientation not in TRANSPOSES:
         return image, False

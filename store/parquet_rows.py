@@ -14,9 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .files import open_regular
+from .limits import DEFAULT_LIMITS, Limits, UnreadableImage, check_bytes
+
 PIECE_BYTES = 64 << 20  # chosen: about how much of a row group is decoded at a time
 CACHE_BYTES = 256 << 20  # chosen: decoded pieces that are kept
 OPEN_FILES = 16  # chosen: files, and places within their row groups, that are kept open
+
+MOST_PACKED = 100  # chosen: encoded images hardly shrink, nor do pages of them
 
 FileKey = tuple[str, int, int]  # path, time stamp, size: a file that was replaced is another file
 GroupKey = tuple[FileKey, str, int]  # file, column, row group
@@ -50,21 +55,28 @@ class ParquetRows:
         self._streams: OrderedDict[GroupKey, Iterator[Piece]] = OrderedDict()
         self._pieces: OrderedDict[tuple[GroupKey, int], Piece] = OrderedDict()  # by group and first row
 
-    def read(self, path: str, column: str, row: int) -> bytes | None:
+    def read(self, path: str, column: str, row: int, limits: Limits = DEFAULT_LIMITS) -> bytes | None:
         """Return the bytes in `column`, or in its field `bytes` where it is a struct; None where they are null.
 
         Raises OSError or pyarrow's ArrowInvalid when the file cannot be read, LookupError when it has no such column
-        or row, TypeError when the column does not hold bytes.
+        or row, TypeError when the column does not hold bytes, UnreadableImage when they are too many.
         """
-        status = os.stat(path)
+        with open_regular(path) as opened:
+            status = os.fstat(opened.fileno())
         key = (path, status.st_mtime_ns, status.st_size)
         with self._lock:
             file = self._open(key)
             if row >= file.first_rows[-1]:
                 raise LookupError(f"there is no row {row}; the file has {file.first_rows[-1]}")
-            piece = self._find(file, (key, column, bisect_right(file.first_rows, row) - 1), row)
-        value: bytes | None = piece.values[row - piece.first_row].as_py()
-        return value
+            group = bisect_right(file.first_rows, row) - 1
+            _check_size(file.parquet.metadata.row_group(group), column, limits)
+            piece = self._find(file, (key, column, group), row)
+        value = piece.values[row - piece.first_row]
+        if not value.is_valid:
+            return None
+        buffer = value.as_buffer()
+        check_bytes(buffer.size, limits)
+        return bytes(buffer)
 
     def _find(self, file: OpenFile, group: GroupKey, row: int) -> Piece:
         for key, piece in reversed(self._pieces.items()):  # few, and nearly always the newest
@@ -82,6 +94,20 @@ class ParquetRows:
                         self._streams.popitem(last=False)
                     return piece
         raise LookupError(f"row group {group[2]} ends before row {row}")
+
+
+def _check_size(group: pq.RowGroupMetaData, column: str, limits: Limits) -> None:
+    """Raise UnreadableImage when the rows of a group are too large on average, or nearly empty ones unpack to much.
+
+    Arrow unpacks whole pages, so a value that is too large must be found without reading it.
+    """
+    chunks = map(group.column, range(group.num_columns))
+    for chunk in chunks:
+        if chunk.path_in_schema in (column, f"{column}.bytes"):
+            size, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
+            check_bytes(size // (2 * max(group.num_rows, 1)), limits)  # half: it counts what stands between the rows
+            if size > limits.max_image_bytes and size > MOST_PACKED * packed:
+                raise UnreadableImage(f"{packed:,} bytes that unpack to {size:,}, as no images do")
 
 
 def _open(key: FileKey) -> OpenFile:

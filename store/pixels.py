@@ -8,7 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .images import ARRAY_START, UnreadableImage, Values, decode_sized, eight_bits, opened, read_array, shown, upright
+from .images import (
+    ARRAY_START,
+    UnreadableImage,
+    Values,
+    decode_sized,
+    eight_bits,
+    guarded,
+    opened,
+    read_array,
+    shown,
+    upright,
+)
+from .limits import BYTES_PER_PIXEL, DEFAULT_LIMITS, Limits, claim_memory
 
 MAX_16_BITS = 65535
 
@@ -57,7 +69,7 @@ Picture = Image.Image | Bands
 
 
 def decode_picture(
-    data: bytes, in_chans: int, bit_depth: int, min_side: int | None = None
+    data: bytes, in_chans: int, bit_depth: int, min_side: int | None = None, limits: Limits = DEFAULT_LIMITS
 ) -> tuple[Picture, tuple[int, int]]:
     """Return the picture that `data` encodes, as a model takes it, and its full (width, height).
 
@@ -73,13 +85,17 @@ def decode_picture(
     Raises UnreadableImage for other channels, for values that 16 bits do not hold, and whatever else is wrong.
     """
     if bit_depth == 8 and in_chans in (1, 3):
-        return decode_sized(data, "RGB" if in_chans == 3 else "L", min_side)
-    values = read_array(data) if data.startswith(ARRAY_START) else _read_pages(data, in_chans, bit_depth)
+        return decode_sized(data, "RGB" if in_chans == 3 else "L", min_side, limits)
+    if data.startswith(ARRAY_START):
+        values = read_array(data, limits)
+    else:
+        values = _read_pages(data, in_chans, bit_depth, limits)
     _check_channels(values.shape[2], in_chans)
-    if values.dtype == np.uint8 and bit_depth == 16:
-        values = values.astype(np.uint16) * np.uint16(MAX_16_BITS // 255)
-    elif values.dtype == np.uint16 and bit_depth == 8:
-        values = eight_bits(values)
+    with guarded():
+        if values.dtype == np.uint8 and bit_depth == 16:
+            values = values.astype(np.uint16) * np.uint16(MAX_16_BITS // 255)
+        elif values.dtype == np.uint16 and bit_depth == 8:
+            values = eight_bits(values)
     bands = Bands(values)
     return bands, bands.size
 
@@ -96,9 +112,10 @@ def as_image(picture: Picture) -> Image.Image:
     return shown(picture.values) if isinstance(picture, Bands) else picture
 
 
-def _read_pages(data: bytes, in_chans: int, bit_depth: int) -> Values:
+def _read_pages(data: bytes, in_chans: int, bit_depth: int, limits: Limits) -> Values:
     """Return the pixels (H, W, C) of an encoded image, those of a TIFF file's pages one after another."""
-    with opened(data) as image:
+    with opened(data, limits) as image:
+        claim_memory((BYTES_PER_PIXEL + 4 * in_chans) * image.width * image.height)
         num_pages: int = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
         pages: list[Values] = []
         for number in range(num_pages):

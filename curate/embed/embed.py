@@ -18,15 +18,17 @@ from pathlib import Path
 from ... import console
 from ...errors import Stopped, ToolkitError
 from ...features.extract.extract import FeatureModel, best_device, precision
+from ...features.image_workers import server
 from ...features.launch import Group, caught_signals, is_launched, join_group, launch
 from ...store.artifact import Options, Result, check_manifest_name, make, read_run_provenance
 from ...store.manifest import Provenance, removed_path
 from ...store.sources import check_labels, open_sources
 from .assemble import assemble, check_failed
 from .filters import is_filtered
+from .known import UNMATCHED, KnownRows
 from .listing import SLICE_ENTRIES, list_sources
 from .parts import PartWriter, forget_work, locked, num_in_parts, part_rows, part_schema, read_arrow, work_folder
-from .plan import describe_work, earlier_manifest, load_unmatched, start_work, stopped_run
+from .plan import describe_work, earlier_manifest, start_work, stopped_run
 from .settings import EmbedSettings as EmbedSettings
 from .settings import chosen_model, extracted, manifest_fields, wanted_provenance
 
@@ -40,6 +42,8 @@ def embed_images(arguments: list[str], output: str, settings: EmbedSettings, opt
     else stands at `output`, no image at all can be read, or more than the share `max_failed` cannot.
     """
     path = check_manifest_name(output)
+    if not is_launched(os.environ) and settings.num_processes == 1:
+        server.start()  # while sources are listed and the model is read
     if settings.num_processes > 1 and not is_launched(os.environ) and not options.dry_run:
         launch(settings.num_processes)
         return None
@@ -125,7 +129,7 @@ def _embed_share(folder: Path, model: FeatureModel, settings: EmbedSettings, gro
     assert begun is not None, "the first process has written it"
     num_entries, num_failed = len(read_arrow(folder / "listing.arrow")), 0
     schema = part_schema(manifest_fields(model, settings, []))
-    recognise = None if begun.base is None else load_unmatched(folder)
+    recognise = None if begun.base is None else KnownRows(folder / UNMATCHED)
     waiting: deque[tuple[str, int]] = deque()  # uris and versions that were read, and are not embedded yet
 
     def uris() -> Iterator[str | None]:

@@ -5,8 +5,7 @@ read, by its bytes. Rows are counted through the earlier manifest, then through 
 """
 
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from ...store import tables
 from ...store.artifact import difference, read_run_provenance, write_run_provenance
 from ...store.cache import cache_folder, cache_key
 from ...store.manifest import Manifest, Provenance, Source, open_manifest
+from .known import UNMATCHED
 from .listing import SLICE_ENTRIES, Listed
 from .parts import finished_parts, forget_work, num_in_parts, read_arrow
 from .settings import EmbedSettings, extracted
@@ -146,22 +146,11 @@ def write_unmatched(folder: Path, earlier: Manifest) -> int:
             order by image_id, row
             """
         ).to_arrow_reader(tables.BATCH_ROWS)
-        with pa.ipc.new_file(str(folder / "unmatched.arrow"), unmatched.schema) as writer:
+        with pa.ipc.new_file(str(folder / UNMATCHED), unmatched.schema) as writer:
             for batch in unmatched:
                 writer.write_batch(batch)
                 num_gone += int(batch.column("is_gone").true_count)
     return num_gone
-
-
-def load_unmatched(folder: Path) -> Callable[[str], int | None]:
-    """Return a function that finds the earlier row of an image_id, in what `write_unmatched` wrote."""
-    ids, rows, _ = read_arrow(folder / "unmatched.arrow").columns
-
-    def find(image_id: str) -> int | None:
-        place = bisect_left(ids, image_id, key=lambda each: each.as_py())
-        return rows[place].as_py() if place < len(ids) and ids[place].as_py() == image_id else None
-
-    return find
 
 
 @contextmanager

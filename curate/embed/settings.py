@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from ...features.extract.decoding import Reading
 from ...features.extract.extract import FeatureBatch, FeatureModel, extract, open_model, with_choice
+from ...features.extract.reading import Reading
 from ...features.extract.tokens import TokenChoice, Tokens
 from ...features.launch import local_count
 from ...store.artifact import Options
+from ...store.limits import DEFAULT_LIMITS, Limits
 from ...store.manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, Provenance, embedding_field, patch_fields
 from ...store.sources import ImageSource
 from .filters import Filters
@@ -34,6 +35,7 @@ class EmbedSettings:
     image_size: int | None = None  # pixels a side; None: the model's own
     windows: int | None = None  # short side in pixels of what is looked at in tiles
     filters: Filters = Filters()
+    limits: Limits = DEFAULT_LIMITS
     num_processes: int = 1
 
 
@@ -62,6 +64,7 @@ def wanted_provenance(
         "sources": [source.path for source in sources],
         **{name: chosen[name] for name in ("role", "labels", "dtype", "tokens", "layers", "windows")},
         **chosen["filters"],
+        **({} if settings.limits == DEFAULT_LIMITS else chosen["limits"]),
         "image_size": model.preprocess.image_size,
         "limit": options.limit,
         "columns": [field.name for field in OPTIONAL_IMAGE_FIELDS if field.name in present],
@@ -84,6 +87,6 @@ def extracted(
 ) -> Generator[FeatureBatch, None, None]:
     """Yield the features of images, as `features.extract.extract`; `recognise` finds rows of the same bytes."""
     filters = settings.filters
-    reading = Reading(recognise, filters.reason if filters != Filters() else None, filters.decode_side)
+    reading = Reading(recognise, filters.reason if filters != Filters() else None, filters.decode_side, settings.limits)
     num_workers = settings.num_workers or max(1, (os.cpu_count() or 1) // local_count())
     return extract(model, uris, batch_size=settings.batch_size, num_workers=num_workers, reading=reading)

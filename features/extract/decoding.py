@@ -1,61 +1,30 @@
-"""Images decoded ahead in threads, in order, a batch at a time.
+"""Images decoded ahead in processes, in order, a batch at a time.
 
 Shapes: B images, C channels, S side in pixels, T tiles.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, count, islice
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ...models.preprocess import Preprocess, crop_picture
-from ...store.images import UnreadableImage, image_id, read_bytes
-from ...store.pixels import Picture, as_image, decode_picture
+from ...models.preprocess import Preprocess
+from ...store.images import UnreadableImage
+from ..image_workers import image_workers
 from ..threads import map_in_order
+from .reading import ImageFacts, Loaded, Reading, Tiling, load
 from .windows import Layout
 
-TASK_IMAGES = 8  # chosen: images a thread decodes at a time, so that small ones do not drown in hand-overs
+TASK_IMAGES = 8  # chosen: images a process decodes at a time, so that small ones do not drown in hand-overs
 
-
-@dataclass(frozen=True)
-class Reading:
-    """What else is asked of an image while it is read."""
-
-    known: Callable[[str], int | None] | None = None  # by image_id: a number, if it need not be decoded
-    reject: Callable[[Image.Image, tuple[int, int]], str | None] | None = None  # picture and full size -> reason
-    decode_side: int = 0  # pixels that `reject` needs of the shorter side
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How pictures are cut into tiles."""
-
-    cut: Callable[[Picture], tuple[Tensor, Layout]]
-    decode_side: int  # pixels that it needs of the shorter side
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What is known of a decoded image."""
-
-    image_id: str
-    width: int  # pixels, upright and in full
-    height: int
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """An image on its way into a batch."""
-
-    facts: ImageFacts
-    pixels: Tensor  # (C, S, S) uint8 or uint16, or its tiles (T, C, S, S)
-    layout: Layout | None = None  # of the tiles
+Task = list[tuple[int, str | None]]  # uris with their numbers
 
 
 @dataclass
@@ -80,18 +49,22 @@ def load_batches(
     reading: Reading | None = None,
     tiling: Tiling | None = None,
 ) -> Generator[ImageBatch, None, None]:
-    """Yield all images, decoded and cropped, in order and `batch_size` at a time, decoding ahead in threads.
+    """Yield all images, decoded and cropped, in order and `batch_size` at a time, decoding ahead in processes.
 
-    Pillow, hashing and file reading let other threads run meanwhile; forked processes would not do, for FAISS hangs
-    in them. At most two batches and a little for every thread are decoded ahead, so memory stays bounded.
+    At most two batches and a little for every process are decoded ahead, so memory stays bounded.
     """
     asked = Reading() if reading is None else reading
+    function = partial(load, preprocess=preprocess, reading=asked, tiling=tiling)
 
-    def load_all(task: list[tuple[int, str | None]]) -> list[tuple[int, Loaded | int | str | None]]:
-        return [(index, uri and load(uri, preprocess, asked, tiling)) for index, uri in task]
+    def load_all(task: Task) -> list[tuple[int, Loaded | int | UnreadableImage | None]]:
+        loaded = iter(read([uri for _, uri in task if uri is not None]))
+        return [(index, None if uri is None else next(loaded)) for index, uri in task]
 
     batch, images, start = ImageBatch(), list[Loaded](), time.perf_counter()
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as executor:
+    with (
+        ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as executor,
+        image_workers(function, num_workers, asked.limits) as read,
+    ):
         ahead = 2 * batch_size // TASK_IMAGES + 2 * num_workers  # tasks
         with closing(map_in_order(load_all, _tasks(uris), executor, ahead)) as tasks:
             for task in tasks:
@@ -100,8 +73,8 @@ def load_batches(
                     if isinstance(result, Loaded):
                         batch.indices.append(index)
                         images.append(result)
-                    elif isinstance(result, str):
-                        batch.failures.append((index, result))
+                    elif isinstance(result, UnreadableImage):
+                        batch.failures.append((index, result.reason))
                     elif result is not None:
                         batch.known.append((index, result))
                     is_end = result is None and (images or batch.failures or batch.known)
@@ -111,7 +84,7 @@ def load_batches(
                 start = time.perf_counter()
 
 
-def _tasks(uris: Iterable[str | None]) -> Iterator[list[tuple[int, str | None]]]:
+def _tasks(uris: Iterable[str | None]) -> Iterator[Task]:
     """Yield the names a few at a time, numbered; None, which ends a batch, is not counted, and comes last."""
     numbers = count()
     numbered = ((-1 if uri is None else next(numbers), uri) for uri in chain(uris, [None]))
@@ -119,27 +92,11 @@ def _tasks(uris: Iterable[str | None]) -> Iterator[list[tuple[int, str | None]]]
         yield task
 
 
-def load(uri: str, preprocess: Preprocess, reading: Reading, tiling: Tiling | None) -> Loaded | int | str:
-    """Return the image behind a uri, ready for the model; or the reason why there is none; or its number if known."""
-    side = preprocess.min_side if tiling is None else tiling.decode_side
-    try:
-        data = read_bytes(uri)
-        identity = image_id(data)
-        if reading.known is not None and (number := reading.known(identity)) is not None:
-            return number
-        picture, size = decode_picture(data, preprocess.in_chans, preprocess.bit_depth, max(side, reading.decode_side))
-    except UnreadableImage as problem:
-        return problem.reason
-    if reading.reject is not None and (reason := reading.reject(as_image(picture), size)) is not None:
-        return reason
-    facts = ImageFacts(identity, *size)
-    return Loaded(facts, crop_picture(picture, preprocess)) if tiling is None else Loaded(facts, *tiling.cut(picture))
-
-
 def _filled(batch: ImageBatch, images: list[Loaded]) -> ImageBatch:
     """Return a batch with its images."""
     batch.facts = [image.facts for image in images]
     batch.layouts = [image.layout for image in images if image.layout is not None]
     if images:
-        batch.pixels = (torch.cat if batch.layouts else torch.stack)([image.pixels for image in images])
+        pixels = (np.concatenate if batch.layouts else np.stack)([image.pixels for image in images])
+        batch.pixels = torch.from_numpy(pixels)
     return batch

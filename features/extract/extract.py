@@ -21,7 +21,8 @@ from ...models.vit import Features, VisionTransformer
 from ...models.weights import Model, load_model
 from ...store import catalog
 from ...store.manifest import Source
-from .decoding import ImageBatch, ImageFacts, Reading, Tiling, load_batches
+from .decoding import ImageBatch, load_batches
+from .reading import ImageFacts, Reading, Tiling
 from .tokens import TokenChoice, chosen_tokens, concatenate
 from .windows import cut
 
@@ -164,13 +165,13 @@ def extract(
 ) -> Generator[FeatureBatch, None, None]:
     """Yield the features of all images, in order; the same ones whatever the number of workers.
 
-    Close the iterator (`contextlib.closing`) when leaving it early: that ends the threads.
+    Close the iterator (`contextlib.closing`) when leaving it early: that ends the processes.
 
     Args:
         model: whose backbone is put on the GPU when there is one, and into evaluation mode.
         uris: names as `store.images.read_bytes` takes them, read only a little ahead of the model; None among them
             ends a batch there, and is not counted.
-        num_workers: threads that read, decode and resize.
+        num_workers: processes that read, decode and resize.
     """
     device = best_device()
     model.backbone.to(device).eval()

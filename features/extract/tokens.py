@@ -1,17 +1,19 @@
 """The tokens that describe an image: class token, mean of the patches, or every patch; of one block or several.
 
-Shapes: B images, N patch tokens, D embed_dim, L blocks, E numbers an image, T tiles, R register tokens.
+Shapes: B images, N patch tokens, D embed_dim, L blocks, E numbers an image, T tiles, R register tokens,
+rows x columns patches of an image.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...models.vit import Features
-from .windows import Layout, stitch
+from .windows import Layout
 
 Tokens = Literal["cls", "mean", "cls+mean", "patches"]
 
@@ -83,6 +85,24 @@ def chosen_tokens(
             return vectors, []
         shapes = [(layout.rows, layout.columns, -1) for layout in layouts]
         return vectors, [patch_vectors(blocks)[0].view(shape) for blocks, shape in zip(images, shapes, strict=True)]
+
+
+def stitch(tiles: Features, layout: Layout) -> Features:
+    """Return the features of a whole image, as a batch of one, from those of its T tiles.
+
+    Class (and register) tokens are averaged over the tiles; where tiles overlap, their patch tokens are.
+    """
+    side = round(tiles.patch_tokens.shape[1] ** 0.5)  # patches a side of a tile
+    grids = tiles.patch_tokens.float().view(layout.num_tiles, side, side, -1)  # (T, N, D) -> (T, side, side, D)
+    total = grids.new_zeros((layout.rows, layout.columns, grids.shape[-1]))
+    count = grids.new_zeros((layout.rows, layout.columns, 1))
+    for grid, (top, left) in zip(grids, product(layout.tops, layout.lefts), strict=True):
+        total[top : top + side, left : left + side] += grid
+        count[top : top + side, left : left + side] += 1
+    patches = (total / count).flatten(0, 1)  # (rows, columns, D) -> (rows * columns, D)
+    return Features(
+        tiles.cls_token.float().mean(dim=0)[None], tiles.register_tokens.float().mean(dim=0)[None], patches[None]
+    )
 
 
 def concatenate(parts: Sequence[Features]) -> Features:

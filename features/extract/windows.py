@@ -1,17 +1,16 @@
-"""Sliding windows over large images: overlapping tiles of the size a model takes, and their tokens put together.
+"""Sliding windows over large images: overlapping tiles of the size a model takes.
 
-Shapes: C channels, S side of a tile in pixels, T tiles of an image, D embed_dim, rows x columns patches of an image.
+Shapes: C channels, S side of a tile in pixels, T tiles of an image, rows x columns patches of an image.
 """
 
 from dataclasses import dataclass
 from itertools import product
 
-import torch
+import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from ...models.preprocess import Preprocess
-from ...models.vit import Features
+from ...store.images import Values
 from ...store.pixels import Picture, values_of
 
 MAX_ASPECT = 8  # chosen: of a longer image only the middle is seen, or one image could cost a million tiles
@@ -32,7 +31,7 @@ class Layout:
         return len(self.tops) * len(self.lefts)
 
 
-def cut(picture: Picture, preprocess: Preprocess, patch_size: int, short_side: int) -> tuple[Tensor, Layout]:
+def cut(picture: Picture, preprocess: Preprocess, patch_size: int, short_side: int) -> tuple[Values, Layout]:
     """Return the tiles of a picture, (T, C, S, S) uint8 or uint16, and their layout.
 
     The picture is resized so that its short side is `short_side` pixels where it is longer, and S where it is shorter
@@ -49,30 +48,12 @@ def cut(picture: Picture, preprocess: Preprocess, patch_size: int, short_side: i
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     rows, columns, window = height // patch_size, width // patch_size, side // patch_size
     layout = Layout(rows, columns, _offsets(rows, window), _offsets(columns, window))
-    pixels = torch.tensor(values_of(picture)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    pixels = values_of(picture).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
     tiles = [
         pixels[:, top * patch_size : top * patch_size + side, left * patch_size : left * patch_size + side]
         for top, left in product(layout.tops, layout.lefts)
     ]
-    return torch.stack(tiles), layout
-
-
-def stitch(tiles: Features, layout: Layout) -> Features:
-    """Return the features of a whole image, as a batch of one, from those of its T tiles.
-
-    Class (and register) tokens are averaged over the tiles; where tiles overlap, their patch tokens are.
-    """
-    side = round(tiles.patch_tokens.shape[1] ** 0.5)  # patches a side of a tile
-    grids = tiles.patch_tokens.float().view(layout.num_tiles, side, side, -1)  # (T, N, D) -> (T, side, side, D)
-    total = grids.new_zeros((layout.rows, layout.columns, grids.shape[-1]))
-    count = grids.new_zeros((layout.rows, layout.columns, 1))
-    for grid, (top, left) in zip(grids, product(layout.tops, layout.lefts), strict=True):
-        total[top : top + side, left : left + side] += grid
-        count[top : top + side, left : left + side] += 1
-    patches = (total / count).flatten(0, 1)  # (rows, columns, D) -> (rows * columns, D)
-    return Features(
-        tiles.cls_token.float().mean(dim=0)[None], tiles.register_tokens.float().mean(dim=0)[None], patches[None]
-    )
+    return np.stack(tiles), layout
 
 
 def _offsets(length: int, window: int) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate import segment
-from dinov2_toolkit.evaluate.masks import open_masked_split, read_mask
+from dinov2_toolkit.evaluate.masks import decode_mask, open_masked_split, read_mask
 from dinov2_toolkit.evaluate.probe import ProbeSettings, probe
 from dinov2_toolkit.evaluate.segment import at_points, mean_iou, pixel_accuracy, pixel_counts, predict
+from dinov2_toolkit.features.image_workers import image_workers
 from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
@@ -136,10 +137,19 @@ def test_masks_of_another_size_are_an_error() -> None:
 
 def test_masks_in_colour_or_gone_are_an_error() -> None:
     Image.new("RGB", (4, 4)).save("colour.png")
-    with pytest.raises(ToolkitError, match=r"colour\.png is of mode RGB; a mask is a picture of one channel"):
-        read_mask("colour.png", "image", 4, 4)
-    with pytest.raises(ToolkitError, match=r"the mask gone\.png of image cannot be read: no such file"):
-        read_mask("gone.png", "image", 4, 4)
+    Image.new("RGB", (4, 4)).save("colour.eps")  # which Pillow reads by starting Ghostscript
+    for name, why in [
+        ("colour.png", "it is of mode RGB, and a mask is a picture of one channel"),
+        ("colour.eps", "not an image of a known format"),
+        ("gone.png", "no such file"),
+    ]:
+        with pytest.raises(ToolkitError, match=f"the mask {name} of image cannot be read: {why}; correct the row"):
+            read(name, 4)
+
+
+def read(name: str, side: int) -> np.ndarray:
+    with image_workers(decode_mask, 1) as workers:
+        return read_mask(workers, name, "image", side, side)
 
 
 def test_palette_masks_count_by_number_and_16_bit_ones_by_value() -> None:
@@ -148,10 +158,10 @@ def test_palette_masks_count_by_number_and_16_bit_ones_by_value() -> None:
     picture.convert("P").save("palette.png")
     Image.fromarray(numbers.astype(np.uint16)).save("deep.png")
     for name in ("palette.png", "deep.png"):
-        np.testing.assert_array_equal(read_mask(name, "image", 2, 2), numbers)
+        np.testing.assert_array_equal(read(name, 2), numbers)
     Image.fromarray(numbers.astype(np.uint16) * 7).save("deep.png")
     with pytest.raises(ToolkitError, match="holds the value 1785; classes are 0 to 254"):
-        read_mask("deep.png", "image", 2, 2)
+        read("deep.png", 2)
 
 
 def test_rows_without_a_mask_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:

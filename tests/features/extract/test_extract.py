@@ -1,9 +1,10 @@
 """A model over many images: in order, whole, and the same whatever the number of threads."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import torch
 from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.features.extract import decoding
 from dinov2_toolkit.features.extract import extract as extract_module
 from dinov2_toolkit.features.extract.decoding import load_batches
 from dinov2_toolkit.features.extract.extract import (
@@ -22,6 +22,7 @@ from dinov2_toolkit.features.extract.extract import (
     open_model,
     pixels_model,
 )
+from dinov2_toolkit.features.image_workers import Worker
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, crop_picture, normalise
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import Features, VisionTransformer
@@ -112,15 +113,13 @@ def test_a_batch_may_hold_only_failures(uris: list[str]) -> None:
 
 def test_decoding_goes_on_while_the_model_computes(uris: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     second_batch_decoded = threading.Event()
-    load, forward = decoding.load, extract_module.forward
+    read, forward = Worker.read, extract_module.forward
 
-    def announced(
-        uri: str, preprocess: Preprocess, reading: decoding.Reading, tiling: decoding.Tiling | None
-    ) -> decoding.Loaded | int | str:
-        loaded = load(uri, preprocess, reading, tiling)
-        if uri == uris[15]:
+    def announced(worker: Worker[Any], names: Sequence[str]) -> list[Any]:
+        found = read(worker, names)
+        if uris[15] in names:
             second_batch_decoded.set()
-        return loaded
+        return found
 
     def patient(
         backbone: PixelBackbone, preprocess: Preprocess, pixels: torch.Tensor, device: torch.device
@@ -128,7 +127,7 @@ def test_decoding_goes_on_while_the_model_computes(uris: list[str], monkeypatch:
         assert second_batch_decoded.wait(timeout=10)
         return forward(backbone, preprocess, pixels, device)
 
-    monkeypatch.setattr(decoding, "load", announced)
+    monkeypatch.setattr(Worker, "read", announced)
     monkeypatch.setattr(extract_module, "forward", patient)
     batches = list(extract(pixels_model(), uris, batch_size=4, num_workers=2))
     assert [len(batch.indices) for batch in batches] == [4, 4, 4, 4, 4, 4, 3]

@@ -14,8 +14,8 @@ from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.curate.inputs import Input, check_same_model
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.extract.extract import FeatureModel, extract, feature_model, open_model, with_choice
-from dinov2_toolkit.features.extract.tokens import TokenChoice, Tokens
-from dinov2_toolkit.features.extract.windows import Layout, cut, stitch
+from dinov2_toolkit.features.extract.tokens import TokenChoice, Tokens, stitch
+from dinov2_toolkit.features.extract.windows import Layout, cut
 from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, crop_picture, normalise
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import Features, VisionTransformer
@@ -137,7 +137,9 @@ def test_windows_see_each_tile_by_itself(picture: Path) -> None:
     tiles, layout = cut(Image.open(picture), PREPROCESS, 7, 35)
     with torch.no_grad():
         blocks = [
-            vit().get_intermediate_layers(normalise(tile[None], PREPROCESS), 2, return_class_token=True)
+            vit().get_intermediate_layers(
+                normalise(torch.from_numpy(tile[None]), PREPROCESS), 2, return_class_token=True
+            )
             for tile in tiles
         ]
     classes = torch.cat([torch.stack([of_tile[block][1][0] for of_tile in blocks]).mean(0) for block in range(2)])
