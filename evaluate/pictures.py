@@ -6,6 +6,7 @@ Shapes: C channels, H and W pixels down and across, N patch tokens, D embed_dim.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 from .. import console
 from ..errors import ToolkitError
 from ..features.extract.extract import FeatureModel, best_device, forward, open_model
+from ..features.extract.reading import load_whole
+from ..features.image_workers import image_workers
 from ..features.sheet import check_picture_name, is_picture_up_to_date, write_picture
 from ..models.vit import VisionTransformer
 from ..store.artifact import Options, Result
-from ..store.images import UnreadableImage, read_bytes
+from ..store.images import UnreadableImage
 from ..store.manifest import Provenance, Source
-from ..store.pixels import Picture, decode_picture, values_of
+from ..store.pixels import Picture, values_of
 from ..store.sources import entries, listing_id, open_sources
 from .labelled import short_name
 
@@ -58,20 +61,19 @@ class PatchModel:
 
         Its short side is `side_px`, the other a multiple of the patch.
         """
-        preprocess = self.model.preprocess
-        try:
-            picture, _ = decode_picture(read_bytes(uri), preprocess.in_chans, preprocess.bit_depth)
-        except UnreadableImage as problem:
-            console.warn(f"{uri} left out: {problem.reason}")
+        load = partial(
+            load_whole,
+            preprocess=self.model.preprocess,
+            patch_size=self.backbone.patch_size,
+            short_side_px=self.side_px,
+            max_aspect=MAX_ASPECT,
+        )
+        with image_workers(load, 1) as read:
+            (picture,) = read([uri])
+        if isinstance(picture, UnreadableImage):
+            console.warn(f"{uri} left out: {picture.reason}")
             return None
-        width, height = picture.size
-        scale = self.side_px / min(width, height)
-        longest = MAX_ASPECT * min(width, height)
-        left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-        picture = picture.crop((left, top, width - left, height - top))
-        patch_size = self.backbone.patch_size
-        width, height = (max(1, round(side * scale / patch_size)) * patch_size for side in picture.size)
-        return picture.resize((width, height), Image.Resampling.BICUBIC)
+        return picture
 
     def patch_tokens(self, picture: Picture) -> Tensor:
         """Return the patch tokens of what `read` returned, (N, D) float32, row by row."""

@@ -1,8 +1,11 @@
 """Pictures for people: captioned images in rows, written as PNG files that know how they were made."""
 
 import json
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -11,12 +14,14 @@ from .. import console
 from ..errors import ToolkitError
 from ..store.artifact import Options, is_up_to_date
 from ..store.files import replacing
-from ..store.images import UnreadableImage, decode_sized, read_bytes
+from ..store.images import UnreadableImage, decode_sized
 from ..store.manifest import PROVENANCE_KEY, Provenance, provenance_from, provenance_values, toolkit_version
+from .image_workers import image_workers
 
 MARGIN_PX, GAP_PX, GROUP_GAP_PX = 24, 6, 22
 TINY_TIMES = 3  # an image that fits this often into its tile is shown pixel by pixel
 CAPTION_PX, TITLE_PX = 12, 17
+LONGEST_PX = 4000  # chosen: a title, note or heading is cut there, for it may be anybody's label
 PAPER, EDGE, INK, FAINT = "#fbfbf9", "#dcdcd6", "#22262b", "#6d737a"
 BLANK = "#e8d9d6"  # in place of what cannot be read
 
@@ -43,6 +48,7 @@ def draw_sheet(
     has_captions = any(tile.caption for row in rows for group in row for tile in group)
     line_px = above_px + tile_px + (2 * CAPTION_PX if has_captions else 6)
     font = ImageFont.load_default(CAPTION_PX)
+    headings = [_shorten(text, font, LONGEST_PX) for text in headings]
     widths = [*(round(font.getlength(text)) for text in headings), *(_row_width(row, tile_px) for row in rows)]
     sheet, pen, head_px = titled_sheet(title, note, max(widths, default=0), len(rows) * (line_px + GAP_PX))
     for number, row in enumerate(rows):
@@ -64,6 +70,7 @@ def draw_sheet(
 def titled_sheet(title: str, note: str, width_px: int, height_px: int) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
     """Return a sheet with a title and a note and room for content below, its pen, and where the content begins."""
     fonts = ImageFont.load_default(TITLE_PX), ImageFont.load_default(CAPTION_PX)
+    title, note = _shorten(title, fonts[0], LONGEST_PX), _shorten(note, fonts[1], LONGEST_PX)
     head_px = MARGIN_PX + 2 * TITLE_PX + (2 * CAPTION_PX if note else 0)
     text_px = round(max(fonts[0].getlength(title), fonts[1].getlength(note)))
     sheet = Image.new("RGB", (2 * MARGIN_PX + max(text_px, width_px), head_px + height_px + MARGIN_PX), PAPER)
@@ -75,14 +82,14 @@ def titled_sheet(title: str, note: str, width_px: int, height_px: int) -> tuple[
 
 def read_tile(uri: str | None, caption: str, tile_px: int) -> Tile:
     """Return the image behind a uri as a tile; what cannot be read is an empty one, said on stderr."""
-    try:
-        if uri is None:
-            raise UnreadableImage("no uri")
-        picture, _ = decode_sized(read_bytes(uri), "RGB", 2 * tile_px)
-    except UnreadableImage as problem:
-        console.warn(f"{uri} cannot be shown: {problem.reason}")
+    found: tuple[Image.Image, tuple[int, int]] | UnreadableImage = UnreadableImage("no uri")
+    if uri is not None:
+        with image_workers(partial(decode_sized, mode="RGB", min_side=2 * tile_px), 1) as read:
+            (found,) = read([uri])
+    if isinstance(found, UnreadableImage):
+        console.warn(f"{uri} cannot be shown: {found.reason}")
         return Tile(Image.new("RGB", (tile_px, tile_px), BLANK), f"{caption} cannot be read".strip())
-    return Tile(picture, caption)
+    return Tile(found[0], caption)
 
 
 def fit(image: Image.Image, side_px: int) -> Image.Image:
@@ -100,11 +107,13 @@ def _row_width(row: Row, tile_px: int) -> int:
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
-    shown = text
-    while text and font.getlength(shown) > width_px:
-        text = text[:-1]
-        shown = f"{text}…"
-    return shown
+    """Return a text, its end cut off where it is longer than that."""
+    start = text[: width_px + 1]  # a letter takes a pixel at least; labels may have any length
+    if start == text and font.getlength(text) <= width_px:
+        return text
+    lengths = range(1, len(start) + 1)
+    num_fitting = bisect_right(lengths, width_px, key=lambda num: math.ceil(font.getlength(f"{start[:num]}…")))
+    return f"{start[:num_fitting]}…"
 
 
 def check_picture_name(output: str) -> Path:

@@ -88,8 +88,8 @@ def _read_file(path: str, limits: Limits) -> bytes:
             return file.read(limits.max_image_bytes)  # no more, should it grow meanwhile
     except FileNotFoundError:
         raise UnreadableImage("a broken link" if os.path.islink(path) else "no such file") from None
-    except NotRegularError as problem:
-        raise UnreadableImage(f"{problem.strerror}, not a regular file") from None
+    except NotRegularError:
+        raise UnreadableImage("a folder, not a file" if os.path.isdir(path) else "not a regular file") from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
         raise UnreadableImage(f"cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
 

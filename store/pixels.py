@@ -3,6 +3,7 @@
 Shapes: H, W pixels down and across, C channels.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from .images import (
     ARRAY_START,
     UnreadableImage,
     Values,
+    decode,
     decode_sized,
     eight_bits,
     guarded,
@@ -98,6 +100,22 @@ def decode_picture(
             values = eight_bits(values)
     bands = Bands(values)
     return bands, bands.size
+
+
+def pixel_id(data: bytes) -> str:
+    """Return BLAKE2b-128, in hex, of an image's size and its upright 8-bit RGB pixels.
+
+    Transparency is put on white, so files differ where people would see a difference. Of a .npy array all values count,
+    not only the three channels that an image of it would show.
+    Raises UnreadableImage as `store.images.decode` does.
+    """
+    if data.startswith(ARRAY_START):
+        values = read_array(data)
+        head, pixels = f"{values.shape} {values.dtype} ", values.tobytes()
+    else:
+        image = decode(data)
+        head, pixels = f"{image.width} x {image.height} ", image.tobytes()
+    return hashlib.blake2b(head.encode() + pixels, digest_size=16).hexdigest()
 
 
 def values_of(picture: Picture) -> Values:

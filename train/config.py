@@ -18,6 +18,7 @@ from .. import console
 from ..errors import ToolkitError
 from ..features.launch import prints_result
 from ..store.files import write_text
+from ..store.limits import DEFAULT_LIMITS, Limits
 from ..store.renamed import RECIPE_KEYS, with_present_settings
 from .engine.schedules import Growth, batch_sizes
 
@@ -31,14 +32,33 @@ class CostConfig:
 
     checkpoint_every: int = 3750
     keep_checkpoints: int = 3
-    num_workers: int = 8  # threads that decode images, a process
+    num_workers: int = 8  # processes that decode images, for each that trains
     cache_mib: int = 1024  # decoded images kept in memory, a process
+    max_pixels: int = DEFAULT_LIMITS.max_pixels  # larger images count as unreadable,
+    max_image_bytes: int = DEFAULT_LIMITS.max_image_bytes  # and larger files,
+    image_timeout: float = DEFAULT_LIMITS.image_timeout  # and what takes more seconds to decode
     log_every: int = 10
     eval_every: int = 1000  # steps between two k-NN on the labelled images of --eval-train and --eval-test
     compile: bool = False  # torch.compile of each block but the last; rounds otherwise, as another machine does
 
+    @property
+    def limits(self) -> Limits:
+        """Return what one image may cost."""
+        return Limits(self.max_pixels, self.max_image_bytes, self.image_timeout)
 
-AT_LEAST_ONE = ("steps", "patch_size", "in_chans", "checkpoint_every", "keep_checkpoints", "log_every", "eval_every")
+
+AT_LEAST_ONE = (
+    "max_pixels",
+    "max_image_bytes",
+    "image_timeout",
+    "steps",
+    "patch_size",
+    "in_chans",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "eval_every",
+)
 COST_KEYS = tuple(field.name for field in fields(CostConfig))
 
 

@@ -108,6 +108,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
         cache_bytes=config.cache_mib << 20,
         in_chans=config.in_chans,
         bit_depth=config.bit_depth,
+        limits=config.limits,
     )
     figures = (read_metrics(run.folder) or [{}])[-1]
     collapse_since: int | None = None

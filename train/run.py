@@ -308,6 +308,7 @@ def describe_cost(run: Run, build: Callable[[], TrainedModel], num_processes: in
         model = build()
     describe(run, model, num_processes)
     num_seen = min(len(images), batch_sizes(config.batch_size).images_until(config.steps))
-    decoded = num_seen * decoded_bytes(images, decoded_side_px(config), config.in_chans, config.bit_depth)
+    side_px = decoded_side_px(config)
+    decoded = num_seen * decoded_bytes(images, side_px, config.in_chans, config.bit_depth, config.limits)
     cache_bytes = min(config.cache_mib << 20, decoded)
     say_cost(config, model, num_processes, base_mib * 2**20 + cache_bytes)

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ...store.pixels import pixel_id
 from ...store.vectors import Int64
 from ..inputs import Input, read_unembedded
 from .decisions import KEPT, RESEMBLES_EVALUATION, SAME_BYTES, SAME_PIXELS, Decisions
-from .image_keys import byte_ids, first_with_same_key, pixel_id, read_keys, without_byte_id
+from .image_keys import byte_ids, first_with_same_key, read_keys, without_byte_id
 from .reference_sets import ImageSets
 from .representative import Keep, preference, preferred
 from .settings import Exact

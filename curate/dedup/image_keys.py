@@ -3,8 +3,8 @@
 N images, R of a reference.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 
@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 
 from ... import console
 from ...errors import ToolkitError
-from ...features.threads import map_in_order, workers
+from ...features.image_workers import Read, image_workers
+from ...features.threads import map_in_order, num_cores
 from ...store import tables
-from ...store.images import ARRAY_START, UnreadableImage, decode, image_id, read_array, read_bytes
+from ...store.images import UnreadableImage, image_id
 from ...store.vectors import Int64
 from ..inputs import EmbeddedImages
 
@@ -52,33 +53,21 @@ def byte_ids(images: EmbeddedImages) -> pa.ChunkedArray:
     return pc.if_else(pa.array(place < 0), ids, read)
 
 
-def pixel_id(data: bytes) -> str:
-    """Return BLAKE2b-128, in hex, of an image's size and its upright 8-bit RGB pixels.
-
-    Transparency is put on white, so files differ where people would see a difference. Of a .npy array all values count,
-    not only the three channels that an image of it would show.
-    Raises UnreadableImage as `store.images.decode` does.
-    """
-    if data.startswith(ARRAY_START):
-        values = read_array(data)
-        head, pixels = f"{values.shape} {values.dtype} ", values.tobytes()
-    else:
-        image = decode(data)
-        head, pixels = f"{image.width} x {image.height} ", image.tobytes()
-    return hashlib.blake2b(head.encode() + pixels, digest_size=16).hexdigest()
-
-
 def read_keys(uris: Keys, num: int, key: Callable[[bytes], str], progress: str) -> pa.ChunkedArray:
-    """Read `num` images in threads and return `key` of their bytes, (num,), null where one cannot be read.
+    """Read `num` images in processes and return `key` of their bytes, (num,), null where one cannot be read.
 
     Warns of images that cannot be read; raises ToolkitError when none can.
     """
     chunks, reason = [], ""
-    with workers() as threads, console.progress(progress, num, "images") as advance:
+    with (
+        ThreadPoolExecutor(num_cores()) as threads,
+        image_workers(key, num_cores()) as read_images,
+        console.progress(progress, num, "images") as advance,
+    ):
         for piece in uris:
             tasks = (piece.slice(start, TASK_IMAGES).to_pylist() for start in range(0, len(piece), TASK_IMAGES))
             keys: list[str | None] = []
-            for found, problem in map_in_order(partial(_keys_of, key), tasks, threads):
+            for found, problem in map_in_order(partial(_keys_of, read_images), tasks, threads):
                 keys.extend(found)
                 reason = reason or problem
                 advance(len(found))
@@ -91,17 +80,16 @@ def read_keys(uris: Keys, num: int, key: Callable[[bytes], str], progress: str) 
     return read
 
 
-def _keys_of(key: Callable[[bytes], str], uris: list[str | None]) -> tuple[list[str | None], str]:
+def _keys_of(read: Read[str], uris: list[str | None]) -> tuple[list[str | None], str]:
+    """Return the keys of some images, null where there is none, and the first reason."""
+    found = iter(read([uri for uri in uris if uri is not None]))
     keys: list[str | None] = []
     reason = ""
     for uri in uris:
-        try:
-            if uri is None:
-                raise UnreadableImage("no uri")
-            keys.append(key(read_bytes(uri)))
-        except UnreadableImage as problem:
-            keys.append(None)
-            reason = reason or f"{uri}: {problem.reason}"
+        key = UnreadableImage("no uri") if uri is None else next(found)
+        if isinstance(key, UnreadableImage):
+            reason = reason or f"{uri}: {key.reason}"
+        keys.append(None if isinstance(key, UnreadableImage) else key)
     return keys, reason
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...models.cpu import spin_less
 from ...models.preprocess import Preprocess
 from ...store.images import UnreadableImage
 from ..image_workers import image_workers
@@ -62,7 +63,7 @@ def load_batches(
 
     batch, images, start = ImageBatch(), list[Loaded](), time.perf_counter()
     with (
-        ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as executor,
+        ThreadPoolExecutor(num_workers, thread_name_prefix="decode", initializer=spin_less) as executor,
         image_workers(function, num_workers, asked.limits) as read,
     ):
         ahead = 2 * batch_size // TASK_IMAGES + 2 * num_workers  # tasks

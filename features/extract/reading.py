@@ -65,3 +65,17 @@ def load(data: bytes, preprocess: Preprocess, reading: Reading, tiling: Tiling |
     if tiling is None:
         return Loaded(facts, cropped_values(picture, preprocess))
     return Loaded(facts, *tiling.cut(picture))
+
+
+def load_whole(data: bytes, preprocess: Preprocess, patch_size: int, short_side_px: int, max_aspect: int) -> Picture:
+    """Return an image as a model takes it: its short side of so many pixels, the other a multiple of the patch.
+
+    Of an image more elongated than `max_aspect` the middle is taken.
+    """
+    picture, (width, height) = decode_picture(data, preprocess.in_chans, preprocess.bit_depth)
+    scale = short_side_px / min(width, height)
+    longest = max_aspect * min(width, height)
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    picture = picture.crop((left, top, width - left, height - top))
+    width, height = (max(1, round(side * scale / patch_size)) * patch_size for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,5 +1,6 @@
 """`dinov2 evaluate neighbors` and the sheets that it draws on."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +224,13 @@ def test_a_sheet_has_every_image_in_its_place_and_cuts_long_captions() -> None:
     ink = np.any(pixels[bottom + 3 : bottom + 20, :, 0] < 200, axis=0)  # columns with letters under the first tile
     assert ink[right - 89 : right + 1].sum() > 30
     assert not ink[right + 1 :].any()
+
+
+def test_a_label_of_any_length_is_drawn_in_no_time() -> None:
+    tiles = [[[Tile(Image.new("RGB", (9, 9)), "long label " * 6000)]]]
+    start = time.perf_counter()
+    sheet = draw_sheet(tiles, title="t" * 60_000, note="n" * 60_000, headings=["h" * 60_000])
+    assert time.perf_counter() - start < 3
+    assert sheet.width < 4200
+    cut = draw_sheet([[[Tile(Image.new("RGB", (9, 9)), "long label " * 9)]]], title="t" * 1000, note="n" * 1000)
+    assert np.array_equal(np.asarray(sheet)[-40:, 24:152], np.asarray(cut)[-40:, 24:152])

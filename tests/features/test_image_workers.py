@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
-import bad_decoders
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +19,7 @@ from dinov2_toolkit.features import image_workers as module
 from dinov2_toolkit.features.image_workers import Room, image_workers, server
 from dinov2_toolkit.store.images import UnreadableImage
 from dinov2_toolkit.store.limits import Limits
+from dinov2_toolkit.tests import bad_decoders
 
 CRASHED = "its decoder crashed, or took more memory than there is"
 
@@ -126,6 +126,7 @@ def test_many_threads_share_few_processes(written: Callable[..., list[str]]) -> 
     uris = written(*(f"array {number}" for number in range(40)))
     with ThreadPoolExecutor(8) as threads, image_workers(bad_decoders.behave, 3) as read:
         for number, (found,) in enumerate(threads.map(lambda uri: read([uri]), uris)):
+            assert isinstance(found, np.ndarray)
             np.testing.assert_array_equal(found, np.arange(number))
 
 
@@ -163,7 +164,7 @@ def test_no_process_is_left_when_the_command_dies(tmp_path: Path, end: signal.Si
     (tmp_path / "hang").write_text("hang")
     program = f"""
 import sys; sys.path[:] = {sys.path!r}
-import bad_decoders
+from dinov2_toolkit.tests import bad_decoders
 from dinov2_toolkit.features.image_workers import image_workers, server
 server.start(); print(server._process.pid, flush=True)
 with image_workers(bad_decoders.behave, 1) as read:

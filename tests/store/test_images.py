@@ -231,10 +231,10 @@ def test_what_cannot_be_opened_has_a_reason(tmp_path: Path) -> None:
     expected = {
         str(tmp_path / "none.png"): "no such file",
         str(tmp_path / "broken"): "a broken link",
-        str(tmp_path / "fifo"): "a named pipe, not a regular file",
+        str(tmp_path / "fifo"): "not a regular file",
         str(tmp_path / "huge"): "5000000000 bytes, more than --max-image-bytes 268435456",
-        "/dev/zero": "a device, not a regular file",
-        str(tmp_path): "a folder, not a regular file",
+        "/dev/zero": "not a regular file",
+        str(tmp_path): "a folder, not a file",
         "https://example.org/a.jpg": "URLs are not fetched",
         "tar:///a.tar?member=b.jpg": "tar:// is not read",
         "parquet:///none.parquet?row=0": "no such Parquet file",

@@ -211,7 +211,7 @@ def in_time(function: Callable[[], object], seconds: float = 5) -> None:
 
 def test_what_is_no_regular_file_is_not_opened(irregular: Path) -> None:
     for uri in (str(irregular), f"parquet://{irregular}?row=0"):
-        with pytest.raises(UnreadableImage, match="a named pipe|a socket|a device|No such device"):
+        with pytest.raises(UnreadableImage, match="not a regular file|a named pipe|a socket|a device|No such device"):
             in_time(lambda uri=uri: read_bytes(uri))  # type: ignore[misc]
     with pytest.raises((NotRegularError, OSError)):
         in_time(lambda: open_regular(irregular))

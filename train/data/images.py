@@ -6,29 +6,30 @@ batches depend neither on the number of workers nor on that of processes, and a 
 
 import math
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, tee
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ... import console
 from ...errors import ToolkitError
+from ...features.image_workers import image_workers
 from ...features.threads import map_in_order
-from ...store.images import UnreadableImage, Values, read_bytes
+from ...store.images import UnreadableImage, Values
+from ...store.limits import DEFAULT_LIMITS, Limits
 from ...store.memory import machine_memory
-from ...store.pixels import decode_picture, values_of
 from .. import counter_rng
+from .pixels import decode_pixels
 
 LOOK_AHEAD_BATCHES = 2  # chosen: decoded while one is trained on
-MAX_ASPECT = 4  # chosen: every image of a batch takes as much memory as the longest
 SAMPLED_IMAGES = 32  # chosen: read to estimate the memory of decoded images
 MAX_UNREADABLE = 1000  # images in a row that cannot be read before the run gives up; chosen
 
@@ -135,22 +136,25 @@ def read_batches(
     cache_bytes: int = 0,
     in_chans: int = 3,
     bit_depth: int = 8,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Iterator[Batch]:
     """Yield batches, the next ones being decoded meanwhile.
 
     Args:
         batches: the samples of each, all processes together; this one reads every `num_processes`-th.
         short_side_px: larger images are shrunk to this short side when decoded.
-        num_workers: threads that decode ahead, each its part of every batch; 0 decodes a batch when asked for it.
+        num_workers: processes that decode ahead, each its part of every batch; 0 decodes a batch when asked for it.
         cache_bytes: decoded images kept in memory, until that many bytes are full.
+        limits: what an image may cost; one that takes more cannot be read.
 
     Raises:
         ToolkitError: if a thousand images in a row cannot be read.
     """
     cache = PixelCache(cache_bytes)
     unreadable: set[int] = set()
+    decode = partial(decode_pixels, short_side_px=short_side_px, in_chans=in_chans, bit_depth=bit_depth, limits=limits)
 
-    def load(sample: int, row: int) -> tuple[int, Values, bool]:
+    def load(sample: int, row: int, decoded: Mapping[int, Values | UnreadableImage]) -> tuple[int, Values, bool]:
         """Return row and pixels (H, W, C), and whether they are a later sample's because this one cannot be read."""
         for skipped in range(MAX_UNREADABLE):
             if skipped:
@@ -160,22 +164,27 @@ def read_batches(
             uri = images.uris[row].as_py()
             if row in unreadable:
                 continue
-            try:
-                return row, read_pixels(uri, short_side_px, in_chans, bit_depth), skipped > 0
-            except UnreadableImage as problem:
-                if row not in unreadable:
-                    console.warn(f"{uri}: {problem.reason}; training goes on with the next image")
-                unreadable.add(row)
+            pixels = decoded[row] if row in decoded else read([uri])[0]
+            if not isinstance(pixels, UnreadableImage):
+                return row, pixels, skipped > 0
+            if row not in unreadable:
+                console.warn(f"{uri}: {pixels.reason}; training goes on with the next image")
+            unreadable.add(row)
         raise ToolkitError(f"{MAX_UNREADABLE} images in a row cannot be read, the last one {uri}; check the manifest")
 
     def load_part(part: NDArray[np.int64]) -> list[tuple[int, Values, bool]]:
-        return [load(sample, row) for sample, row in part.tolist()]
+        rows = [row for row in dict.fromkeys(part[:, 1].tolist()) if row not in cache and row not in unreadable]
+        decoded = dict(zip(rows, read([images.uris[row].as_py() for row in rows]), strict=True))
+        return [load(sample, row, decoded) for sample, row in part.tolist()]
 
     num_parts = max(num_workers, 1)
     own, again = tee(np.array(samples[process::num_processes]) for samples in batches)
     drawn = (np.stack([samples, drawn_rows(images, seed, samples)], axis=1) for samples in own)
     parts = (part for batch in drawn for part in np.array_split(batch, num_parts))
-    with ThreadPoolExecutor(num_parts, thread_name_prefix="decode") as pool:
+    with (
+        ThreadPoolExecutor(num_parts, thread_name_prefix="decode") as pool,
+        image_workers(decode, num_parts, limits) as read,
+    ):
         ahead = LOOK_AHEAD_BATCHES * num_workers
         with closing(map_in_order(load_part, parts, pool, ahead)) as loaded:
             for samples in again:
@@ -185,28 +194,15 @@ def read_batches(
                 yield _batch(samples, [pixels for _, pixels, _ in found], sum(skipped for *_, skipped in found))
 
 
-def read_pixels(uri: str, short_side_px: int, in_chans: int = 3, bit_depth: int = 8) -> Values:
-    """Return an image as (H, W, C), shrunk to the short side where it is larger, its ends cut off beyond MAX_ASPECT.
-
-    Raises:
-        UnreadableImage: if there is none, or none of so many channels.
-    """
-    image, _ = decode_picture(read_bytes(uri), in_chans, bit_depth, short_side_px)
-    width, height = (min(side, MAX_ASPECT * min(image.size)) for side in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
-    scale = short_side_px / min(image.size)
-    if scale < 1:
-        image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    return np.ascontiguousarray(values_of(image))
-
-
-def decoded_bytes(images: ImageSet, short_side_px: int, in_chans: int = 3, bit_depth: int = 8) -> float:
+def decoded_bytes(
+    images: ImageSet, short_side_px: int, in_chans: int = 3, bit_depth: int = 8, limits: Limits = DEFAULT_LIMITS
+) -> float:
     """Return the mean bytes of a decoded image, measured on a few; 0 if none can be read."""
-    taken = []
-    for row in np.linspace(0, len(images) - 1, min(SAMPLED_IMAGES, len(images))).astype(int).tolist():
-        with suppress(UnreadableImage):
-            taken.append(read_pixels(images.uris[row].as_py(), short_side_px, in_chans, bit_depth).nbytes)
+    rows = np.linspace(0, len(images) - 1, min(SAMPLED_IMAGES, len(images))).astype(int)
+    decode = partial(decode_pixels, short_side_px=short_side_px, in_chans=in_chans, bit_depth=bit_depth, limits=limits)
+    with image_workers(decode, 1, limits) as read:
+        found = read(images.uris.take(pa.array(rows)).to_pylist())
+    taken = [pixels.nbytes for pixels in found if not isinstance(pixels, UnreadableImage)]
     return sum(taken) / max(len(taken), 1)
 
 

@@ -56,6 +56,7 @@ def preview_rows(images: ImageSet, config: TrainConfig, num_images: int) -> Iter
         short_side_px=decoded_side_px(config),
         in_chans=config.in_chans,
         bit_depth=config.bit_depth,
+        limits=config.limits,
     )
     for step, batch in zip(steps, batches, strict=True):
         yield from _rows(batch, step, config)

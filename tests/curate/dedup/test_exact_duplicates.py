@@ -15,12 +15,13 @@ from PIL import Image
 from dinov2_toolkit.curate.dedup.decisions import REASONS
 from dinov2_toolkit.curate.dedup.dedup import dedup_images
 from dinov2_toolkit.curate.dedup.exact_duplicates import of_shared_size
-from dinov2_toolkit.curate.dedup.image_keys import first_with_same_key, pixel_id, read_keys
+from dinov2_toolkit.curate.dedup.image_keys import first_with_same_key, read_keys
 from dinov2_toolkit.curate.dedup.settings import DedupSettings
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.images import image_id
 from dinov2_toolkit.store.manifest import open_manifest, removed_path
+from dinov2_toolkit.store.pixels import pixel_id
 
 Row = dict[str, object]
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -6,6 +7,7 @@ import pytest
 from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.store.limits import Limits
 from dinov2_toolkit.train.data.images import (
     Batch,
     ImageSet,
@@ -14,8 +16,8 @@ from dinov2_toolkit.train.data.images import (
     drawn_rows,
     image_set,
     read_batches,
-    read_pixels,
 )
+from dinov2_toolkit.train.data.pixels import decode_pixels
 
 SIZES = [(12, 9), (7, 14), (10, 10), (5, 6), (16, 8)]  # width, height
 
@@ -30,7 +32,7 @@ def write_images(folder: Path, num_images: int) -> ImageSet:
     return image_set(pa.table({"uri": uris}))
 
 
-def batches(images: ImageSet, samples: range = range(0, 24), **settings: int) -> list[Batch]:
+def batches(images: ImageSet, samples: range = range(0, 24), **settings: Any) -> list[Batch]:
     return list(
         read_batches(
             images,
@@ -123,6 +125,14 @@ def test_an_unreadable_image_is_counted_and_replaced_by_the_next_sample(
     assert capsys.readouterr().err.count(f"{broken}.png: no such file") == 1
 
 
+def test_an_image_over_a_limit_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path, 10)
+    large = drawn_rows(images, 3, np.arange(24)).tolist()[5]
+    Image.effect_noise((90, 90), 50).save(tmp_path / f"{large}.png")
+    assert sum(batch.num_replaced for batch in batches(images, limits=Limits(max_pixels=8_099))) >= 1
+    assert f"{large}.png: 90 x 90 pixels, more than --max-pixels 8099; training goes" in capsys.readouterr().err
+
+
 def test_a_manifest_without_readable_images_ends_with_its_reason(tmp_path: Path) -> None:
     images = image_set(pa.table({"uri": [str(tmp_path / "a.png"), str(tmp_path / "b.png")]}))
     for workers in (0, 2):
@@ -135,10 +145,11 @@ def test_large_images_are_shrunk_when_read(tmp_path: Path) -> None:
     picture = np.broadcast_to(gradient[None, :, None], (600, 800, 3))
     for name in ("a.jpg", "a.png"):
         Image.fromarray(picture).save(tmp_path / name)
-        pixels = read_pixels(str(tmp_path / name), short_side_px=60)
+        data = (tmp_path / name).read_bytes()
+        pixels = decode_pixels(data, short_side_px=60)
         assert pixels.shape == (60, 80, 3)
         np.testing.assert_allclose(pixels[30, :, 0].astype(float), gradient[5::10], atol=4)
-        assert read_pixels(str(tmp_path / name), short_side_px=600).shape == (600, 800, 3)
+        assert decode_pixels(data, short_side_px=600).shape == (600, 800, 3)
 
 
 def test_the_memory_of_decoded_images_is_estimated_by_reading_some(tmp_path: Path) -> None:
