@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from .. import console
 from ..errors import ToolkitError
 from ..store.artifact import Options, is_up_to_date
-from ..store.files import replacing
+from ..store.files import open_regular, replacing
 from ..store.images import UnreadableImage, decode_sized
 from ..store.manifest import PROVENANCE_KEY, Provenance, provenance_from, provenance_values, toolkit_version
 from .image_workers import image_workers
@@ -146,9 +146,9 @@ def is_picture_up_to_date(path: Path, provenance: Provenance, options: Options) 
 def picture_provenance(path: Path) -> Provenance | None:
     """Return how a picture came about, None where it is not ours."""
     try:
-        with Image.open(path) as picture:
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as picture:
             text = picture.info.get(PROVENANCE_KEY)
-    except OSError:  # no picture at all
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # no picture at all
         return None
     return None if text is None else provenance_from(json.loads(text), path)
 

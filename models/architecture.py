@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,15 @@ from .head import ProjectionHead
 from .vit import VisionTransformer
 
 HEAD_WIDTH = 64  # channels of an attention head in every released model
+MOST = {  # chosen: far above every released model; a file may declare anything
+    "patch_size": 1024,
+    "embed_dim": 65_536,
+    "depth": 1024,
+    "num_heads": 1024,
+    "num_register_tokens": 1024,
+    "in_chans": 1024,
+    "img_size": 65_536,
+}
 HEAD_ARGUMENTS = ("in_dim", "num_prototypes", "hidden_dim", "bottleneck_dim")  # of `ProjectionHead`
 
 
@@ -34,6 +44,24 @@ class BackboneSettings:
     img_size: int
     pos_embed_antialias: bool
     pos_embed_offset: float
+
+
+def check_backbone_settings(settings: BackboneSettings, name: str) -> None:
+    """Raise ToolkitError when numbers that a file declares are no backbone's, before one is built by them.
+
+    Args:
+        name: of where they come from, for messages.
+    """
+    for key, most in MOST.items():
+        value, least = getattr(settings, key), int(key != "num_register_tokens")
+        if type(value) is not int or not least <= value <= most:
+            raise ToolkitError(
+                f"{name} declares {key} {value!r}, not a whole number from {least} to {most}; fetch it again"
+            )
+    if settings.ffn not in get_args(Ffn):
+        raise ToolkitError(f"{name} declares ffn {settings.ffn!r}; it must be one of {', '.join(get_args(Ffn))}")
+    if type(settings.pos_embed_antialias) is not bool or not isinstance(settings.pos_embed_offset, int | float):
+        raise ToolkitError(f"{name} declares no way to interpolate its position embedding; fetch it again")
 
 
 def backbone_settings(backbone: VisionTransformer) -> BackboneSettings:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ToolkitError
+from ..store.files import open_regular
 
 MODEL_METADATA = "dinov2_toolkit"  # the key in a safetensors file's metadata that holds its model.json
 
@@ -57,7 +58,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
         ToolkitError: if there is no such file, or it is a Git LFS pointer, cut off, no weights, or needs code.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(64)
     except OSError as problem:
         raise ToolkitError(f"cannot read weights {path}: {problem.strerror}; check the path") from None
@@ -90,7 +91,13 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise ToolkitError(f"{path} is cut off or no weights file ({_one_line(problem)}); fetch it again") from None
     if not isinstance(content, dict):
         raise ToolkitError(f"{path} holds a {type(content).__name__}, not a state dict; save the model's state dict")
-    return dict(_flattened(content, ""))
+    tensors = dict(_flattened(content, ""))
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().nbytes() < tensor.nbytes:  # one number may stand for terabytes
+            raise ToolkitError(
+                f"{path} holds fewer numbers of {name} than its shape {tuple(tensor.shape)}; fetch it again"
+            )
+    return tensors
 
 
 def _flattened(content: Mapping[object, object], prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -201,8 +208,9 @@ def _translated(name: str, blocks: str, new_of_old: Mapping[str, str]) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raise ToolkitError if it cannot be read or is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+        with open_regular(path) as file:
+            content = json.loads(file.read())
+    except (OSError, ValueError, RecursionError) as problem:
         raise ToolkitError(f"cannot read {path} ({_one_line(problem)}); write or fetch it again") from None
     if not isinstance(content, dict):
         raise ToolkitError(f"{path} holds a {type(content).__name__}, not an object; write or fetch it again")

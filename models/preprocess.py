@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # processes that only decode do without torch
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; what DINOv2 normalises by
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ASPECT = 4  # chosen: of a longer image the middle part is resized, for the rest would be cropped away
+MAX_IMAGE_SIZE = 16_384  # chosen: pixels a side, as far as a model's description is believed
 THIN = 100  # chosen: an image so many times as long as wide is averaged to a few pixels before it is squeezed
 
 
@@ -34,6 +35,8 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         """Raise ToolkitError when no picture can be brought into this form."""
+        if type(self.image_size) is not int or not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise ToolkitError(f"image_size {self.image_size!r} is not in 1 to {MAX_IMAGE_SIZE}; 224 is usual")
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise ToolkitError(f"crop_ratio {self.crop_ratio} is not in (0, 1]; 0.875 is usual")
         if len(self.mean) != len(self.std):

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from .. import console
 from ..errors import ToolkitError
-from .architecture import backbone_settings, inferred_backbone_settings, inferred_head_settings, load_strictly
+from .architecture import (
+    backbone_settings,
+    check_backbone_settings,
+    inferred_backbone_settings,
+    inferred_head_settings,
+    load_strictly,
+)
 from .formats import MODEL_METADATA, official_names, read_json, read_tensors
 from .head import ProjectionHead
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -141,11 +147,17 @@ def _backbone(weights: _Weights, given: Mapping[str, Any]) -> VisionTransformer:
         # Our exports say in config.json how position embeddings are interpolated; transformers has no key for it.
         ours = weights.config.get(MODEL_METADATA, {})
         num_heads = given.get("num_heads", weights.config.get("num_attention_heads"))
-        settings = replace(inferred_backbone_settings(weights.backbone, weights.name, num_heads), **ours)
+        inferred = inferred_backbone_settings(weights.backbone, weights.name, num_heads)
+        try:
+            settings = replace(inferred, **ours)
+        except TypeError as problem:
+            raise ToolkitError(f"the config.json of {weights.name} is not as we write it ({problem})") from None
     else:
         settings = weights.saved.backbone
+    settings = replace(settings, **given)
+    check_backbone_settings(settings, weights.name)
     with torch.device("meta"):  # no time or random numbers spent on weights that are replaced
-        backbone = VisionTransformer(**asdict(replace(settings, **given)))
+        backbone = VisionTransformer(**asdict(settings))
     load_strictly(backbone, weights.backbone, weights.name)
     return backbone.eval()
 
@@ -209,6 +221,7 @@ def _random_backbone(name: str, seed: int) -> tuple[VisionTransformer, Preproces
         torch.default_generator.manual_seed(seed)
         if not named:
             saved = read_model_json(weights_file(name).parent)
+            check_backbone_settings(saved.backbone, name)
             return VisionTransformer(**asdict(saved.backbone), layer_scale=1.0), saved.preprocess
         patch_size = int(named[2] or 14)
         size = max(DEFAULT_SIZE // patch_size, 1) * patch_size

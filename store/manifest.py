@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
 from .content_id import HashingFile, foreign_content_id
-from .files import replacing
+from .files import check_regular, replacing
 from .renamed import COLUMNS, FIGURES, PARAMETERS, with_present_names, with_present_settings
 
 FORMAT_VERSION = 1
@@ -24,6 +24,8 @@ PROVENANCE_KEY = "dinov2_toolkit"  # schema metadata: the Provenance as JSON, kn
 RESULT_KEY = "dinov2_toolkit_result"  # file metadata: content id and figures as JSON, known after the last row
 ROW_GROUP_ROWS = 16_384  # chosen: a row group of 384 half floats is 12 MB, small enough to stream
 PATCH_GROUP_ROWS = 64  # chosen: 256 patches of 384 half floats are 200 KB an image
+
+MOST_NUMBERS, MOST_NUMBERS_PER_BYTE = 1 << 28, 100  # chosen: vectors hardly shrink, so a larger file holds them
 
 Rows = npt.NDArray[np.int64]
 
@@ -220,7 +222,7 @@ def open_manifest(path: Path) -> Manifest:
     """Open a Parquet file, or a folder of parts with `_manifest.json`; ToolkitError when it is missing or neither."""
     if not path.exists():
         raise ToolkitError(f"no manifest at {path}; check the path, or make one with `dinov2 curate embed`")
-    if path.is_dir():
+    if check_regular(path).is_dir():
         return _open_parts(path)
     try:
         with pq.ParquetFile(path) as file:
@@ -228,6 +230,7 @@ def open_manifest(path: Path) -> Manifest:
     except (pa.ArrowInvalid, OSError) as problem:
         reason = str(problem).splitlines()[0]
         raise ToolkitError(f"{path} is not a readable Parquet file ({reason}); name a manifest") from None
+    _check_declared(path, schema, metadata.num_rows)
     kept: dict[bytes, bytes] = metadata.metadata or {}
     if RESULT_KEY.encode() not in kept:
         return Manifest(path, (path,), schema, metadata.num_rows, None, foreign_content_id(path))
@@ -237,6 +240,18 @@ def open_manifest(path: Path) -> Manifest:
     present = {old: new for new, old in old_names.items()}
     schema = pa.schema([each.with_name(present.get(each.name, each.name)) for each in schema], schema.metadata)
     return Manifest(path, (path,), schema, metadata.num_rows, provenance, provenance.content_id, old_names)
+
+
+def _check_declared(path: Path, schema: pa.Schema, num_rows: int) -> None:
+    """Raise ToolkitError when a file declares more vectors than it can hold, which would be allocated."""
+    kind = schema.field("embedding").type if "embedding" in schema.names else None
+    if kind is None or not pa.types.is_fixed_size_list(kind):
+        return
+    declared, held = num_rows * kind.list_size, path.stat().st_size
+    if declared > MOST_NUMBERS and declared > MOST_NUMBERS_PER_BYTE * held:
+        raise ToolkitError(
+            f"{path} declares {num_rows:,} vectors of {kind.list_size:,} numbers in {held:,} bytes; make it again"
+        )
 
 
 def _open_parts(path: Path) -> Manifest:
@@ -256,7 +271,7 @@ def part_paths(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     listing = path / "_manifest.json"
-    return [path / name for name in json.loads(listing.read_text())["parts"]] if listing.exists() else []
+    return [path / name for name in json.loads(check_regular(listing).read_text())["parts"]] if listing.exists() else []
 
 
 def provenance_values(provenance: Provenance) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ToolkitError
+from .files import check_regular
 from .image_columns import has_images, image_batches
 from .manifest import Manifest, is_manifest_name, open_manifest
 
@@ -93,7 +94,7 @@ def open_source(argument: str, *, null: bool = False) -> ImageSource:
     if os.path.isdir(path):
         return ImageSource("folder", path)
     if argument.endswith(LIST_SUFFIXES):
-        return ImageSource("names", path, text=Path(path).open("rb"), folder=os.path.dirname(path))
+        return ImageSource("names", path, text=check_regular(Path(path)).open("rb"), folder=os.path.dirname(path))
     return ImageSource("names", path, names=(path,))
 
 

@@ -41,12 +41,11 @@ def list_sources(path: Path | None, sources: list[ImageSource], labels: str, out
         for source in sources:
             manifest, digest = source.manifest, blake2b(digest_size=16)
             content_id = "" if manifest is None else manifest.content_id
-            following = entries(source, labels, skip)
+            following = islice(entries(source, labels, skip), None if limit is None else limit - number)
             while piece := list(islice(following, SLICE_ENTRIES)):
                 if manifest is None:
                     for entry in piece:
-                        digest.update(listing_line(entry))  # also of what is beyond the limit
-                piece = piece if limit is None else piece[: max(limit - number, 0)]
+                        digest.update(listing_line(entry))
                 columns = {name: [getattr(entry, name) for entry in piece] for name in (*OUTPUT_COLUMNS, "reason")}
                 columns["number"] = list(range(number, number + len(piece)))
                 columns["version"] = [_version(entry, content_id) for entry in piece]

@@ -181,7 +181,7 @@ with image_workers(bad_decoders.behave, 1) as read:
     time.sleep(0.2)
     command.send_signal(end)
     command.wait()
-    while any(is_alive(int(each)) for each in [process, *listed]):
+    while any(is_alive(each) for each in [process, *map(int, listed)]):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

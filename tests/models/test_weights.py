@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import time
 from hashlib import blake2b
 from pathlib import Path
 
@@ -405,3 +406,65 @@ def test_a_model_of_other_channels_says_how_it_normalises(tmp_path: Path, capsys
     torch.save(tiny_vit(in_chans=5).state_dict(), tmp_path / "five.pth")
     assert load_model(tmp_path / "five.pth").preprocess.mean == (0.5,) * 5
     assert "nothing says how to normalise 5 channels" in capsys.readouterr().err
+
+
+# What a file declares is checked before it is built or allocated
+
+
+def declared(folder: Path, **changes: object) -> Path:
+    """Save a model, and return the folder with other numbers in its description."""
+    save_model(folder, backbone=tiny_vit(), heads={}, preprocess=PREPROCESS)
+    description = json.loads((folder / "model.json").read_text())
+    description["backbone"] |= changes
+    (folder / "model.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("depth", 100_000), ("depth", -1), ("depth", "3"), ("depth", True), ("embed_dim", 10**9), ("num_heads", 0)]
+    + [("patch_size", 0), ("img_size", 10**12), ("num_register_tokens", 10**9), ("in_chans", 10**7)],
+)
+def test_numbers_that_no_backbone_has_are_refused_at_once(tmp_path: Path, key: str, value: object) -> None:
+    folder, start = declared(tmp_path, **{key: value}), time.monotonic()
+    for name in (str(folder), f"random:{folder}"):
+        with pytest.raises(ToolkitError, match=f"declares {key} {value!r}, not a whole number from"):
+            load_model(name)
+    assert time.monotonic() - start < 2
+
+
+def test_other_words_of_a_description_are_refused(tmp_path: Path) -> None:
+    for key, value in [("ffn", "moe"), ("pos_embed_offset", "x"), ("pos_embed_antialias", 1)]:
+        with pytest.raises(ToolkitError, match="declares"):
+            load_model(declared(tmp_path, **{key: value}))
+    declared(tmp_path)
+    for size in (10**9, 0, 2.5):
+        description = json.loads((tmp_path / "model.json").read_text())
+        description["preprocessing"]["image_size"] = size
+        (tmp_path / "model.json").write_text(json.dumps(description))
+        with pytest.raises(ToolkitError, match="is not in 1 to 16384"):
+            load_model(tmp_path)
+
+
+def test_a_block_of_a_high_number_is_refused_at_once(tmp_path: Path) -> None:
+    weights = tiny_vit().state_dict()
+    weights["blocks.200000.norm1.weight"] = torch.zeros(64)
+    save_file(weights, tmp_path / "weights.safetensors")
+    start = time.monotonic()
+    with pytest.raises(ToolkitError, match="declares depth 200001"):
+        load_backbone(tmp_path / "weights.safetensors")
+    assert time.monotonic() - start < 2
+
+
+def test_one_number_that_stands_for_many_is_refused(tmp_path: Path) -> None:
+    weights = tiny_vit().state_dict() | {"norm.weight": torch.zeros(1).expand(10**6, 10**6)}
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(ToolkitError, match=r"holds fewer numbers of norm.weight than its shape \(1000000, 1000000\)"):
+        load_backbone(tmp_path / "weights.pth")
+
+
+def test_a_pipe_is_no_weights_file(tmp_path: Path) -> None:
+    for name in ("weights.pth", "weights.safetensors"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ToolkitError, match="cannot read weights .*: a named pipe; check the path"):
+            load_backbone(tmp_path / name)

@@ -1,6 +1,7 @@
 """Manifests: what is written is read back, whole or not at all."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.store import manifest as module
 from dinov2_toolkit.store.content_id import data_content_id
 from dinov2_toolkit.store.manifest import (
     IMAGE_FIELDS,
@@ -162,3 +164,28 @@ def test_reading_in_batches_keeps_no_more_than_a_few_row_groups(tmp_path: Path) 
     for _ in open_manifest(tmp_path / "m.parquet").batches(["embedding"]):
         most = max(most, pa.total_allocated_bytes() - before)
     assert most < 4 * group.nbytes  # of 24
+
+
+def test_vectors_that_a_file_cannot_hold_are_refused_when_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their place would be allocated."""
+    monkeypatch.setattr(module, "MOST_NUMBERS", 1 << 20)
+    kind = pa.list_(pa.float16(), 1 << 19)
+    numbers = pa.array(np.zeros(20 << 19, np.float16))
+    vectors = pa.FixedSizeListArray.from_arrays(numbers, type=kind)
+    pq.write_table(pa.table({"embedding": vectors}), tmp_path / "bomb.parquet")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    with pytest.raises(ToolkitError, match=r"declares 20 vectors of 524,288 numbers in \d+,\d+ bytes; make it again"):
+        open_manifest(tmp_path / "bomb.parquet")
+
+
+def test_a_pipe_is_no_manifest_nor_a_part_of_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.parquet")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "_manifest.json").write_text('{"parts": ["../pipe.parquet"]}')
+    (tmp_path / "listed").mkdir()
+    os.mkfifo(tmp_path / "listed" / "_manifest.json")
+    for name in ("pipe.parquet", "parts", "listed"):
+        with pytest.raises(ToolkitError, match="is a named pipe, not a regular file; name a file"):
+            open_manifest(tmp_path / name)

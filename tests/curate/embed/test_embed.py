@@ -4,6 +4,9 @@ import io
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +20,20 @@ from torch import Tensor, nn
 from dinov2_toolkit import cli
 from dinov2_toolkit.curate.embed import settings
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
+from dinov2_toolkit.curate.embed.filters import Filters
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.extract import extract
 from dinov2_toolkit.features.extract.extract import FeatureModel, pixels_model
+from dinov2_toolkit.features.image_workers import server
 from dinov2_toolkit.models.preprocess import Preprocess, crop_picture, normalise
 from dinov2_toolkit.models.vit import Features
 from dinov2_toolkit.store import catalog, manifest
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.images import decode, image_id
+from dinov2_toolkit.store.limits import Limits
 from dinov2_toolkit.store.manifest import open_manifest
 from dinov2_toolkit.store.vectors import open_vectors
+from dinov2_toolkit.tests import bad_decoders
 
 PIXELS = EmbedSettings(model="pixels", batch_size=8, num_workers=2)
 
@@ -196,6 +203,77 @@ def test_limit_takes_the_first_entries(source: Path) -> None:
     result = embed_images(["images"], "few.parquet", PIXELS, Options(limit=10))
     assert result is not None and result.figures["images"] == 9  # the first entry is the FIFO
     assert rows("few.parquet") == rows("pool.parquet")[:9]
+
+
+def test_limit_reads_no_more_of_a_manifest_than_it_says(source: Path) -> None:
+    uris = [str(source / "00.png"), str(source / "06.png")]
+    names = pa.array(uris).dictionary_encode().take(pa.array(np.arange(5_000_000) % 2))
+    pq.write_table(pa.table({"uri": names}), "long.parquet")
+    start = time.monotonic()
+    result = embed_images(["long.parquet"], "few.parquet", PIXELS, Options(limit=2))
+    assert result is not None and result.figures["images"] == 2
+    assert time.monotonic() - start < 5  # all rows take a minute
+
+
+@pytest.mark.parametrize("name", ["pipe.parquet", "names.txt"])
+def test_a_pipe_is_no_source(source: Path, name: str) -> None:
+    os.mkfifo(name)
+    with pytest.raises(ToolkitError, match=f"{name} is a named pipe, not a regular file; name a file"):
+        embed_images([name], "pool.parquet", PIXELS, Options())
+
+
+@pytest.fixture
+def _odd_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have the processes that decode know a format whose decoder crashes or hangs: files that begin with ODD."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(Path(bad_decoders.__file__).read_text() + "\nregister()\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}")
+    server.stop()
+    yield
+    server.stop()
+
+
+@pytest.mark.usefixtures("_odd_format")
+def test_hostile_images_are_removed_rows_and_the_others_are_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one of these once ended or hung the run."""
+    monkeypatch.chdir(tmp_path)
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    good = Image.effect_noise((40, 30), 50)
+    good.save(hostile / "good.png")
+    os.mkfifo(hostile / "pipe.png")
+    (hostile / "token.npy").write_bytes(b"\x93NUMPY\x01\x00\x02\x00(\n")
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000000)}\n"
+    (hostile / "huge.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    good.save(hostile / "scans.jpg", progressive=True)
+    data = (hostile / "scans.jpg").read_bytes()
+    last = data.rindex(b"\xff\xda")
+    (hostile / "scans.jpg").write_bytes(data[:last] + data[last:-2] * 1000 + data[-2:])
+    (hostile / "crash.odd").write_bytes(b"ODD crash")
+    (hostile / "hang.odd").write_bytes(b"ODD hang")
+    (hostile / "raise.odd").write_bytes(b"ODD raise")
+    pq.write_table(pa.table({"image": pa.array([b"ODD crash", (hostile / "good.png").read_bytes()])}), "rows.parquet")
+    settings = replace(PIXELS, limits=Limits(image_timeout=1.0), filters=Filters(min_side=1))
+    result = embed_images(["hostile", "rows.parquet", f"{hostile}/pipe.png"], "pool.parquet", settings, Options())
+    assert result is not None
+    assert [row["uri"] for row in rows("pool.parquet")] == [
+        f"{hostile}/good.png",
+        f"parquet://{tmp_path}/rows.parquet?row=1",
+    ]
+    reasons = {os.path.basename(str(row["uri"])): str(row["reason"]) for row in rows("pool.removed.parquet")}
+    crashed = "its decoder crashed, or took more memory than there is"
+    assert reasons.pop("token.npy").startswith("cannot be decoded: ")
+    assert reasons == {
+        "crash.odd": crashed,
+        "hang.odd": "not decoded within --image-timeout 1 seconds",
+        "raise.odd": "cannot be decoded: 'an odd error'",
+        "huge.npy": "an array of shape (1000000, 1000000) that is cut off",
+        "pipe.png": "not a regular file",
+        "rows.parquet?row=0": crashed,
+        "scans.jpg": "a JPEG of 1005 scans; at most 100 are decoded",
+    }
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
