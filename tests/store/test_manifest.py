@@ -176,7 +176,7 @@ def test_vectors_that_a_file_cannot_hold_are_refused_when_it_is_opened(
     vectors = pa.FixedSizeListArray.from_arrays(numbers, type=kind)
     pq.write_table(pa.table({"embedding": vectors}), tmp_path / "bomb.parquet")
     assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
-    with pytest.raises(ToolkitError, match=r"declares 20 vectors of 524,288 numbers in \d+,\d+ bytes; make it again"):
+    with pytest.raises(ToolkitError, match=r"declares 20 vectors of 524,288 numbers in [0-9,]+ bytes; make it again"):
         open_manifest(tmp_path / "bomb.parquet")
 
 
