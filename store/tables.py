@@ -51,7 +51,7 @@ def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
 def select(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRelation:
     """Return the answer of a query that only reads.
 
-    Raises ToolkitError for other statements, for several, and for names of pipes, which would hang.
+    Raises ToolkitError for other statements, for several, for names of pipes, which would hang, and of missing lists.
     """
     kinds = [statement.type for statement in connection.extract_statements(query)]
     if kinds != [duckdb.StatementType.SELECT]:
@@ -60,6 +60,7 @@ def select(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPy
     for name in QUOTED.findall(query):
         if os.path.lexists(name) and not (os.path.isfile(name) or os.path.isdir(name)):
             raise ToolkitError(f"{name} is no regular file; name another")
+    named_lists(query)
     connection.execute("set lock_configuration = true")
     return connection.sql(query)
 
@@ -76,13 +77,18 @@ def named_manifests(query: str) -> list[Manifest]:
 
 
 def named_lists(query: str) -> list[Source]:
-    """Return every list that a query names by `lines('file')` as an input of a step, each once."""
-    paths = [Path(name) for name in dict.fromkeys(LIST_NAME.findall(query))]
-    there = [path for path in paths if path.is_file()]  # DuckDB tells of the others
-    return [
-        Source("list", str(path.absolute()), hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest())
-        for path in there
-    ]
+    """Return every list that a query names by `lines('file')` as an input of a step, each once.
+
+    Raises ToolkitError when there is no such file, which DuckDB would take for an empty one.
+    """
+    lists = []
+    for name in dict.fromkeys(LIST_NAME.findall(query)):
+        path = Path(name)
+        if not path.is_file():
+            raise ToolkitError(f"no list at {name}, which the query names; check the path")
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        lists.append(Source("list", str(path.absolute()), digest))
+    return lists
 
 
 def answer(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
@@ -100,6 +106,7 @@ def failure(problem: duckdb.Error) -> str:
 
 def rows_where(manifest: Manifest, condition: str) -> Iterator[pa.RecordBatch]:
     """Yield the rows that fulfil an SQL condition, rising: one int64 column. ToolkitError when DuckDB refuses it."""
+    named_lists(condition)
     start = 0
     names = manifest.names()
     present = {old: new for old, new in COLUMNS.items() if new in names and old not in names}

@@ -12,7 +12,9 @@ import torch
 
 from ... import console
 from ...errors import ToolkitError
-from ...features.search.neighbors import Identity, Neighbors, SearchSettings, nearest
+from ...features.search.cell_search import cell_neighbors
+from ...features.search.exact_search import KnnTask, exact_neighbors
+from ...features.search.neighbors import INDEXED_FOR, Identity, Neighbors, SearchSettings, nearest
 from ...features.search.products import unit_rows
 from ...features.threads import map_in_order, num_cores, workers
 from ...store.manifest import Source
@@ -27,7 +29,6 @@ EXAGGERATED, ITERATIONS = 250, 500  # openTSNE's own: first with attraction 12 t
 SHOWN_EVERY = 10  # iterations
 INITIAL_SPREAD = 1e-4  # standard deviation at the start: Kobak and Berens 2019, "The art of using t-SNE"
 PLACED_BY = 10  # neighbours in the sample whose median is an image's place
-PLACED_ROWS = 262_144  # images placed at a time
 SMALLEST = 2 * NUM_NEIGHBORS  # smaller pools are shown by their first two principal components
 
 
@@ -158,13 +159,15 @@ def place(points: Vectors, sample: Int64, coordinates: Float32, search: SearchSe
     Args:
         sample: (S,) positions of those that have `coordinates` (S, 2), rising.
     """
+    others = np.setdiff1d(np.arange(len(points)), sample, assume_unique=True)
+    task = KnnTask(points.take(others), points.take(sample), PLACED_BY, np.arange(len(sample)))
+    if search.recall < 1 and len(others) >= INDEXED_FOR:
+        found = cell_neighbors(task, search, "placing the others")
+    else:
+        found = exact_neighbors(task, progress="placing the others")
     placed = np.empty((len(points), 2), np.float32)
     placed[sample] = coordinates
-    others = np.setdiff1d(np.arange(len(points)), sample, assume_unique=True)
-    projected, order = points.take(sample), np.arange(len(sample))
-    for start in range(0, len(others), PLACED_ROWS):
-        some = others[start : start + PLACED_ROWS]
-        what = f"placing {start + len(some):,} of {len(others):,}"
-        found = nearest(points.take(some), projected, PLACED_BY, order=order, search=search, progress=what)
-        placed[some] = np.median(coordinates[found.indices], axis=1)
+    for start in range(0, len(others), BLOCK_ROWS):
+        some = slice(start, start + BLOCK_ROWS)
+        placed[others[some]] = np.median(coordinates[found.indices[some]], axis=1)
     return placed

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,6 +159,37 @@ def test_a_large_map_shows_a_sample_and_says_so(tmp_path: Path) -> None:
     part = map_part(open_manifest(mapped(tmp_path)), num_points=50, num_thumbnails=7)
     assert "It shows 50 of 120 images, drawn at random; a choice holds only these." in part
     assert "Pictures of 7 are stored" in part or "Pictures of 6 are stored" in part
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("embedding-atlas") is None, reason="tried where embedding-atlas is installed")
+def test_embedding_atlas_opens_a_map(tmp_path: Path) -> None:
+    path = mapped(tmp_path, neighbors=5, thumbnails=32)
+    columns = ["--x", "projection_x", "--y", "projection_y", "--neighbors", "neighbors", "--image", "thumbnail"]
+    target = tmp_path / "atlas"
+    subprocess.run(["embedding-atlas", str(path), *columns, "--export-application", str(target)], check=True)
+    shown = json.loads((target / "data" / "metadata.json").read_text())["props"]["data"]
+    assert shown["projection"] == {"x": "projection_x", "y": "projection_y"}
+    assert (shown["image"], shown["neighbors"]) == ("thumbnail", "neighbors")
+    kept = pq.read_table(target / "data" / "dataset.parquet")
+    assert kept.column("neighbors").to_pylist() == pq.read_table(path).column("neighbors").to_pylist()
+    assert "pagerank" in kept.column_names  # it reads the neighbours as a graph
+
+
+def test_a_list_of_names_belongs_to_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pool, path = pool_of(tmp_path), str(tmp_path / "map.parquet")
+    uris = pq.read_table(pool).column("uri").to_pylist()
+    settings = MapSettings(where="uri in (from lines('picked.txt'))")
+    Path("picked.txt").write_text(f"{uris[7]}\r\n\n{uris[3]}\nnone.png\n")
+    map_images(pool, path, settings, Options())
+    assert pq.read_table(path).column("row").to_pylist() == [3, 7]
+    Path("picked.txt").write_text(f"{uris[5]}\n")
+    with pytest.raises(ToolkitError, match="from other inputs"):
+        map_images(pool, path, settings, Options())
+    Path("picked.txt").unlink()
+    with pytest.raises(ToolkitError, match="no list at picked.txt"):
+        map_images(pool, path, settings, Options(force=True))
 
 
 # In the browser -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dinov2_toolkit.curate.map import projection
 from dinov2_toolkit.curate.map.projection import (
     PLACED_BY,
     fit,
@@ -99,10 +100,14 @@ def test_copies_and_constant_vectors_are_no_problem() -> None:
     assert np.isfinite(fit(principal_components(vectors_of(array), 50), EXACT)).all()
 
 
-def test_placed_images_lie_among_their_neighbours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("indexed_for", [projection.INDEXED_FOR, 0])  # all compared with all; by cells
+def test_placed_images_lie_among_their_neighbours(
+    tmp_path: Path, indexed_for: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projection, "INDEXED_FOR", indexed_for)
     array, group = groups(900)
     provenance = Provenance("selection", "curate map", {})
-    coordinates = project(vectors_of(array), 300, EXACT, Progress(provenance, str(tmp_path)))
+    coordinates = project(vectors_of(array), 300, SearchSettings(), Progress(provenance, str(tmp_path)))
     assert agreement(coordinates, group) > 0.95
 
     points = principal_components(vectors_of(array), 50)
