@@ -133,8 +133,11 @@ def _classes(rows: list[Row]) -> list[Markup]:
 
 def _confusions(rows: list[Row]) -> list[Markup]:
     """Return what is taken for what: a matrix of each model with few classes, a list of pairs with many."""
-    made: list[Markup] = [parts.heading("What is taken for what")]
-    made.append(parts.text("Share of the test images of a class (rows) that neighbours take for another (columns)."))
+    heading = parts.heading("What is taken for what")
+    if not rows:
+        return [heading, parts.text("No test image was taken for another class.")]
+    matrices: list[Markup] = []
+    lists: list[Markup] = []
     subjects = list(dict.fromkeys(_subject(row, True) for row in rows))
     names = _names(subjects)
     for subject in subjects:
@@ -147,17 +150,16 @@ def _confusions(rows: list[Row]) -> list[Markup]:
         pairs = parts.table(caption, ["class", "taken for", "share", "test images of the class"], lines)
         classes = sorted({row[side] for row in own for side in ("true_class", "predicted_class")})
         if len(classes) > MAX_SIDE:
-            made.append(pairs)
+            lists.append(pairs)
             continue
         cells = [
             {"class": row["true_class"], "taken for": row["predicted_class"], "percent": round(100 * row["value"], 1)}
             for row in own
         ]
         spec = chart.heatmap(cells, x="taken for", y="class", value="percent", order=classes)
-        made.append(
-            parts.chart(names[subject], spec, pairs, explanation="In percent of a class; a stronger colour is more.")
-        )
-    return made if rows else [*made[:1], parts.text("No test image was taken for another class.")]
+        matrices.append(parts.chart(names[subject], spec, pairs))
+    words = "Share of the test images of a class that neighbours take for another; a stronger colour is a larger share."
+    return [heading, parts.text(words), *([parts.side_by_side(matrices)] if matrices else []), *lists]
 
 
 def _subject(row: Row, has_files: bool) -> str:

@@ -6,6 +6,7 @@ Every page that is opened must log no error, throw none, and ask for nothing but
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -86,3 +87,13 @@ def open_page(chromium: "Browser") -> Iterator[OpenPage]:
 def scrolls_sideways(page: "Page") -> bool:
     """Tell whether the page as a whole is wider than the window."""
     return bool(page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"))
+
+
+def violations(page: "Page") -> list[str]:
+    """Return what axe-core finds wrong for people who see little, or use a keyboard or a screen reader."""
+    source = files("axe_playwright_python").joinpath("axe.min.js").read_text("utf-8")
+    page.evaluate(source)
+    found = page.evaluate("axe.run().then((results) => results.violations)")
+    return [
+        f"{each['id']}: {node['html'][:200]} ({node['failureSummary']})" for each in found for node in each["nodes"]
+    ]

@@ -57,7 +57,7 @@ def lines(
     mark = {"type": "line", "point": {"size": 24} if len(points) <= 40 else {"size": 40, "opacity": 0}}
     drawn: Spec = {"mark": mark, "encoding": encoding}
     if limit is not None:
-        rule = {"mark": {"type": "rule", "strokeDash": [2, 4]}, "encoding": {"y": {"datum": limit}}}
+        rule = {"mark": {"type": "rule", "strokeDash": [2, 4], "aria": False}, "encoding": {"y": {"datum": limit}}}
         drawn = {"layer": [drawn, rule]}
     return _spec(points, columns, drawn)
 
