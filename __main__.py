@@ -1,5 +1,22 @@
-"""`python -m dinov2_toolkit`: the same as `dinov2`, and what `features.launch` starts."""
+"""The `dinov2` command, `python -m dinov2_toolkit`, and what `features.launch` starts."""
 
-from .cli import main
+from . import process
 
-main()
+
+def main() -> None:
+    """Run the command line and exit; a signal ends it in one line, even while modules are imported."""
+    process.prepare()
+    try:
+        from .cli import run
+
+        code = run()
+        process.end_at_signals()
+    except BaseException:
+        if process.received:
+            process.end_interrupted()
+        raise
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # Control characters, line and paragraph separators, marks of direction, and bytes of names that are not UTF-8.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -48,7 +48,8 @@ def error(message: str) -> None:
 
 
 def _write(message: str) -> None:
-    print(plain(message), file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads it any more, which is no reason to end the work
+        print(plain(message), file=sys.stderr, flush=True)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -65,7 +66,8 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -
         drawn.add_column(name, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(f"{cell:.4g}" if isinstance(cell, float) else plain(str(cell))) for cell in row))
-    Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(drawn)
+    with suppress(OSError, SystemExit):  # as in `_write`; Rich ends the process where a pipe has no reader
+        Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(drawn)
 
 
 @contextmanager

@@ -14,11 +14,15 @@ from datetime import timedelta
 from types import FrameType
 
 from .. import console
-from ..errors import ToolkitError
+from .. import process as own_process
+from ..errors import Stopped, ToolkitError
+from ..process import LAUNCHER, SIGNALS, Handler, is_main_process, set_handler, take_first_signal
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LAUNCHED = "DINOV2_LAUNCHED"  # set in the processes that `launch` starts
+LOST = re.compile(  # in the errors of torch
+    "Connection (closed|reset) by peer|gloo/transport|Broken pipe|process exited|ncclRemoteError|Timed out waiting"
+)
 PATIENCE = timedelta(days=30)  # chosen: how long one process waits for the others' shares
+KEPT = "what it had is kept, and the same command resumes"
 KILL_AFTER_S = 30.0  # chosen: what has not ended so long after another has failed is killed
 
 
@@ -44,25 +48,31 @@ class Group:
                 decided = [decision()]
         finally:
             if self.count > 1:
-                broadcast_object_list(decided)
+                with needs_others():
+                    broadcast_object_list(decided)
         if decided[0] is None:
             raise SystemExit(1)
         return decided[0]
 
     def wait(self) -> None:
-        """Wait until all processes are here.
+        """Wait until all processes are here. Raises Stopped when one of them has ended."""
+        if self.count > 1:
+            from accelerate import PartialState
 
-        Raises ToolkitError when one of them has ended.
-        """
-        if self.count == 1:
-            return
-        from accelerate import PartialState
+            with needs_others():
+                PartialState().wait_for_everyone()
 
-        try:
-            PartialState().wait_for_everyone()
-        except RuntimeError as problem:  # torch has no other name for a connection that broke
-            reason = str(problem).splitlines()[0]
-            raise ToolkitError(f"another process ended ({reason}); run the same command again") from None
+
+@contextmanager
+def needs_others(kept: Callable[[], str] = lambda: KEPT) -> Iterator[None]:
+    """Turn the error that another process's end causes in this one into Stopped; `kept` says what is saved."""
+    try:
+        yield
+    except RuntimeError as problem:  # torch has no other name for a connection that broke
+        if not LOST.search(str(problem)):
+            raise
+        # Our own launcher knows more, and says it.
+        raise Stopped("" if LAUNCHER in os.environ else f"stopped: another process ended; {kept()}") from None
 
 
 def join_group() -> Group:
@@ -101,14 +111,9 @@ def is_launched(environment: Mapping[str, str]) -> bool:
     return "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
-def is_main_process() -> bool:
-    """Tell whether this process is the first of those that were started together."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
-
-
 def prints_result() -> bool:
     """Tell whether this process prints the result: the one that the user started, or the first of theirs."""
-    return is_main_process() and LAUNCHED not in os.environ
+    return is_main_process() and LAUNCHER not in os.environ
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
@@ -136,12 +141,13 @@ def first_host(node_list: str) -> str:
     return "".join(part or "" for part in first.groups())
 
 
-def launch(num_processes: int) -> None:
+def launch(num_processes: int, kept: Callable[[], str] = lambda: KEPT) -> None:
     """Run this very command line in `num_processes` processes on this machine, and wait for them.
 
-    Signals are passed on to all of them; where one fails, the others are stopped.
+    Signals are passed on to all of them; where one fails, the others are stopped; when this one is killed, all stop.
 
     Raises:
+        Stopped: if one was killed, as for memory; `kept` says what is saved.
         SystemExit: with the first exit code that is not 0; whoever ended with it has said why.
         KeyboardInterrupt: if a signal ended a process that had nothing to save.
     """
@@ -156,9 +162,11 @@ def launch(num_processes: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]  # a free one
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)), **os.environ}
-    environment |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes), LAUNCHED: "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with _handled_signals(pass_on):
+    environment |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), LAUNCHER: str(os.getpid())}
+    with _handled_signals() as previous:
+        for number in previous:
+            signal.signal(number, pass_on)
         for rank in range(num_processes):
             processes.append(
                 subprocess.Popen(
@@ -168,58 +176,71 @@ def launch(num_processes: int) -> None:
                     start_new_session=True,  # a terminal's Ctrl-C comes through `pass_on`, once
                 )
             )
-        code = next((code for code in _exit_codes(processes) if code), 0)
-    if code < 0 and -code in received:
+        failed = _first_failures(processes)
+    if any(-code in received for code in failed.values()):
         raise KeyboardInterrupt
-    if code:
-        raise SystemExit(code if code > 0 else 128 - code)  # as a shell tells of a signal
+    for rank, code in failed.items():
+        if code < 0:
+            how = signal.Signals(-code).name
+            raise Stopped(f"stopped: process {rank} of {num_processes} was ended by {how}; {kept()}")
+    for code in failed.values():
+        raise SystemExit(code)
 
 
-def _exit_codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for all processes, stopping those that are left when one has failed; return exit codes as they came."""
-    codes, running, deadline = list[int](), processes, float("inf")
+def _first_failures(processes: list[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """Wait for all processes, stopping those that are left when one has failed.
+
+    Returns by rank the exit codes of those that failed first, or, where none did, 75 of those that stopped.
+    """
+    running, stopped, failed = dict(enumerate(processes)), dict[int, int](), dict[int, int]()
+    deadline = float("inf")
     while running:
         time.sleep(0.1)
         if time.monotonic() > deadline:
-            for process in running:
+            for process in running.values():
                 process.kill()
-        ended = [process for process in running if process.poll() is not None]
-        running = [process for process in running if process not in ended]
-        codes += [process.returncode for process in ended]
-        if deadline == float("inf") and not {0, 75}.issuperset(codes):
-            deadline = time.monotonic() + KILL_AFTER_S
-            for process in running:
-                process.terminate()
-    return codes
+        ended = {rank: code for rank, process in running.items() if (code := process.poll()) is not None}
+        running = {rank: process for rank, process in running.items() if rank not in ended}
+        stopped |= {rank: code for rank, code in ended.items() if code == 75}
+        if deadline == float("inf"):
+            failed = {rank: code for rank, code in ended.items() if code not in (0, 75)}
+            if failed:
+                deadline = time.monotonic() + KILL_AFTER_S
+                for process in running.values():
+                    process.terminate()
+    return failed or stopped
 
 
 @contextmanager
 def caught_signals(unit: str) -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGINT and SIGUSR1 in the yielded list instead of dying; a second one acts as usual.
+    """Collect SIGTERM, SIGINT and SIGUSR1 in the yielded list instead of dying; a second one ends at once.
 
     `unit` says what is finished first, such as "step".
     """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            own_process.received.append(number)
+            own_process.end_interrupted()
         received.append(number)
         console.say(f"{signal.Signals(number).name}: saving after this {unit}; once more to end at once")
-        restore()
 
-    with _handled_signals(note) as restore:
-        yield received
+    with _handled_signals() as previous:
+        take_first_signal(note)
+        try:
+            yield received
+        finally:
+            if received:  # what is left to do until the end does not ask for a third signal
+                previous.update(dict.fromkeys(SIGNALS, signal.SIG_DFL))
 
 
 @contextmanager
-def _handled_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], None]]:
-    """Set a handler of the signals that stop a command; yields what sets the previous ones again, done at the end."""
-    previous = {number: signal.signal(number, handler) for number in SIGNALS}
-
-    def restore() -> None:
-        for number, before in previous.items():
-            signal.signal(number, before)
-
+def _handled_signals() -> Iterator[dict[signal.Signals, Handler | int | None]]:
+    """Yield the handlers of the signals that stop a command; those in it at the end are set again."""
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        yield restore
+        yield previous
     finally:
-        restore()
+        for number, handler in previous.items():
+            set_handler(number, handler)

@@ -15,7 +15,10 @@ from .catalog import catalog_path
 from .files import write_text
 from .manifest import Source, part_paths
 
-CACHE_BYTES = int(os.environ.get("DINOV2_CACHE_BYTES", 64 << 30))  # arrays are kept up to this size
+try:
+    CACHE_BYTES = int(os.environ.get("DINOV2_CACHE_BYTES") or 64 << 30)  # arrays are kept up to this size
+except ValueError as problem:
+    raise ToolkitError(f"DINOV2_CACHE_BYTES is no number of bytes ({problem}); give one, or unset it") from None
 
 MARKER = "CACHEDIR.TAG"  # by this name and first line, backup programs know a cache too
 MARK = """\

@@ -1,5 +1,7 @@
 """The command line as its users meet it: exit codes, one line on stderr, nothing but results on stdout."""
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import typer
 from PIL import Image
 
 from dinov2_toolkit import cli, console, options
+from dinov2_toolkit.errors import Stopped, ToolkitError
 
 DINOV2 = [sys.executable, "-m", "dinov2_toolkit"]
 Run = Callable[..., SimpleNamespace]
@@ -29,10 +32,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         if cwd is not None:
             monkeypatch.chdir(cwd)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
+        code = cli.run()
         printed = capsys.readouterr()
-        return SimpleNamespace(returncode=end.value.code, stdout=printed.out, stderr=printed.err)
+        return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
 
     return command
 
@@ -116,15 +118,77 @@ def test_a_folder_without_images_is_an_error(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "a.parquet").exists()
 
 
-def test_a_reader_that_leaves_a_pipe_early_is_no_error(photos: Path) -> None:
-    done = subprocess.run(
-        f"{sys.executable} -m dinov2_toolkit catalog sql 'select * from range(100000)' | head -n 1",
-        shell=True,
-        cwd=photos,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "range\n" and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [("catalog sql 'select * from range(100000)'", "range\n"), ("--help", " " * 80 + "\n"), ("catalog list", "")],
+)
+def test_a_reader_that_leaves_a_pipe_early_is_no_error(photos: Path, arguments: str, first: str) -> None:
+    command = f"COLUMNS=80 {sys.executable} -m dinov2_toolkit {arguments} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=photos, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, first, "")
+
+
+def test_a_run_goes_on_when_nobody_reads_its_messages(photos: Path) -> None:
+    command = f"{sys.executable} -m dinov2_toolkit curate embed photos -o a.parquet --model pixels 2> >(true)"
+    done = subprocess.run(["bash", "-c", f"{command}; exit $?"], cwd=photos.parent, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, b"a.parquet\n")
+
+
+class Odd(Exception):
+    pass
+
+
+PROBLEMS: list[tuple[BaseException, int, str]] = [
+    (ToolkitError("no x; give one"), 1, "error: no x; give one"),
+    (ToolkitError("no a\nerror: b\x1b[2J; give one"), 1, r"error: no a\\nerror: b\\x1b\[2J; give one"),
+    (Stopped("stopped: all saved"), 75, "stopped: all saved"),
+    (KeyboardInterrupt(), 130, "error: interrupted; nothing more was saved"),
+    (SystemExit(75), 75, ""),
+    (SystemExit(), 0, ""),
+    (MemoryError("8 GB"), 1, "error: out of memory .8 GB.; make some free, or give a smaller --memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "error: out of memory"),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), 1, "error: the disk is full: a/b; make room"),
+    (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "error: the disk is full; make room"),
+    (PermissionError(errno.EACCES, "Permission denied", "a/b"), 1, "error: Permission denied: a/b; mend that"),
+    (EOFError("x"), 1, "error: unexpected EOFError .x.*a fault of the toolkit: report it with what --debug shows"),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "error: Broken pipe; mend that"),  # of another pipe than stdout
+    (Odd("two\nlines"), 1, r"error: unexpected Odd .two lines. at cli.py:\d+; this is a fault of the toolkit"),
+]
+
+
+@pytest.mark.parametrize(("problem", "code", "line"), PROBLEMS, ids=lambda value: type(value).__name__)
+def test_every_end_is_one_line_and_an_exit_code(
+    run: Run, monkeypatch: pytest.MonkeyPatch, problem: BaseException, code: int, line: str
+) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise problem
+
+    monkeypatch.setattr(cli, "_called", fail)
+    done = run("catalog", "list")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.count("\n") == bool(line) and re.match(line, done.stderr)
+
+
+@pytest.mark.parametrize("how", ["first", "last", "environment"])
+def test_debug_shows_where_an_error_comes_from(run: Run, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    arguments = ["catalog", "show", "nothing"]
+    match how:
+        case "first":
+            arguments.insert(0, "--debug")
+        case "last":
+            arguments.append("--debug")
+        case _:
+            monkeypatch.setenv("DINOV2_DEBUG", "1")
+    done = run(*arguments)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "manage/catalog.py" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the catalog")
+
+
+def test_a_setting_of_the_environment_that_is_none_is_one_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "DINOV2_CACHE_BYTES": "x"}
+    done = subprocess.run([*DINOV2, "catalog", "gc"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: DINOV2_CACHE_BYTES is no number of bytes")
 
 
 def test_the_version_is_printed(run: Run, tmp_path: Path) -> None:

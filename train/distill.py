@@ -14,9 +14,9 @@ import torch
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.launch import is_main_process
 from ..models.saved import MODEL_JSON
 from ..models.weights import load_heads, load_model, model_content_id
+from ..process import is_main_process
 from ..store.artifact import Options, Result, read_run_provenance, recorded, write_run_provenance
 from ..store.manifest import Source
 from .config import CONFIG_FILE, TrainConfig, command_config, given_recipe, read_recipe, write_config

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import Stopped, ToolkitError
-from ..features.launch import is_main_process
+from ..process import is_main_process
 from ..store.files import write_text
 
 STATUS = "status.json"

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from .. import console
 from ..errors import ToolkitError
-from ..features.launch import Group, adopt_slurm, is_launched, launch, prints_result
+from ..features.launch import Group, adopt_slurm, is_launched, launch, needs_others, prints_result
 from ..models.cpu import keep_freed_memory
 from ..models.saved import MODEL_JSON
 from ..models.vit import VisionTransformer
@@ -140,7 +140,7 @@ def run_training(
                 describe_cost(run, build, num_processes)
                 console.say(f"would write {output}")
                 return None
-            launch(num_processes)
+            launch(num_processes, lambda: kept_steps(run.folder))
         return finished_result(output)
 
     # In this process, together with the others where a launcher has started several.
@@ -155,7 +155,12 @@ def run_training(
     recording: AbstractContextManager[list[Provenance]] = recorded(run.folder) if is_main else nullcontext([])
     with own_folder(run, options) if is_main else nullcontext():
         accelerator.wait_for_everyone()
-        with status_kept(run.folder), recording as records, tracked(accelerator, run.folder, config):
+        with (
+            status_kept(run.folder),
+            recording as records,
+            tracked(accelerator, run.folder, config),
+            needs_others(lambda: kept_steps(run.folder)),
+        ):
             figures = train(model, run, accelerator)
             if is_main:
                 made = replace(provenance, figures=dict(figures), content_id=model_content_id(run.folder))
@@ -222,6 +227,12 @@ def own_folder(run: Run, options: Options) -> Iterator[None]:
         write_run_provenance(run.folder, run.provenance)
         write_config(run.config, run.folder / CONFIG_FILE)
         yield
+
+
+def kept_steps(folder: Path) -> str:
+    """Say which checkpoint a run would resume from, and how."""
+    saved = checkpoints(folder / CHECKPOINTS)
+    return f"{saved[-1].name} is saved; resume with --resume" if saved else "no step is saved yet; run it again"
 
 
 def check_batch(config: TrainConfig, num_processes: int) -> None:

@@ -32,6 +32,7 @@ from .plan import describe_work, earlier_manifest, start_work, stopped_run
 from .settings import EmbedSettings as EmbedSettings
 from .settings import chosen_model, extracted, manifest_fields, wanted_provenance
 
+RESUMES = "the same command resumes"
 BLOCK_ENTRIES = 1_024  # chosen: a batch ends where a block does, so that neither stops nor processes show in a batch
 
 
@@ -45,7 +46,7 @@ def embed_images(arguments: list[str], output: str, settings: EmbedSettings, opt
     if not is_launched(os.environ) and settings.num_processes == 1:
         server.start()  # while sources are listed and the model is read
     if settings.num_processes > 1 and not is_launched(os.environ) and not options.dry_run:
-        launch(settings.num_processes)
+        launch(settings.num_processes, lambda: f"{num_in_parts(work_folder(path)):,} images are kept; {RESUMES}")
         return None
     group = join_group()
     folder = work_folder(path)
@@ -98,7 +99,7 @@ def _run_first(
                 if num_kept == 0:
                     raise KeyboardInterrupt
                 kept = f"{num_kept:,} of {num_new:,} images are embedded and kept"
-                raise Stopped(f"stopped: {kept}; the same command resumes")
+                raise Stopped(f"stopped: {kept}; {RESUMES}")
             fields = manifest_fields(model, settings, wanted.parameters["columns"])
             return assemble(folder, wanted, earlier, fields, path, settings.max_failed)
 

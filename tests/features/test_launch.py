@@ -3,11 +3,12 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.errors import Stopped, ToolkitError
 from dinov2_toolkit.features import launch as module
 from dinov2_toolkit.features.launch import (
     Group,
@@ -18,8 +19,10 @@ from dinov2_toolkit.features.launch import (
     join_group,
     launch,
     local_count,
+    needs_others,
     prints_result,
 )
+from dinov2_toolkit.process import SIGNALS
 
 
 @pytest.fixture(autouse=True)
@@ -135,20 +138,51 @@ def test_srun_with_several_tasks_is_a_launcher_and_a_single_task_is_not() -> Non
     assert torchrun == step | {"WORLD_SIZE": "2", "RANK": "1"}
 
 
-def test_a_first_signal_is_noted_and_a_second_one_acts(capsys: pytest.CaptureFixture[str]) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        before = signal.getsignal(number)
-        with caught_signals("step") as received:
-            os.kill(os.getpid(), number)
-            assert received == [number]
-            assert signal.getsignal(number) == before
-        assert signal.getsignal(number) == before
-    assert "SIGTERM: saving after this step" in capsys.readouterr().err
+@pytest.fixture
+def _own_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_own_handlers")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_first_signal_is_noted_and_the_next_ends_the_process(
+    capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    with caught_signals("step") as received:
+        pass
+    assert received == [] and signal.getsignal(number) == before
+    with caught_signals("step") as received:
+        os.kill(os.getpid(), number)
+        assert received == [number]
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert f"{number.name}: saving after this step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_stops_the_others_and_what_is_kept_is_said(program: Path, killed: int) -> None:
+    broken = "RuntimeError('gloo/transport/tcp/pair.cc:525] Connection closed by peer')"
+    program.write_text(HEAD + f"os.kill(os.getpid(), 9) if rank == {killed} else time.sleep(1)\nraise {broken}\n")
+    with pytest.raises(Stopped, match=f"process {killed} of 2 was ended by SIGKILL; step 7 is saved"):
+        launch(2, lambda: "step 7 is saved")
+
+
+def test_the_end_of_another_process_is_a_stop_and_other_errors_are_not() -> None:
+    with (
+        pytest.raises(Stopped, match="another process ended; step 7 is saved"),
+        needs_others(lambda: "step 7 is saved"),
+    ):
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:4000")
+    with pytest.raises(RuntimeError, match="shapes"), needs_others():
+        raise RuntimeError("shapes cannot be multiplied")
 
 
 def test_the_process_that_the_user_started_prints_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prints_result()
     monkeypatch.setenv("RANK", "0")
     assert prints_result()
-    monkeypatch.setenv("DINOV2_LAUNCHED", "1")
+    monkeypatch.setenv("DINOV2_LAUNCHED", str(os.getppid()))
     assert not prints_result()

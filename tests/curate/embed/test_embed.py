@@ -370,9 +370,7 @@ def test_the_catalog_knows_the_embeddings_their_source_and_their_model(source: P
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["dinov2", "curate", "embed", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
+    return cli.run()
 
 
 def test_the_command_prints_its_output_alone(
