@@ -57,6 +57,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     folder = made_folder(args.folder)
+    notes = (
+        "Seconds and memory are those of the whole command on two threads, with decoding the vectors into the cache."
+        f" Kept: the share of the {K} nearest in the embeddings that are among the {K} nearest on the map. Above"
+        " 500,000 images, 200,000 are projected and the others placed among their neighbours."
+    )
+    header = ("images", "wall s", "CPU s", "peak MB", "kept")
     rows = []
     for num in args.rows:
         pool, made = folder / f"pool-{num}.parquet", folder / f"map-{num}.parquet"
@@ -73,13 +79,7 @@ def main() -> None:
                 f"{kept(pool, made):.3f}",
             )
         )
-    notes = (
-        "Seconds and memory are those of the whole command on two threads, with decoding the vectors into the cache."
-        f" Kept: the share of the {K} nearest in the embeddings that are among the {K} nearest on the map. Above"
-        " 500,000 images, 200,000 are projected and the others placed among their neighbours."
-    )
-    header = ("images", "wall s", "CPU s", "peak MB", "kept")
-    write_result("map", "Maps of embeddings of 384 numbers", header, rows, notes)
+        write_result("map", "Maps of embeddings of 384 numbers", header, rows, notes)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ def _about(num_rows: int, num_points: int, num_pictures: int) -> str:
     """Return what the map shows, and what it leaves out."""
     words = "Images lie near each other where the model finds them alike; distances between groups mean little."
     if num_points < num_rows:
-        words += f" It shows {num_points:,} of {num_rows:,} images, drawn at random; a choice holds only these."
+        words += f" It shows {num_points:,} of {num_rows:,} images, drawn at random. A list holds only these;"
+        words += " the condition of a lasso is true of all images within it."
     if num_pictures < num_points:
         words += f" Pictures of {num_pictures:,} are stored, evenly over the map."
     return words

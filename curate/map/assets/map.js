@@ -33,6 +33,8 @@
   function start(root, data) {
     const part = (name) => root.querySelector(`.map-${name}`);
     const canvas = root.querySelector("canvas"), context = canvas.getContext("2d", { alpha: false });
+    part("keys").id = `map-keys-${[...document.querySelectorAll(".map")].indexOf(root)}`;
+    canvas.setAttribute("aria-describedby", part("keys").id);
     const frame = part("frame"), tip = part("tip"), said = part("said");
     const xs = numbers(data.x), ys = numbers(data.y), rows = numbers(data.rows), total = xs.length;
     const columns = data.columns.map((column) => ({ ...column, values: numbers(column.values) }));
@@ -48,6 +50,7 @@
       [order[place], order[other]] = [order[other], order[place]];
     }
 
+    let outline = null; // of the lasso that made the choice, in the map's own coordinates
     let paper, faint, ink, numPicked = 0, current = -1, hiddenSome = false, drawing = null, waiting = false;
     let width = 0, height = 0, ratio = 1, scale = 1, left = 0, top = 0, whole = 1;
     const across = (point) => xs[point] * scale + left, down = (point) => top - ys[point] * scale;
@@ -321,7 +324,8 @@
 
     // Choosing ---------------------------------------------------------------------------------------------------
 
-    function choose(accepts, words) {
+    function choose(accepts, words, drawn = null) {
+      outline = drawn;
       numPicked = 0;
       for (let each = 0; each < total; each++) numPicked += picked[each] = shown[each] && accepts(each) ? 1 : 0;
       chosen(words);
@@ -329,11 +333,12 @@
 
     function chosen(words) {
       const all = allPicked(), list = part("list");
+      const first = [...all.filter((each) => pictureOf.has(each)), ...all.filter((each) => !pictureOf.has(each))].slice(0, LISTED);
       part("picked").hidden = !numPicked;
       part("count").textContent = `${count(numPicked, "image")} chosen`;
-      part("condition").hidden = numPicked > ROWS_IN_CONDITION;
+      part("condition").hidden = !condition();
       list.replaceChildren();
-      for (const each of all.slice(0, LISTED)) {
+      for (const each of first) {
         const button = made("button", "", made("li", "", list), { type: "button" });
         const image = picture(each);
         if (image) made("img", "", button, { src: image.src, alt: "", class: "pixels" });
@@ -342,7 +347,7 @@
         button.setAttribute("title", uri(each));
         button.onclick = () => goTo(each);
       }
-      part("rest").textContent = numPicked > LISTED ? `The first ${LISTED} are shown.` : "";
+      part("rest").textContent = numPicked > LISTED ? `These are ${LISTED} of them, those with a stored picture first.` : "";
       say(words || `${count(numPicked, "image")} chosen`);
       redraw();
     }
@@ -362,6 +367,18 @@
       return is;
     }
 
+    function condition() { // for --where: few rows by number, else what lies within the lasso, also of images not drawn
+      if (numPicked <= ROWS_IN_CONDITION && data.total === total) return `row in (${allPicked().map((each) => rows[each]).join(", ")})`;
+      if (!outline || hiddenSome) return null;
+      const short = (value) => String(Number(value.toPrecision(7)));
+      const crossings = outline.map(([x1, y1], place) => {
+        const [x2, y2] = outline[(place + 1) % outline.length];
+        if (y1 === y2) return "0";
+        return `((projection_y < ${short(y1)}) <> (projection_y < ${short(y2)}) and projection_x < ${short(x1)} + (projection_y - ${short(y1)}) * ${short((x2 - x1) / (y2 - y1))})::int`;
+      });
+      return `(${crossings.join(" + ")}) % 2 = 1`;
+    }
+
     async function copy(text, what) {
       try {
         await navigator.clipboard.writeText(text);
@@ -376,7 +393,7 @@
 
     const names = () => allPicked().map(uri).join("\n") + "\n";
     part("copy").onclick = () => copy(names(), count(numPicked, "name"));
-    part("condition").onclick = () => copy(`row in (${allPicked().map((each) => rows[each]).join(", ")})`, "Condition");
+    part("condition").onclick = () => copy(condition(), "Condition");
     part("clear").onclick = () => { part("search").value = ""; choose(() => false, "Nothing is chosen"); };
     part("save").onclick = () => {
       const link = document.createElement("a");
@@ -446,8 +463,9 @@
     canvas.onpointerup = canvas.onpointercancel = (event) => {
       pointers.delete(event.pointerId);
       if (drawing && drawing.length > 2) {
-        const polygon = drawing.map(([x, y]) => [(x - left) / scale, (top - y) / scale]);
-        choose((each) => inside(polygon, xs[each], ys[each]));
+        const step = Math.ceil(drawing.length / 60), corners = drawing.filter((_, place) => place % step === 0);
+        const polygon = corners.map(([x, y]) => [(x - left) / scale, (top - y) / scale]);
+        choose((each) => inside(polygon, xs[each], ys[each]), undefined, polygon);
       } else if (!moved && event.type === "pointerup") {
         point(nearest(...at(event), 2 * NEAR_PX), true);
       }
@@ -470,6 +488,7 @@
       else if (event.key === "Enter" && current >= 0) {
         picked[current] ^= 1;
         numPicked += picked[current] ? 1 : -1;
+        outline = null;
         chosen();
       } else return;
       event.preventDefault();

@@ -19,12 +19,13 @@ from dinov2_toolkit.curate.cluster.cluster import ClusterSettings, cluster_image
 from dinov2_toolkit.curate.inputs import open_input, read_embedded
 from dinov2_toolkit.curate.map import projection
 from dinov2_toolkit.curate.map.map import MapSettings, map_images
-from dinov2_toolkit.curate.map.page import evenly_over, map_part
+from dinov2_toolkit.curate.map.page import evenly_over, map_part, map_script, map_style, write_map_page
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.features.page.document import page_provenance
+from dinov2_toolkit.features.page.document import Section, page_provenance, render
 from dinov2_toolkit.manage.query import sql
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import ManifestWriter, Provenance, open_manifest
+from dinov2_toolkit.store.vectors import Float64
 from dinov2_toolkit.tests.browser import NARROW_PX, OpenPage, scrolls_sideways
 from dinov2_toolkit.tests.embedded import unit, write_embeddings
 
@@ -157,7 +158,7 @@ def test_the_first_points_of_any_number_are_spread_evenly() -> None:
 
 def test_a_large_map_shows_a_sample_and_says_so(tmp_path: Path) -> None:
     part = map_part(open_manifest(mapped(tmp_path)), num_points=50, num_thumbnails=7)
-    assert "It shows 50 of 120 images, drawn at random; a choice holds only these." in part
+    assert "It shows 50 of 120 images, drawn at random. A list holds only these;" in part
     assert "Pictures of 7 are stored" in part or "Pictures of 6 are stored" in part
 
 
@@ -313,6 +314,38 @@ def test_a_small_choice_is_a_condition_too(tmp_path: Path, open_page: OpenPage) 
 
 
 @pytest.mark.browser
+def test_the_condition_of_a_lasso_is_true_of_images_that_are_not_drawn(tmp_path: Path, open_page: OpenPage) -> None:
+    path = mapped(tmp_path)
+    part = map_part(open_manifest(path), num_points=60)
+    page_of = render("Map", [Section("Map", [part])], scripts=[map_script()], styles=[map_style()])
+    (tmp_path / "map.html").write_text(page_of)
+    page = open_page(tmp_path / "map.html")
+    page.wait_for_selector(".map[data-ready=yes]")
+    box = page.locator("canvas").bounding_box()
+    assert box is not None
+    (x0, y0), (x1, _) = place_of(page, 0), place_of(page, 1)
+    table = pq.read_table(path)
+    xs, ys = (table.column(f"projection_{axis}").to_numpy().astype(float) for axis in "xy")
+    shown = np.sort(np.random.default_rng([0, 4]).choice(NUM, 60, replace=False))
+    scale = (x1 - x0) / (xs[shown[1]] - xs[shown[0]])
+    across, down = x0 + (xs - xs[shown[0]]) * scale, y0 - (ys - ys[shown[0]]) * scale
+    corners = [(float(np.median(across)), box["y"] + 4), (box["x"] + 4, box["y"] + 90), (box["x"] + 90, box["y"] + 440)]
+    lasso(page, corners)
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    page.get_by_role("button", name="Copy condition").click()
+    page.wait_for_function("window.copied")
+    kept = open_input("pool", path, tmp_path / "x.parquet", where=page.evaluate("window.copied")).rows()
+
+    def side(one: tuple[float, float], other: tuple[float, float]) -> Float64:
+        return (other[0] - one[0]) * (down - one[1]) - (other[1] - one[1]) * (across - one[0])
+
+    sides = np.stack([side(corners[place], corners[(place + 1) % 3]) for place in range(3)])
+    expected = np.flatnonzero((sides > 0).all(axis=0) | (sides < 0).all(axis=0))
+    assert kept.tolist() == expected.tolist()
+    assert len(np.intersect1d(kept, shown)) < len(kept) < NUM
+
+
+@pytest.mark.browser
 def test_touch_moves_and_pinches(tmp_path: Path, open_page: OpenPage) -> None:
     page = opened(tmp_path, open_page, NARROW_PX)
     touch: Callable[[str, list[tuple[int, int]]], object] = lambda kind, fingers: page.evaluate(  # noqa: E731
@@ -352,8 +385,6 @@ def test_a_hundred_thousand_points_move_at_thirty_frames_a_second(tmp_path: Path
     ]
     with ManifestWriter(path, [pa.field(*each) for each in fields.items()], Provenance("selection", "x", {})) as writer:
         writer.write(pa.table(dict(zip(fields, values, strict=True)), schema=pa.schema(fields)))
-    from dinov2_toolkit.curate.map.page import write_map_page
-
     write_map_page(path, tmp_path / "map.html", Options())
     assert os.path.getsize(tmp_path / "map.html") < 15_000_000
     page = open_page(tmp_path / "map.html")
