@@ -337,7 +337,8 @@ def test_the_condition_of_a_lasso_is_true_of_images_that_are_not_drawn(tmp_path:
     kept = open_input("pool", path, tmp_path / "x.parquet", where=page.evaluate("window.copied")).rows()
 
     def side(one: tuple[float, float], other: tuple[float, float]) -> Float64:
-        return (other[0] - one[0]) * (down - one[1]) - (other[1] - one[1]) * (across - one[0])
+        sign: Float64 = (other[0] - one[0]) * (down - one[1]) - (other[1] - one[1]) * (across - one[0])
+        return sign
 
     sides = np.stack([side(corners[place], corners[(place + 1) % 3]) for place in range(3)])
     expected = np.flatnonzero((sides > 0).all(axis=0) | (sides < 0).all(axis=0))
