@@ -31,7 +31,7 @@ from ...store.memory import memory_budget
 from ...store.progress import Progress
 from ..inputs import EmbeddedImages, Input, describe, open_input, read_embedded
 from ..selection import selection_provenance
-from .page import check_map_page, write_map_page
+from .page import check_map_page, is_plain, write_map_page
 from .projection import NUM_COMPONENTS, check_installed, project
 
 WHOLE = 500_000  # chosen: larger pools are projected by a sample
@@ -135,9 +135,7 @@ def _neighbor_column(found: Neighbors) -> pa.Array:
 def carried(source: Input) -> list[pa.Field]:
     """Return the columns that the manifest has besides those of images: numbers, words and dates, such as clusters."""
     made = {field.name for field in (*image_schema(source.manifest), ROW_FIELD, *MADE_HERE)}
-    plain = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_temporal)
-    schema = source.manifest.schema
-    return [field for field in schema if field.name not in made and any(is_kind(field.type) for is_kind in plain)]
+    return [field for field in source.manifest.schema if field.name not in made and is_plain(field)]
 
 
 def _write(

@@ -24,6 +24,7 @@ from ... import console
 from ...errors import ToolkitError
 from ...features.grouping import group_by
 from ...features.page.document import Section, check_page_name, environment, page_provenance, render, write_page
+from ...features.page.parts import note
 from ...features.page.thumbnail import thumbnail
 from ...features.threads import map_in_order, workers
 from ...store.artifact import Options
@@ -66,8 +67,8 @@ def write_map_page(path: Path, html: Path, options: Options) -> None:
     part = map_part(manifest, seed=options.seed)
     section = Section("Images by likeness", [part])
     base = None if manifest.provenance is None else manifest.provenance.base
-    note = f"{manifest.num_rows:,} images" + ("" if base is None else f" of {Path(base.path).name}")
-    page = render("Map", [section], note=note, provenance=provenance, scripts=[map_script()], styles=[map_style()])
+    what = f"{manifest.num_rows:,} images" + ("" if base is None else f" of {Path(base.path).name}")
+    page = render("Map", [section], note=what, provenance=provenance, scripts=[map_script()], styles=[map_style()])
     write_page(page, html)
     console.say(f"{html}: {len(page) / 1e6:,.1f} MB")
 
@@ -102,9 +103,14 @@ def map_part(
     shown = _columns_shown(manifest)
     more = [name for name in manifest.names() if name in ("row", *(each.name for each in PROJECTION_FIELDS))]
     more += [name for name in shown if name != "label" and name not in more]
-    table = pa.concat_tables(image_batches(manifest, ["uri", "label"], more=more, rows=rows))
-    uris = table.column("uri").fill_null("").to_pylist()
+    tables = list(image_batches(manifest, ["uri", "label"], more=more, rows=rows))
+    table = pa.concat_tables(tables) if tables else manifest.read([*more, "uri", "label"], 0)
     coordinates = np.stack([table.column(field.name).to_numpy() for field in PROJECTION_FIELDS], axis=1)
+    has_place = np.isfinite(coordinates).all(axis=1)
+    if not has_place.any():
+        return note("No image has coordinates.")
+    rows, coordinates, table = rows[has_place], coordinates[has_place], table.filter(pa.array(has_place))
+    uris = table.column("uri").fill_null("").to_pylist()
     prefix = os.path.commonprefix(uris)
     pictured, sources = _pictures(uris, coordinates, num_thumbnails)
     base_rows = table.column("row").fill_null(-1).to_numpy() if "row" in more else rows
@@ -134,11 +140,16 @@ def _about(num_rows: int, num_points: int, num_pictures: int) -> str:
     return words
 
 
+def is_plain(field: pa.Field) -> bool:
+    """Tell whether a column holds numbers, words or dates."""
+    kinds = pa.types
+    plain = (kinds.is_boolean, kinds.is_integer, kinds.is_floating, kinds.is_temporal)
+    return any(is_kind(field.type) for is_kind in (*plain, kinds.is_string, kinds.is_large_string))
+
+
 def _columns_shown(manifest: Manifest) -> list[str]:
     """Return the columns by which points may be coloured, clusters and labels first."""
-    plain = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_temporal)
-    fields = [field for field in manifest.schema if field.name not in LEFT_OUT]
-    names = [field.name for field in fields if any(is_kind(field.type) for is_kind in plain)]
+    names = [field.name for field in manifest.schema if field.name not in LEFT_OUT and is_plain(field)]
     return sorted(names, key=lambda name: (name not in FIRST, not name.startswith("cluster_")))
 
 
@@ -149,7 +160,10 @@ def _column(name: str, values: pa.ChunkedArray) -> dict[str, Any] | None:
     is_number = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
     is_count = pa.types.is_integer(values.type) and not name.startswith("cluster_")
     if pa.types.is_floating(values.type) or (is_count and pc.count_distinct(values).as_py() > FEW):
-        numbers = pc.cast(values, pa.float64()).fill_null(float("nan")).to_numpy()
+        stored = pc.cast(values, pa.float64()).fill_null(float("nan")).to_numpy()
+        numbers = np.where(np.isfinite(stored), stored, np.nan)
+        if np.isnan(numbers).all():
+            return None
         return {"name": name, "values": _packed(numbers.astype("<f8"))}
     counted = values.value_counts().to_pylist()
     counted = sorted((each for each in counted if each["values"] is not None), key=lambda each: -each["counts"])

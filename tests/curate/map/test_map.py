@@ -1,5 +1,7 @@
 """`curate map`: every image once, in order, with what was asked for; and its page in a real browser."""
 
+import base64
+import gzip
 import io
 import json
 import os
@@ -7,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -191,6 +193,29 @@ def test_a_list_of_names_belongs_to_the_work(tmp_path: Path, monkeypatch: pytest
     Path("picked.txt").unlink()
     with pytest.raises(ToolkitError, match="no list at picked.txt"):
         map_images(pool, path, settings, Options(force=True))
+
+
+def test_rows_without_coordinates_and_columns_without_values_are_left_out(tmp_path: Path) -> None:
+    path, whole = tmp_path / "some.parquet", pq.read_table(mapped(tmp_path))
+    xs = whole.column("projection_x").to_pylist()
+    table = whole.set_column(
+        whole.column_names.index("projection_x"), "projection_x", pa.array([None, *xs[1:]], pa.float32())
+    )
+    table = table.append_column("endless", pa.array([float("inf")] * NUM))
+    pq.write_table(table.append_column("word", pa.array(["w"] * NUM, pa.large_string())), path)
+    data = data_of(map_part(open_manifest(path)))
+    assert len(data["uris"]) == NUM - 1 and data["total"] == NUM
+    assert [column["name"] for column in data["columns"]] == ["label", "width", "height", "word"]
+    pq.write_table(table.slice(0, 1), path)
+    assert "No image has coordinates." in map_part(open_manifest(path))
+    pq.write_table(table.slice(0, 0), path)
+    assert "No image has coordinates." in map_part(open_manifest(path))
+
+
+def data_of(part: str) -> dict[str, Any]:
+    packed = part.partition('class="map-data">')[2].partition("<")[0]
+    data: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(packed)))
+    return data
 
 
 # In the browser -----------------------------------------------------------------------------------------------------
