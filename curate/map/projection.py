@@ -5,6 +5,7 @@ Large pools are projected by a sample; every other image is placed among its nea
 N images, D numbers a vector, C components, k neighbours, S images of the sample, Q the others.
 """
 
+import hashlib
 from importlib.util import find_spec
 
 import numpy as np
@@ -94,7 +95,8 @@ def principal_components(vectors: Vectors, num: int) -> Vectors:
             projected[block] = coordinates
             pages.add((block.stop - block.start) * row_bytes)
             advance(block.stop - block.start)
-    base = Source("base", f"{vectors.base.path} by {num} components", f"{vectors.base.content_id} {num}")
+    rows = hashlib.blake2b(np.ascontiguousarray(vectors.rows).data, digest_size=16).hexdigest()
+    base = Source("base", f"{vectors.base.path} by {num} components", f"{vectors.base.content_id} {num} {rows}")
     return Vectors(projected, np.arange(len(projected)), base)
 
 

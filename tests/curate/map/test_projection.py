@@ -87,6 +87,12 @@ def test_neighbours_stay_together_and_coordinates_repeat() -> None:
     np.testing.assert_allclose(one.mean(axis=0), 0, atol=1e-3)
 
 
+def test_components_of_other_rows_have_another_id() -> None:
+    array, _ = groups(100)
+    parts = [principal_components(Vectors(array, np.arange(start, 60 + start), BASE), 50) for start in (0, 1, 0)]
+    assert parts[0].base == parts[2].base != parts[1].base
+
+
 @pytest.mark.parametrize("num", [1, 2, 3, 59])
 def test_few_images_are_shown_by_two_components(num: int) -> None:
     array, _ = groups(num)
