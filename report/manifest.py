@@ -15,6 +15,7 @@ from . import manifest_parts
 from .manifest_clusters import Clusters, read_clusters
 from .manifest_composition import Composition, read_cluster_composition, read_composition, read_overlaps
 from .manifest_flow import Stage, ancestors, pool_of, read_flow
+from .manifest_map import find_map, map_section
 from .manifest_parts import Strip, image_name, read_thumbnails
 from .manifest_removed import SHOWN, Reason, read_removed
 from .manifest_rows import Row
@@ -32,6 +33,8 @@ def manifest_sections(manifests: Mapping[str, Manifest], *, seed: int) -> list[S
         return []
     stages = read_flow(list(manifests.values()))
     sections = [_flow_section(stages), *step_sections(stages, seed), _composition_section(stages)]
+    if (map_of := find_map(stages)) is not None:
+        sections.append(map_section(map_of, manifests, seed))
     sections.append(_removed_section(read_removed(stages, seed)))
     return [section for section in sections if section.parts]
 

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..store.manifest import Manifest
-from .manifest_rows import Asking, Row, asking, images
+from .manifest_rows import KEY, Asking, Row, asking, images
 
 LABELS = 24  # chosen: labels with a bar of their own; the others are one together
 REST = "all others"
-KEY = "md5_number(concat_ws(chr(0), image_id, uri))"  # of an image
 
 # The entropy counts the labels of all sets, so that one which a selection lacks makes it less even.
 SETS = """

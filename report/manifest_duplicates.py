@@ -7,7 +7,7 @@ from typing import Any  # of a row's values
 
 from ..curate.dedup.decisions import GROUPED_WITH_EVALUATION, NEAR_DUPLICATE, REASONS, SAME_BYTES, SAME_PIXELS
 from ..store.manifest import Manifest, Provenance
-from .manifest_rows import Asking, Row, asking, find, images, removed_rows, sources, stored
+from .manifest_rows import Asking, Row, asking, find, images, quoted, removed_rows, sources, stored
 
 GROUPS = 5  # chosen: of each kind
 MEMBERS = 7  # removed images shown of a group
@@ -163,7 +163,7 @@ def _facts(selection: Manifest, provenance: Provenance, rule: Rule, uris: Sequen
     pool = next((found for each in sources(provenance, "manifest") if (found := find(each, selection.path))), selection)
     column = _kept_by(rule, pool)
     with asking(rows=images(pool, ("image_id", "uri", "width", "height"), [column] if column else [])) as ask:
-        value = "null" if column is None else '"' + column.replace('"', '""') + '"'
+        value = "null" if column is None else quoted(column)
         facts = ask(
             f"select image_id, uri, width, height, {value} as value from rows where list_contains($uris, uri)",
             uris=sorted({uri for uri in uris if uri is not None}),

@@ -227,6 +227,8 @@ def _title(provenance: Provenance) -> str:
             return "Retrieved images"
         case "curate union":
             return "Union"
+        case "curate map":
+            return "Map"
         case "catalog sql":
             return "Images that a query selects"
     return provenance.command.removeprefix("curate ").capitalize() or "Images"

@@ -15,6 +15,7 @@ from ..store.manifest import Manifest, Provenance, Source, open_manifest, remove
 from .lineage import locate
 
 Row = dict[str, Any]
+KEY = "md5_number(concat_ws(chr(0), image_id, uri))"  # of an image, in SQL
 IMAGE_COLUMNS = ("image_id", "uri", "width", "height", "label")
 
 
@@ -72,6 +73,11 @@ def images(
     fields = [field for field in image_schema(manifest) if field.name in columns]
     fields += [manifest.schema.field(name) for name in more]
     return tables.stream(pa.schema(fields).remove_metadata(), image_batches(manifest, columns, more=more))
+
+
+def quoted(name: str) -> str:
+    """Return the name of a column as SQL takes it."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def find(source: Source, near: Path) -> Manifest | None:

@@ -13,6 +13,7 @@ from ..features.page.document import check_page_name, page_provenance, render, w
 from ..store.artifact import Options, Result
 from ..store.manifest import Provenance
 from .manifest import manifest_sections
+from .manifest_map import map_assets
 from .manifest_parts import style
 from .run import run_sections
 from .scores import score_sections
@@ -54,4 +55,6 @@ def _page(targets: Targets, provenance: Provenance) -> str:
         *run_sections(targets.runs),
         *score_sections(targets.scores),
     ]
-    return render("Report", sections, note=", ".join(names), provenance=provenance, styles=[style()])
+    scripts, styles = map_assets(sections)
+    note = ", ".join(names)
+    return render("Report", sections, note=note, provenance=provenance, scripts=scripts, styles=[style(), *styles])
