@@ -39,7 +39,7 @@ def map_section(manifest: Manifest, selections: Mapping[str, Manifest], seed: in
     with tempfile.TemporaryDirectory() as folder:
         marked = _with_selections(manifest, selections, Path(folder, manifest.path.name))
         drawn = map_part(marked, seed=seed, num_points=POINTS, num_thumbnails=THUMBNAILS)
-    words = f"Colour by `{SELECTED}` to see what was chosen." if selections else ""
+    words = f"Colour by “{SELECTED}” to see what was chosen." if selections else ""
     return Section("Map", [parts.text(words), drawn] if words else [drawn])
 
 
