@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import ToolkitError
 from .catalog import catalog_path
-from .files import write_text
+from .files import TEMPORARY, write_text
 from .manifest import Source, part_paths
 
 try:
@@ -27,9 +27,10 @@ Signature: 8a477f597d28d172789f06886806bc55
 """
 OUR_NAMES = re.compile(
     r"[0-9a-f]{32}(-[a-z]+|\.files)?\.npy|[0-9a-f]{32}\.same|embed-[0-9a-f]{16}|(clustering|progress)-[0-9a-f]{32}|spill"
-    r"|\.[\w.-]+\.[0-9]+\.tmp"
+    rf"|\.[\w.-]+\.[0-9]+\.tmp|{TEMPORARY.pattern}"
 )
-SPILL = "spill"  # where DuckDB puts what does not fit in memory
+KEY = re.compile(r"[0-9a-f]{32}")
+SPILL = "spill"  # where DuckDB of an earlier version put what does not fit in memory
 SPILLED_NAMES = re.compile(r"duckdb_temp_[\w.-]+")
 
 
@@ -105,7 +106,8 @@ def cache_key(source: Source) -> str:
     """
     stamp = _stamp(source)
     same = cache_folder() / f"{stamp}.same"
-    return same.read_text() if same.exists() else stamp
+    key = same.read_text(errors="replace") if same.is_file() else stamp
+    return key if KEY.fullmatch(key) else stamp  # a damaged one becomes no path
 
 
 def touch(source: Source) -> None:

@@ -1,13 +1,19 @@
-"""Files that are opened without waiting, and replaced whole.
+"""Files that are opened without waiting, and replaced whole: a reader sees the old content or the new, never half.
 
-A reader sees the old content or the new, never half of either.
+What is not whole yet stands beside its place as `.dinov2-HOST-PID-NUMBER.tmp`. A process that is killed leaves it
+behind; the next one that writes into that folder removes it.
 """
 
 import errno
 import os
+import re
+import shutil
+import socket
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +26,12 @@ KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+HOST = re.sub(r"\W", "_", socket.gethostname(), flags=re.ASCII)[:64]
+TEMPORARY = re.compile(r"\.dinov2-(\w+)-(\d+)-\d+\.tmp")
+ABANDONED_S = 7 * 24 * 3600.0  # chosen: nobody writes for a week without touching the file
+
+_numbers = count()
+_swept: set[Path] = set()  # folders, by this process
 
 
 class NotRegularError(OSError):
@@ -67,18 +79,81 @@ def replacing(path: Path) -> Iterator[Path]:
     The folder is made where it is missing. When the block raises, the temporary file is removed and `path` stays as it
     was. Raises OSError when the disk refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary_beside(path) as temporary:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """Yield a free name for a file or folder beside `path`; what still stands there when the block ends is removed."""
+    folder = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.absolute() not in _swept:
+        _swept.add(folder.absolute())
+        sweep(folder)
+    temporary = folder / temporary_name()
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def temporary_name() -> str:
+    """Return a name that no other file has, and by which it is removed when this process is killed."""
+    return f".dinov2-{HOST}-{os.getpid()}-{next(_numbers)}.tmp"
+
+
+def is_temporary(name: str) -> bool:
+    """Tell whether a file's name is one that `temporary_name` gave, in whatever process."""
+    return TEMPORARY.fullmatch(name) is not None
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text to `path`, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def flush(path: Path) -> None:
+    """Write a file, or a folder's entries, through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files and folders that processes of this toolkit left in a folder when they were killed.
+
+    Those of a process that lives stay, and those of other machines until they are a week old.
+    """
+    for name in os.listdir(folder):
+        if (made := TEMPORARY.fullmatch(name)) is not None and _is_abandoned(folder / name, made[1], int(made[2])):
+            remove(folder / name)
+
+
+def _is_abandoned(temporary: Path, host: str, process: int) -> bool:
+    with suppress(OSError):
+        if time.time() - temporary.lstat().st_mtime > ABANDONED_S:
+            return True
+    if host != HOST or process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # of another user
+        pass
+    return False
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it, where there is one."""
+    with suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -4,19 +4,20 @@ import hashlib
 import json
 import shutil
 import time
-from typing import Any
+import zipfile
+import zlib
+from io import BytesIO
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import Stopped
+from .arrays import Array, discard, kept_array, new_array
 from .cache import cache_folder, cache_key, open_cache
 from .files import replacing
 from .manifest import Provenance, toolkit_version
 
 SAVE_EVERY_S = 30.0  # chosen: what a kill costs at most
-
-Array = npt.NDArray[Any]  # the name it is kept under tells of what
 
 
 class Progress:
@@ -46,23 +47,33 @@ class Progress:
             raise Stopped("stopped: the progress is saved; the same command resumes")
 
     def load(self, name: str) -> dict[str, Array] | None:
-        """Return what was kept under a name, None where there is nothing."""
+        """Return what was kept under a name; None where there is nothing, or it is damaged, which is said."""
         path = self.folder / f"{name}.npz"
         if not path.exists():
             return None
-        with np.load(path) as kept:
-            return {key: kept[key] for key in kept.files}
+        try:
+            with zipfile.ZipFile(path) as kept:  # which compares checksums
+                return {member.removesuffix(".npy"): _array(kept.read(member)) for member in kept.namelist()}
+        except (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error, RuntimeError):
+            discard(path)
+            return None
 
     def mapped(self, name: str, dtype: type[np.generic], num: int) -> Array:
         """Return an array of `num` on disk, as it was left; it is as long as the pool, and only parts are in memory."""
         path = self.folder / f"{name}.npy"
-        if not path.exists():
+        array = kept_array(path, dtype, (num,), "r+")
+        if array is None:
             open_cache()
             with replacing(path) as temporary:
-                np.lib.format.open_memmap(temporary, "w+", dtype, (num,)).flush()
-        array: Array = np.lib.format.open_memmap(path, "r+")
+                new_array(temporary, dtype, (num,))
+            array = np.load(path, mmap_mode="r+")
         return array
 
     def remove(self) -> None:
         """Forget all of it: the work is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _array(data: bytes) -> Array:
+    array: Array = np.lib.format.read_array(BytesIO(data), allow_pickle=False)
+    return array

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
-from .cache import SPILL, cache_folder
+from .cache import cache_folder
 from .database import OFFLINE
+from .files import remove, temporary_name
 from .manifest import ROW_GROUP_ROWS, Manifest, Source, open_manifest
 from .memory import SMALLEST, memory_budget
 from .renamed import COLUMNS
@@ -31,6 +32,7 @@ LINES = """
     select line from (select rtrim(unnest(string_split(content, chr(10))), chr(13)) as line from read_text(file))
     where line <> ''
 """
+PATTERNS = re.compile(r"[*?[]")  # what DuckDB takes for other characters in a file's name
 
 
 @contextmanager
@@ -38,14 +40,16 @@ def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open an empty database that takes at most half of `memory` bytes (None: of the default) and spills the rest."""
     budget = memory_budget(None) if memory is None else memory
     connection = duckdb.connect(config=OFFLINE)
+    spill = cache_folder().absolute() / temporary_name()
     try:
         connection.execute("set memory_limit = ?", [f"{min(max(budget // 2, SMALLEST), MOST_BYTES)}B"])
-        connection.execute("set temp_directory = ?", [str(cache_folder().absolute() / SPILL)])
+        connection.execute("set temp_directory = ?", [str(spill)])
         connection.execute(LINES)
         connection.execute("set python_enable_replacements = false")
         yield connection
     finally:
         connection.close()
+        remove(spill)
 
 
 def select(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRelation:
@@ -62,13 +66,49 @@ def select(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPy
             raise ToolkitError(f"{name} is no regular file; name another")
     named_lists(query)
     connection.execute("set lock_configuration = true")
-    return connection.sql(query)
+    return connection.sql(with_literal_names(query))
 
 
 def stream(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.RecordBatchReader:
     """Return tables as one stream that DuckDB reads once, holding no more than it works on."""
     batches = (batch for table in tables for batch in table.to_batches())
     return pa.RecordBatchReader.from_batches(schema, batches)
+
+
+def literal_name(path: Path) -> str:
+    """Return a file's name as DuckDB must be told it, so that it reads this file and no other.
+
+    Raises ToolkitError for the few names that cannot be told.
+    """
+    name = str(path.absolute())
+    if PATTERNS.search(name) and "\\" in name:
+        raise ToolkitError(f"{path} has both a backslash and one of * ? [ in its name, a pattern to SQL; rename it")
+    return PATTERNS.sub(r"[\g<0>]", name)
+
+
+def scan(path: Path, *options: str) -> str:
+    """Return the SQL that reads this very file, whatever its name or that of its folder looks like."""
+    return f"read_parquet({', '.join([_quoted(path), 'hive_partitioning = false', *options])})"
+
+
+def _quoted(path: Path) -> str:
+    return "'" + literal_name(path).replace("'", "''") + "'"
+
+
+def with_literal_names(query: str) -> str:
+    """Return a query in which every 'file.parquet' and lines('file') that exists means this file alone."""
+
+    def literal(name: re.Match[str]) -> str:
+        path = Path(name[1])
+        if not path.exists():
+            return name[0]
+        is_argument = name.string[: name.start()].rstrip().endswith("(")
+        # DuckDB would take a folder `width=9` for a column.
+        return f"(from {scan(path)})" if "=" in str(path.parent.absolute()) and not is_argument else _quoted(path)
+
+    lists = {name: literal_name(Path(name)) for name in LIST_NAME.findall(query) if Path(name).exists()}
+    query = LIST_NAME.sub(lambda list_: list_[0].replace(list_[1], lists.get(list_[1], list_[1])), query)
+    return PARQUET_NAME.sub(literal, query)
 
 
 def named_manifests(query: str) -> list[Manifest]:
@@ -120,14 +160,14 @@ def rows_where(manifest: Manifest, condition: str) -> Iterator[pa.RecordBatch]:
             # The condition stands in lines of its own, so that a comment in it ends there too.
             query = f"""
                 select file_row_number + {start} as found
-                from (select *{aliases} from read_parquet($1, file_row_number = true))
+                from (select *{aliases} from {scan(part, "file_row_number = true")})
                 where (
-                {condition}
+                {with_literal_names(condition)}
                 )
                 order by 1
             """
             try:
-                yield from answer(connection.sql(query, params=[str(part)]).to_arrow_reader(BATCH_ROWS))
+                yield from answer(connection.sql(query).to_arrow_reader(BATCH_ROWS))
             except duckdb.Error as problem:
                 what = f"--where {condition!r} cannot be asked of {manifest.path} ({failure(problem)})"
                 columns = ", ".join(manifest.names())

@@ -9,9 +9,11 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .. import console
 from ..errors import ToolkitError
+from .arrays import kept_array, new_array
 from .cache import cache_folder, cache_key, make_room, open_cache
 from .files import replacing
 from .manifest import Manifest, Source, open_manifest
@@ -164,11 +166,39 @@ def locate_vectors(
         columns = ", ".join(manifest.names())
         raise ToolkitError(f"{manifest.path} has no embeddings (columns: {columns}); run `dinov2 curate embed` on it")
     base = _open_base(manifest, wanted)
-    rows = manifest.read(["row"], num_rows).column("row")
+    rows = base_rows(manifest, num_rows)
     if rows.null_count:
         lacking = f"{rows.null_count} rows of {manifest.path} have no vector in {base.path}"
         raise ToolkitError(f"{lacking}; embed it again, or give --features")
-    return base, rows.to_numpy().astype(np.int64)
+    found: Int64 = rows.to_numpy()
+    if len(beyond := np.flatnonzero(found >= base.num_rows)):
+        what = f"`row` of {manifest.path} is {found[beyond[0]]} (in its row {beyond[0]})"
+        raise ToolkitError(f"{what}, and {base.path} has {base.num_rows:,} rows; make {manifest.path} again")
+    return base, found
+
+
+def base_rows(manifest: Manifest, limit: int | None = None) -> pa.Array:
+    """Return the column `row` of a selection as int64, null where an image has no vector, (N,).
+
+    Raises ToolkitError for what is no row number: text, a fraction, NaN, or less than 0.
+    """
+    column = manifest.read(["row"], limit).column("row")
+    try:
+        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
+            raise ToolkitError(f"the `row` column of {manifest.path} holds {column.type}; it must hold whole numbers")
+        rows = pc.cast(column, pa.int64()).combine_chunks()
+    except pa.ArrowInvalid:  # which names one value, not the first
+        values = column.cast(pa.float64(), safe=False).fill_null(0).to_numpy()
+        row = int(np.argmax(~((values % 1 == 0) & (np.abs(values) < 2.0**63))))
+        raise ToolkitError(_no_row(manifest, row, values[row])) from None
+    if (lowest := pc.min(rows).as_py()) is not None and lowest < 0:
+        raise ToolkitError(_no_row(manifest, pc.index(rows, lowest).as_py(), lowest))
+    return rows
+
+
+def _no_row(manifest: Manifest, row: int, value: object) -> str:
+    what = f"`row` of {manifest.path} is {value} (in its row {row})"
+    return f"{what}; it must be a whole number from 0, the row of an image in its embeddings"
 
 
 def scratch_size(base: Manifest) -> tuple[int, int]:
@@ -216,14 +246,15 @@ def _decoded_path(manifest: Manifest) -> Path:
 def _mapped_array(manifest: Manifest) -> Stored:
     """Decode a manifest's `embedding` column once into a .npy file, and map it."""
     path = _decoded_path(manifest)
-    if not path.exists():
+    dim, dtype = _dimension(manifest)
+    array: Stored | None = kept_array(path, dtype, (manifest.num_rows, dim))
+    if array is None:
         open_cache()
-        dim, dtype = _dimension(manifest)
         make_room(manifest.num_rows * dim * dtype.itemsize)
         with replacing(path) as temporary:
             _decode(manifest, temporary, dim, dtype)
+        array = np.load(path, mmap_mode="r")
     os.utime(path)  # the oldest by time stamp go first when room is needed
-    array: Stored = np.load(path, mmap_mode="r")
     return array
 
 
@@ -243,7 +274,7 @@ def _dimension(manifest: Manifest) -> tuple[int, np.dtype[np.float16] | np.dtype
 
 
 def _decode(manifest: Manifest, target: Path, dim: int, dtype: np.dtype[np.float16] | np.dtype[np.float32]) -> None:
-    array = np.lib.format.open_memmap(target, mode="w+", dtype=dtype, shape=(manifest.num_rows, dim))
+    array = new_array(target, dtype, (manifest.num_rows, dim))
     start = 0
     with console.progress(f"reading the vectors of {manifest.path.name}", manifest.num_rows, "rows") as advance:
         for batch in manifest.batches(["embedding"]):
@@ -253,14 +284,18 @@ def _decode(manifest: Manifest, target: Path, dim: int, dtype: np.dtype[np.float
             if column.null_count or len(values) != len(column) * dim:
                 uneven = f"the embeddings of {manifest.path} are not all {dim} numbers long"
                 raise ToolkitError(f"{uneven} (rows {start} to {stop - 1}); remove the others first")
-            array[start:stop] = values.reshape(-1, dim)
-            finite = np.isfinite(values).reshape(-1, dim).all(axis=1)
+            with np.errstate(over="ignore"):  # too large for single precision is infinite, and found below
+                array[start:stop] = values.reshape(-1, dim)
+            single = array[start:stop].astype(np.float32, copy=False)
+            with np.errstate(over="ignore", invalid="ignore"):
+                finite = np.isfinite(np.einsum("nd,nd->n", single, single))
             if not finite.all():
                 row = start + int(np.argmin(finite))
-                raise ToolkitError(f"row {row} of {manifest.path} has a vector that is not finite; remove such rows")
+                is_long = np.isfinite(values.reshape(-1, dim)[row - start]).all()
+                what = "overflows float32" if is_long else "is not finite"
+                raise ToolkitError(f"row {row} of {manifest.path} has a vector that {what}; remove such rows first")
             release(array)
             advance(len(column))
             start = stop
-    array.flush()
     del batch, column, values
     pa.default_memory_pool().release_unused()  # Arrow keeps up to 200 MB of what was read

@@ -5,6 +5,7 @@ Centroids are fitted to a sample in memory; then all vectors are assigned as the
 N vectors, S of them sampled, D numbers a vector, K clusters (K_l at level l), B vectors of a block.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -197,13 +198,17 @@ def _assign_all(
     vectors: Vectors, centroids: Float32, coarse: CoarseQuantizer | None, threads: Workers, progress: Progress | None
 ) -> tuple[Int32, Float32]:
     """Return the centroid of every vector and the distance to it, (N,) each; resumes where it was interrupted."""
-    num, done, pages = len(vectors), 0, PageRelease(vectors.array)
+    num, done, checksum, pages = len(vectors), 0, 0, PageRelease(vectors.array)
     assignments, distances = np.empty(num, np.int32), np.empty(num, np.float32)
     if progress is not None:
         assignments = progress.mapped("assignments", np.int32, num)
         distances = progress.mapped("distances", np.float32, num)
         saved = progress.load("assigned")
-        done = 0 if saved is None else int(saved["rows"])
+        # The arrays are written through a map: what a crash of the machine left of them need not be whole.
+        rows = 0 if saved is None else min(int(saved["rows"]), num)
+        found = _checksum(0, assignments, distances, range(rows))
+        if saved is not None and found == saved.get("checksum"):
+            done, checksum = rows, found
 
     def assign(start: int) -> int:
         block = slice(start, min(start + BLOCK_ROWS, num))
@@ -213,6 +218,7 @@ def _assign_all(
     with console.progress("assigning", num, "images") as advance:
         advance(done)
         for count in map_in_order(assign, range(done, num, BLOCK_ROWS), threads):
+            checksum = _checksum(checksum, assignments, distances, range(done, done + count))
             done += count
             advance(count)
             pages.add(count * vectors.array[0].nbytes)
@@ -220,9 +226,18 @@ def _assign_all(
                 for array in (assignments, distances):
                     if isinstance(array, np.memmap):
                         array.flush()
-                progress.save("assigned", rows=done)
+                progress.save("assigned", rows=done, checksum=checksum)
     release(vectors.array)
     return np.array(assignments), np.array(distances)
+
+
+def _checksum(checksum: int, assignments: Int32, distances: Float32, rows: range) -> int:
+    """Return the CRC-32 of what was written for `rows`, a block at a time, after what `checksum` is of."""
+    for start in range(rows.start, rows.stop, BLOCK_ROWS):
+        block = slice(start, min(start + BLOCK_ROWS, rows.stop))
+        for array in (assignments, distances):
+            checksum = zlib.crc32(array[block].tobytes(), checksum)
+    return checksum
 
 
 def _assign(

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ... import console
 from ...features.sheet import Tile, draw_sheet, is_picture_up_to_date, read_tile, write_picture
@@ -18,7 +17,7 @@ MEMBERS = 10
 TILE_PX = 88
 
 CENTRAL = """
-    select cluster_0, uri from read_parquet($selection) where list_contains($clusters, cluster_0)
+    select cluster_0, uri from {selection} where list_contains($clusters, cluster_0)
     qualify row_number() over (partition by cluster_0 order by distance, image_id, uri, row) <= $members
     order by cluster_0, distance, image_id, uri, row
 """
@@ -36,8 +35,8 @@ def draw_clusters(path: Path, sheet: Path, options: Options) -> None:
     headings = _headings(checked_table_path(path))
     tiles: dict[int, list[Tile]] = {cluster: [] for cluster in headings}
     with tables.connect() as connection:
-        parameters = {"selection": str(path), "clusters": list(headings), "members": MEMBERS}
-        central = connection.execute(CENTRAL, parameters).fetchall()
+        query = CENTRAL.format(selection=tables.scan(path))
+        central = connection.execute(query, {"clusters": list(headings), "members": MEMBERS}).fetchall()
     for cluster, uri in central:
         tiles[cluster].append(read_tile(uri, "", TILE_PX))
     rows, title = [[row] for row in tiles.values()], f"Clusters: {path.name}"
@@ -51,7 +50,7 @@ def _headings(clusters: Path) -> dict[int, str]:
     """Return the clusters to draw, in that order, and what to write above each."""
     columns = ["cluster", "images", "sampled", "label", "purity", "suspected"]
     drawable = (pc.field("level") == 0) & (pc.field("sampled") > 0)
-    table = pq.read_table(clusters, columns=columns, filters=drawable)
+    table = open_manifest(clusters).read(["level", *columns]).filter(drawable)
     table = table.sort_by([("images", "descending"), ("cluster", "ascending")])
     place, num = np.arange(len(table)), len(table)
     is_kind = {

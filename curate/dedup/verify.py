@@ -17,6 +17,7 @@ import torch
 from ... import console
 from ...features.search.products import device
 from ...features.threads import map_in_order, workers
+from ...store.arrays import kept_array
 from ...store.cache import cache_folder, cache_key, make_room, open_cache
 from ...store.files import replacing
 from ...store.vectors import Bools, Float32, Float64, Int64
@@ -196,11 +197,12 @@ def _open_residuals(pairs: Pairs) -> Float32:
         digest.update(cache_key(images.source.manifest.source("verify")).encode())
         digest.update(images.positions[indices].tobytes())
     path = cache_folder() / f"{digest.hexdigest()}-residuals.npy"
-    if not path.exists():
+    residuals: Float32 | None = kept_array(path, np.float32, (len(pairs),), "r+")
+    if residuals is None:
         open_cache()
         make_room(4 * len(pairs))
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, np.full(len(pairs), np.nan, np.float32))
+        residuals = np.load(path, mmap_mode="r+")
     os.utime(path)  # the eldest by time stamp go first when room is needed
-    residuals: Float32 = np.load(path, mmap_mode="r+")
     return residuals

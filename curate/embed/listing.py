@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from ...store import catalog
 from ...store.cache import cache_folder
+from ...store.files import is_temporary
 from ...store.manifest import Source, removed_path
 from ...store.sources import Entry, ImageSource, Skip, entries, listing_line
 
@@ -75,8 +76,8 @@ def _own_files(output: Path) -> Skip:
     database = str(catalog.catalog_path().absolute())
     own = {*outputs, database, str(cache_folder().absolute())}
     written = [*outputs, str(catalog.known_paths().absolute())]
-    temporary = tuple(os.path.join(os.path.dirname(file), f".{os.path.basename(file)}.") for file in written)
+    locks = {os.path.join(os.path.dirname(file), f".{os.path.basename(file)}.lock") for file in written}
     beside = tuple(f"{database}.{ending}" for ending in ("wal", "paths", "broken-"))
     return lambda found: (
-        found in own or found.startswith(beside) or (found.startswith(temporary) and found.endswith((".tmp", ".lock")))
+        found in own or found in locks or found.startswith(beside) or is_temporary(os.path.basename(found))
     )

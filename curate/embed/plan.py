@@ -19,6 +19,7 @@ from ... import console
 from ...errors import ToolkitError
 from ...features.extract.extract import FeatureModel, best_device
 from ...store import tables
+from ...store.arrays import kept_array
 from ...store.artifact import difference, read_run_provenance, write_run_provenance
 from ...store.cache import cache_folder, cache_key
 from ...store.manifest import Manifest, Provenance, Source, open_manifest
@@ -168,7 +169,9 @@ def _earlier_rows(earlier: Manifest | None) -> Iterator[pa.Table]:
     if earlier is None:
         return
     path = versions_path(earlier.source("earlier"))
-    versions = np.load(path, mmap_mode="r") if path.exists() else np.broadcast_to(-1, earlier.num_rows)
+    versions = kept_array(path, np.int64, (earlier.num_rows,))
+    if versions is None:
+        versions = np.broadcast_to(-1, earlier.num_rows)
     start = 0
     for batch in earlier.batches(["uri", "image_id"]):
         stop = start + len(batch)

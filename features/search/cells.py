@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ... import console
+from ...store.arrays import allocate, kept_array, new_array
 from ...store.cache import cache_folder, cache_key, make_room, open_cache
 from ...store.files import replacing
 from ...store.vectors import RELEASED_ROWS, Float16, Float32, Int32, Int64, PageRelease, Stored, Vectors, release
@@ -67,15 +68,32 @@ def open_cells(pool: Vectors, seed: int, times: int = 1) -> Cells:
     num_nearest = times * usual_nearest(num_cells)
     key = cells_key(pool, seed, num_nearest)
     paths = {name: cache_folder() / f"{key}-{name}.npy" for name in NAMES}
-    if all(path.exists() for path in paths.values()):
+    if (kept := _kept(pool, num_nearest, paths)) is not None:
         console.detail(f"the cells of {Path(pool.base.path).name} are there from an earlier search")
         for path in paths.values():
             os.utime(path)
-    else:
-        open_cache()
-        make_room(len(pool) * (pool.dim * pool.array.itemsize + 6 * num_nearest + 8) + 4 * num_cells * pool.dim)
-        _write(pool, *fit_centroids(pool, num_cells, seed), num_nearest, paths)
+        return kept
+    open_cache()
+    make_room(len(pool) * (pool.dim * pool.array.itemsize + 6 * num_nearest + 8) + 4 * num_cells * pool.dim)
+    _write(pool, *fit_centroids(pool, num_cells, seed), num_nearest, paths)
     return Cells(**{name: np.load(path, mmap_mode="r") for name, path in paths.items()})
+
+
+def _kept(pool: Vectors, num_nearest: int, paths: dict[str, Path]) -> Cells | None:
+    """Return the cells that an earlier search kept, None where any of their files is missing or damaged."""
+    num, shape = len(pool), (len(pool), num_nearest)
+    kinds: dict[str, tuple[npt.DTypeLike, tuple[int | None, ...]]] = {
+        "stored": (pool.array.dtype, (num, pool.dim)),
+        "ids": (np.int64, (num,)),
+        "centroids": (np.float32, (None, pool.dim)),
+        "nearest": (np.int32, shape),
+        "gaps": (np.float16, shape),
+        "offsets": (np.int64, (None,)),
+    }
+    found = {name: array for name, kind in kinds.items() if (array := kept_array(paths[name], *kind)) is not None}
+    if len(found) < len(kinds) or len(found["offsets"]) != len(found["centroids"]) + 1:
+        return None
+    return Cells(**found)
 
 
 def usual_nearest(num_cells: int) -> int:
@@ -161,15 +179,16 @@ def _write(pool: Vectors, centroids: Float32, groups: Int64, num_nearest: int, p
     ):
         nearest: Int32 = np.memmap(nearest_file, np.int32, "w+", shape=shape)
         gaps: Float16 = np.memmap(gaps_file, np.float16, "w+", shape=shape)
+        allocate(nearest_file.fileno(), nearest.nbytes, cache_folder())
+        allocate(gaps_file.fileno(), gaps.nbytes, cache_folder())
         _assign(pool, centroids, groups, nearest, gaps)
         by_cell = group_by(np.array(nearest[:, 0]), len(centroids))
         gathered = {"stored": pool.array, "nearest": nearest, "gaps": gaps}
         for name, source in gathered.items():
             rows = pool.rows[by_cell.rows] if name == "stored" else by_cell.rows
             with replacing(paths[name]) as temporary:
-                target = np.lib.format.open_memmap(temporary, "w+", source.dtype, (len(rows), source.shape[1]))
+                target = new_array(temporary, source.dtype, (len(rows), source.shape[1]))
                 _gather(source, rows, target)
-                target.flush()
     for name, array in (("ids", by_cell.rows), ("centroids", centroids), ("offsets", by_cell.offsets)):
         with replacing(paths[name]) as temporary, temporary.open("wb") as file:
             np.save(file, array)

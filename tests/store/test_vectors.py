@@ -130,3 +130,48 @@ def test_the_scratch_arrays_stay_below_their_bound(tmp_path: Path, monkeypatch: 
     for number in range(3):
         open_vectors(open_manifest(foreign(tmp_path / f"{number}.parquet", [[number, 2.0, 3.0, 4.0]])))
     assert len(list(cache_folder().glob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (pa.array([0, -1, 1]), r"`row` of .*s.parquet is -1 \(in its row 1\); it must be a whole number from 0"),
+        (pa.array([0, 1, 2]), r"`row` of .*s.parquet is 2 \(in its row 2\), and .*base.parquet has 2 rows; make"),
+        (pa.array([0, 1, 2**62]), r"is 4611686018427387904 \(in its row 2\), and .* has 2 rows"),
+        (pa.array([0, 2**64 - 1], pa.uint64()), r"`row` of .* is 1.8446744073709552e\+19 \(in its row 1\)"),
+        (pa.array([0.0, 1.5]), r"`row` of .* is 1.5 \(in its row 1\)"),
+        (pa.array([0.0, 1e300]), r"`row` of .* is 1e\+300 \(in its row 1\)"),
+        (pa.array([1.0, float("nan")], from_pandas=False), r"`row` of .* is nan \(in its row 1\)"),
+        (pa.array([1.0, float("inf")]), r"`row` of .* is inf \(in its row 1\)"),
+        (pa.array(["0", "1"]), "the `row` column of .* holds string; it must hold whole numbers"),
+        (pa.array([[0], [1]]), "the `row` column of .* holds list"),
+        (pa.array([True, False]), "the `row` column of .* holds bool"),
+        (pa.array([0, None]), "1 rows of .* have no vector"),
+        (pa.nulls(2), "2 rows of .* have no vector"),
+    ],
+)
+def test_what_is_no_row_of_the_base_is_an_error(tmp_path: Path, rows: pa.Array, message: str) -> None:
+    base = foreign(tmp_path / "base.parquet", [[1, 2], [3, 4]])
+    ours = open_manifest(select(tmp_path / "s.parquet", base, [0] * len(rows)))
+    table = pq.read_table(ours.path)
+    pq.write_table(table.set_column(table.schema.get_field_index("row"), "row", rows), ours.path)
+    with pytest.raises(ToolkitError, match=message):
+        open_vectors(open_manifest(ours.path))
+
+
+def test_whole_numbers_of_any_type_are_rows(tmp_path: Path) -> None:
+    base = foreign(tmp_path / "base.parquet", [[1, 2], [3, 4]])
+    for kind in (pa.int8(), pa.uint64(), pa.float32()):
+        path = select(tmp_path / "s.parquet", base, [1, 0])
+        table = pq.read_table(path)
+        rows = pa.array([1, 0]).cast(kind)
+        pq.write_table(table.set_column(table.schema.get_field_index("row"), "row", rows), path)
+        assert open_vectors(open_manifest(path)).raw(0, 2)[:, 0].tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("value", [1e300, -1e39, 1e20])
+def test_vectors_too_long_for_float32_are_errors(tmp_path: Path, value: float) -> None:
+    path = foreign(tmp_path / "a.parquet", [[1, 2], [3, 4], [value, 1]], pa.list_(pa.float64()))
+    with pytest.raises(ToolkitError, match=r"row 2 of .*a.parquet has a vector that overflows float32"):
+        open_vectors(open_manifest(path))
+    assert cached() == []
