@@ -5,17 +5,21 @@ backbone and its heads and prepare its images, and the weights as `backbone.*`, 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any  # of JSON
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ToolkitError
 from ..store import files
+from ..store.arrays import NO_SPACE
 from .architecture import BackboneSettings, backbone_settings, head_settings
 from .formats import MODEL_METADATA, read_json
 from .head import ProjectionHead
@@ -70,9 +74,22 @@ def model_description(backbone: VisionTransformer, heads: Mapping[str, Projectio
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], description: str) -> None:
-    with files.replacing(folder / TEACHER_FILE) as temporary:
+    with files.replacing(folder / TEACHER_FILE) as temporary, full_disk_said(folder):
         save_file(tensors, temporary, metadata={MODEL_METADATA: description})
     files.write_text(folder / MODEL_JSON, description)
+
+
+@contextmanager
+def full_disk_said(folder: Path) -> Iterator[None]:
+    """Turn what safetensors and torch raise of a full disk into a ToolkitError that names the folder."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, OSError) as problem:
+        # Neither passes the system's number on; torch's writer does not even say what happened.
+        is_full = getattr(problem, "errno", None) in NO_SPACE
+        if not is_full and not re.search("No space left|File too large|Disk quota|PytorchStreamWriter", str(problem)):
+            raise
+        raise ToolkitError(f"no space left to write to {folder}; make room, and run the same command again") from None
 
 
 def read_model_json(folder: Path) -> SavedModel:

@@ -21,8 +21,10 @@ from ..store.files import write_text
 from ..store.limits import DEFAULT_LIMITS, Limits
 from ..store.renamed import RECIPE_KEYS, with_present_settings
 from .engine.schedules import Growth, batch_sizes
+from .ranges import check_ranges
 
 CONFIG_FILE = "config.toml"  # in a run folder
+HEADING = "# Every setting of this run; --recipe with this file repeats it.\n"
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -47,18 +49,6 @@ class CostConfig:
         return Limits(self.max_pixels, self.max_image_bytes, self.image_timeout)
 
 
-AT_LEAST_ONE = (
-    "max_pixels",
-    "max_image_bytes",
-    "image_timeout",
-    "steps",
-    "patch_size",
-    "in_chans",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "eval_every",
-)
 COST_KEYS = tuple(field.name for field in fields(CostConfig))
 
 
@@ -158,17 +148,13 @@ class TrainConfig(CostConfig):
 
     def __post_init__(self) -> None:
         batch_sizes(self.batch_size)  # raises when it is none
-        for name in AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ToolkitError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_ranges(asdict(self))
         for name in ("global_crop_size_px", "local_crop_size_px"):
             if (side := getattr(self, name)) % self.patch_size or side < self.patch_size:
                 raise ToolkitError(f"{name} {side} is not a multiple of patch_size {self.patch_size}; change one")
         for name in ("pixel_mean", "pixel_std"):
             if len(numbers := getattr(self, name)) not in (0, self.in_chans):
                 raise ToolkitError(f"{name} has {len(numbers)} numbers; give {self.in_chans}, one a channel, or []")
-        if min(self.pixel_std, default=1) <= 0:
-            raise ToolkitError(f"pixel_std is {self.pixel_std}; its numbers must be above 0")
         if self.separate_heads and not self.ibot_weight:
             raise ToolkitError("separate_heads is true but ibot_weight is 0: the second head would learn nothing")
 
@@ -211,6 +197,7 @@ def resolve(
                 near = difflib.get_close_matches(name, types, n=1, cutoff=0.0)
                 raise ToolkitError(f"unknown setting {name!r}; the nearest known one is {near[0]!r}")
         typed: dict[str, Any] = {name: _typed(name, value, types[name]) for name, value in layer.items()}
+        check_ranges(typed)
         if "steps" in typed:
             values |= {name: round(values[name] * typed["steps"] / values["steps"]) for name in SCHEDULE_KEYS}
         values |= typed
@@ -265,7 +252,7 @@ def write_config(config: TrainConfig, path: Path) -> None:
     """Write every setting as TOML, so that `--recipe PATH` repeats the run."""
     # TOML writes these values as JSON does.
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in asdict(config).items()]
-    write_text(path, "# Every setting of this run; --recipe with this file repeats it.\n" + "".join(lines))
+    write_text(path, HEADING + "".join(lines))
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -283,7 +270,7 @@ def _typed(name: str, value: object, kind: object) -> object:
             value = tomllib.loads(f"value = {value}")["value"]
     try:
         return _converted(value, kind)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ToolkitError(f"{name} is {value!r}; {_wanted(kind)}") from None
 
 

@@ -28,8 +28,17 @@ from .data.images import read_batches
 from .data.multicrop import decoded_side_px, make_views, preprocess_of
 from .engine.accumulate import forward_backward, weighted_losses
 from .engine.build import build_model
-from .engine.checkpoint import TrainedModel, checkpoints, load_checkpoint, save_checkpoint, save_teacher
-from .engine.fsdp import full_optimizer_state
+from .engine.checkpoint import (
+    TrainedModel,
+    checkpoints,
+    first_not_finite,
+    load_checkpoint,
+    newest_whole,
+    prune_checkpoints,
+    save_checkpoint,
+    save_teacher,
+)
+from .engine.fsdp import full_optimizer_state, trained_state
 from .engine.optimizer import apply_schedules, clip_gradients
 from .engine.parallelize import prepare
 from .engine.schedules import batch_sizes, last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
@@ -89,11 +98,13 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
     # Resume from the latest checkpoint.
     counts = {"step": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "replaced_images": 0}
     counts["micro_batch_size"] = config.micro_batch_size
-    if saved := checkpoints(run.folder / CHECKPOINTS):
-        counts |= load_checkpoint(saved[-1], model, optimizer)
+    saved = newest_whole(run.folder / CHECKPOINTS, config.steps, is_main=is_main)
+    if saved is not None:
+        counts |= load_checkpoint(saved, model, optimizer)
         console.say(f"resuming at step {counts['step']:,} of {config.steps:,}")
     if is_main:
         rewind_metrics(run.folder, counts["step"])
+        prune_checkpoints(run.folder / CHECKPOINTS, config.keep_checkpoints)
     first_step = counts["step"]
 
     sizes = batch_sizes(config.batch_size)
@@ -145,32 +156,29 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             )
             outputs |= teacher_figures(targets)
 
-            # Update. Gradients are averaged over the processes, so all of them skip a step or none.
+            # Update. All processes skip a step or none: gradients are averaged over them, and bad losses counted.
             norms = clip_gradients(model.student, config.clip_grad_norm)
-            if all(bool(norm.isfinite()) for norm in norms.values()):
+            is_bad = not all(bool(value.isfinite()) for value in (outputs["total"], *norms.values()))
+            num_stopped, num_replaced, num_bad = summed([bool(signals), batch.num_replaced, is_bad], accelerator)
+            if not num_bad:
                 optimizer.step()
                 update_teacher(model.teacher, model.student, rates.momentum)
                 counts["skipped_in_a_row"] = 0
             else:
                 counts["skipped_steps"] += 1
                 counts["skipped_in_a_row"] += 1
-                console.warn(f"step {step + 1}: the gradient is not finite; skipped")
+                console.warn(f"step {step + 1}: the loss or the gradient is not finite; skipped")
             optimizer.zero_grad()
-            if counts["skipped_in_a_row"] > config.max_skipped_steps:
-                saved = checkpoints(run.folder / CHECKPOINTS)
-                raise ToolkitError(
-                    f"the gradients of the {counts['skipped_in_a_row']} steps up to {step + 1} are not finite; "
-                    + (f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet")
-                    + ": lower base_lr, or look at the images"
-                )
-            num_stopped, num_replaced = summed([bool(signals), batch.num_replaced], accelerator)
+            is_last = step + 1 == config.steps
+            if (in_a_row := counts["skipped_in_a_row"]) > config.max_skipped_steps or (is_last and in_a_row):
+                what = f"losses or gradients of the {in_a_row} steps up to {step + 1} are not finite"
+                raise ToolkitError(f"{what}; {last_good(run)}: lower base_lr, or look at the images")
             counts["step"] = step + 1
             counts["replaced_images"] += num_replaced
             throughput.num_images += sizes.at(step)
             heap.after_step()
 
             # Log.
-            is_last = step + 1 == config.steps
             is_measured = labelled is not None and ((step + 1) % config.eval_every == 0 or is_last)
             if (step + 1) % config.log_every == 0 or is_last or is_measured:
                 means = averaged(outputs, accelerator)
@@ -210,8 +218,16 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             if num_stopped and not is_last:
                 raise Stopped(f"stopped at step {step + 1:,} of {config.steps:,}, all saved; resume with --resume")
     if (finished := full_model()) is not None:
+        if (name := first_not_finite(trained_state(finished))) is not None:
+            raise ToolkitError(f"the weights {name} are not finite after the last step; {last_good(run)}")
         save_teacher(run.folder, finished, preprocess_of(config))
     return figures
+
+
+def last_good(run: Run) -> str:
+    """Say which checkpoint is the newest."""
+    saved = checkpoints(run.folder / CHECKPOINTS)
+    return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
 
 class Rates(NamedTuple):

@@ -23,10 +23,11 @@ from ..models.vit import VisionTransformer
 from ..models.weights import model_content_id
 from ..store import catalog
 from ..store.artifact import Options, Result, difference, read_run_provenance, recorded, write_run_provenance
+from ..store.files import TEMPORARY, sweep
 from ..store.image_columns import read_images
 from ..store.lock import held
 from ..store.manifest import Provenance, Source, open_manifest
-from .config import CONFIG_FILE, COST_KEYS, TrainConfig, write_config
+from .config import CONFIG_FILE, COST_KEYS, HEADING, TrainConfig, write_config
 from .counter_rng import derived_seed
 from .data.images import ImageSet, decoded_bytes, image_set
 from .data.multicrop import decoded_side_px
@@ -37,7 +38,7 @@ from .engine.parallelize import check_compiler
 from .engine.schedules import batch_sizes, scaled_lr
 from .launch import check_launch, status_kept
 from .monitor.estimate import say_cost
-from .monitor.metrics import peak_memory_mib
+from .monitor.metrics import peak_memory_mib, read_metrics
 from .monitor.online_knn import LabelledSets, labelled_sets
 from .monitor.trackers import check_trackers, tracked
 
@@ -186,7 +187,7 @@ def is_finished(run: Run, options: Options, resume: bool) -> bool:
         ToolkitError: if something else stands there, or the run is unfinished and `resume` is not given.
     """
     folder = run.folder
-    if not folder.exists() or (folder.is_dir() and all(entry.name == LOCK for entry in folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and _is_unbegun(folder)):
         return False
     there = read_run_provenance(folder) if folder.is_dir() else None
     if there is None:
@@ -202,6 +203,7 @@ def is_finished(run: Run, options: Options, resume: bool) -> bool:
         console.say(f"{folder} is up to date")
         if not options.dry_run:
             os.utime(folder / MODEL_JSON)
+            complete_record(folder, there)
         return True
     saved = checkpoints(folder / CHECKPOINTS)
     if saved and not resume:
@@ -209,6 +211,25 @@ def is_finished(run: Run, options: Options, resume: bool) -> bool:
             f"{folder} holds an unfinished run ({saved[-1].name}); resume with --resume, or --force to start over"
         )
     return False
+
+
+def _is_unbegun(folder: Path) -> bool:
+    """Tell whether a folder is empty, or has only what a run writes before its provenance."""
+    names = {entry.name for entry in folder.iterdir() if not TEMPORARY.fullmatch(entry.name)}
+    config = folder / CONFIG_FILE
+    return names <= {LOCK} or (names == {LOCK, CONFIG_FILE} and config.read_bytes().startswith(HEADING.encode()))
+
+
+def complete_record(folder: Path, provenance: Provenance) -> None:
+    """Enter a finished run in the catalog where a kill after its last file kept it out."""
+    if not provenance.content_id:
+        metrics = read_metrics(folder)
+        content_id = model_content_id(folder)
+        provenance = replace(provenance, figures=dict(metrics[-1]) if metrics else {}, content_id=content_id)
+        write_run_provenance(folder, provenance)
+    path = str(folder.absolute())
+    if not catalog.artifacts("path = ? and digest = ?", [path, provenance.content_id]):
+        catalog.record(folder, provenance, None)
 
 
 @contextmanager
@@ -224,8 +245,10 @@ def own_folder(run: Run, options: Options) -> Iterator[None]:
                 shutil.rmtree(entry)
             elif entry.name != LOCK:
                 entry.unlink()
-        write_run_provenance(run.folder, run.provenance)
+        sweep(run.folder)
+        # The settings first: a run that is resumed without --recipe takes them from there.
         write_config(run.config, run.folder / CONFIG_FILE)
+        write_run_provenance(run.folder, run.provenance)
         yield
 
 

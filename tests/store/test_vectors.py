@@ -21,9 +21,10 @@ def foreign(path: Path, vectors: list[list[float]], kind: pa.DataType | None = N
     return path
 
 
-def select(path: Path, base: Path, rows: list[int | None]) -> Path:
+def select(path: Path, base: Path, rows: list[int | None] | pa.Array) -> Path:
     provenance = Provenance("selection", "curate dedup", {}, base=open_manifest(base).source("base"))
-    filled = [row if row is not None else 0 for row in rows]
+    filled = [row if type(row) is int else 0 for row in rows]
+    column = rows if isinstance(rows, pa.Array) else pa.array(rows, ROW_FIELD.type)
     table = pa.table(
         {
             "image_id": [f"id{row}" for row in filled],
@@ -31,10 +32,10 @@ def select(path: Path, base: Path, rows: list[int | None]) -> Path:
             "width": pa.nulls(len(rows), pa.int32()),
             "height": pa.nulls(len(rows), pa.int32()),
             "label": pa.nulls(len(rows), pa.string()),
-            "row": pa.array(rows, pa.int64()),
+            "row": column,
         }
     )
-    with ManifestWriter(path, [*IMAGE_FIELDS, ROW_FIELD], provenance) as writer:
+    with ManifestWriter(path, [*IMAGE_FIELDS, pa.field("row", column.type)], provenance) as writer:
         writer.write(table)
     return path
 
@@ -152,20 +153,15 @@ def test_the_scratch_arrays_stay_below_their_bound(tmp_path: Path, monkeypatch: 
 )
 def test_what_is_no_row_of_the_base_is_an_error(tmp_path: Path, rows: pa.Array, message: str) -> None:
     base = foreign(tmp_path / "base.parquet", [[1, 2], [3, 4]])
-    ours = open_manifest(select(tmp_path / "s.parquet", base, [0] * len(rows)))
-    table = pq.read_table(ours.path)
-    pq.write_table(table.set_column(table.schema.get_field_index("row"), "row", rows), ours.path)
+    path = select(tmp_path / "s.parquet", base, rows)
     with pytest.raises(ToolkitError, match=message):
-        open_vectors(open_manifest(ours.path))
+        open_vectors(open_manifest(path))
 
 
 def test_whole_numbers_of_any_type_are_rows(tmp_path: Path) -> None:
     base = foreign(tmp_path / "base.parquet", [[1, 2], [3, 4]])
     for kind in (pa.int8(), pa.uint64(), pa.float32()):
-        path = select(tmp_path / "s.parquet", base, [1, 0])
-        table = pq.read_table(path)
-        rows = pa.array([1, 0]).cast(kind)
-        pq.write_table(table.set_column(table.schema.get_field_index("row"), "row", rows), path)
+        path = select(tmp_path / "s.parquet", base, pa.array([1, 0]).cast(kind))
         assert open_vectors(open_manifest(path)).raw(0, 2)[:, 0].tolist() == [3, 1]
 
 

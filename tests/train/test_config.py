@@ -1,10 +1,15 @@
+import json
+import math
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from dinov2_toolkit import train
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.train.config import TrainConfig, read_recipe, resolve, write_config
+from dinov2_toolkit.train.distill import DistillConfig
+from dinov2_toolkit.train.ranges import RANGES, RISING, bounds
 
 
 def settings(
@@ -68,7 +73,17 @@ def test_values_from_texts_get_the_type_of_their_key() -> None:
         ("in_chans=0", "in_chans is 0; it must be at least 1"),
         ("pixel_mean=0.5", "pixel_mean is 0.5; it must be a list of numbers, like [0.5, 0.25]"),
         ("pixel_mean=[0.5]", "pixel_mean has 1 numbers; give 3, one a channel, or []"),
-        ("pixel_std=[1, 1, 0]", "pixel_std is (1.0, 1.0, 0.0); its numbers must be above 0"),
+        ("pixel_std=[1, 1, 0]", "pixel_std is [1.0, 1.0, 0.0]; it must be a finite number, above 0"),
+        ("base_lr=nan", "base_lr is nan; it must be a finite number, at least 0"),
+        ("base_lr=-1", "base_lr is -1.0; it must be a finite number, at least 0"),
+        ("momentum=[2, 3]", "momentum is [2.0, 3.0]; it must be at least 0 and at most 1"),
+        ("student_temp=-1", "student_temp is -1.0; it must be above 0 and at most 10"),
+        ("drop_path=2", "drop_path is 2.0; it must be at least 0 and below 1"),
+        ("flip=5", "flip is 5.0; it must be at least 0 and at most 1"),
+        ("clip_grad_norm=-1", "clip_grad_norm is -1.0; it must be a finite number, above 0"),
+        ("mask_ratio=[0.5, 0.1]", "mask_ratio is [0.5, 0.1]; its first number must not be above its second"),
+        (f"steps={10**400}", "; it must be at least 1 and at most 1e+09"),
+        (f"base_lr={10**400}", "; it must be a number"),
         ("steps", "--set 'steps' is not key=value"),
         ("steps=0", "steps is 0; it must be at least 1"),
         ("local_crop_size_px=50", "local_crop_size_px 50 is not a multiple of patch_size 16; change one"),
@@ -78,6 +93,54 @@ def test_a_wrong_setting_is_named_with_what_to_do(assignment: str, message: str)
     with pytest.raises(ToolkitError) as problem:
         settings(assignments=[assignment])
     assert message in str(problem.value)
+
+
+def numeric(kind: object) -> bool:
+    """Tell whether values of a type are numbers, or have numbers in them."""
+    parts = get_args(kind)
+    return any(map(numeric, parts)) if parts else kind in (int, float) or type(kind) is int
+
+
+def with_number(name: str, number: float) -> object:
+    """Return the default of a setting with its last number replaced."""
+    default = getattr(TrainConfig(), name)
+    if isinstance(default, tuple):
+        return [*default[:-1], number] if default else [0.5, 0.5, number]
+    return number
+
+
+def test_every_number_among_the_settings_has_a_range() -> None:
+    types = get_type_hints(DistillConfig)
+    assert {name for name, kind in types.items() if numeric(kind)} == set(RANGES)
+    assert set(RISING) < set(RANGES)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_no_number_out_of_its_range_is_accepted(name: str, tmp_path: Path) -> None:
+    low, high = bounds(RANGES[name])
+    beyond = [math.nan, math.inf, -math.inf]
+    beyond += [] if math.isinf(low) else [low - 1 - abs(low), *([low] if RANGES[name][0] == "(" else [])]
+    beyond += [] if math.isinf(high) else [high * 2 + 1, *([high] if RANGES[name][-1] == ")" else [])]
+    for number in beyond:
+        value = with_number(name, int(number) if math.isfinite(number) and number == int(number) else number)
+        text = json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
+        recipe = tmp_path / "recipe.toml"
+        recipe.write_text(f"{name} = {text}\n")
+        given: list[dict[str, Any]] = [
+            {"assignments": [f"{name}={text}"]},
+            {"environment": {f"DINOV2_{name.upper()}": text}},
+            {"recipe": str(recipe)},
+            {"flags": {name: value}},
+        ]
+        for each in given:
+            with pytest.raises(ToolkitError, match=rf"^{name} is .*; (it must be|choose one of) "):
+                settings(**each)
+
+
+def test_wrong_steps_in_a_recipe_are_refused_before_they_scale_a_schedule(tmp_path: Path) -> None:
+    (tmp_path / "zero.toml").write_text("steps = 0\n")
+    with pytest.raises(ToolkitError, match="steps is 0; it must be at least 1"):
+        settings(str(tmp_path / "zero.toml"), assignments=["steps=5"])
 
 
 def test_old_names_of_keys_and_values_are_understood_wherever_they_are_given(tmp_path: Path) -> None:

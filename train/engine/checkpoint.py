@@ -7,25 +7,32 @@
     buffers.safetensors               the model's other tensors, such as centers
     optimizer.pt                      torch.save; loads with weights_only=True
     state.json                        steps done, and what the loop adds
+    checksums.json                    BLAKE2b of the other files
 
-A folder is written under a hidden name and renamed when it is complete. Random numbers need no state: they are a
-function of the seed and the number of samples seen (see counter_rng.py).
+A folder is written under a hidden name and renamed when it is complete. A run resumes from the newest one whose files
+have their checksums; to compare them takes about a second a gigabyte. Random numbers need no state: they are a function
+of the seed and the number of samples seen (see counter_rng.py).
 """
 
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
+from hashlib import blake2b, file_digest
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from ... import console
 from ...errors import ToolkitError
 from ...models.head import ProjectionHead
 from ...models.preprocess import Preprocess
-from ...models.saved import TEACHER_FILE, save_model, save_students
+from ...models.saved import MODEL_JSON, TEACHER_FILE, full_disk_said, save_model, save_students
+from ...store.files import flush, remove, temporary_beside
 from ..objective.distill_model import DistillModel
 from ..objective.feature_distill_model import FeatureDistillModel
 from ..objective.multi_student import MultiStudent
@@ -36,7 +43,9 @@ from .fsdp import placed_like, trained_state
 TrainedModel = SSLModel | DistillModel | FeatureDistillModel | MultiStudent
 
 STUDENT_FILE, BUFFERS_FILE = "student.safetensors", "buffers.safetensors"
-OPTIMIZER_FILE, STATE_FILE = "optimizer.pt", "state.json"
+OPTIMIZER_FILE, STATE_FILE, CHECKSUMS_FILE = "optimizer.pt", "state.json", "checksums.json"
+FILES = (MODEL_JSON, TEACHER_FILE, STUDENT_FILE, BUFFERS_FILE, OPTIMIZER_FILE, STATE_FILE)
+DAMAGED = ".damaged-"  # before the name of a checkpoint that is none, until that step is saved again, or a later one
 
 
 def save_teacher(folder: Path, model: TrainedModel, preprocess: Preprocess) -> None:
@@ -61,7 +70,7 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint, flush it, rename it into place, and remove all but the last `keep`; return its folder.
 
-    An existing one is left alone: the same step has the same content.
+    An existing one is left alone: the same step has the same content. When the disk is full, nothing is left of it.
 
     Args:
         folder: the run's `checkpoints` folder, made if missing.
@@ -71,34 +80,105 @@ def save_checkpoint(
         preprocess: how images are prepared for the teacher.
     """
     final = folder / f"step-{state['step']:07d}"
-    if final.exists():
-        return final
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step-*"):  # of a killed process
-        shutil.rmtree(leftover)
-    temporary = folder / f".{final.name}"
-    save_teacher(temporary, model, preprocess)
-    student = {name: value.contiguous() for name, value in model.student.state_dict().items()}
-    buffers = {
-        name: value for name, value in trained_state(model).items() if not name.startswith(("student.", "teacher."))
-    }
-    save_file(student, temporary / STUDENT_FILE)
-    save_file(buffers, temporary / BUFFERS_FILE)
-    torch.save(optimizer_state, temporary / OPTIMIZER_FILE)
-    (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
-    for path in [*temporary.iterdir(), temporary]:
-        _flush(path)
-    os.rename(temporary, final)
-    _flush(folder)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    if not final.exists():
+        tensors = trained_state(model)
+        if (name := first_not_finite(tensors)) is not None:
+            raise ToolkitError(f"step {state['step']} left weights that are not finite ({name}), and is not saved")
+        student = {name: value.contiguous() for name, value in model.student.state_dict().items()}
+        buffers = {name: value for name, value in tensors.items() if not name.startswith(("student.", "teacher."))}
+        with temporary_beside(final) as temporary, full_disk_said(folder):
+            save_teacher(temporary, model, preprocess)
+            save_file(student, temporary / STUDENT_FILE)
+            save_file(buffers, temporary / BUFFERS_FILE)
+            torch.save(optimizer_state, temporary / OPTIMIZER_FILE)
+            (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
+            checksums = {path.relative_to(temporary).as_posix(): checksum(path) for path in _files(temporary)}
+            (temporary / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1, sort_keys=True))
+            for path in [*temporary.rglob("*"), temporary]:
+                flush(path)
+            os.rename(temporary, final)
+        flush(folder)
+    for damaged in folder.glob(f"{DAMAGED}step-*"):
+        if damaged.name <= f"{DAMAGED}{final.name}":
+            remove(damaged)
+    prune_checkpoints(folder, keep)
     return final
 
 
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the last `keep`; one that is half removed is no longer called a checkpoint."""
+    for leftover in folder.glob(".step-*"):  # of a killed process of an earlier version
+        remove(leftover)
+    for old in checkpoints(folder)[:-keep]:
+        with temporary_beside(old) as temporary:
+            os.rename(old, temporary)
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that has a number that is not finite."""
+    return next((name for name, value in tensors.items() if not bool(value.isfinite().all())), None)
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a `checkpoints` folder, oldest first."""
-    complete = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+    """Return the checkpoints of a `checkpoints` folder, oldest first, complete unless something damaged them."""
+    complete = (path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{7,10}", path.name))
     return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_whole(folder: Path, num_steps: int, *, is_main: bool) -> Path | None:
+    """Return the newest checkpoint that is whole, of a run of so many steps; None where there is none.
+
+    The main process says which are damaged, and puts them aside under a hidden name.
+    """
+    for path in reversed(checkpoints(folder)):
+        if (problem := damage(path, num_steps)) is None:
+            return path
+        if is_main:
+            aside = path.with_name(f"{DAMAGED}{path.name}")
+            console.warn(
+                f"checkpoint {path} is damaged ({problem}): going back to the one before; kept as {aside.name}"
+            )
+            remove(aside)
+            os.rename(path, aside)
+    return None
+
+
+def damage(path: Path, num_steps: int) -> str | None:
+    """Say what is wrong with a checkpoint of a run of so many steps, None where it is whole.
+
+    One that an earlier version wrote, without checksums, is whole if all its files can be read.
+    """
+    if missing := next((name for name in FILES if not (path / name).is_file()), None):
+        return f"it has no {missing}"
+    try:
+        state = json.loads((path / STATE_FILE).read_text())
+        known = json.loads((path / CHECKSUMS_FILE).read_text()) if (path / CHECKSUMS_FILE).exists() else None
+        if not isinstance(state, dict) or not all(type(count) is int and count >= 0 for count in state.values()):
+            return f"{STATE_FILE} is not as it was written"
+        if state.get("step") != int(path.name.removeprefix("step-")) or state["step"] > num_steps:
+            return f"{STATE_FILE} says step {state.get('step')}"
+        if known is None:
+            for name in (TEACHER_FILE, STUDENT_FILE, BUFFERS_FILE):
+                load_file(path / name)
+            torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+            return None
+        files = {file.relative_to(path).as_posix(): file for file in _files(path)}
+        if not isinstance(known, dict) or known.keys() != files.keys():
+            return f"{CHECKSUMS_FILE} is not as it was written"
+        broken = next((name for name, file in files.items() if checksum(file) != known[name]), None)
+        return None if broken is None else f"{broken} is not as it was written"
+    except (OSError, ValueError, EOFError, LookupError, SafetensorError, UnpicklingError, RuntimeError) as problem:
+        return " ".join(str(problem).split()) or type(problem).__name__
+
+
+def checksum(path: Path) -> str:
+    """Return the BLAKE2b-128 hex digest of a file."""
+    with path.open("rb") as file:
+        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
 
 
 def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -128,12 +208,3 @@ def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Opti
     optimizer.load_state_dict(saved)
     state: dict[str, int] = json.loads((path / STATE_FILE).read_text())
     return state
-
-
-def _flush(path: Path) -> None:
-    """Write a file, or a folder's entries, through to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ... import console
 from ...store.files import write_text
 from ...store.manifest import ManifestWriter, Provenance
 
@@ -30,21 +31,39 @@ def append_metrics(run_folder: Path, figures: Mapping[str, float]) -> None:
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:
-    """Return the lines of `metrics.jsonl`, null as not a number; a last one that a crash cut short is left out."""
-    rows = map(json.loads, _complete_lines(run_folder))
+    """Return the lines of `metrics.jsonl`, null as not a number; damaged lines are left out."""
+    rows = filter(None, map(_figures, _lines(run_folder)))
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def rewind_metrics(run_folder: Path, steps_done: int) -> None:
-    """Drop the lines of later steps, which the resumed run will write again."""
-    kept = [line for line in _complete_lines(run_folder) if json.loads(line)["step"] <= steps_done]
+    """Drop the lines of later steps, which the resumed run will write again, and damaged ones, which are said."""
+    lines = _lines(run_folder)
+    rows = [(line, _figures(line)) for line in lines]
+    kept = [line for line, figures in rows if figures is not None and (figures["step"] or 0) <= steps_done]
+    # Of the last one, a crash may have left the beginning.
+    if num_damaged := sum(figures is None for _, figures in rows[:-1]):
+        console.warn(f"{num_damaged} of {len(rows)} lines of {run_folder / METRICS_FILE} are damaged, and left out")
     write_text(run_folder / METRICS_FILE, "".join(kept))
 
 
-def _complete_lines(run_folder: Path) -> list[str]:
+def _lines(run_folder: Path) -> list[str]:
     path = run_folder / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [f"{line}\n" for line in text.split("\n") if line]
+
+
+def _figures(line: str) -> dict[str, float | None] | None:
+    """Return what a line of metrics has, None where it is none: numbers by name, `step` among them."""
+    try:
+        figures = json.loads(line)
+    except ValueError:
+        return None
+    is_whole = isinstance(figures, dict) and type(figures.get("step")) is int
+    if not is_whole or not all(value is None or type(value) in (int, float) for value in figures.values()):
+        return None
+    found: dict[str, float | None] = figures
+    return found
 
 
 def write_metrics_table(run_folder: Path, provenance: Provenance) -> None:
