@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ..errors import ToolkitError
 
@@ -98,7 +99,7 @@ def is_within(number: float, interval: str) -> bool:
 
 def _numbers(value: object) -> list[float]:
     """Return the numbers of a setting; of a batch that grows, its sizes."""
-    items = value if isinstance(value, list | tuple) else [value]
+    items: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
     return [item[-1] if isinstance(item, list | tuple) else item for item in items]
 
 
