@@ -148,9 +148,9 @@ def picture_provenance(path: Path) -> Provenance | None:
     try:
         with open_regular(path) as file, Image.open(file, formats=["PNG"]) as picture:
             text = picture.info.get(PROVENANCE_KEY)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # no picture at all
+        return None if text is None else provenance_from(json.loads(text), path)
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError):  # not a picture, or not ours
         return None
-    return None if text is None else provenance_from(json.loads(text), path)
 
 
 def write_picture(picture: Image.Image, path: Path, provenance: Provenance) -> None:

@@ -54,7 +54,7 @@ def provenance_at(path: Path) -> Provenance | None:
         if file.is_file():
             try:
                 return provenance_from(json.loads(file.read_text(encoding="utf-8")), file)
-            except (ValueError, KeyError, TypeError):  # somebody's, by the same name
+            except ValueError:  # somebody's, by the same name
                 return None
     try:
         return open_manifest(path).provenance

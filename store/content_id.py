@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
+SAMPLE_BYTES = 65_536  # chosen
+
+
 class HashingFile(BufferedWriter):
     """A file that hashes what is written to it."""
 
@@ -36,13 +39,17 @@ def data_content_id(path: Path) -> str:
 
 
 def foreign_content_id(path: Path) -> str:
-    """Return a cheap content id for a Parquet file of other origin: of size, footer and 64 samples of 64 KiB."""
-    size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    """Return a cheap content id for a Parquet file of other origin: of size, footer and 64 samples of 64 KiB.
+
+    These are all of a file of up to 4 MiB. Of a larger one the time stamp counts too, so that no change is missed.
+    """
+    stat = path.stat()
+    size, stamp = stat.st_size, f" {stat.st_mtime_ns}" if stat.st_size > 64 * SAMPLE_BYTES else ""
+    digest = hashlib.blake2b(f"{size}{stamp}".encode(), digest_size=16)
     with path.open("rb") as file:
         for position in sorted({size * part // 64 for part in range(64)} | {_data_bytes(path)}):
             file.seek(position)
-            digest.update(file.read(65_536))
+            digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
-from .manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, Manifest, Piece
+from .manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, SHOWN_BYTES, Manifest, Piece
 from .vectors import Int64
 
 URI_COLUMNS = ("uri", "path", "image", "file_name")
@@ -56,6 +56,8 @@ def image_batches(
     fields = [*wanted, *(manifest.schema.field(name) for name in more)]
     read = list(dict.fromkeys([*made_from.values(), *more]))
     for piece in manifest.pieces(read, limit, rows):
+        for name in made_from.values():
+            _check_text(manifest, name, piece)
         made = []
         for field in wanted:
             if field.name == "uri":
@@ -68,6 +70,23 @@ def image_batches(
                 made.append(_cast(piece.batch.column(field.name), field, manifest))
         others = [piece.batch.column(name) for name in more]
         yield pa.Table.from_arrays([*made, *others], schema=pa.schema(fields).remove_metadata())
+
+
+def _check_text(manifest: Manifest, name: str, piece: Piece) -> None:
+    """Raise ToolkitError for the first text of a column that is not UTF-8; Arrow takes a file's word for it."""
+    column = piece.batch.column(name)
+    if pa.types.is_struct(column.type) and column.type.get_field_index("path") >= 0:
+        column = pc.struct_field(column, "path")
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        for row, value in zip(piece.rows.tolist(), column.cast(pa.large_binary()).to_pylist(), strict=True):
+            if value is not None and value.decode(errors="replace").encode() != value:
+                what = f"`{name}` of {piece.part} is not UTF-8 in row {row} ({value[:SHOWN_BYTES]!r})"
+                raise ToolkitError(f"{what}; correct it") from None
+        raise
 
 
 def has_images(manifest: Manifest) -> bool:
@@ -166,5 +185,13 @@ def _class_names(manifest: Manifest, column: str) -> list[str]:
     text = (manifest.schema.metadata or {}).get(b"huggingface")
     if text is None:
         return []
-    feature = json.loads(text).get("info", {}).get("features", {}).get(column)
-    return [str(name) for name in feature.get("names", [])] if isinstance(feature, dict) else []
+    try:
+        feature = json.loads(text)["info"]["features"].get(column)
+        names = feature.get("names", []) if isinstance(feature, dict) else []
+        return [str(name) for name in names]
+    except KeyError:
+        return []
+    except (ValueError, TypeError, AttributeError):
+        shown = ascii(text[:SHOWN_BYTES].decode(errors="replace"))
+        what = f"{manifest.path} has metadata 'huggingface' that names no features ({shown})"
+        raise ToolkitError(f"{what}; write the file again, or without it") from None

@@ -26,6 +26,20 @@ ROW_GROUP_ROWS = 16_384  # chosen: a row group of 384 half floats is 12 MB, smal
 PATCH_GROUP_ROWS = 64  # chosen: 256 patches of 384 half floats are 200 KB an image
 
 MOST_NUMBERS, MOST_NUMBERS_PER_BYTE = 1 << 28, 100  # chosen: vectors hardly shrink, so a larger file holds them
+SHOWN_BYTES = 80  # of a malformed value in a message
+FIELD_TYPES = {  # of a provenance as JSON
+    "format": int,
+    "kind": str,
+    "command": str,
+    "parameters": dict,
+    "seed": int,
+    "inputs": list,
+    "role": str,
+    "version": str,
+    "figures": dict,
+    "content_id": str,
+}
+NOT_WRITTEN: dict[str, object] = {"figures": {}, "content_id": ""}  # what a file without them means
 
 Rows = npt.NDArray[np.int64]
 
@@ -230,13 +244,20 @@ def open_manifest(path: Path) -> Manifest:
     except (pa.ArrowInvalid, OSError) as problem:
         reason = str(problem).splitlines()[0]
         raise ToolkitError(f"{path} is not a readable Parquet file ({reason}); name a manifest") from None
+    try:
+        names = schema.names
+    except UnicodeDecodeError as problem:
+        raise ToolkitError(f"{path} has a column whose name is not UTF-8 ({problem.object!r}); rename it") from None
     _check_declared(path, schema, metadata.num_rows)
     kept: dict[bytes, bytes] = metadata.metadata or {}
     if RESULT_KEY.encode() not in kept:
         return Manifest(path, (path,), schema, metadata.num_rows, None, foreign_content_id(path))
-    known, result = (json.loads(kept[key.encode()]) for key in (PROVENANCE_KEY, RESULT_KEY))
-    provenance = provenance_from({**known, **result}, path)
-    old_names = {new: old for old, new in COLUMNS.items() if old in schema.names and new not in schema.names}
+    parts = [_metadata_values(kept.get(key.encode(), b""), key, path) for key in (PROVENANCE_KEY, RESULT_KEY)]
+    try:
+        provenance = provenance_from({**parts[0], **parts[1]}, path)
+    except ValueError as problem:
+        raise ToolkitError(f"{problem}; make the file again") from None
+    old_names = {new: old for old, new in COLUMNS.items() if old in names and new not in names}
     present = {old: new for new, old in old_names.items()}
     schema = pa.schema([each.with_name(present.get(each.name, each.name)) for each in schema], schema.metadata)
     return Manifest(path, (path,), schema, metadata.num_rows, provenance, provenance.content_id, old_names)
@@ -254,6 +275,18 @@ def _check_declared(path: Path, schema: pa.Schema, num_rows: int) -> None:
         )
 
 
+def _metadata_values(text: bytes, key: str, path: Path) -> dict[str, Any]:
+    """Return what a key of a file's metadata holds as JSON. Raises ToolkitError where it is no JSON object."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        shown = ascii(text[:SHOWN_BYTES].decode(errors="replace"))
+        raise ToolkitError(f"{path} has metadata {key!r} that is no JSON object ({shown}); make the file again")
+    return values
+
+
 def _open_parts(path: Path) -> Manifest:
     listing = path / "_manifest.json"
     if not listing.exists():
@@ -263,6 +296,10 @@ def _open_parts(path: Path) -> Manifest:
         raise ToolkitError(f"{listing} lists no parts; make the manifest again")
     digest = hashlib.blake2b("\n".join(part.content_id for part in opened).encode(), digest_size=16).hexdigest()
     parts = tuple(part.path for part in opened)
+    for part in opened:
+        if not part.schema.equals(opened[0].schema):
+            other = f"{part.path} ({', '.join(part.names())}) and {parts[0]} ({', '.join(opened[0].names())})"
+            raise ToolkitError(f"the parts {other} have different columns; give all of them the same")
     return replace(opened[0], path=path, parts=parts, num_rows=sum(part.num_rows for part in opened), content_id=digest)
 
 
@@ -271,7 +308,16 @@ def part_paths(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     listing = path / "_manifest.json"
-    return [path / name for name in json.loads(check_regular(listing).read_text())["parts"]] if listing.exists() else []
+    if not listing.exists():
+        return []
+    names = _metadata_values(check_regular(listing).read_bytes(), "parts", listing).get("parts")
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        what = f"{listing} has {ascii(names)[:SHOWN_BYTES]} for its parts"
+        raise ToolkitError(f'{what}; it must be a list of file names, such as {{"parts": ["0.parquet"]}}')
+    for name in names:
+        if "\0" in name or (path / name).is_dir():
+            raise ToolkitError(f"{listing} lists {ascii(name)[:SHOWN_BYTES]}, which is no file; list files alone")
+    return [path / name for name in names]
 
 
 def provenance_values(provenance: Provenance) -> dict[str, Any]:
@@ -279,18 +325,43 @@ def provenance_values(provenance: Provenance) -> dict[str, Any]:
     return {"format": FORMAT_VERSION, **asdict(provenance)}
 
 
-def provenance_from(values: dict[str, Any], path: Path) -> Provenance:
-    """Return the provenance that was kept as JSON in `path`. Raises ToolkitError when a newer toolkit wrote it."""
-    if values["format"] > FORMAT_VERSION:
-        raise ToolkitError(f"{path} was written by a newer toolkit ({values['version']}); update this one")
+def provenance_from(values: Any, path: Path) -> Provenance:
+    """Return the provenance that was kept as JSON in `path`.
+
+    Raises ToolkitError when a newer toolkit wrote it, and ValueError when none did.
+    """
+    key, value = "format", values
+    try:
+        values = dict(values)
+        for key, kind in FIELD_TYPES.items():
+            value = values.get(key, NOT_WRITTEN.get(key))
+            if type(value) is not kind:
+                raise TypeError
+        if values["format"] > FORMAT_VERSION:
+            raise ToolkitError(f"{path} was written by a newer toolkit ({values['version']}); update this one")
+        key, value = "inputs", values["inputs"]
+        inputs = tuple(map(_source_from, value))
+        key, value = "base", values.get("base")
+        base = None if value is None else _source_from(value)
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"{path} has a provenance whose {key!r} is {ascii(value)[:SHOWN_BYTES]}") from None
     is_run, parameters = values["kind"] == "run", values["parameters"]
     present = {
         "parameters": with_present_settings(parameters) if is_run else with_present_names(parameters, PARAMETERS),
         "figures": with_present_names(values.get("figures", {}), FIGURES),
-        "inputs": tuple(Source(**source) for source in values["inputs"]),
-        "base": Source(**values["base"]) if values["base"] else None,
+        "inputs": inputs,
+        "base": base,
     }
-    return Provenance(**{key: value for key, value in {**values, **present}.items() if key != "format"})
+    known = {name: value for name, value in {**values, **present}.items() if name in Provenance.__dataclass_fields__}
+    return Provenance(**known)
+
+
+def _source_from(values: dict[str, str]) -> Source:
+    """Return an input as it was kept. Raises TypeError or KeyError where it is none."""
+    source = Source(values["role"], values["path"], values["content_id"])
+    if not all(type(value) is str for value in (source.role, source.path, source.content_id)):
+        raise TypeError
+    return source
 
 
 class ManifestWriter:
