@@ -27,7 +27,17 @@ from .assemble import assemble, check_failed
 from .filters import is_filtered
 from .known import UNMATCHED, KnownRows
 from .listing import SLICE_ENTRIES, list_sources
-from .parts import PartWriter, forget_work, locked, num_in_parts, part_rows, part_schema, read_arrow, work_folder
+from .parts import (
+    PartWriter,
+    discard_damaged_parts,
+    forget_work,
+    locked,
+    num_in_parts,
+    part_rows,
+    part_schema,
+    read_arrow,
+    work_folder,
+)
 from .plan import describe_work, earlier_manifest, start_work, stopped_run
 from .settings import EmbedSettings as EmbedSettings
 from .settings import chosen_model, extracted, manifest_fields, wanted_provenance
@@ -84,6 +94,8 @@ def _run_first(
         wanted = wanted_provenance(sources, listed, model, settings, options)
         if options.force and not options.dry_run:
             forget_work(folder)
+        if not options.dry_run:
+            discard_damaged_parts(folder)
         stopped = stopped_run(folder, wanted)
         earlier = None if options.force else earlier_manifest(path, wanted, stopped)
 

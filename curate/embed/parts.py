@@ -2,17 +2,16 @@
 
 lock              held while the command runs
 provenance.json   of what is being made; its base is the manifest that rows are reused from
-part-*.arrow      what became of entries, one row each; renamed into place when whole
+part-*.arrow      what became of entries, one row each; renamed into place when whole; its name ends in its digest
 listing.arrow, todo.arrow, unmatched.arrow   written anew at every start (`listing`, `plan`)
 """
 
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ...features.extract.extract import FeatureBatch
+from ...store.arrays import discard
 from ...store.artifact import RUN_PROVENANCE
 from ...store.cache import cache_folder, open_cache, remove_empty_cache
-from ...store.files import replacing
+from ...store.files import flush, temporary_beside
 from ...store.lock import held
 from .listing import OUTPUT_COLUMNS
 
@@ -69,6 +69,19 @@ def finished_parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.arrow"))
 
 
+def discard_damaged_parts(folder: Path) -> None:
+    """Remove the parts that are not as they were written, and say so: what they had is embedded again."""
+    for path in finished_parts(folder):
+        digest = path.stem.rpartition("-")[2]
+        if _digest(path) != digest:
+            discard(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+
+
 def num_in_parts(folder: Path) -> int:
     """Return how many entries the parts have."""
     return sum(read_arrow(path).num_rows for path in finished_parts(folder))
@@ -93,13 +106,16 @@ class PartWriter:
         """Write what was gathered."""
         tables, self._tables, self._since = self._tables, [], time.monotonic()
         if tables:
-            write_part(self._folder / f"part-{time.time_ns()}-{uuid.uuid4().hex}.arrow", pa.concat_tables(tables))
+            write_part(self._folder, pa.concat_tables(tables))
 
 
-def write_part(path: Path, table: pa.Table) -> None:
+def write_part(folder: Path, table: pa.Table) -> None:
     """Write what became of some entries, whole or not at all."""
-    with replacing(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
-        writer.write_table(table.combine_chunks())
+    with temporary_beside(folder / "part") as temporary:
+        with pa.ipc.new_file(str(temporary), table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+        flush(temporary)
+        os.replace(temporary, folder / f"part-{time.time_ns()}-{_digest(temporary)}.arrow")
 
 
 def part_schema(fields: list[pa.Field]) -> pa.Schema:

@@ -203,10 +203,10 @@ def test_a_full_disk_is_one_line_and_what_is_done_is_kept(
     monkeypatch.setattr(parts, "PART_SECONDS", 0.0)
     write_part = parts.write_part
 
-    def full(path: Path, table: pa.Table) -> None:
-        if len(finished_parts(path.parent)) == 3:
+    def full(folder: Path, table: pa.Table) -> None:
+        if len(finished_parts(folder)) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_part(path, table)
+        write_part(folder, table)
 
     monkeypatch.setattr(parts, "write_part", full)
     with pytest.raises(ToolkitError, match="the disk is full; 20 images are kept: make room and run the same command"):
@@ -215,6 +215,47 @@ def test_a_full_disk_is_one_line_and_what_is_done_is_kept(
     monkeypatch.setattr(parts, "write_part", write_part)
     embedded(["photos"], settings)
     assert sum(seen) == NUM_IMAGES - 20 + NUM_BROKEN
+
+
+@pytest.mark.parametrize("name", ["part", "provenance.json", "listing.arrow", "todo.arrow", "lock"])
+@pytest.mark.parametrize("how", ["empty", "cut", "one byte", "gone"])
+def test_a_stopped_run_whose_scratch_is_damaged_ends_like_one_without_a_stop(
+    photos: Path,
+    settings: EmbedSettings,
+    name: str,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    embedded(["photos"], settings)
+    whole = files()
+    for file in FILES:
+        Path(file).unlink()
+    monkeypatch.setattr(parts, "PART_SECONDS", 0.0)
+    count, write_part = iter(range(99)), parts.write_part
+
+    def stopping(folder: Path, table: pa.Table) -> None:
+        write_part(folder, table)
+        if next(count) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parts, "write_part", stopping)
+        embedded(["photos"], settings)
+    folder = work_folder(Path("pool.parquet"))
+    path = finished_parts(folder)[1] if name == "part" else folder / name
+    data, half = path.read_bytes(), path.stat().st_size // 2
+    path.unlink()
+    if how != "gone":
+        changed = (
+            data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :] if data and how == "one byte" else data[:half]
+        )
+        path.write_bytes(b"" if how == "empty" else changed)
+    capsys.readouterr()
+    embedded(["photos"], settings)
+    assert files() == whole and not folder.exists()
+    if name == "part" and how != "gone":
+        assert f"{path} is damaged; it is made again" in capsys.readouterr().err
 
 
 def test_two_commands_do_not_write_one_output(photos: Path, settings: EmbedSettings) -> None:
@@ -350,7 +391,7 @@ def test_parts_of_an_older_version_are_discarded_with_a_message(
     folder = work_folder(Path("pool.parquet"))
     folder.mkdir(parents=True)
     (folder / "work.json").write_text("{}")
-    parts.write_part(folder / "part-000000000000-000000000008.arrow", pa.table({"number": range(8)}))
+    parts.write_part(folder, pa.table({"number": range(8)}))
     embedded(["photos"], settings)
     assert "discarding 8 images that a stopped run embedded" in " ".join(capsys.readouterr().err.split())
     assert len(rows()) == NUM_IMAGES and not folder.exists()
