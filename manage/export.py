@@ -2,16 +2,15 @@
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from .. import console
 from ..errors import ToolkitError
 from ..models import export, export_hf, export_onnx
 from ..models.export import Comparison, Format, Reference
+from ..models.saved import full_disk_said
 from ..models.weights import Model, load_model, model_content_id
 from ..store.artifact import (
     FILE_PROVENANCE,
@@ -23,6 +22,7 @@ from ..store.artifact import (
     read_run_provenance,
     write_provenance,
 )
+from ..store.files import flush, temporary_beside
 from ..store.manifest import Provenance, Source, toolkit_version
 from .model_card import model_card
 
@@ -84,9 +84,8 @@ def _write_checked(
 ) -> Provenance:
     """Write the export aside, compare what is read back, and move it to its place; return its provenance."""
     write, compare = STEPS[to]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        aside = Path(folder)
+    with temporary_beside(path) as aside, full_disk_said(path.parent):
+        aside.mkdir()
         written = aside / path.name
         if to == "hf":
             written.mkdir()
@@ -187,13 +186,14 @@ def _say(path: Path, comparison: Comparison, reference: Reference) -> None:
 
 
 def _put_in_place(aside: Path, path: Path) -> None:
-    """Move what was written to its place: other files first, so that the output itself stands for a whole export."""
+    """Move what was written to its place: other files first, so that the output itself stands for a whole export.
+
+    An earlier export goes before them: none stands with the weights or the provenance of another.
+    """
+    files = sorted(aside.iterdir(), key=lambda file: file.name == path.name)
     for file in aside.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == path.name):
-        place = path.with_name(file.name)
-        if place == path and place.is_dir():  # an earlier export, or empty
-            shutil.rmtree(place)
-        os.replace(file, place)
+        flush(file)
+    if path.exists():
+        os.replace(path, aside / ".earlier")
+    for file in files:
+        os.replace(file, path.with_name(file.name))

@@ -92,11 +92,19 @@ def is_up_to_date(
         return False
     console.say(f"{output} is up to date")
     if not options.dry_run:
-        path = str(output.absolute())
-        touch(Source("manifest", path, there.content_id))
-        if there.content_id and not catalog.artifacts("path = ? and digest = ?", [path, there.content_id]):
-            catalog.record(output, there, None)
+        touch(Source("manifest", str(output.absolute()), there.content_id))
+        record_missing(output, there)
+        for side, (made, side_kind) in zip(filter(Path.exists, side_files), sides, strict=True):
+            if made is not None and side_kind == "removed":
+                record_missing(side, made)
     return True
+
+
+def record_missing(output: Path, provenance: Provenance) -> None:
+    """Enter a finished output in the catalog where it is missing there."""
+    known = [str(output.absolute()), provenance.content_id]
+    if provenance.content_id and not catalog.artifacts("path = ? and digest = ?", known):
+        catalog.record(output, provenance, None)
 
 
 def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance, options: Options) -> None:

@@ -189,7 +189,7 @@ def base_rows(manifest: Manifest, limit: int | None = None) -> pa.Array:
         rows = pc.cast(column, pa.int64()).combine_chunks()
     except pa.ArrowInvalid:  # which names one value, not the first
         values = column.cast(pa.float64(), safe=False).fill_null(0).to_numpy()
-        row = int(np.argmax(~((values % 1 == 0) & (np.abs(values) < 2.0**63))))
+        row = int(np.argmax(~((np.floor(values) == values) & (np.abs(values) < 2.0**63))))
         raise ToolkitError(_no_row(manifest, row, values[row])) from None
     if (lowest := pc.min(rows).as_py()) is not None and lowest < 0:
         raise ToolkitError(_no_row(manifest, pc.index(rows, lowest).as_py(), lowest))

@@ -22,7 +22,15 @@ from ..models.saved import MODEL_JSON
 from ..models.vit import VisionTransformer
 from ..models.weights import model_content_id
 from ..store import catalog
-from ..store.artifact import Options, Result, difference, read_run_provenance, recorded, write_run_provenance
+from ..store.artifact import (
+    Options,
+    Result,
+    difference,
+    read_run_provenance,
+    record_missing,
+    recorded,
+    write_run_provenance,
+)
 from ..store.files import TEMPORARY, sweep
 from ..store.image_columns import read_images
 from ..store.lock import held
@@ -227,9 +235,7 @@ def complete_record(folder: Path, provenance: Provenance) -> None:
         content_id = model_content_id(folder)
         provenance = replace(provenance, figures=dict(metrics[-1]) if metrics else {}, content_id=content_id)
         write_run_provenance(folder, provenance)
-    path = str(folder.absolute())
-    if not catalog.artifacts("path = ? and digest = ?", [path, provenance.content_id]):
-        catalog.record(folder, provenance, None)
+    record_missing(folder, provenance)
 
 
 @contextmanager

@@ -72,10 +72,13 @@ def cluster_images(manifest: Path | None, output: str, settings: ClusterSettings
 
     def work() -> Provenance:
         warn_of_plain_features(pool)
-        return _cluster(read_embedded(pool, options.limit), path, num_clusters, settings, provenance)
+        return _cluster(read_embedded(pool, options.limit), path, settings, provenance, progress)
 
+    progress = [Progress(provenance, level) for level in range(len(num_clusters))]
     side_files = {table_path(path): "clusters"}
     result = make(output, provenance, options, describe=describe_work, work=work, side_files=side_files)
+    for part in progress if result is not None else ():
+        part.remove()
     if result is not None and settings.sheet is not None:
         draw_clusters(path, settings.sheet, options)
     return result
@@ -112,15 +115,18 @@ def _check(settings: ClusterSettings, num_rows: int) -> None:
 
 
 def _cluster(
-    images: EmbeddedImages, path: Path, num_clusters: list[int], settings: ClusterSettings, provenance: Provenance
+    images: EmbeddedImages,
+    path: Path,
+    settings: ClusterSettings,
+    provenance: Provenance,
+    progress: list[Progress],
 ) -> Provenance:
-    progress = [Progress(provenance, level) for level in range(len(num_clusters))]
     with caught_signals("pass") as signals:
         for part in progress:
             part.signals = signals
         levels = cluster_levels(
             images.vectors,
-            num_clusters,
+            parse_num_clusters(settings.num_clusters, len(images)),
             num_resamplings=settings.resample,
             seed=provenance.seed,
             recall=settings.recall,
@@ -148,7 +154,4 @@ def _cluster(
     distance = pa.schema(SELECTION_FIELDS).field("distance")
     table = table.append_column(distance, pa.array(levels[0].distances[positions]))
     figures = {"images": len(positions), "agreement": levels[0].agreement, **figures}
-    written = write_table(path, table, provenance, figures)
-    for part in progress:
-        part.remove()
-    return written
+    return write_table(path, table, provenance, figures)

@@ -136,7 +136,8 @@ def test_malformed_metadata_of_hugging_face_is_named(tmp_path: Path, text: bytes
 
 
 def test_metadata_of_hugging_face_without_class_names_is_fine(tmp_path: Path) -> None:
-    for values in ({}, {"info": {}}, {"info": {"features": {}}}, {"info": {"features": {"label": {"dtype": "int64"}}}}):
+    known: list[dict[str, Any]] = [{}, {"info": {}}, {"info": {"features": {}}}]
+    for values in (*known, {"info": {"features": {"label": {"dtype": "int64"}}}}):
         table = pa.table({"uri": ["/a.png"], "label": [4]}).replace_schema_metadata({"huggingface": json.dumps(values)})
         pq.write_table(table, tmp_path / "a.parquet")
         assert read_images(open_manifest(tmp_path / "a.parquet")).column("label").to_pylist() == ["4"]
