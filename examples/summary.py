@@ -1,92 +1,96 @@
-"""Print the demo's results: scores, class balance, and how many planted near-copies were found."""
+"""Print the demo's results: what was found in the raw pool, and how good the features are."""
 
+import hashlib
 import sys
 from pathlib import Path
 
 import duckdb
+from raw_pool import DATA, UNWANTED
 from rich.console import Console
 from rich.table import Table
 
-POOL = "data/fashion_pool.parquet"
-NAMES = {
+MODELS = {
     "pixels": "raw pixels",
     "random:out/second": "the same ViT, untrained",
     "out/first": "first run, raw pool",
     "out/second": "second run, curated set",
     "out/distilled": "distilled student",
 }
+SETS = {
+    "readable": "readable, not blank",
+    "unique": "without copies",
+    "retrieved": "like a seed image",
+    "balanced": "balanced sample of these",
+    "curated": "curated: both, weighted",
+}
 
 
-def score_rows(out: Path) -> list[list[str]]:
-    """Return a row for each model: name, k-NN (k = 20) and linear accuracy, in percent with 95 % intervals."""
+def flow(out: Path) -> Table:
+    """Return a row for each set, from the raw files to the curated images."""
+    table = Table(title="From raw files to the curated set (labels are read for this table alone)")
+    table.add_column("set")
+    for name in ("images", "wanted, %", "evenness of the wanted kinds"):
+        table.add_column(name, justify="right")
+    files = [path.parent.name for path in (out / "raw").glob("*/*")]
+    wanted = sum(label != UNWANTED for label in files) / len(files)
+    table.add_row("raw files", f"{len(files):,}", f"{100 * wanted:.1f}", "")
+    for stem, name in SETS.items():
+        count, wanted, evenness = composition(out / f"{stem}.parquet")
+        table.add_row(name, f"{count:,}", f"{100 * wanted:.1f}", f"{evenness:.3f}")
+    return table
+
+
+def composition(manifest: Path) -> tuple[int, float, float]:
+    """Return the number of images, the share of wanted ones, and the entropy of their ten kinds (1: all alike)."""
+    query = """
+        select count(*), avg((label <> $unwanted)::int), entropy(label) filter (label <> $unwanted) / log2(10)
+        from read_parquet($manifest)
+    """
+    row = duckdb.execute(query, {"manifest": str(manifest), "unwanted": UNWANTED}).fetchone()
+    assert row is not None
+    return row
+
+
+def copies(out: Path) -> str:
+    """Say how many planted copies were found: those of which the copy or its original was removed."""
+    pool = duckdb.execute(
+        "select image.path, image.bytes, planted_of from read_parquet(?)", [str(DATA / "fashion_pool.parquet")]
+    ).fetchall()
+    kept = {
+        row[0] for row in duckdb.execute("select image_id from read_parquet(?)", [f"{out}/unique.parquet"]).fetchall()
+    }
+    removed = {path for path, content, _ in pool if hashlib.blake2b(content, digest_size=16).hexdigest() not in kept}
+    planted = [(path, original) for path, _, original in pool if original is not None]
+    found = sum(bool(removed.intersection(pair)) for pair in planted)
+    return f"{found:,} of {len(planted):,} planted near-copies found, among {len(removed):,} clothes removed as copies."
+
+
+def scores(out: Path) -> Table:
+    """Return a row for each model: k-NN (k = 20) and linear accuracy, in percent with 95 % intervals."""
+    table = Table(title="Accuracy of frozen features on 2,000 test images, % (95 % interval)")
+    for name in ("features", "k-NN, k = 20", "linear"):
+        table.add_column(name)
     query = """
         select model, method, value, low, high from read_parquet(?)
         where metric = 'top1' and (method <> 'knn' or parameters like '{"k": 20,%')
     """
     rows = duckdb.execute(query, [f"{out}/scores.parquet"]).fetchall()
-    scores = {(model, method): [100 * score for score in values] for model, method, *values in rows}
-    lines = []
-    for model, name in NAMES.items():
-        cells = [scores[model, method] for method in ("knn", "linear")]
-        lines.append([name, *(f"{value:.1f} ({low:.1f} to {high:.1f})" for value, low, high in cells)])
-    return lines
-
-
-def balance(manifest: str) -> tuple[int, float, float]:
-    """Return the number of images, the normalised class entropy, and the ratio of the largest to the smallest class."""
-    query = """
-        with classes as (select label, count(*) as n from read_parquet(?) group by label)
-        select sum(n), entropy / log2(count(*)), max(n) / min(n)
-        from classes, (select entropy(label) as entropy from read_parquet(?)) group by entropy
-    """
-    row = duckdb.execute(query, [manifest, manifest]).fetchone()
-    assert row is not None
-    return int(row[0]), float(row[1]), float(row[2])
-
-
-def copies_found(out: Path) -> tuple[int, int, int]:
-    """Return the numbers of planted copies that dedup found, of all planted copies, and of all removed images.
-
-    A planted copy counts as found when it or its original was removed.
-    """
-    query = """
-        with pool as (select image.path as path, planted_of, row_number() over () - 1 as row from read_parquet($pool)),
-        removed as (
-            select distinct pool.path from read_parquet($removed) as removed
-            join pool on regexp_extract(removed.uri, 'row=(\\d+)', 1)::bigint = pool.row
-        )
-        select count(*) filter (path in (from removed) or planted_of in (from removed)), count(*),
-               (select count(*) from removed)
-        from pool where planted_of is not null
-    """
-    row = duckdb.execute(query, {"pool": POOL, "removed": f"{out}/unique.removed.parquet"}).fetchone()
-    assert row is not None
-    return int(row[0]), int(row[1]), int(row[2])
+    cells = {
+        (model, method): f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+        for model, method, value, low, high in rows
+    }
+    for model, name in MODELS.items():
+        table.add_row(name, cells[model, "knn"], cells[model, "linear"])
+    return table
 
 
 def main(out: Path) -> None:
     """Print the summary."""
     console = Console(width=100)
-    scores = Table(title="Accuracy on 2,000 test images, percent (95 % interval)", title_justify="left")
-    for name in ("features", "k-NN, k = 20", "linear"):
-        scores.add_column(name)
-    for line in score_rows(out):
-        scores.add_row(*line)
-    console.print(scores)
-
-    sets = Table(title="Class balance, by labels that no step read", title_justify="left")
-    for name in ("set", "images", "entropy (1 = even)", "largest / smallest class"):
-        sets.add_column(name, justify="left" if name == "set" else "right")
-    for name, manifest in (("raw pool", POOL), ("without copies", f"{out}/unique.parquet"),
-                           ("balanced sample", f"{out}/balanced.parquet"), ("retrieved", f"{out}/retrieved.parquet"),
-                           ("curated (both)", f"{out}/curated.parquet")):  # fmt: skip
-        count, entropy, ratio = balance(manifest)
-        sets.add_row(name, f"{count:,}", f"{entropy:.3f}", f"{ratio:.1f}")
-    console.print(sets)
-
-    found, planted, removed = copies_found(out)
-    console.print(f"Near-copies: {found:,} of {planted:,} planted ones found, among {removed:,} images removed.")
-    console.print(f"Pictures: {out}/pca.png (patch features), {out}/retrieved.png (what the seed images brought).")
+    console.print(flow(out))
+    console.print(copies(out))
+    console.print(scores(out))
+    console.print(f"Pages: {out}/report.html, {out}/map.html. Pictures: {out}/pca.png, {out}/retrieved.png.")
 
 
 if __name__ == "__main__":
