@@ -23,6 +23,7 @@ LOST = re.compile(  # in the errors of torch
 )
 PATIENCE = timedelta(days=30)  # chosen: how long one process waits for the others' shares
 KEPT = "what it had is kept, and the same command resumes"
+STOP_AFTER_S = 3.0  # chosen: those left when one has failed mostly notice; those still there are asked to stop
 KILL_AFTER_S = 30.0  # chosen: what has not ended so long after another has failed is killed
 
 
@@ -193,21 +194,24 @@ def _first_failures(processes: list[subprocess.Popen[bytes]]) -> dict[int, int]:
     Returns by rank the exit codes of those that failed first, or, where none did, 75 of those that stopped.
     """
     running, stopped, failed = dict(enumerate(processes)), dict[int, int](), dict[int, int]()
-    deadline = float("inf")
+    stop_at = kill_at = float("inf")
     while running:
         time.sleep(0.1)
-        if time.monotonic() > deadline:
-            for process in running.values():
-                process.kill()
         ended = {rank: code for rank, process in running.items() if (code := process.poll()) is not None}
         running = {rank: process for rank, process in running.items() if rank not in ended}
         stopped |= {rank: code for rank, code in ended.items() if code == 75}
-        if deadline == float("inf"):
+        now = time.monotonic()
+        if not failed:
             failed = {rank: code for rank, code in ended.items() if code not in (0, 75)}
             if failed:
-                deadline = time.monotonic() + KILL_AFTER_S
-                for process in running.values():
-                    process.terminate()
+                stop_at, kill_at = now + STOP_AFTER_S, now + KILL_AFTER_S
+        if now > stop_at:
+            stop_at = float("inf")
+            for process in running.values():
+                process.terminate()
+        if now > kill_at:
+            for process in running.values():
+                process.kill()
     return failed or stopped
 
 

@@ -68,7 +68,8 @@ def test_every_process_runs_the_same_command_with_its_rank(program: Path, tmp_pa
     assert (tmp_path / "rank-2").read_text() == "argument"
 
 
-def test_when_one_process_fails_the_others_are_stopped(program: Path) -> None:
+def test_when_one_process_fails_the_others_are_stopped(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STOP_AFTER_S", 0.2)
     program.write_text(HEAD + "time.sleep(60) if rank == 0 else sys.exit(3)\n")
     with pytest.raises(SystemExit) as end:
         launch(2)
@@ -95,6 +96,7 @@ def test_a_signal_to_processes_with_nothing_to_save_is_an_interruption(program: 
 def test_a_process_that_does_not_end_after_another_failed_is_killed(
     program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "STOP_AFTER_S", 0.2)
     monkeypatch.setattr(module, "KILL_AFTER_S", 0.5)
     ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN) if rank == 0 else time.sleep(1) or sys.exit(3)\n"
     program.write_text(HEAD + ignore + "time.sleep(60)\n")
