@@ -22,6 +22,7 @@ from ..features.sheet import check_picture_name, is_picture_up_to_date, write_pi
 from ..models.vit import VisionTransformer
 from ..store.artifact import Options, Result
 from ..store.images import UnreadableImage
+from ..store.lock import writing
 from ..store.manifest import Provenance, Source
 from ..store.pixels import Picture, values_of
 from ..store.sources import entries, listing_id, open_sources
@@ -161,6 +162,7 @@ def make_picture(
     if options.dry_run:
         console.say(f"would draw {described} to {path}")
         return None
-    picture, figures = draw()
-    write_picture(picture, path, provenance)
+    with writing(path):
+        picture, figures = draw()
+        write_picture(picture, path, provenance)
     return Result(output, figures)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import console
-from ..errors import ToolkitError
+from ..errors import ToolkitError, nearest
 from .architecture import (
     backbone_settings,
     check_backbone_settings,
@@ -58,8 +58,9 @@ def weights_file(source: str | Path) -> Path:
     if not path.exists():
         name = str(source)
         if name not in RELEASED:
+            near = nearest(name, [*RELEASED, *(f"random:{arch}" for arch in ARCHITECTURES), "pixels", "copy"])
             raise ToolkitError(
-                f"no model {name!r}; give a run folder, a weights file, a Hugging Face folder or random:ARCH"
+                f"no model {name!r}{near}; give a run folder, a weights file, a Hugging Face folder or random:ARCH"
             )
         file = cached_weights(name)
         if not file.exists():

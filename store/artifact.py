@@ -107,6 +107,16 @@ def record_missing(output: Path, provenance: Provenance) -> None:
         catalog.record(output, provenance, None)
 
 
+def check_place(output: Path) -> None:
+    """Raise ToolkitError, before any work, when an output's name is not UTF-8, or the catalog takes nothing."""
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError:
+        what = f"the path of the output, {output.absolute()}, is not UTF-8, as names in manifests are"
+        raise ToolkitError(f"{what}; choose another -o, or rename the folder") from None
+    catalog.check()
+
+
 def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance, options: Options) -> None:
     """Check, before any work, that a step which makes `output` may write a manifest of that kind at `side`.
 
@@ -195,7 +205,7 @@ def make(
     if _is_input(path, provenance):
         raise ToolkitError(f"output {output} is what the step reads; choose another -o")
     if not options.dry_run:
-        catalog.check()
+        check_place(path)
     with nullcontext() if options.dry_run else writing(path, *side_files):
         if update or not is_up_to_date(path, provenance, options, side_files=side_files, kind=kind, find=find):
             for side, side_kind in side_files.items():

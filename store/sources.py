@@ -20,7 +20,7 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import ToolkitError
+from ..errors import ToolkitError, nearest
 from .files import check_regular
 from .image_columns import has_images, image_batches
 from .manifest import Manifest, is_manifest_name, open_manifest
@@ -120,7 +120,8 @@ def check_labels(labels: str, sources: list[ImageSource]) -> None:
         if source.manifest is None:
             raise ToolkitError(f"--labels {labels} needs Parquet files, but {source.path} is none; use folder or none")
         if column not in (present := source.manifest.names()):
-            raise ToolkitError(f"{source.path} has no column {column!r} for --labels; it has {', '.join(present)}")
+            what = f"{source.path} has no column {column!r} for --labels{nearest(column, present)}"
+            raise ToolkitError(f"{what}; it has {', '.join(present)}")
 
 
 def _label_column(labels: str) -> str | None:

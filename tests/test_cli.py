@@ -61,7 +61,10 @@ def photos(tmp_path: Path) -> Path:
         (["curate", "retrieve", "--k", "0"], 1, "0"),
         (["curate", "retrieve"], 1, "queries"),
         (["train", "pretrain", "nowhere.parquet", "-o", "run", "--recipe", "tiny"], 1, "nowhere.parquet"),
-        (["train", "pretrain", "photos.parquet", "-o", "run", "--recipe", "tinny"], 1, "tinny"),
+        (["train", "pretrain", "photos.parquet", "-o", "run", "--recipe", "tinny"], 1, "(did you mean 'tiny'?)"),
+        (["curate", "embed", "photos", "--model", "pixel"], 1, "(did you mean 'pixels'?)"),
+        (["curate", "embed", "photos", "--model", "random:vit_smal"], 1, "vit_small"),
+        (["catalog", "list", "--kind", "runs"], 1, "run, export"),
         (["evaluate", "probe", "--train", "nowhere.parquet", "--test", "nowhere.parquet"], 1, "nowhere.parquet"),
         (["catalog", "show", "nothing"], 1, "nothing"),
         (["curate", "embedd"], 2, "embedd"),
@@ -183,6 +186,17 @@ def test_debug_shows_where_an_error_comes_from(run: Run, monkeypatch: pytest.Mon
     done = run(*arguments)
     assert done.returncode == 1 and "Traceback" in done.stderr and "manage/catalog.py" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: the catalog")
+
+
+def test_a_place_whose_name_is_not_utf_8_is_named_before_any_work(photos: Path) -> None:
+    folder = os.fsencode(photos.parent) + b"/caf\xe9"
+    os.mkdir(folder)
+    for output, cwd in (("a.parquet", folder), (folder + b"/a.parquet", os.fsencode(photos))):
+        command = [*DINOV2, "curate", "embed", photos, "--model", "pixels", "-o", output]
+        done = subprocess.run(command, cwd=cwd, capture_output=True)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert b"caf\\udce9/a.parquet, is not UTF-8" in done.stderr and done.stderr.count(b"\n") == 1
+    assert os.listdir(folder) == []
 
 
 def test_a_setting_of_the_environment_that_is_none_is_one_line(tmp_path: Path) -> None:

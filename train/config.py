@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .. import console
-from ..errors import ToolkitError
+from ..errors import ToolkitError, nearest
 from ..features.launch import prints_result
 from ..store.files import write_text
 from ..store.limits import DEFAULT_LIMITS, Limits
@@ -239,7 +239,8 @@ def read_recipe(recipe: str) -> dict[str, object]:
     shipped = {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
     path = shipped.get(recipe, Path(recipe))
     if not path.is_file():
-        raise ToolkitError(f"no recipe {recipe!r}; name a TOML file or one of {', '.join(shipped)}")
+        near = nearest(recipe, shipped)
+        raise ToolkitError(f"no recipe {recipe!r}{near}; name a TOML file or one of {', '.join(shipped)}")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8", errors="replace"))
     except tomllib.TOMLDecodeError as problem:

@@ -25,6 +25,7 @@ from ..store import catalog
 from ..store.artifact import (
     Options,
     Result,
+    check_place,
     difference,
     read_run_provenance,
     record_missing,
@@ -141,6 +142,7 @@ def run_training(
     if monitor.preview is not None and prints_result():
         draw_preview(monitor.preview, images, config, provenance, options)
 
+    check_place(run.folder)
     launches = num_processes > 1 and not is_launched(os.environ)
     if options.dry_run or launches:
         check_batch(config, num_processes)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ... import console
-from ...errors import ToolkitError
+from ...errors import ToolkitError, nearest
 from ...store.manifest import Manifest
 from ...store.vectors import Int64
 from ..inputs import EmbeddedImages
@@ -41,7 +41,9 @@ def parse_keep(text: str, manifest: Manifest) -> Keep:
         return Keep(text, name)
     name, _, listed = name.partition("=")
     if name not in manifest.names():
-        raise ToolkitError(f"--keep {text}: {manifest.path} has no such column (it has {', '.join(manifest.names())})")
+        names = manifest.names()
+        what = f"--keep {text}: {manifest.path} has no such column{nearest(name, names)}"
+        raise ToolkitError(f"{what}; it has {', '.join(names)}")
     values = tuple(value.strip() for value in listed.split(","))
     if "" in values or len(set(values)) < len(values):
         raise ToolkitError(f"--keep {text}: name every value of {name} once, the best first, as in {name}=curated,web")
