@@ -27,7 +27,7 @@ TEST ?=
 .PHONY: all train probe FORCE
 # ~ is the home folder, also for shells that leave it as it is.
 home = $(if $(filter ~/%,$(firstword $1)),$(HOME)/$(subst ~/,,$1),$1)
-$(foreach name,IMAGES MODEL SEEDS TRAIN TEST,$(eval override $(name) := $(call home,$($(name)))))
+$(foreach name,IMAGES MODEL SEEDS TRAIN TEST,$(eval override $(name) := $$(call home,$$($(name)))))
 export IMAGES MODEL SEEDS TRAIN TEST
 export DINOV2_CATALOG = $(OUT)/catalog.duckdb
 ifneq ($(words $(OUT)),1)
