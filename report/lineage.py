@@ -25,14 +25,19 @@ def _branch(source: Source, near: Path, seen: set[str]) -> Branch:
     if found is None or made is None:
         is_path = os.sep in source.path and "://" not in source.path
         is_gone = found is None and is_path and not Path(source.path).exists()
-        return source.path, f"{source.role}, not there any more" if is_gone else source.role, []
+        return _from_here(source.path), f"{source.role}, not there any more" if is_gone else source.role, []
     remark = f"{source.role}, made by {made.command}"
     if is_manifest_name(str(found)):
         remark += f", {open_manifest(found).num_rows:,} images"
     if source.content_id in seen:
-        return str(found), f"{remark}; see above", []
+        return _from_here(str(found)), f"{remark}; see above", []
     seen.add(source.content_id)
-    return str(found), remark, lineage(made, found, seen)
+    return _from_here(str(found)), remark, lineage(made, found, seen)
+
+
+def _from_here(path: str) -> str:
+    """Shorten a path that lies under the working folder."""
+    return path.removeprefix(os.path.join(os.getcwd(), ""))
 
 
 def locate(source: Source, near: Path) -> Path | None:

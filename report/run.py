@@ -21,6 +21,7 @@ from ..train.monitor.health import collapse_reason
 from ..train.run import LOCK
 from .lineage import lineage
 from .run_metrics import (
+    BAND,
     GROUPS,
     MAX_POINTS,
     Steps,
@@ -117,7 +118,8 @@ def _training(runs: Mapping[str, Run]) -> list[Markup]:
     if longest > MAX_POINTS:
         made.append(
             parts.note(
-                f"Of up to {longest:,} logged steps, each curve shows at most {MAX_POINTS}, all peaks among them."
+                f"Up to {longest:,} steps were logged. Each curve has {MAX_POINTS} points, means of as many stretches;"
+                " its light band spans the lowest and highest values."
             )
         )
     charts: dict[str, list[Markup]] = {group: [] for group in GROUPS}
@@ -127,17 +129,25 @@ def _training(runs: Mapping[str, Run]) -> list[Markup]:
         if found is None:
             continue
         group, figure = found
-        if group == "Schedules" and is_constant(logged, name):
-            value = next(iter(logged.values()))[-1].get(name)
+        curves = {run: of_run for run, steps in logged.items() if len((of_run := curve(steps, name))[1])}
+        if not curves:
+            continue
+        if group == "Schedules" and is_constant(curves):
+            value = float(next(iter(curves.values()))[1][0])
             constant.append(f"{figure.title.lower()} {parts.number(_whole(value))}")
             continue
-        having = {run: steps for run, steps in logged.items() if len(curve(steps, name)[1])}
-        if having:
-            series = "run" if len(runs) > 1 else None
-            drawn = points(having, name, figure.title)
-            spec = chart.lines(drawn, x="step", y=figure.title, series=series, order=list(runs), limit=figure.limit)
-            table = parts.table(f"{figure.title}, some steps", ["step", *having], sampled(having, name))
-            charts[group].append(parts.chart(figure.title, spec, table, explanation=figure.explanation))
+        drawn = points(curves, figure.title)
+        spec = chart.lines(
+            drawn,
+            x="step",
+            y=figure.title,
+            series="run" if len(runs) > 1 else None,
+            order=list(runs),
+            limit=figure.limit,
+            band=BAND if BAND[0] in drawn[0] else None,
+        )
+        table = parts.table(f"{figure.title}, some steps", ["step", *curves], sampled(curves))
+        charts[group].append(parts.chart(figure.title, spec, table, explanation=figure.explanation))
     for group, drawn_charts in charts.items():
         if drawn_charts:
             words = f"Constant: {', '.join(constant)}." if group == "Schedules" and constant else WORDS.get(group)
@@ -168,7 +178,7 @@ def _key_figures(run: Run) -> dict[str, object]:
         figures |= {"architecture": run.settings.arch, "steps": _of(last.get("step"), run.settings.steps)}
     for key, name, digits in (
         ("images seen", "samples", 0),
-        ("passes over them", "epoch", 1),
+        ("passes over the data", "epoch", 1),
         ("total loss", "total", 3),
     ):
         if name in last:

@@ -12,11 +12,13 @@ from ..store.vectors import Float64
 from ..train.monitor.health import MIN_FEATURE_STD, MIN_PERPLEXITY, UNIFORM_SHARE
 from ..train.monitor.metrics import METRICS_FILE, read_metrics
 
-MAX_POINTS = 500  # of a curve
+MAX_POINTS = 300  # of a curve
+BAND = ("lowest", "highest")  # columns
 TABLE_ROWS = 25  # below a chart
 SIGNIFICANT = 5  # digits of a value in a chart
 
 Steps = list[dict[str, float]]  # the logged steps of a run
+Curve = tuple[Float64, Float64]  # steps and values of a figure, (n,) each
 
 
 @dataclass(frozen=True)
@@ -123,50 +125,52 @@ def place_of(name: str) -> int:
     return fitting[0] if fitting else len(known)
 
 
-def curve(steps: Steps, name: str) -> tuple[Float64, Float64]:
+def curve(steps: Steps, name: str) -> Curve:
     """Return steps and values of a figure, (n,) each, where it was logged and is finite."""
     found = [(row["step"], row[name]) for row in steps if math.isfinite(row.get(name, math.nan))]
     taken = np.array(found, dtype=np.float64).reshape(-1, 2)
     return taken[:, 0], taken[:, 1]
 
 
-def thinned(steps: Float64, values: Float64, max_points: int = MAX_POINTS) -> tuple[Float64, Float64]:
-    """Return at most `max_points` points (even, 4 or more) of a curve, its ends among them, and no peak left out.
+def thinned(steps: Float64, values: Float64, max_points: int = MAX_POINTS) -> Float64:
+    """Return at most `max_points` points of a curve as rows (n, 4): step, mean value, lowest, highest.
 
-    Between the ends the curve is cut into equal stretches, of which the lowest and the highest point stay.
+    A longer curve is cut into equal stretches, each of which is one point at its middle.
     """
     if len(values) <= max_points:
-        return steps, values
-    kept = {0, len(values) - 1}
-    for stretch in np.array_split(np.arange(1, len(values) - 1), (max_points - 2) // 2):
-        kept |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
-    rows = np.array(sorted(kept))
-    return steps[rows], values[rows]
+        return np.stack([steps, values, values, values], axis=1)
+    stretches = zip(np.array_split(steps, max_points), np.array_split(values, max_points), strict=True)
+    return np.array([[at.mean().round(), of.mean(), of.min(), of.max()] for at, of in stretches])
 
 
-def is_constant(runs: Mapping[str, Steps], name: str) -> bool:
+def is_constant(curves: Mapping[str, Curve]) -> bool:
     """Tell whether a figure has the same value at every step of every run."""
-    values = np.concatenate([curve(steps, name)[1] for steps in runs.values()])
-    return bool(len(values)) and bool((values == values[0]).all())
+    values = np.concatenate([values for _, values in curves.values()])
+    return bool((values == values[0]).all())
 
 
-def points(runs: Mapping[str, Steps], name: str, title: str) -> list[dict[str, object]]:
-    """Return the curves of a figure as rows for `chart.lines`: step, the value under `title`, run."""
+def points(curves: Mapping[str, Curve], title: str) -> list[dict[str, object]]:
+    """Return the curves of a figure as rows for `chart.lines`: step, the value under `title`, run.
+
+    With a curve that is too long for single points, also the columns of BAND.
+    """
+    has_band = any(len(values) > MAX_POINTS for _, values in curves.values())
     rows: list[dict[str, object]] = []
-    for run, logged in runs.items():
-        steps, values = thinned(*curve(logged, name))
-        for step, value in zip(steps.tolist(), values.tolist(), strict=True):
-            rows.append({"step": int(step), title: float(f"{value:.{SIGNIFICANT}g}"), "run": run})
+    for run, of_run in curves.items():
+        for step, *values in thinned(*of_run).tolist():
+            value, low, high = (float(f"{each:.{SIGNIFICANT}g}") for each in values)
+            band = dict(zip(BAND, (low, high), strict=True)) if has_band else {}
+            rows.append({"step": int(step), title: value, "run": run, **band})
     return rows
 
 
-def sampled(runs: Mapping[str, Steps], name: str) -> list[list[object]]:
+def sampled(curves: Mapping[str, Curve]) -> list[list[object]]:
     """Return rows for a table below a chart: a step, then the value of each run there, None where it has none."""
-    curves = {run: dict(np.stack(curve(steps, name), axis=1).tolist()) for run, steps in runs.items()}
-    logged = sorted({step for values in curves.values() for step in values})
+    by_step = {run: dict(np.stack(of_run, axis=1).tolist()) for run, of_run in curves.items()}
+    logged = sorted({step for values in by_step.values() for step in values})
     places = np.unique(np.linspace(0, len(logged) - 1, min(TABLE_ROWS, len(logged))).round().astype(int))
     chosen = [logged[place] for place in places.tolist()]
-    return [[int(step), *(values.get(step) for values in curves.values())] for step in chosen]
+    return [[int(step), *(values.get(step) for values in by_step.values())] for step in chosen]
 
 
 def hours(steps: Steps) -> float | None:

@@ -41,7 +41,7 @@ def score_sections(scores: Mapping[str, Manifest]) -> list[Section]:
         made += _confusions([row for row in rows if row["metric"] == "confusion"])
     else:
         made.append(
-            parts.note("These scores have no figures by class; `dinov2 evaluate probe --method knn` records them.")
+            parts.note("These scores have no figures by class: dinov2 evaluate probe --method knn records them.")
         )
     return [Section("Scores", made)]
 

@@ -23,6 +23,7 @@ def lines(
     order: Sequence[str] | None = None,
     log: bool = False,
     limit: float | None = None,
+    band: tuple[str, str] | None = None,
 ) -> Spec:
     """Return lines over a number, one for each value of `series`.
 
@@ -32,8 +33,9 @@ def lines(
         order: all values of `series`, so that each has the same colour in several charts.
         log: a logarithmic y axis; all values must be above 0.
         limit: where a dashed line stands, such as the edge of what is healthy.
+        band: columns with the lowest and highest value that a point stands for, drawn as an area.
     """
-    columns = _columns(x, y, series)
+    columns = _columns(x, y, series, *(band or ()))
     encoding: Spec = {
         "x": {
             **columns[x],
@@ -55,11 +57,16 @@ def lines(
         own |= {} if order is None else {"scale": {"domain": list(order)}}
         encoding |= {"color": own, "strokeDash": own}
     mark = {"type": "line", "point": {"size": 24} if len(points) <= 40 else {"size": 40, "opacity": 0}}
-    drawn: Spec = {"mark": mark, "encoding": encoding}
+    layers: list[Spec] = [{"mark": mark, "encoding": encoding}]
+    if band is not None:
+        low, high = (columns[name]["field"] for name in band)
+        area: Spec = {name: encoding[name] for name in ("x", "color") if name in encoding}
+        area |= {"y": {**encoding["y"], "field": low}, "y2": {"field": high}}
+        layers.insert(0, {"mark": {"type": "area", "aria": False}, "encoding": area})
     if limit is not None:
         rule = {"mark": {"type": "rule", "strokeDash": [2, 4], "aria": False}, "encoding": {"y": {"datum": limit}}}
-        drawn = {"layer": [drawn, rule]}
-    return _spec(points, columns, drawn)
+        layers.append(rule)
+    return _spec(points, columns, {"layer": layers} if len(layers) > 1 else layers[0])
 
 
 def bars(rows: Rows, *, name: str, value: str, series: str | None = None) -> Spec:

@@ -13,8 +13,10 @@ from dinov2_toolkit.report.run import read_run, run_sections
 from dinov2_toolkit.report.run_metrics import (
     MAX_POINTS,
     TABLE_ROWS,
+    curve,
     figure_of,
     hours,
+    is_constant,
     place_of,
     points,
     read_steps,
@@ -54,25 +56,34 @@ def words(path: Path) -> str:
 # Curves
 
 
-def test_a_thinned_curve_keeps_its_ends_and_its_peaks_and_not_many_points() -> None:
-    steps = np.arange(100_000.0)
-    values = np.sin(steps / 7000)
-    values[[1234, 77_777]] = 50, -50
-    kept_steps, kept = thinned(steps, values)
-    assert len(kept) <= MAX_POINTS and (np.diff(kept_steps) > 0).all()
-    assert {0, 1234, 77_777, 99_999} <= set(kept_steps.tolist())
-    np.testing.assert_array_equal(kept, values[kept_steps.astype(int)])
-    assert thinned(steps[:MAX_POINTS], values[:MAX_POINTS])[0] is not None
-    np.testing.assert_array_equal(thinned(steps[:MAX_POINTS], values[:MAX_POINTS])[0], steps[:MAX_POINTS])
+def test_a_thinned_curve_has_means_and_ranges_of_equal_stretches() -> None:
+    steps, values = np.arange(1.0, 12_001), np.sin(np.arange(12_000))
+    values[[1234, 7777]] = 50, -50
+    rows = thinned(steps, values)
+    assert rows.shape == (MAX_POINTS, 4) and (np.diff(rows[:, 0]) > 0).all()
+    stretches = values.reshape(MAX_POINTS, -1)
+    np.testing.assert_allclose(rows[:, 1], stretches.mean(1), atol=1e-12)
+    np.testing.assert_array_equal(rows[:, 2:], np.stack([stretches.min(1), stretches.max(1)], 1))
+    assert rows[:, 3].max() == 50 and rows[:, 2].min() == -50
+    short = thinned(steps[:MAX_POINTS], values[:MAX_POINTS])
+    np.testing.assert_array_equal(short, np.stack([steps, values, values, values], 1)[:MAX_POINTS])
+
+
+def test_a_long_curve_is_drawn_with_its_band() -> None:
+    steps = np.arange(2.0 * MAX_POINTS)
+    rows = points({"a": (steps, steps % 2)}, "Total loss")
+    assert len(rows) == MAX_POINTS
+    assert rows[0] == {"step": 0, "Total loss": 0.5, "run": "a", "lowest": 0.0, "highest": 1.0}
 
 
 def test_points_leave_out_what_was_not_taken_and_name_the_run() -> None:
-    runs = {"a": [{"step": 1, "knn": math.nan}, {"step": 2, "knn": 0.123456789}], "b": [{"step": 2.0, "total": 1.0}]}
-    assert points(runs, "knn", "k-NN") == [{"step": 2, "k-NN": 0.12346, "run": "a"}]
-    assert sampled({"a": runs["a"]}, "knn") == [[2, 0.123456789]]
-    many = {"a": [{"step": step, "total": float(step)} for step in range(1, 1001)]}
-    table = sampled(many, "total")
+    taken = curve([{"step": 1, "knn": math.nan}, {"step": 2, "knn": 0.123456789}, {"step": 3}], "knn")
+    assert points({"a": taken}, "k-NN") == [{"step": 2, "k-NN": 0.12346, "run": "a"}]
+    other = curve([{"step": 1, "knn": 0.5}], "knn")
+    assert sampled({"a": taken, "b": other}) == [[1, None, 0.5], [2, 0.123456789, None]]
+    table = sampled({"a": (np.arange(1.0, 1001), np.arange(1.0, 1001))})
     assert len(table) == TABLE_ROWS and table[0] == [1, 1.0] and table[-1] == [1000, 1000.0]
+    assert is_constant({"a": taken, "b": taken}) and not is_constant({"a": taken, "b": other})
 
 
 def test_a_figure_is_found_by_its_name_and_of_several_students_by_each() -> None:

@@ -10,6 +10,7 @@
   function config(width) {
     const ink = colour("--ink"), faint = colour("--faint"), line = colour("--line");
     const ramp = dark.matches ? ["#1e3247", "#a5cffa"] : ["#e4eefa", "#0b4a94"];
+    const palette = dark.matches ? series.dark : series.light;
     const font = getComputedStyle(document.body).fontFamily;
     const text = { labelColor: faint, titleColor: faint, labelFont: font, titleFont: font, titleFontWeight: 400, labelFontSize: 12, titleFontSize: 12 };
     return {
@@ -20,9 +21,9 @@
       legend: { ...text, labelColor: ink, orient: "top", title: null, labelLimit: width / 2 - 40, symbolType: "stroke", symbolSize: 300, symbolStrokeWidth: 2, columns: width < 420 ? 2 : 3 },
       header: text,
       title: { color: ink, font, anchor: "start" },
-      range: { category: dark.matches ? series.dark : series.light, heatmap: ramp, ramp },
+      range: { category: palette, heatmap: ramp, ramp },
       line: { strokeWidth: 1.8 }, rule: { color: faint }, text: { color: ink, font },
-      bar: { color: { expr: dark.matches ? "'#79b4f2'" : "'#1f5fa8'" } },
+      mark: { color: palette[0] }, area: { opacity: 0.22 },
     };
   }
 
