@@ -178,7 +178,7 @@ def _key_figures(run: Run) -> dict[str, object]:
         figures |= {"architecture": run.settings.arch, "steps": _of(last.get("step"), run.settings.steps)}
     for key, name, digits in (
         ("images seen", "samples", 0),
-        ("passes over the data", "epoch", 1),
+        ("epochs", "epoch", 1),
         ("total loss", "total", 3),
     ):
         if name in last:
@@ -186,7 +186,7 @@ def _key_figures(run: Run) -> dict[str, object]:
     if len(knn := curve(run.steps, "knn")[1]):
         figures["k-NN accuracy"] = f"{knn[-1]:.1%}"
     if (took := hours(run.steps)) is not None:
-        figures["time in training"] = f"{took:.1f} h" if took >= 1 else f"{60 * took:.0f} min"
+        figures["time"] = f"{took:.1f} h" if took >= 1 else f"{60 * took:.0f} min"
     if "peak_memory_mib" in last:
         figures["peak memory"] = f"{last['peak_memory_mib']:,.0f} MiB"
     for key, name in (("skipped steps", "skipped_steps"), ("unreadable images", "replaced_images")):
