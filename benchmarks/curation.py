@@ -88,7 +88,8 @@ Sets: *deduplicated* is the pool after `dedup --k 8`, the same for all seeds. *R
 that for 300 seed images, by class and mean patch tokens of the seed's own run on the raw pool. *Balanced* is a sample
 of {BALANCED:.0%} of the retrieved by `cluster --num-clusters {CLUSTERS}`. *Curated* is the `union` of balanced and of
 `retrieve --k {NEAR}`. *Retrieved by pixels* is `retrieve --k {WIDE}` by raw pixels instead of the run's features, the
-same for all seeds. Scores: class tokens of 1,000 + 2,000 official test images."""
+same for all seeds. Sets that the tables lack are run with `--long`. Scores: class tokens of 1,000 + 2,000 official test
+images."""
 
 
 class Cell(NamedTuple):
