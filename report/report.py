@@ -40,7 +40,7 @@ def report(names: list[str], output: str, options: Options) -> Result | None:
             return None if options.dry_run else Result(output, there.figures)
     counts = {"runs": len(targets.runs), "manifests": len(targets.manifests), "scores": len(targets.scores)}
     if options.dry_run:
-        described = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        described = ", ".join([*targets.runs, *targets.manifests, *targets.scores])
         console.say(f"would write a report of {described} to {path}")
         return None
     made = replace(provenance, figures=dict(counts))
