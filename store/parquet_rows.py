@@ -105,7 +105,11 @@ def _check_size(group: pq.RowGroupMetaData, column: str, limits: Limits) -> None
     for chunk in chunks:
         if chunk.path_in_schema in (column, f"{column}.bytes"):
             size, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
-            check_bytes(size // (2 * max(group.num_rows, 1)), limits)  # half: it counts what stands between the rows
+            mean = size // max(group.num_rows, 1)
+            if mean > 2 * limits.max_image_bytes:  # twice: what stands between the rows counts too
+                raise UnreadableImage(
+                    f"rows of {mean} bytes each, more than --max-image-bytes {limits.max_image_bytes}"
+                )
             if size > limits.max_image_bytes and size > MOST_PACKED * packed:
                 raise UnreadableImage(f"{packed:,} bytes that unpack to {size:,}, as no images do")
 
