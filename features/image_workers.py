@@ -32,6 +32,7 @@ from .image_process import CLAIM, INDEX, NO_ITEM, RESULT
 
 SHARED_BYTES = 16 << 20  # chosen: of a worker, for pixels; larger results come through its socket
 TICK_S = 0.25  # chosen: how often a worker that is silent is looked at
+START_S = 60.0  # chosen: for which a worker may take to start, on a busy machine
 MAX_STARTS = 5  # of a worker that ends before it begins with an image
 
 R = TypeVar("R")
@@ -160,7 +161,7 @@ class Worker(Generic[R]):
             last = now
             if (present := INDEX.unpack_from(self._memory)[0]) != index:
                 index, waited_s = present, 0.0
-            elif waited_s > self._limits.image_timeout:
+            elif waited_s > (START_S if index == NO_ITEM else self._limits.image_timeout):
                 raise self._lost(f"not decoded within --image-timeout {self._limits.image_timeout:g} seconds")
         return self._connection.recv_bytes()
 

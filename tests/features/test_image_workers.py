@@ -48,15 +48,15 @@ def test_a_crash_costs_one_image_and_the_others_are_read(written: Callable[..., 
 
 def test_a_decoder_that_hangs_is_ended_in_time(written: Callable[..., list[str]]) -> None:
     start = time.monotonic()
-    with image_workers(bad_decoders.behave, 1, Limits(image_timeout=0.5)) as read:
-        late = "not decoded within --image-timeout 0.5 seconds"
+    with image_workers(bad_decoders.behave, 1, Limits(image_timeout=1.5)) as read:
+        late = "not decoded within --image-timeout 1.5 seconds"
         assert shown(read(written("a", "hang", "b", "sleep 30"))) == [b"a", late, b"b", late]
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 25
 
 
 def test_time_is_counted_for_each_image(written: Callable[..., list[str]]) -> None:
-    with image_workers(bad_decoders.behave, 1, Limits(image_timeout=1)) as read:
-        assert shown(read(written(*["sleep 0.4"] * 4))) == [b"sleep 0.4"] * 4
+    with image_workers(bad_decoders.behave, 1, Limits(image_timeout=2)) as read:
+        assert shown(read(written(*["sleep 0.6"] * 4))) == [b"sleep 0.6"] * 4
 
 
 def test_whatever_is_raised_is_a_reason(written: Callable[..., list[str]]) -> None:
@@ -119,7 +119,7 @@ def test_the_end_does_not_wait_for_what_hangs(written: Callable[..., list[str]])
             waiting = [threads.submit(read, [uri]) for _ in range(2)]
             time.sleep(0.3)
         assert all(isinstance(each.exception(), CancelledError) for each in waiting)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 25
 
 
 def test_many_threads_share_few_processes(written: Callable[..., list[str]]) -> None:
