@@ -26,6 +26,7 @@ FLAGS = [
 ]
 REQUIRED = bool(os.environ.get("TESTS_REQUIRE_CHROMIUM"))  # set by .ci/run, where a skip would hide a failure
 NARROW_PX, WIDE_PX = 390, 1280
+PATIENCE_MS = 120_000  # for a page to load and draw, on a machine that runs other tests at the same time
 
 OpenPage = Callable[..., "Page"]
 
@@ -58,6 +59,7 @@ def open_page(chromium: "Browser") -> Iterator[OpenPage]:
         context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
         own = file.absolute().as_uri()
 
         def heed(message: "ConsoleMessage") -> None:
