@@ -87,9 +87,12 @@ def full_disk_said(folder: Path) -> Iterator[None]:
     except (SafetensorError, RuntimeError, OSError) as problem:
         # Neither passes the system's number on; torch's writer does not even say what happened.
         is_full = getattr(problem, "errno", None) in NO_SPACE
-        if not is_full and not re.search("No space left|File too large|Disk quota|PytorchStreamWriter", str(problem)):
+        if not is_full and not re.search(
+            "No space left|File too large|Disk quota|PytorchStreamWriter|inline_container", str(problem)
+        ):
             raise
-        raise ToolkitError(f"no space left to write to {folder}; make room, and run the same command again") from None
+        place = folder.parent if files.is_temporary(folder.name) else folder
+        raise ToolkitError(f"no space left to write to {place}; make room, and run the same command again") from None
 
 
 def read_model_json(folder: Path) -> SavedModel:

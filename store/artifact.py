@@ -14,6 +14,7 @@ from .cache import touch
 from .files import write_text
 from .lock import writing
 from .manifest import Provenance, Source, open_manifest, part_paths, provenance_from, provenance_values, toolkit_version
+from .progress import forget_progress
 
 RUN_PROVENANCE = "provenance.json"  # in a run folder
 FILE_PROVENANCE = ".provenance.json"  # behind the name of a file that cannot carry its own
@@ -217,6 +218,7 @@ def make(
                     finished.append(work())
     if options.dry_run:
         return None
+    forget_progress(provenance)
     made = find(path)
     return Result(output, {} if made is None else made.figures)
 

@@ -6,12 +6,14 @@ import shutil
 import time
 import zipfile
 import zlib
+from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import Stopped
+from ..errors import Stopped, ToolkitError
 from .arrays import Array, discard, kept_array, new_array
 from .cache import cache_folder, cache_key, open_cache
 from .files import replacing
@@ -21,15 +23,14 @@ SAVE_EVERY_S = 30.0  # chosen: what a kill costs at most
 
 
 class Progress:
-    """A folder in the cache that belongs to one piece of work: the same work on the same contents finds it again."""
+    """A folder in the cache that belongs to one piece of work: the same work on the same contents finds it again.
+
+    `artifact.make` forgets all that belongs to a step when its output stands.
+    """
 
     def __init__(self, provenance: Provenance, *details: object) -> None:
         """Find the folder of a step's work, or of a part of it that `details` (values for JSON) tell apart."""
-        sources = [*provenance.inputs, *([] if provenance.base is None else [provenance.base])]
-        inputs = [(source.role, cache_key(source)) for source in sources]
-        work = [toolkit_version(), provenance.command, provenance.parameters, provenance.seed, inputs, *details]
-        key = hashlib.blake2b(json.dumps(work, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self.folder = cache_folder() / f"progress-{key}"
+        self.folder = _folder(provenance) / _digest(details)
         self._last = time.monotonic()
         self.signals: list[int] = []  # that came in; the next thing to be saved is then the last
 
@@ -72,6 +73,25 @@ class Progress:
     def remove(self) -> None:
         """Forget all of it: the work is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # not there, or with other parts of the work
+            self.folder.parent.rmdir()
+
+
+def forget_progress(provenance: Provenance) -> None:
+    """Remove what was kept of all parts of a step's work, as when its output stands."""
+    with suppress(ToolkitError):  # where the cache would be, something else stands
+        shutil.rmtree(_folder(provenance), ignore_errors=True)
+
+
+def _folder(provenance: Provenance) -> Path:
+    sources = [*provenance.inputs, *([] if provenance.base is None else [provenance.base])]
+    inputs = [(source.role, cache_key(source)) for source in sources]
+    work = [toolkit_version(), provenance.command, provenance.parameters, provenance.seed, inputs]
+    return cache_folder() / f"progress-{_digest(work)}"
+
+
+def _digest(values: object) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _array(data: bytes) -> Array:

@@ -33,6 +33,7 @@ COMMANDS = {
     "cluster": "curate cluster pool.parquet -o c.parquet --num-clusters 4,2 --sample 8 --sheet c.png",
     "retrieve": "curate retrieve --queries q.parquet --pool pool.parquet --k 2 -o r.parquet",
     "union": "curate union q.parquet pool.parquet -o both.parquet",
+    "map": "curate map pool.parquet -o m.parquet",
     "sql": "catalog sql select|*|from|'pool.parquet'|where|width|>|1 -o s.parquet",
     "export": "export model --to official -o m.pth",
     "probe": "evaluate probe --model pixels --train a --test b --method knn -o scores.parquet",

@@ -72,13 +72,10 @@ def cluster_images(manifest: Path | None, output: str, settings: ClusterSettings
 
     def work() -> Provenance:
         warn_of_plain_features(pool)
-        return _cluster(read_embedded(pool, options.limit), path, settings, provenance, progress)
+        return _cluster(read_embedded(pool, options.limit), path, num_clusters, settings, provenance)
 
-    progress = [Progress(provenance, level) for level in range(len(num_clusters))]
     side_files = {table_path(path): "clusters"}
     result = make(output, provenance, options, describe=describe_work, work=work, side_files=side_files)
-    for part in progress if result is not None else ():
-        part.remove()
     if result is not None and settings.sheet is not None:
         draw_clusters(path, settings.sheet, options)
     return result
@@ -115,18 +112,15 @@ def _check(settings: ClusterSettings, num_rows: int) -> None:
 
 
 def _cluster(
-    images: EmbeddedImages,
-    path: Path,
-    settings: ClusterSettings,
-    provenance: Provenance,
-    progress: list[Progress],
+    images: EmbeddedImages, path: Path, num_clusters: list[int], settings: ClusterSettings, provenance: Provenance
 ) -> Provenance:
+    progress = [Progress(provenance, level) for level in range(len(num_clusters))]
     with caught_signals("pass") as signals:
         for part in progress:
             part.signals = signals
         levels = cluster_levels(
             images.vectors,
-            parse_num_clusters(settings.num_clusters, len(images)),
+            num_clusters,
             num_resamplings=settings.resample,
             seed=provenance.seed,
             recall=settings.recall,

@@ -116,9 +116,7 @@ def _map(
         )
         columns[NEIGHBORS_FIELD] = _neighbor_column(found)
         figures["recall"] = found.recall
-    written = _write(images, path, columns, settings.thumbnails, provenance, figures)
-    progress.remove()
-    return written
+    return _write(images, path, columns, settings.thumbnails, provenance, figures)
 
 
 def _neighbor_column(found: Neighbors) -> pa.Array:

@@ -205,7 +205,7 @@ def test_an_interrupted_join_resumes(by_cells: None, recall: float, monkeypatch:
     monkeypatch.setattr(join, "_compare", stopping)
     with pytest.raises(KeyboardInterrupt):
         components_above(vectors, 0.9, weights=ones, enough=8, search=search)
-    assert len(list(cache_folder().glob("progress-*/graph.npz"))) == 1
+    assert len(list(cache_folder().glob("progress-*/*/graph.npz"))) == 1
     again = components_above(vectors, 0.9, weights=ones, enough=8, search=search)
     np.testing.assert_array_equal(again.labels, whole.labels)
     np.testing.assert_array_equal(again.degree >= 8, whole.degree >= 8)
