@@ -121,8 +121,8 @@ def read_duplicates(selection: Manifest, seed: int) -> Duplicates | None:
         ask.keep("removed", KEEP, near=near, limit=rule.limit, threshold=rule.threshold or 0.0)
         reasons = ask("select reason, count(*) as num from removed group by reason order by num desc, reason")
         ((num_chained,),) = (row.values() for row in ask("select count(*) from removed where doubt > 1"))
-        similarities = _histogram(ask, "similarity", "reason")
-        differences = _histogram(ask, "difference", "''") if rule.limit is not None else []
+        similarities = histogram(ask, "similarity", "reason")
+        differences = [] if rule.limit is None else histogram(ask, "difference", "''", 3 * rule.limit)
         chosen = ask(CHOSEN, seed=seed, most=GROUPS)
         members = ask(MEMBERS_OF, kept=[group["kept"] for group in chosen], steps=MEMBERS - 1)
     by_kept = defaultdict(list)
@@ -140,12 +140,12 @@ def read_duplicates(selection: Manifest, seed: int) -> Duplicates | None:
     return Duplicates(rule, provenance.figures, counts, num_chained, similarities, differences, groups)
 
 
-def _histogram(ask: Asking, column: str, series: str) -> list[Row]:
-    """Return how many removed images have a value in each of `BINS` bins between the least and the largest."""
+def histogram(ask: Asking, column: str, series: str, most: float = float("inf")) -> list[Row]:
+    """Return how many removed images have a value in each of `BINS` bins; the last one has all from `most` on."""
     ((low, high),) = (tuple(row.values()) for row in ask(f"select min({column}), max({column}) from removed"))
     if low is None:
         return []
-    width = max(high - low, 1e-6) / BINS
+    width = max(min(high, most) - low, 1e-6) / BINS
     return ask(
         f"""
         select {series} as reason, $low + bin * $width as low, $low + (bin + 1) * $width as high, count(*) as num from (

@@ -89,9 +89,9 @@ def _add(manifest: Manifest, stages: dict[str, Stage]) -> str:
     changes = [*removed, *_changes(provenance)]
     if before is not None and (rest := manifest.num_rows - before - sum(each.num_images for each in changes)):
         changes.append(Change(_rest(provenance), "unchosen", rest) if rest < 0 else Change("more rows", "added", rest))
-    stages[key] = Stage(
-        key, _title(provenance), str(manifest.path), manifest.num_rows, parents, tuple(changes), manifest=manifest
-    )
+    is_again = provenance.command == "curate embed" and any(stages[parent].command for parent in parents)
+    title = "Images embedded again" if is_again else _title(provenance)
+    stages[key] = Stage(key, title, str(manifest.path), manifest.num_rows, parents, tuple(changes), manifest=manifest)
     return key
 
 
@@ -204,7 +204,8 @@ def _rest(provenance: Provenance) -> str:
         case "curate retrieve" if parameters.get("per_cluster") is not None:
             why.append("not among the nearest in a cluster with queries")
         case "curate retrieve":
-            why.append("not among the nearest of any query")
+            least = parameters.get("min_similarity")
+            why.append("not among the nearest of any query" + (f" by {least} and more" if least is not None else ""))
         case "catalog sql":
             why.append("not selected by the query")
     if parameters.get("where"):

@@ -114,9 +114,9 @@ def _duplicate_charts(found: Duplicates) -> list[Markup]:
         ("How similar the descriptors are", found.similarities, None if rule.limit else rule.threshold, "cosine to it"),
     ):
         if rows:
-            words = (
-                "" if limit is None else f"The line marks the limit, {limit:.4g}; beyond it only a chain joins them."
-            )
+            words = "" if limit is None else f"The line marks the limit, {limit:.4g}; only chains join what is beyond."
+            if rows is found.differences and found.num_chained:
+                words += " The last bar has all that lie further out."
             numbers = parts.table(
                 title, ["from", "to", "reason", "images"], [[r["low"], r["high"], r["reason"], r["num"]] for r in rows]
             )
@@ -135,7 +135,8 @@ def _histogram(rows: list[Row], axis: str, limit: float | None) -> dict[str, Any
         },
     }
     if len({row.get("reason") for row in rows}) > 1:
-        bins["encoding"]["color"] = {"field": "reason", "type": "nominal"}
+        legend = {"title": None, "symbolType": "square", "symbolSize": 120}
+        bins["encoding"]["color"] = {"field": "reason", "type": "nominal", "legend": legend}
     spec = chart.histogram([0, 1], [0], x=axis)
     layers = [{**bins, "data": {"values": rows}}]
     if limit is not None:
@@ -257,7 +258,9 @@ def _retrieved_section(stage: Stage, name: str, seed: int) -> Section:
             body += [parts.heading(heading), manifest_parts.strips(_query_strips(lines))]
     if found.nothing:
         num = next((row["queries"] for row in found.brought if row["num"] == 0), 0)
-        body.append(parts.heading(f"{num:,} queries brought nothing: their nearest went to other queries"))
+        least = stage.manifest.provenance.parameters.get("min_similarity") if stage.manifest.provenance else None
+        why = "their nearest went to other queries" + ("" if least is None else f", or are less similar than {least}")
+        body.append(parts.heading(f"{num:,} queries brought nothing: {why}"))
         body.append(parts.gallery("queries that brought nothing", _pictures(found.nothing)))
     return Section(f"Retrieved images{name}", body)
 

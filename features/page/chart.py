@@ -79,7 +79,8 @@ def bars(rows: Rows, *, name: str, value: str, series: str | None = None) -> Spe
     }
     if series is not None:
         own = {**columns[series], "type": "nominal", "sort": None}
-        encoding |= {"color": {**own, "legend": {"title": None}}, "yOffset": own}
+        legend = {"title": None, "symbolType": "square", "symbolSize": 120}  # filled as the bars; lines have strokes
+        encoding |= {"color": {**own, "legend": legend}, "yOffset": own}
     bar_px = BAR_PX if series is None else GROUPED_BAR_PX
     return _spec(rows, columns, {"mark": "bar", "encoding": encoding}, height_px=bar_px * len(rows))
 

@@ -14,10 +14,12 @@ from dinov2_toolkit.report.manifest_duplicates import (
     BINS,
     Duplicates,
     Rule,
+    histogram,
     read_duplicates,
     why_kept,
     why_removed,
 )
+from dinov2_toolkit.report.manifest_rows import asking
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import open_manifest, removed_path
 from dinov2_toolkit.tests.embedded import write_embeddings
@@ -140,6 +142,18 @@ def test_every_reason_in_words(
 ) -> None:
     row = {"reason": REASONS[reason], "similarity": similarity, "difference": difference}
     assert why_removed(row, rule)[: len(words)] == words
+
+
+def test_of_pixel_differences_the_last_bar_has_all_that_lie_far_beyond_the_limit() -> None:
+    values = [0.001, 0.004, 0.016, 0.02, 4.5]
+    rows = pa.table({"difference": values}).to_reader()
+    with asking(removed=rows) as ask:
+        ask.keep("kept", "select * from removed")
+        ask.connection.unregister("removed")
+        ask.keep("removed", "select * from kept")
+        bins = histogram(ask, "difference", "''", 3 * 0.005)
+    assert sum(row["num"] for row in bins) == 5 and bins[-1]["num"] == 3
+    assert bins[-1]["high"] == pytest.approx(0.015) and bins[0]["low"] == 0.001
 
 
 def test_the_rule_that_keeps_an_image_is_named_with_its_values(tmp_path: Path) -> None:

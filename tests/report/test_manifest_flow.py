@@ -7,6 +7,8 @@ import pytest
 
 from dinov2_toolkit.curate.dedup.dedup import dedup_images
 from dinov2_toolkit.curate.dedup.settings import DedupSettings
+from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
+from dinov2_toolkit.curate.retrieve.retrieve import RetrieveSettings, retrieve_images
 from dinov2_toolkit.manage.query import sql
 from dinov2_toolkit.report.manifest_flow import Change, Stage, ancestors, pool_of, read_flow
 from dinov2_toolkit.report.manifest_parts import flow, signed
@@ -111,7 +113,17 @@ def test_conditions_limits_and_queries_are_reasons_too(paths: dict[str, Path], t
     assert unique.changes[-1].reason == "not fulfilling --where width > 40, or beyond --limit 20"
     sql(f"select * from '{paths['unique']}' where width < 48", str(tmp_path / "asked.parquet"), False, False)
     asked = flow_of(tmp_path / "asked.parquet")[-1]
+    near = str(tmp_path / "near-only.parquet")
+    retrieve_images(paths["seeds"], paths["unique"], near, RetrieveSettings(k=3, min_similarity=0.5), Options())
+    least = flow_of(Path(near))[-1].changes
+    assert [change.reason for change in least] == [f"{CHOSEN} by 0.5 and more"]
     assert asked.num_images == 0 and asked.changes == (Change("not selected by the query", "unchosen", -24),)
+
+
+def test_what_is_embedded_again_is_no_second_reading(paths: dict[str, Path], tmp_path: Path) -> None:
+    again = tmp_path / "again.parquet"
+    embed_images([str(paths["unique"])], str(again), EmbedSettings(model="pixels"), Options())
+    assert summary(flow_of(again)) == [*EXPECTED[:3], ("Images embedded again", 24, {})]
 
 
 def test_removed_images_are_shown_by_reason(paths: dict[str, Path]) -> None:
