@@ -100,8 +100,8 @@ class Cell(NamedTuple):
     steps: int
 
 
-CELLS = (Cell(0.9, 300), Cell(0.5, 300), Cell(0.5, 1_200))
-LONG_CELLS = (Cell(0.0, 300), Cell(0.9, 1_200), Cell(0.0, 1_200))
+CELLS = (Cell(0.9, 300), Cell(0.5, 300), Cell(0.5, 600))
+LONG_CELLS = (Cell(0.0, 300), Cell(0.9, 1_200), Cell(0.5, 1_200), Cell(0.0, 1_200))
 
 
 def write_pool(path: Path, share: float) -> None:
