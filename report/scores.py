@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any  # of a row's values
 
+import pyarrow as pa
 from markupsafe import Markup
 
+from ..errors import ToolkitError
 from ..evaluate.scores import HEADLINES, setting_of
 from ..features.page import chart, parts
 from ..features.page.document import Section
@@ -47,11 +49,20 @@ def score_sections(scores: Mapping[str, Manifest]) -> list[Section]:
 
 
 def _read(manifest: Manifest) -> list[Row]:
-    """Return the rows of a file of scores; what an older or foreign one does not have is None."""
+    """Return the rows of a file that have a value; what an older or foreign one does not have is None.
+
+    Raises ToolkitError when values are not numbers.
+    """
+    if "value" not in manifest.names():
+        return []
+    kind = manifest.schema.field("value").type
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        raise ToolkitError(f"the column `value` of {manifest.path} is {kind}; scores are numbers")
     known = ("model", "method", "parameters", "metric", "value", "low", "high", "num_train", "num_test")
     wanted = [*known, "true_class", "predicted_class"]
     there = [name for name in wanted if name in manifest.names()]
-    return [{**dict.fromkeys(wanted), **row} for row in manifest.read(there).to_pylist()]
+    rows = ({**dict.fromkeys(wanted), **row} for row in manifest.read(there).to_pylist())
+    return [{**row, "metric": str(row["metric"])} for row in rows if row["value"] is not None]
 
 
 def _best(rows: list[Row], has_files: bool) -> list[Markup]:

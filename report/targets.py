@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import ToolkitError
 from ..store.artifact import read_run_provenance
+from ..store.image_columns import has_images
 from ..store.manifest import Manifest, Provenance, Source, open_manifest
 
 RUN_FILES = ("config.toml", "metrics.jsonl", "metrics.parquet", "model.json", "status.json", "provenance.json")
@@ -66,6 +67,8 @@ def _open(path: Path) -> RunFolder | Manifest:
     manifest = open_manifest(path)
     if (kind := _kind(manifest)) in NO_TARGETS:
         raise ToolkitError(f"{path} {NO_TARGETS[kind]}")
+    if kind == "images" and not has_images(manifest) and "embedding" not in manifest.names():
+        raise ToolkitError(f"{path} has no column uri, path, image or embedding; name run folders, manifests or scores")
     return manifest
 
 

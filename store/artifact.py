@@ -11,7 +11,7 @@ from .. import console
 from ..errors import ToolkitError
 from . import catalog
 from .cache import touch
-from .files import write_text
+from .files import sweep, write_text
 from .lock import writing
 from .manifest import Provenance, Source, open_manifest, part_paths, provenance_from, provenance_values, toolkit_version
 from .progress import forget_progress
@@ -219,6 +219,7 @@ def make(
     if options.dry_run:
         return None
     forget_progress(provenance)
+    sweep(path.parent)  # of a process killed after its output stood
     made = find(path)
     return Result(output, {} if made is None else made.figures)
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dinov2_toolkit.errors import ToolkitError
@@ -37,9 +39,13 @@ def test_targets_are_told_apart_and_named_shortly(here: Path) -> None:
     assert short_names([]) == [] and short_names([Path("/x/y"), Path("/z/y.parquet")]) == ["x/y", "z/y"]
 
 
-@pytest.mark.parametrize(("name", "words"), [("none", "no none"), ("a", "no run folder"), ("notes.txt", "readable")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("none", "no none"), ("a", "no run folder"), ("notes.txt", "readable"), ("sums.parquet", "no column uri")],
+)
 def test_what_is_none_of_the_three_is_one_line(here: Path, name: str, words: str) -> None:
     (here / "notes.txt").write_text("notes")
+    pq.write_table(pa.table({"sum": [1]}), here / "sums.parquet")
     with pytest.raises(ToolkitError, match=words):
         report([name], "report.html", Options())
     assert not Path("report.html").exists()

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.report.scores import MAX_SIDE, score_sections
 from dinov2_toolkit.store.manifest import Manifest, open_manifest
 
@@ -44,6 +46,15 @@ def test_several_files_are_compared_and_foreign_settings_stand_as_they_are(tmp_p
     assert "a: m" in shown and ">mine<" in shown and ">0.25<" in shown
     assert "There are no scores" in words(scored(tmp_path / "none.parquet", []))
     assert score_sections({}) == []
+
+
+def test_scores_without_a_value_are_left_out_and_texts_refused(tmp_path: Path) -> None:
+    empty: Row = {"metric": None, "value": None, "low": None, "high": None}
+    rows = [row("m", 0.5) | empty, row("m", 0.6), row("n", 0.7) | {"metric": None}]
+    shown = words(scored(tmp_path / "a.parquet", rows))
+    assert "60.0 %" in shown and ">0.7<" in shown
+    with pytest.raises(ToolkitError, match="`value` of .*b.parquet is string"):
+        words(scored(tmp_path / "b.parquet", [row("m", 0.5) | {"value": "high"}]))
 
 
 def test_classes_are_listed_from_the_hardest_and_confusions_drawn(tmp_path: Path) -> None:
