@@ -66,7 +66,7 @@ $(OUT)/curated.parquet: $(OUT)/features.parquet
 endif
 
 # The page, and the map.
-$(OUT)/report.html: $(SETS)
+$(OUT)/report.html: $(SETS) $(OUT)/map.html
 	dinov2 report $(SETS) -o $@ --force
 $(OUT)/map.html: $(FEATURES)
 	dinov2 curate map $< -o $(OUT)/map.parquet --html $@ --force
