@@ -177,16 +177,17 @@ def _differences(
     """Return how different every image is, by pixels, from what it goes for, (U,); NaN where it stays."""
     differences = np.full(len(images), np.nan)
 
-    def compare(rows: Int64, other: EmbeddedImages, theirs: Int64) -> None:
+    def compare(rows: Int64, other: EmbeddedImages, theirs: Int64) -> Float64:
         cosines = similarities(images.vectors, rows, other.vectors, theirs)
-        pairs = Pairs(images, rows, other, theirs, np.ones(len(rows), bool))
-        differences[rows] = verifier.differences(pairs, cosines)
+        return verifier.differences(Pairs(images, rows, other, theirs, np.ones(len(rows), bool)), cosines)
 
     removed = np.flatnonzero(groups.kept != np.arange(len(images)))
-    compare(removed, images, groups.kept[removed])
+    kept = groups.kept[removed]
+    # Registration is not symmetric: the smaller row comes first, as where the pairs were found.
+    differences[removed] = compare(np.minimum(removed, kept), images, np.maximum(removed, kept))
     for sets, found in matches:
         for other, rows, theirs in sets.split(found.position):
-            compare(rows, other, theirs)
+            differences[rows] = compare(rows, other, theirs)
     return differences
 
 

@@ -5,7 +5,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,9 +16,11 @@ from PIL import Image, ImageDraw, ImageEnhance
 from dinov2_toolkit.curate.dedup import thumbnails
 from dinov2_toolkit.curate.dedup.dedup import dedup_images
 from dinov2_toolkit.curate.dedup.groups import group_copies, group_duplicates
+from dinov2_toolkit.curate.dedup.near_duplicates import _differences
 from dinov2_toolkit.curate.dedup.settings import DedupSettings, Linkage
 from dinov2_toolkit.curate.dedup.verify import MAX_DIFFERENCE, MIN_COSINE, crowded_limit, pixel_difference
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
+from dinov2_toolkit.curate.inputs import open_input, read_embedded
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.extract.decoding import ImageBatch, load_batches
 from dinov2_toolkit.features.search.exact_search import DEFAULTS
@@ -115,6 +118,21 @@ def test_each_removed_image_says_how_different_its_pixels_are(folder: Path) -> N
     assert sum(value is None for value in found.values()) == 1  # of the same bytes
     deduplicated(pool, verify=False)
     assert pq.read_table(path).column("pixel_difference").null_count == len(pq.read_table(path)) > 0
+
+
+def test_the_smaller_row_of_a_pair_comes_first_for_registration_is_not_symmetric(folder: Path) -> None:
+    images = read_embedded(open_input("manifest", embedded(folder), Path("out.parquet")))
+    seen: list[Any] = []
+
+    def differences(pairs: Any, cosines: Float64) -> Float64:
+        seen.extend(zip(pairs.ones.tolist(), pairs.others.tolist(), strict=True))
+        return np.zeros(len(cosines))
+
+    kept = np.arange(len(images))
+    kept[[0, 5]] = 3, 2
+    groups, verifier = SimpleNamespace(kept=kept), SimpleNamespace(differences=differences)
+    found = _differences(images, cast(Any, groups), [], cast(Any, verifier))
+    assert seen == [(0, 3), (2, 5)] and np.flatnonzero(found == 0).tolist() == [0, 5]
 
 
 def test_residuals_are_kept_and_cosines_decide_where_an_image_cannot_be_read(
