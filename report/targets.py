@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..curate.inputs import distinct_names
 from ..errors import ToolkitError
 from ..store.artifact import read_run_provenance
 from ..store.image_columns import has_images
@@ -43,16 +44,16 @@ class Targets:
 
 def open_targets(names: list[str]) -> Targets:
     """Open what was named; a name given twice counts once. Raises ToolkitError for what is none of the three."""
-    paths = [Path(name) for name in dict.fromkeys(name.rstrip("/") or name for name in names)]
+    paths = {Path(name).absolute(): Path(name) for name in names}.values()
     opened: list[RunFolder | Manifest] = [_open(path) for path in paths]
     runs = [each for each in opened if isinstance(each, RunFolder)]
     others = [each for each in opened if isinstance(each, Manifest)]
     scores = [each for each in others if _kind(each) == "scores"]
     manifests = [each for each in others if _kind(each) != "scores"]
     return Targets(
-        dict(zip(short_names([run.path for run in runs]), runs, strict=True)),
-        dict(zip(short_names([manifest.path for manifest in manifests]), manifests, strict=True)),
-        dict(zip(short_names([each.path for each in scores]), scores, strict=True)),
+        dict(zip(distinct_names([run.path for run in runs]), runs, strict=True)),
+        dict(zip(distinct_names([manifest.path for manifest in manifests]), manifests, strict=True)),
+        dict(zip(distinct_names([each.path for each in scores]), scores, strict=True)),
     )
 
 
@@ -77,15 +78,6 @@ def _kind(manifest: Manifest) -> str:
     if manifest.provenance is not None:
         return manifest.provenance.kind
     return "scores" if SCORE_COLUMNS <= set(manifest.names()) else "images"
-
-
-def short_names(paths: list[Path]) -> list[str]:
-    """Return the last part of each path without .parquet, and as many parts before it as tell all apart."""
-    for count in range(1, max((len(path.absolute().parts) for path in paths), default=0) + 1):
-        names = ["/".join(path.absolute().parts[-count:]).removesuffix(".parquet") for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path.absolute()) for path in paths]
 
 
 def run_id(folder: Path) -> str:

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dinov2_toolkit.curate.inputs import distinct_names
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.page.document import page_provenance
 from dinov2_toolkit.report.report import report
-from dinov2_toolkit.report.targets import open_targets, short_names
+from dinov2_toolkit.report.targets import open_targets
 from dinov2_toolkit.store.artifact import Options, write_run_provenance
 from dinov2_toolkit.store.manifest import SCORE_FIELDS, ManifestWriter, Provenance
 from dinov2_toolkit.tests.embedded import write_embeddings
@@ -36,7 +37,7 @@ def test_targets_are_told_apart_and_named_shortly(here: Path) -> None:
     assert list(targets.runs) == ["run"] and list(targets.scores) == ["scores"]
     assert list(targets.manifests) == ["a/pool", "b/pool"]
     assert [source.role for source in targets.sources()] == ["run", "manifest", "manifest", "scores"]
-    assert short_names([]) == [] and short_names([Path("/x/y"), Path("/z/y.parquet")]) == ["x/y", "z/y"]
+    assert distinct_names([]) == [] and distinct_names([Path("/x/y"), Path("/z/y.parquet")]) == ["x/y", "z/y"]
 
 
 @pytest.mark.parametrize(
