@@ -18,9 +18,9 @@ from ..errors import ToolkitError
 from ..features.extract.extract import FeatureModel, best_device, forward, open_model
 from ..features.extract.reading import load_whole
 from ..features.image_workers import image_workers
-from ..features.sheet import check_picture_name, is_picture_up_to_date, write_picture
+from ..features.sheet import check_picture_name, is_picture_up_to_date, picture_provenance, write_picture
 from ..models.vit import VisionTransformer
-from ..store.artifact import Options, Result
+from ..store.artifact import Options, Result, check_not_input
 from ..store.images import UnreadableImage
 from ..store.lock import writing
 from ..store.manifest import Provenance, Source
@@ -157,6 +157,7 @@ def make_picture(
     Raises ToolkitError when something else stands at the output and --force was not given.
     """
     path = check_picture_name(output)
+    check_not_input(path, provenance, picture_provenance)
     if is_picture_up_to_date(path, provenance, options):
         return None if options.dry_run else Result(output)
     if options.dry_run:

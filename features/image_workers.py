@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from mmap import mmap
@@ -73,6 +73,18 @@ def image_workers(
             worker.stop()
         for worker in workers:
             worker.close()
+
+
+def read_in_order(function: Callable[[bytes], R], uris: Iterable[str | None]) -> Iterator[R | UnreadableImage]:
+    """Yield what `function` makes of each image, in order, read by a process a core as in `image_workers`."""
+    from .threads import map_in_order, workers  # here, for it imports torch
+
+    with workers() as threads, image_workers(function, threads.count) as read:
+
+        def made(uri: str | None) -> R | UnreadableImage:
+            return UnreadableImage("no uri") if uri is None else read([uri])[0]
+
+        yield from map_in_order(made, uris, threads)
 
 
 class _LostError(Exception):

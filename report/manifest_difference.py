@@ -3,11 +3,14 @@
 Shapes: H, W pixels.
 """
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..store.images import UnreadableImage, decode_sized, read_bytes
+from ..features.image_workers import read_in_order
+from ..store.images import UnreadableImage, decode_sized
 
 SIDE_PX = 128  # of the longer side, at which images are compared
 AMPLIFIED = 4  # times that differences are shown as strong as they are
@@ -23,10 +26,8 @@ def difference_picture(kept: str | None, removed: str | None) -> Image.Image | N
 
     None where one cannot be read, or they do not lie pixel on pixel: cropped, turned, or framed.
     """
-    try:
-        pictures = [decode_sized(read_bytes(uri), "RGB", SIDE_PX)[0] for uri in (kept, removed) if uri is not None]
-    except UnreadableImage:
-        return None
+    found = list(read_in_order(partial(decode_sized, mode="RGB", min_side=SIDE_PX), (kept, removed)))
+    pictures = [each[0] for each in found if not isinstance(each, UnreadableImage)]
     return None if len(pictures) < 2 else differing(*pictures)
 
 

@@ -136,7 +136,7 @@ def read_thumbnails(uris: Sequence[str | None], labels: Sequence[str | None] | N
     """Return images as small pictures, each with its name, and its label where there is one."""
     labels = labels or [None] * len(uris)
     named = [
-        (uri, f"image {image_name(uri)}" + (f", labelled {label}" if label else ""), label or image_name(uri), "")
+        (uri, f"image {image_name(uri)}" + (f", labelled {label}" if label else ""), label or image_name(uri))
         for uri, label in zip(uris, labels, strict=True)
     ]
     return thumbnails(named)

@@ -11,6 +11,7 @@ from .. import console
 from ..errors import ToolkitError
 from ..features.page.document import check_page_name, page_provenance, render, write_page
 from ..store.artifact import Options, Result
+from ..store.lock import writing
 from ..store.manifest import Provenance
 from .manifest import manifest_sections
 from .manifest_map import map_assets
@@ -44,7 +45,8 @@ def report(names: list[str], output: str, options: Options) -> Result | None:
         console.say(f"would write a report of {described} to {path}")
         return None
     made = replace(provenance, figures=dict(counts))
-    write_page(_page(targets, made), path)
+    with writing(path):
+        write_page(_page(targets, made), path)
     return Result(output, made.figures)
 
 

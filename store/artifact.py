@@ -1,6 +1,7 @@
 """What every finished step leaves behind, and whether it is there already."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -128,8 +129,10 @@ def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance,
         return
     if side.is_dir():
         raise ToolkitError(f"{side}, which goes with {output}, is a folder; choose another -o, or move it away")
-    if _is_input(side, provenance):
-        raise ToolkitError(f"{side} is an input, and -o {output} would overwrite it; choose another -o")
+    try:
+        check_not_input(side, provenance)
+    except ToolkitError:
+        raise ToolkitError(f"{side} is an input, and -o {output} would overwrite it; choose another -o") from None
     if options.force:
         return
     there = provenance_at(side)
@@ -140,11 +143,21 @@ def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance,
     raise ToolkitError(f"{what}; choose another -o, or --force to overwrite it")
 
 
-def _is_input(path: Path, provenance: Provenance) -> bool:
-    """Tell whether a step would overwrite one of its inputs, by whatever name, if it wrote a file that stands there."""
-    sources = [*provenance.inputs, *([] if provenance.base is None else [provenance.base])]
-    parts = [part for source in sources for part in part_paths(Path(source.path))]
-    return path.exists() and any(part.exists() and part.samefile(path) for part in parts)
+def check_not_input(output: Path, provenance: Provenance, find: Find = provenance_at) -> None:
+    """Raise ToolkitError where a step would overwrite what it reads, --force or not.
+
+    That is an input by whatever name, a part of one, or somebody's file in a folder that is one.
+    """
+    if not output.exists():
+        return
+    place = Path(os.path.realpath(output))
+    for source in (*provenance.inputs, *([] if provenance.base is None else [provenance.base])):
+        read = Path(source.path)
+        if not read.exists():
+            continue
+        is_part = any(part.exists() and part.samefile(output) for part in (read, *part_paths(read)))
+        if is_part or (place.is_relative_to(os.path.realpath(read)) and find(output) is None):
+            raise ToolkitError(f"output {output} is what the step reads; choose another -o")
 
 
 def difference(there: Provenance, wanted: Provenance) -> str:
@@ -203,8 +216,7 @@ def make(
     something else stands there and --force was not given.
     """
     path = Path(output)
-    if _is_input(path, provenance):
-        raise ToolkitError(f"output {output} is what the step reads; choose another -o")
+    check_not_input(path, provenance, find)
     if not options.dry_run:
         check_place(path)
     with nullcontext() if options.dry_run else writing(path, *side_files):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ..errors import ToolkitError
 
+FLAGS = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC  # changes nothing that stands there
+
 
 @contextmanager
 def held(lock: Path, doing: str) -> Iterator[None]:
@@ -15,10 +17,13 @@ def held(lock: Path, doing: str) -> Iterator[None]:
 
     Raises ToolkitError when another process has it; `doing` says what that does, such as "writing pool.parquet".
     """
-    with lock.open("w") as file:
-        if not try_lock(file.fileno()):
+    file = os.open(lock, FLAGS, 0o644)
+    try:
+        if not try_lock(file):
             raise ToolkitError(f"another process is {doing}; wait for it, or end it")
         yield
+    finally:
+        os.close(file)
 
 
 @contextmanager
@@ -34,12 +39,13 @@ def writing(*outputs: Path) -> Iterator[None]:
             lock = output.with_name(f".{output.name}.lock")
             with suppress(PermissionError):
                 while True:
-                    file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
+                    file = os.open(lock, FLAGS, 0o644)
                     stack.callback(os.close, file)
                     if not try_lock(file):
                         raise ToolkitError(f"another process is writing {output}; wait for it, or end it")
                     if _is_at(file, lock):  # else who had it has just removed it
-                        stack.callback(lock.unlink, missing_ok=True)
+                        if not os.fstat(file).st_size:  # else it is somebody's file by that name
+                            stack.callback(lock.unlink, missing_ok=True)
                         break
         yield
 
@@ -52,10 +58,14 @@ def _is_at(file: int, path: Path) -> bool:
 
 def is_held(lock: Path) -> bool:
     """Tell whether a process holds a lock."""
-    if not lock.exists():
+    try:
+        file = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
         return False
-    with lock.open() as file:
-        return not try_lock(file.fileno(), fcntl.LOCK_SH)
+    try:
+        return not try_lock(file, fcntl.LOCK_SH)
+    finally:
+        os.close(file)
 
 
 def try_lock(file: int, kind: int = fcntl.LOCK_EX) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -18,13 +17,15 @@ from .. import console
 from ..errors import ToolkitError
 from ..features.launch import Group, adopt_slurm, is_launched, launch, needs_others, prints_result
 from ..models.cpu import keep_freed_memory
-from ..models.saved import MODEL_JSON
+from ..models.saved import MODEL_JSON, TEACHER_FILE
 from ..models.vit import VisionTransformer
 from ..models.weights import model_content_id
 from ..store import catalog
 from ..store.artifact import (
+    RUN_PROVENANCE,
     Options,
     Result,
+    check_not_input,
     check_place,
     difference,
     read_run_provenance,
@@ -32,7 +33,7 @@ from ..store.artifact import (
     recorded,
     write_run_provenance,
 )
-from ..store.files import TEMPORARY, sweep
+from ..store.files import TEMPORARY, remove, sweep
 from ..store.image_columns import read_images
 from ..store.lock import held
 from ..store.manifest import Provenance, Source, open_manifest
@@ -45,13 +46,15 @@ from .engine.checkpoint import TrainedModel, checkpoints
 from .engine.fsdp import sharding
 from .engine.parallelize import check_compiler
 from .engine.schedules import batch_sizes, scaled_lr
-from .launch import check_launch, status_kept
+from .launch import STATUS, check_launch, status_kept
 from .monitor.estimate import say_cost
-from .monitor.metrics import peak_memory_mib, read_metrics
+from .monitor.metrics import METRICS_FILE, METRICS_TABLE, peak_memory_mib, read_metrics
 from .monitor.online_knn import LabelledSets, labelled_sets
 from .monitor.trackers import check_trackers, tracked
 
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
+# What a run writes into its folder, and removes under --force; students of several have folders with MODEL_JSON.
+WRITTEN = (CONFIG_FILE, CHECKPOINTS, METRICS_FILE, METRICS_TABLE, STATUS, RUN_PROVENANCE, MODEL_JSON, TEACHER_FILE)
 PROCESS_TIMEOUT = timedelta(hours=2)  # chosen: other processes wait while the main one saves and computes the k-NN
 
 
@@ -139,6 +142,7 @@ def run_training(
         check_compiler(os.environ)
     provenance = run_provenance(command, config, options, (manifest.source("images"), *sources))
     run = Run(Path(output), config, provenance, images, labelled)
+    check_not_input(run.folder, provenance)
     if monitor.preview is not None and prints_result():
         draw_preview(monitor.preview, images, config, provenance, options)
 
@@ -242,17 +246,15 @@ def complete_record(folder: Path, provenance: Provenance) -> None:
 
 @contextmanager
 def own_folder(run: Run, options: Options) -> Iterator[None]:
-    """Lock the run folder, emptied under --force, and write `config.toml` and `provenance.json`.
+    """Lock the run folder, without an earlier run under --force, and write `config.toml` and `provenance.json`.
 
     Raises ToolkitError when another process trains into it.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     with held(run.folder / LOCK, f"training into {run.folder}"):
         for entry in run.folder.iterdir() if options.force else ():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != LOCK:
-                entry.unlink()
+            if entry.name in WRITTEN or (entry / MODEL_JSON).is_file():
+                remove(entry)
         sweep(run.folder)
         # The settings first: a run that is resumed without --recipe takes them from there.
         write_config(run.config, run.folder / CONFIG_FILE)

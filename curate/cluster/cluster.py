@@ -14,6 +14,7 @@ from ...errors import ToolkitError
 from ...features.launch import caught_signals
 from ...features.sheet import check_sheet
 from ...store.artifact import Options, Result, check_manifest_name, make
+from ...store.lock import writing
 from ...store.manifest import SELECTION_FIELDS, Provenance, cluster_field
 from ...store.memory import memory_budget
 from ...store.progress import Progress
@@ -77,7 +78,8 @@ def cluster_images(manifest: Path | None, output: str, settings: ClusterSettings
     side_files = {table_path(path): "clusters"}
     result = make(output, provenance, options, describe=describe_work, work=work, side_files=side_files)
     if result is not None and settings.sheet is not None:
-        draw_clusters(path, settings.sheet, options)
+        with writing(settings.sheet):
+            draw_clusters(path, settings.sheet, options)
     return result
 
 

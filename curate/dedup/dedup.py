@@ -13,6 +13,7 @@ from ...errors import ToolkitError
 from ...features.search.neighbors import SearchSettings
 from ...features.sheet import check_sheet
 from ...store.artifact import Options, Result, check_manifest_name, make
+from ...store.lock import writing
 from ...store.manifest import Provenance, removed_path
 from ...store.memory import memory_budget
 from ..inputs import Input, check_same_model, describe, open_input
@@ -69,7 +70,8 @@ def dedup_images(manifest: Path | None, output: str, settings: DedupSettings, op
     side_files = {removed_path(path): "removed"}
     result = make(output, provenance, options, describe=describe_work, work=work, side_files=side_files)
     if result is not None and settings.sheet is not None:
-        draw_groups(path, settings.sheet, options)
+        with writing(settings.sheet):
+            draw_groups(path, settings.sheet, options)
     return result
 
 

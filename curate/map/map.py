@@ -3,22 +3,23 @@
 N images, k neighbours.
 """
 
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from ... import console
 from ...errors import ToolkitError
+from ...features.image_workers import read_in_order
 from ...features.search.neighbors import Identity, Neighbors, SearchSettings, nearest
-from ...features.threads import map_in_order, workers
+from ...features.small import small_picture
 from ...store.artifact import Options, Result, check_manifest_name, make
 from ...store.image_columns import image_batches, image_schema
-from ...store.images import UnreadableImage, decode_sized, read_bytes
+from ...store.images import UnreadableImage
+from ...store.lock import writing
 from ...store.manifest import (
     NEIGHBORS_FIELD,
     PROJECTION_FIELDS,
@@ -38,7 +39,6 @@ WHOLE = 500_000  # chosen: larger pools are projected by a sample
 SAMPLED = 200_000  # chosen: images of that sample, three minutes on two cores
 NOT_PARAMETERS = ("features", "where", "memory", "html")  # recorded otherwise, or do not change the rows
 MADE_HERE = (*PROJECTION_FIELDS, NEIGHBORS_FIELD, THUMBNAIL_FIELD)
-QUALITY = 80  # of JPEG thumbnails
 
 Picture = dict[str, object]  # of the column `thumbnail`
 
@@ -82,7 +82,8 @@ def map_images(manifest: Path | None, output: str, settings: MapSettings, option
 
     result = make(output, provenance, options, describe=describe_work, work=work)
     if result is not None and settings.html is not None:
-        write_map_page(path, settings.html, options)
+        with writing(settings.html):
+            write_map_page(path, settings.html, options)
     return result
 
 
@@ -173,22 +174,7 @@ def _write(
 def _thumbnails(
     uris: list[str | None], side_px: int, advance: Callable[..., None]
 ) -> Iterator[dict[str, object] | None]:
-    """Yield pictures of at most `side_px`: JPEG, or PNG of what is as small already; None for what cannot be read."""
-
-    def small(uri: str | None) -> Picture | None:
-        try:
-            if uri is None:
-                return None
-            picture, _ = decode_sized(read_bytes(uri), "RGB", side_px)
-        except UnreadableImage:
-            return None
-        is_tiny = max(picture.size) <= side_px
-        picture.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
-        encoded = io.BytesIO()
-        picture.save(encoded, "PNG" if is_tiny else "JPEG", quality=QUALITY)
-        return {"bytes": encoded.getvalue(), "path": uri}
-
-    with workers() as threads:
-        for made in map_in_order(small, uris, threads):
-            advance()
-            yield made
+    """Yield encoded pictures of at most `side_px`; None for what cannot be read."""
+    for uri, small in zip(uris, read_in_order(partial(small_picture, side_px=side_px), uris), strict=True):
+        advance()
+        yield None if isinstance(small, UnreadableImage) else {"bytes": small, "path": uri}

@@ -8,8 +8,7 @@ import base64
 import gzip
 import json
 import os
-from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any  # of what becomes JSON
@@ -23,18 +22,19 @@ from markupsafe import Markup
 from ... import console
 from ...errors import ToolkitError
 from ...features.grouping import group_by
+from ...features.image_workers import read_in_order
 from ...features.page.document import Section, check_page_name, environment, page_provenance, render, write_page
 from ...features.page.parts import note
-from ...features.page.thumbnail import thumbnail
-from ...features.threads import map_in_order, workers
+from ...features.small import small_webp
 from ...store.artifact import Options
 from ...store.image_columns import image_batches
+from ...store.images import UnreadableImage
 from ...store.manifest import PROJECTION_FIELDS, Manifest, Provenance, open_manifest
 from ...store.vectors import Float32, Int64
 
 POINTS = 100_000  # drawn at most: at 30 frames a second
 THUMBNAILS, THUMBNAIL_BYTES = 6_000, 5_000_000  # stored at most
-THUMBNAIL_PX = 64
+WEBP = partial(small_webp, side_px=64)
 GRID = 64  # cells across and down by which thumbnails are spread
 CATEGORIES = 20_000  # a column of more different words is not shown
 FEW = 30  # a column of no more different whole numbers is one of categories
@@ -184,26 +184,18 @@ def _pictures(uris: list[str], coordinates: Float32, most: int) -> tuple[Int64, 
     kept: list[int] = []
     sources: list[str] = []
     num_bytes = 0
-    with workers() as threads, console.progress("thumbnails", len(points), "images") as advance:
-        for point, source in zip(points.tolist(), map_in_order(_webp, _named(uris, points), threads), strict=True):
+    named = (uris[point] for point in points.tolist())
+    with console.progress("thumbnails", len(points), "images") as advance:
+        for point, small in zip(points.tolist(), read_in_order(WEBP, named), strict=True):
             advance()
-            if source is None:
+            if isinstance(small, UnreadableImage):
                 continue
             kept.append(point)
-            sources.append(source)
-            num_bytes += len(source)
+            sources.append(base64.b64encode(small[0]).decode())
+            num_bytes += len(sources[-1])
             if num_bytes > THUMBNAIL_BYTES:
                 break
     return np.array(kept, np.int64), sources
-
-
-def _named(uris: list[str], points: Int64) -> Iterator[str]:
-    return (uris[point] for point in points.tolist())
-
-
-def _webp(uri: str) -> str | None:
-    source = thumbnail(uri, alt="", side_px=THUMBNAIL_PX).source
-    return None if source is None else source.partition(",")[2]
 
 
 def evenly_over(coordinates: Float32) -> Int64:

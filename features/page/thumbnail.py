@@ -1,18 +1,17 @@
 """Images as they stand in a page: small, inside the file itself."""
 
 import base64
-import io
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image
 
-from ...store.images import UnreadableImage, decode_sized, read_bytes
-from ..threads import map_in_order, workers
+from ...store.images import UnreadableImage
+from ..image_workers import read_in_order
+from ..small import TINY_PX, as_webp, small_webp
 
 SIDE_PX = 128  # twice what `.gallery img` shows, for sharp screens
-QUALITY = 70  # of WebP, chosen: some 3 kB for a photograph
-TINY_PX = 64  # smaller images are kept pixel by pixel
 
 
 @dataclass(frozen=True)
@@ -33,36 +32,23 @@ class Thumbnail:
         return max(self.width, self.height) <= TINY_PX
 
 
-def thumbnail(
-    image: str | Image.Image | None, *, alt: str, caption: str = "", mark: str = "", side_px: int = SIDE_PX
-) -> Thumbnail:
-    """Return an image, or the one at a uri, scaled down to fit a square of `side_px`."""
-    try:
-        if image is None:
-            raise UnreadableImage("no uri")
-        picture = image if isinstance(image, Image.Image) else decode_sized(read_bytes(image), "RGB", side_px)[0]
-    except UnreadableImage as problem:
-        return Thumbnail(None, side_px, side_px, alt, caption, mark, problem.reason)
-    source, (width, height) = data_uri(picture, side_px)
-    return Thumbnail(source, width, height, alt, caption, mark)
+def thumbnail(image: Image.Image, *, alt: str, caption: str = "", mark: str = "", side_px: int = SIDE_PX) -> Thumbnail:
+    """Return an image scaled down to fit a square of `side_px`."""
+    encoded, (width, height) = as_webp(image, side_px)
+    return Thumbnail(_data_uri(encoded), width, height, alt, caption, mark)
 
 
-def thumbnails(images: Iterable[tuple[str | None, str, str, str]], side_px: int = SIDE_PX) -> list[Thumbnail]:
-    """Return the images at (uri, alt, caption, mark), read in threads, in order."""
-    with workers() as threads:
-        made = map_in_order(
-            lambda each: thumbnail(each[0], alt=each[1], caption=each[2], mark=each[3], side_px=side_px),
-            images,
-            threads,
-        )
-        return list(made)
+def thumbnails(images: Sequence[tuple[str | None, str, str]]) -> list[Thumbnail]:
+    """Return the images at (uri, alt, caption), in order; what cannot be read has the reason instead."""
+    made = []
+    found = read_in_order(partial(small_webp, side_px=SIDE_PX), (uri for uri, _, _ in images))
+    for (_, alt, caption), small in zip(images, found, strict=True):
+        if isinstance(small, UnreadableImage):
+            made.append(Thumbnail(None, SIDE_PX, SIDE_PX, alt, caption, reason=small.reason))
+        else:
+            made.append(Thumbnail(_data_uri(small[0]), *small[1], alt, caption))
+    return made
 
 
-def data_uri(image: Image.Image, side_px: int) -> tuple[str, tuple[int, int]]:
-    """Return an image as a data URI and its size, scaled down to fit a square; a tiny one is lossless."""
-    picture = image.convert("RGB")
-    picture.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
-    encoded = io.BytesIO()
-    is_tiny = max(picture.size) <= TINY_PX
-    picture.save(encoded, "WEBP", lossless=is_tiny, quality=QUALITY, method=4)
-    return f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}", picture.size
+def _data_uri(webp: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"

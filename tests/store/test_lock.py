@@ -1,5 +1,6 @@
 """One process at a time writes an output."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,12 +12,14 @@ import pytest
 from dinov2_toolkit.curate.cluster.cluster import ClusterSettings, cluster_images
 from dinov2_toolkit.curate.dedup.dedup import dedup_images
 from dinov2_toolkit.curate.dedup.settings import DedupSettings
+from dinov2_toolkit.curate.map.map import MapSettings, map_images
 from dinov2_toolkit.curate.union import Part, UnionSettings, union_manifests
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.manage.query import sql
+from dinov2_toolkit.report.report import report
 from dinov2_toolkit.store import lock
 from dinov2_toolkit.store.artifact import Options
-from dinov2_toolkit.store.lock import writing
+from dinov2_toolkit.store.lock import held, is_held, writing
 from dinov2_toolkit.store.manifest import removed_path
 from dinov2_toolkit.tests.embedded import write_embeddings
 
@@ -71,6 +74,40 @@ def test_a_killed_process_keeps_nobody_out(tmp_path: Path) -> None:
     with writing(output):
         pass
     assert not (tmp_path / ".out.parquet.lock").exists()
+
+
+def test_files_of_others_by_the_names_of_locks_stay(tmp_path: Path) -> None:
+    (tmp_path / ".x.lock").write_text("mine")
+    with writing(tmp_path / "x"):
+        pass
+    with held(tmp_path / ".x.lock", "training"):
+        pass
+    assert (tmp_path / ".x.lock").read_text() == "mine"
+    (tmp_path / ".link.lock").symlink_to(".x.lock")
+    with pytest.raises(OSError, match="symbolic links"), held(tmp_path / ".link.lock", "training"):
+        pass
+    os.mkfifo(tmp_path / "pipe")
+    assert not is_held(tmp_path / "pipe") and not is_held(tmp_path / "none")
+
+
+PICTURES: dict[str, Callable[[Path, Path], object]] = {
+    "sheet.png": lambda pool, at: dedup_images(
+        pool, str(pool.with_name("u.parquet")), DedupSettings(threshold=0.9, sheet=at), Options()
+    ),
+    "clusters.png": lambda pool, at: cluster_images(
+        pool, str(pool.with_name("c.parquet")), ClusterSettings("2", sheet=at), Options()
+    ),
+    "map.html": lambda pool, at: map_images(pool, str(pool.with_name("m.parquet")), MapSettings(html=at), Options()),
+    "report.html": lambda pool, at: report([str(pool)], str(at), Options()),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_and_pages_have_one_writer(tmp_path: Path, pool: Path, name: str) -> None:
+    at = tmp_path / name
+    with writing(at), pytest.raises(ToolkitError, match=f"another process is writing .*{name}; wait"):
+        PICTURES[name](pool, at)
+    assert not at.exists()
 
 
 def test_a_lock_that_its_holder_has_just_removed_does_not_count(

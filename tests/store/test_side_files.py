@@ -17,8 +17,8 @@ from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.curate.union import Part, UnionSettings, union_manifests
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.manage.query import sql
-from dinov2_toolkit.store.artifact import Options
-from dinov2_toolkit.store.manifest import open_manifest
+from dinov2_toolkit.store.artifact import Options, check_not_input, make, write_provenance
+from dinov2_toolkit.store.manifest import Provenance, Source, open_manifest
 
 Step = Callable[[Path, Path, Options], object]
 
@@ -153,3 +153,19 @@ def test_an_output_is_never_an_input(tmp_path: Path, pool: Path) -> None:
         with pytest.raises(ToolkitError, match="is what the step reads; choose another -o"):
             sql(f"select * from '{pool}' limit 1", str(output), True, False)
     assert pool.read_bytes() == before
+
+
+def test_nothing_that_a_step_reads_is_overwritten_even_with_force(tmp_path: Path) -> None:
+    run, images = tmp_path / "run", tmp_path / "images"
+    for folder, name in ((run, "teacher.safetensors"), (images, "a.png")):
+        folder.mkdir()
+        (folder / name).write_bytes(b"mine")
+    (tmp_path / "link").symlink_to(images)
+    read = Provenance("export", "export", {}, inputs=(Source("model", str(run), ""), Source("images", str(images), "")))
+    for output in (run, run / "teacher.safetensors", images / "a.png", tmp_path / "link" / "a.png"):
+        with pytest.raises(ToolkitError, match="is what the step reads; choose another -o"):
+            make(str(output), read, Options(force=True), describe=lambda: None, work=lambda: read)
+    check_not_input(run / "model.onnx", read)  # new
+    write_provenance(run / "model.onnx.provenance.json", read)
+    (run / "model.onnx").write_bytes(b"ours")
+    check_not_input(run / "model.onnx", read)

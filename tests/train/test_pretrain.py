@@ -161,8 +161,14 @@ def test_a_finished_run_is_up_to_date_and_others_are_not_overwritten(
     (manifest.parent / "a" / "model.json").unlink()
     with pytest.raises(ToolkitError, match="unfinished run \\(step-0000002\\); resume with --resume"):
         run(manifest, "a", "steps=2")
+    (manifest.parent / "a" / "notes.txt").write_text("mine")
     run(manifest, "a", "steps=2", "momentum=[0.9, 1.0]", force=True)
     assert (manifest.parent / "a" / "teacher.safetensors").read_bytes() != weights
+    assert (manifest.parent / "a" / "notes.txt").read_text() == "mine"
+    a = str(manifest.parent / "a")
+    with pytest.raises(ToolkitError, match="a is what the step reads; choose another -o"):
+        pretrain(manifest, a, settings("steps=2"), Options(force=True), init_from=a)
+    assert (manifest.parent / "a" / "teacher.safetensors").exists()
 
 
 def test_a_folder_that_is_no_run_is_never_touched(manifest: Path) -> None:

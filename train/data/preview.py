@@ -14,6 +14,7 @@ from torch import Tensor
 from ...features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
 from ...store.artifact import Options
 from ...store.images import shown
+from ...store.lock import writing
 from ...store.manifest import Provenance
 from ..config import TrainConfig
 from ..engine.schedules import batch_sizes
@@ -37,8 +38,9 @@ def draw_preview(output: str, images: ImageSet, config: TrainConfig, provenance:
     note = f"image; two global crops of {config.global_crop_size_px} px, violet where the student's patches are masked"
     if config.num_local_crops:
         note += f"; {config.num_local_crops} local crops of {config.local_crop_size_px} px"
-    rows = list(preview_rows(images, config, NUM_IMAGES))
-    write_picture(draw_sheet(rows, title="What training sees", note=note, tile_px=TILE_PX), path, provenance)
+    with writing(path):
+        rows = list(preview_rows(images, config, NUM_IMAGES))
+        write_picture(draw_sheet(rows, title="What training sees", note=note, tile_px=TILE_PX), path, provenance)
 
 
 def preview_rows(images: ImageSet, config: TrainConfig, num_images: int) -> Iterator[list[list[Tile]]]:

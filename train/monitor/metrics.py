@@ -19,7 +19,7 @@ from ... import console
 from ...store.files import write_text
 from ...store.manifest import ManifestWriter, Provenance
 
-METRICS_FILE = "metrics.jsonl"  # in a run folder
+METRICS_FILE, METRICS_TABLE = "metrics.jsonl", "metrics.parquet"  # in a run folder
 BAR_COLUMNS = 75  # of a terminal: the width of a progress bar without its note
 
 
@@ -71,7 +71,7 @@ def write_metrics_table(run_folder: Path, provenance: Provenance) -> None:
     rows = read_metrics(run_folder)
     names = dict.fromkeys(name for row in rows for name in row)
     table = pa.table({name: [row.get(name) for row in rows] for name in names})
-    with ManifestWriter(run_folder / "metrics.parquet", list(table.schema), provenance) as writer:
+    with ManifestWriter(run_folder / METRICS_TABLE, list(table.schema), provenance) as writer:
         writer.write(table)
 
 

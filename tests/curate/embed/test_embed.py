@@ -24,7 +24,6 @@ from dinov2_toolkit.curate.embed.filters import Filters
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.extract import extract
 from dinov2_toolkit.features.extract.extract import FeatureModel, pixels_model
-from dinov2_toolkit.features.image_workers import server
 from dinov2_toolkit.models.preprocess import Preprocess, crop_picture, normalise
 from dinov2_toolkit.models.vit import Features
 from dinov2_toolkit.store import catalog, manifest
@@ -34,7 +33,6 @@ from dinov2_toolkit.store.limits import Limits
 from dinov2_toolkit.store.manifest import open_manifest
 from dinov2_toolkit.store.sources import Entry, entries
 from dinov2_toolkit.store.vectors import open_vectors
-from dinov2_toolkit.tests import bad_decoders
 
 PIXELS = EmbedSettings(model="pixels", batch_size=8, num_workers=2)
 
@@ -229,18 +227,7 @@ def test_a_pipe_is_no_source(source: Path, name: str) -> None:
         embed_images([name], "pool.parquet", PIXELS, Options())
 
 
-@pytest.fixture
-def _odd_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have the processes that decode know a format whose decoder crashes or hangs: files that begin with ODD."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(Path(bad_decoders.__file__).read_text() + "\nregister()\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}")
-    server.stop()
-    yield
-    server.stop()
-
-
-@pytest.mark.usefixtures("_odd_format")
+@pytest.mark.usefixtures("odd_format")
 def test_hostile_images_are_removed_rows_and_the_others_are_embedded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

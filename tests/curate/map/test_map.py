@@ -111,6 +111,16 @@ def test_neighbours_are_the_nearest_rows_of_the_map(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, 1 - np.take_along_axis(cosines, expected, axis=1), atol=1e-6)
 
 
+@pytest.mark.usefixtures("odd_format")
+def test_an_image_whose_decoder_crashes_has_no_thumbnail(tmp_path: Path) -> None:
+    pool_of(tmp_path)
+    Path(pq.read_table(tmp_path / "pool.parquet").column("uri")[3].as_py()).write_bytes(b"ODD crash")
+    path = tmp_path / "map.parquet"
+    map_images(tmp_path / "pool.parquet", str(path), MapSettings(thumbnails=32, html=tmp_path / "map.html"), Options())
+    pictures = pq.read_table(path).column("thumbnail").to_pylist()
+    assert [row for row, picture in enumerate(pictures) if picture is None] == [0, 3, *range(10, NUM, 10)]
+
+
 def test_thumbnails_are_small_and_null_where_there_is_no_image(tmp_path: Path) -> None:
     path = mapped(tmp_path, thumbnails=32)
     table, manifest = pq.read_table(path), open_manifest(path)

@@ -41,7 +41,7 @@ def full_page(tmp_path: Path) -> Path:
     numbers = parts.table("Losses", header, [[point["run"], point["step"], point["loss"]] for point in points])
     wide = parts.table("Wide", [f"column {place}" for place in range(30)], [[1234.5] * 30])
     pictures = [thumbnail(red, alt=name, caption=name, mark=name) for name in HOSTILE]
-    pictures.append(thumbnail(str(tmp_path / "gone.png"), alt="gone"))
+    pictures += thumbnails([(str(tmp_path / "gone.png"), "gone", "")])
     shown = [
         parts.text(HOSTILE[0]),
         parts.key_figures(dict.fromkeys(HOSTILE, 1)),
@@ -159,14 +159,23 @@ def test_thumbnails_are_small_and_say_what_cannot_be_read(tmp_path: Path) -> Non
     Image.new("RGB", (28, 28), "red").save(tmp_path / "tiny.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     names = [tmp_path / f"{name}.png" for name in ("large", "tiny", "broken", "gone")]
-    large, tiny, broken, gone = thumbnails((str(name), name.stem, "", "") for name in names)
+    large, tiny, broken, gone, none = thumbnails([*((str(name), name.stem, "") for name in names), (None, "", "")])
     assert (large.width, large.height, large.is_tiny) == (128, 64, False)
     assert (tiny.width, tiny.height, tiny.is_tiny) == (28, 28, True)
     assert (
         large.source is not None and large.source.startswith("data:image/webp;base64,") and len(large.source) < 12_000
     )
     assert broken.source is None and broken.reason and gone.source is None and gone.reason
-    assert thumbnail(None, alt="").reason == "no uri"
+    assert none.reason == "no uri"
+
+
+@pytest.mark.usefixtures("odd_format")
+def test_an_image_whose_decoder_crashes_is_one_that_cannot_be_shown(tmp_path: Path) -> None:
+    (tmp_path / "crash").write_bytes(b"ODD crash")
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "good.png")
+    crash, good = thumbnails([(str(tmp_path / name), name, "") for name in ("crash", "good.png")])
+    assert (crash.source, crash.reason) == (None, "its decoder crashed, or took more memory than there is")
+    assert good.source is not None
 
 
 def test_the_vendored_scripts_name_version_and_licence() -> None:
