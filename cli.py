@@ -15,7 +15,7 @@ from .curate.cli import app as curate
 from .errors import Stopped, ToolkitError
 from .evaluate.cli import app as evaluate
 from .manage.cli import app as catalog
-from .manage.cli import export, models
+from .manage.cli import doctor, export, models
 from .report.cli import report
 from .train.cli import app as train
 
@@ -33,7 +33,7 @@ class InOrder(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names for --help."""
-        return ["curate", "train", "evaluate", "report", "export", "models", "catalog"]
+        return ["curate", "train", "evaluate", "report", "export", "models", "catalog", "doctor"]
 
 
 app = typer.Typer(cls=InOrder, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -44,6 +44,7 @@ app.command()(report)
 app.command()(export)
 app.add_typer(models, name="models")
 app.add_typer(catalog, name="catalog")
+app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:

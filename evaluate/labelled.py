@@ -15,9 +15,9 @@ import numpy as np
 from .. import console
 from ..errors import ToolkitError
 from ..features.extract.extract import FeatureBatch, FeatureModel, extract
-from ..store import catalog
 from ..store.cache import cache_folder
 from ..store.manifest import Manifest, Source, is_manifest_name, open_manifest
+from ..store.places import catalog_path
 from ..store.sources import ImageSource, check_labels, entries, listing_id, open_source
 from ..store.vectors import Float32, Int64, has_vectors, open_vectors
 from .masks import MaskedSplit
@@ -46,7 +46,7 @@ def open_split(role: str, name: str, output: Path, labels: str, limit: int | Non
         manifest = None
     source = open_source(name) if manifest is None else ImageSource("manifest", str(manifest.path), manifest)
     check_labels(labels, [source])
-    own = {str(path.absolute()) for path in (output, catalog.catalog_path(), cache_folder())}
+    own = {str(path.absolute()) for path in (output, catalog_path(), cache_folder())}
     content_id = listing_id(source, own.__contains__)
     listed = list(islice(entries(source, labels, own.__contains__), limit))
     labelled = [(row, entry.uri, entry.label) for row, entry in enumerate(listed) if entry.label is not None]

@@ -17,6 +17,7 @@ from ..store.catalog import Artifact
 from ..store.content_id import data_content_id
 from ..store.lock import is_held
 from ..store.manifest import Provenance, open_manifest
+from ..store.places import catalog_path
 
 
 def list_artifacts(kind: str | None, as_json: bool) -> None:
@@ -129,8 +130,8 @@ def rebuild(paths: list[Path]) -> None:
         for file, provenance in _carriers(path):
             catalog.record(file, provenance, None, at=datetime.fromtimestamp(file.stat().st_mtime))
             entered += 1
-    console.say(f"entered {entered} artifacts in {catalog.catalog_path()}")
-    print(catalog.catalog_path())
+    console.say(f"entered {entered} artifacts in {catalog_path()}")
+    print(catalog_path())
 
 
 def _carriers(path: Path) -> list[tuple[Path, Provenance]]:

@@ -1,4 +1,4 @@
-"""The command lines of `dinov2 export`, `models` and `catalog`."""
+"""The command lines of `dinov2 export`, `models`, `catalog` and `doctor`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -159,3 +159,13 @@ def export(
     from .export import export_model
 
     return export_model(model, output, to, image_size, replace(shared, limit=limit))
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say what the toolkit finds on this machine and what to do about it; exit 1 if something stands in its way.
+
+    Uses no network, and writes nothing but a probe file into each folder, removed at once.
+    """
+    from .doctor import doctor as run
+
+    run(as_json)

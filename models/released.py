@@ -16,7 +16,8 @@ from hashlib import file_digest
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
-from ..errors import ToolkitError
+from ..errors import ToolkitError, nearest
+from ..store.places import weights_folder
 
 ADDRESS = "https://dl.fbaipublicfiles.com/dinov2"
 CHUNK_BYTES = 1 << 20
@@ -60,20 +61,16 @@ RELEASED = {weights.name: weights for weights in _ALL}
 def find_released(name: str) -> ReleasedWeights:
     """Return the released weights of a name, on $DINOV2_MIRROR if that is set; raise ToolkitError if there are none."""
     if name not in RELEASED:
-        raise ToolkitError(f"no released weights named {name!r}; choose one of {', '.join(RELEASED)}")
+        near = nearest(name, RELEASED)
+        raise ToolkitError(f"no released weights named {name!r}{near}; choose one of {', '.join(RELEASED)}")
     mirror = os.environ.get("DINOV2_MIRROR")
     weights = RELEASED[name]
     return replace(weights, address=mirror.rstrip("/") + weights.address.removeprefix(ADDRESS)) if mirror else weights
 
 
 def cached_weights(name: str) -> Path:
-    """Return where the released weights of a name are once they are pulled.
-
-    $DINOV2_CACHE/models, else $XDG_CACHE_HOME/dinov2-toolkit/models, else ~/.cache/dinov2-toolkit/models.
-    """
-    own = os.environ.get("DINOV2_CACHE")
-    cache = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov2-toolkit"
-    return cache / "models" / f"{name}.pth"
+    """Return where the released weights of a name are once they are pulled."""
+    return weights_folder() / f"{name}.pth"
 
 
 def pull(weights: ReleasedWeights, file: Path, advance: Callable[[int], None]) -> None:

@@ -11,9 +11,9 @@ from hashlib import blake2b
 from pathlib import Path
 
 from ..errors import ToolkitError
-from .catalog import catalog_path
 from .files import TEMPORARY, write_text
 from .manifest import Source, part_paths
+from .places import cache_path
 
 try:
     CACHE_BYTES = int(os.environ.get("DINOV2_CACHE_BYTES") or 64 << 30)  # arrays are kept up to this size
@@ -35,13 +35,12 @@ SPILLED_NAMES = re.compile(r"duckdb_temp_[\w.-]+")
 
 
 def cache_folder() -> Path:
-    """Return where the cache is or will be: `.dinov2/cache`, beside the catalog.
+    """Return where the cache is or will be.
 
     A folder without the marker counts as ours when all names in it are, as in a cache of a version that set no marker.
     Raises ToolkitError when something else stands there.
     """
-    beside = catalog_path().parent
-    folder = (beside if beside.absolute().name == ".dinov2" else beside / ".dinov2") / "cache"
+    folder = cache_path()
     if not os.path.lexists(folder):
         return folder
     if not folder.is_dir():

@@ -18,6 +18,7 @@ from ..errors import ToolkitError
 from .database import opened
 from .files import write_text
 from .manifest import Provenance, Source, open_manifest
+from .places import catalog_path
 
 KINDS = ("images", "embeddings", "selection", "removed", "clusters", "scores", "run", "export")
 COLUMNS = "id, kind, path, digest, rows, bytes, command, parameters, seed, version, time, duration, role, model"
@@ -41,11 +42,6 @@ class Artifact:
     duration: float | None
     role: str
     model: str | None
-
-
-def catalog_path() -> Path:
-    """Return where the catalog is: $DINOV2_CATALOG, else .dinov2/catalog.duckdb under the working folder."""
-    return Path(os.environ.get("DINOV2_CATALOG") or ".dinov2/catalog.duckdb")
 
 
 def known_paths() -> Path:

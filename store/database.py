@@ -67,7 +67,7 @@ WHOLE = (  # reads every block, whose checksums DuckDB compares, and fails where
 )
 
 
-class _Broken(Exception):
+class Broken(Exception):
     """The file is no catalog any more; the text says how that shows."""
 
 
@@ -92,7 +92,7 @@ def opened(path: Path, *, read_only: bool = False) -> Iterator[tuple[duckdb.Duck
         is_broken = False
         try:
             connection = _connect(path, read_only)
-        except _Broken as problem:
+        except Broken as problem:
             if path.suffix != ".duckdb" and path.read_bytes()[8:12] != MAGIC:
                 raise ToolkitError(f"{path} is no catalog; set DINOV2_CATALOG to another, or move it away") from None
             aside = path.with_name(f"{path.name}.broken-{datetime.now():%Y%m%d-%H%M%S-%f}")
@@ -138,7 +138,7 @@ def _pause(path: Path, pause_s: float, deadline: float) -> float:
 
 
 def _connect(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
-    """Return the open catalog in its present layout, read whole. Raises _Broken when it is no catalog any more."""
+    """Return the open catalog in its present layout, read whole. Raises Broken when it is no catalog any more."""
     is_new = not path.exists()
     read_only = read_only and not os.access(path, os.W_OK)
     if not is_new:
@@ -154,7 +154,7 @@ def _connect(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
             break
         except duckdb.Error as problem:  # another program may have it open, such as DuckDB's own
             if not str(problem).startswith("IO Error: Could not set lock on file"):
-                raise _translated(path, problem) from None
+                raise translated(path, problem) from None
         pause_s = _pause(path, pause_s, deadline)
     try:
         _migrate(connection, path, read_only)
@@ -162,33 +162,43 @@ def _connect(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
             connection.execute(query).fetchall()
     except BaseException as problem:
         connection.close()
-        raise (_translated(path, problem) if isinstance(problem, duckdb.Error) else problem) from None
+        raise (translated(path, problem) if isinstance(problem, duckdb.Error) else problem) from None
     return connection
 
 
-def _translated(path: Path, problem: duckdb.Error) -> Exception:
+def translated(path: Path, problem: duckdb.Error) -> Exception:
+    """Return what DuckDB's error means: Broken, or a ToolkitError that says what to do."""
     reason = " ".join(str(problem).replace(str(path.absolute()), path.name).split())
     if NEWER_DUCKDB.search(reason):
         return ToolkitError(f"the catalog {path} was written by a newer DuckDB ({reason}); update duckdb")
-    return _Broken(reason) if CORRUPT.search(reason) else _not_opened(path, reason)
+    return Broken(reason) if CORRUPT.search(reason) else _not_opened(path, reason)
 
 
 def _not_opened(path: Path, reason: str | None) -> ToolkitError:
     return ToolkitError(f"the catalog {path} cannot be opened ({reason}); mend that, or set DINOV2_CATALOG to another")
 
 
-def _migrate(connection: duckdb.DuckDBPyConnection, path: Path, read_only: bool) -> None:
-    """Bring the layout up to date, one recorded step after the other."""
+def layout(connection: duckdb.DuckDBPyConnection, path: Path) -> int:
+    """Return how many of MIGRATIONS a catalog has had.
+
+    Raises ToolkitError when it comes from a newer toolkit, or is another database.
+    """
     known = "select table_name from duckdb_tables() where not internal"
     names = {str(name) for (name,) in connection.execute(known).fetchall()}
     if names and "artifacts" not in names:
         raise ToolkitError(f"{path} is a database, but no catalog (it has {min(names)}); set DINOV2_CATALOG to another")
-    done = 0
+    done: int = 0
     if "migrations" in names:
         done = connection.execute("select coalesce(max(number), 0) from migrations").fetchall()[0][0]
     if done > len(MIGRATIONS):
         what = f"the catalog {path} has layout {done}, and this toolkit knows up to {len(MIGRATIONS)}"
         raise ToolkitError(f"{what}; update the toolkit, or set DINOV2_CATALOG to another")
+    return done
+
+
+def _migrate(connection: duckdb.DuckDBPyConnection, path: Path, read_only: bool) -> None:
+    """Bring the layout up to date, one recorded step after the other."""
+    done = layout(connection, path)
     if done == len(MIGRATIONS) or read_only:
         return
     connection.execute("begin transaction")

@@ -130,9 +130,14 @@ def sweep(folder: Path) -> None:
 
     Those of a process that lives stay, and those of other machines until they are a week old.
     """
-    for name in os.listdir(folder):
-        if (made := TEMPORARY.fullmatch(name)) is not None and _is_abandoned(folder / name, made[1], int(made[2])):
-            remove(folder / name)
+    for left in abandoned(folder):
+        remove(left)
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """Return what `sweep` removes from a folder."""
+    found = [(folder / name, TEMPORARY.fullmatch(name)) for name in os.listdir(folder)]
+    return [path for path, made in found if made is not None and _is_abandoned(path, made[1], int(made[2]))]
 
 
 def _is_abandoned(temporary: Path, host: str, process: int) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ToolkitError
@@ -9,7 +10,7 @@ from ..errors import ToolkitError
 SHARE = 3  # a step takes a third of the machine unless told otherwise
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SMALLEST = 256 << 20  # below this, no block would be large enough to work on
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def memory_budget(size: str | None) -> int:
@@ -31,7 +32,21 @@ def memory_budget(size: str | None) -> int:
 def machine_memory() -> int:
     """Return the memory of the machine in bytes, or of the container where that has less."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in CGROUP_LIMITS:
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            total = min(total, int(text))
-    return total
+    limits = cgroup_values("memory", "memory.max", "memory.limit_in_bytes")
+    return min([total, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def cgroup_values(controller: str, name: str, old_name: str) -> list[str]:
+    """Return what a file says in the control groups of this process, from its own up to the root: `old_name` in v1."""
+    values = []
+    with suppress(OSError):  # not Linux
+        for line in OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            root = CGROUPS / controller if controllers else CGROUPS
+            own = root / path.strip("/")
+            for folder in (own, *own.parents):
+                if folder.is_relative_to(root) and (file := folder / (old_name if controllers else name)).is_file():
+                    values.append(file.read_text().strip())
+    return values

@@ -17,6 +17,7 @@ from ...store import catalog
 from ...store.cache import cache_folder
 from ...store.files import is_temporary
 from ...store.manifest import Source, removed_path
+from ...store.places import catalog_path
 from ...store.sources import Entry, ImageSource, Skip, entries, listing_line
 
 SLICE_ENTRIES = 1_024  # chosen: entries that are Python objects at a time
@@ -73,7 +74,7 @@ def _version(entry: Entry, content_id: str) -> int:
 def _own_files(output: Path) -> Skip:
     """Return what recognises the files that the command itself writes, should they lie below a source."""
     outputs = [str(path.absolute()) for path in (output, removed_path(output))]
-    database = str(catalog.catalog_path().absolute())
+    database = str(catalog_path().absolute())
     own = {*outputs, database, str(cache_folder().absolute())}
     written = [*outputs, str(catalog.known_paths().absolute())]
     locks = {os.path.join(os.path.dirname(file), f".{os.path.basename(file)}.lock") for file in written}

@@ -19,6 +19,7 @@ from dinov2_toolkit.store.cache import cache_folder, cached, open_cache
 from dinov2_toolkit.store.database import MIGRATIONS
 from dinov2_toolkit.store.lock import held
 from dinov2_toolkit.store.manifest import IMAGE_FIELDS, ManifestWriter, Provenance, Source, open_manifest
+from dinov2_toolkit.store.places import catalog_path
 
 EMPTY = pa.schema(IMAGE_FIELDS).empty_table()
 
@@ -108,7 +109,7 @@ def test_a_lost_catalog_is_rebuilt_from_the_manifests(tmp_path: Path) -> None:
     pool = make(tmp_path / "pool.parquet")
     make(tmp_path / "sub" / "unique.parquet", "curate dedup", "selection", inputs=(pool,), num_rows=2)
     before = {(a.path, a.kind, a.digest, a.parameters, a.role, a.model, a.rows) for a in catalog.artifacts()}
-    catalog.catalog_path().unlink()
+    catalog_path().unlink()
     commands.rebuild([tmp_path])
     assert {(a.path, a.kind, a.digest, a.parameters, a.role, a.model, a.rows) for a in catalog.artifacts()} == before
     assert catalog.inputs_of(catalog.find("unique")) == [pool]
@@ -190,7 +191,7 @@ def test_a_broken_catalog_is_set_aside_and_made_again(
     pool = make(tmp_path / "pool.parquet")
     make(tmp_path / "sub" / "unique.parquet", "curate dedup", "selection", inputs=(pool,), num_rows=2)
     before = {(a.path, a.kind, a.digest, a.parameters, a.role, a.model, a.rows) for a in catalog.artifacts()}
-    path = catalog.catalog_path()
+    path = catalog_path()
     broken = DAMAGES[damage](path.read_bytes())
     path.write_bytes(broken)
     assert {(a.path, a.kind, a.digest, a.parameters, a.role, a.model, a.rows) for a in catalog.artifacts()} == before
@@ -217,10 +218,10 @@ def test_a_newer_layout_is_refused_and_kept(tmp_path: Path) -> None:
     make(tmp_path / "pool.parquet")
     with catalog.connect() as connection:
         connection.execute("insert into migrations values (99, now()::timestamp)")
-    before = catalog.catalog_path().read_bytes()
+    before = catalog_path().read_bytes()
     with pytest.raises(ToolkitError, match=f"has layout 99, and this toolkit knows up to {len(MIGRATIONS)}; update"):
         catalog.artifacts()
-    assert catalog.catalog_path().read_bytes() == before
+    assert catalog_path().read_bytes() == before
 
 
 def test_a_missing_column_is_a_broken_catalog_and_one_more_is_none(
@@ -303,7 +304,7 @@ def test_rebuild_and_verify_name_what_is_broken_and_go_on(tmp_path: Path, capsys
     printed = capsys.readouterr()
     assert [line.split()[0] for line in printed.out.splitlines()] == ["ok", "broken", "ok"]
     assert "b.parquet cannot be read" in printed.err
-    catalog.catalog_path().unlink()
+    catalog_path().unlink()
     commands.rebuild([tmp_path])
     assert {Path(artifact.path).name for artifact in catalog.artifacts()} == {"a.parquet", "c.parquet"}
     said = capsys.readouterr().err

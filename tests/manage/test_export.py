@@ -27,6 +27,7 @@ from dinov2_toolkit.models.weights import load_backbone, load_model
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, Result, write_run_provenance
 from dinov2_toolkit.store.manifest import Provenance, Source
+from dinov2_toolkit.store.places import catalog_path
 
 KINDS: list[tuple[Ffn, int]] = [("mlp", 0), ("mlp", 4), ("swiglu", 0), ("swiglu", 2)]
 DIM, HIDDEN = 64, {"mlp": 256, "swiglu": 176}  # 176: two thirds of 256, up to a multiple of 8
@@ -419,7 +420,7 @@ def test_the_catalog_knows_an_export_and_finds_it_again(tmp_path: Path, capsys: 
     assert [(source.role, source.path) for source in catalog.inputs_of(made)] == [("model", str(tmp_path / "run"))]
     assert dict(catalog.metrics_of(made))["largest_difference"] == 0.0
     catalog_commands.verify([], as_json=False)
-    catalog.catalog_path().unlink()
+    catalog_path().unlink()
     catalog_commands.rebuild([tmp_path])
     (again,) = catalog.artifacts()
     assert (again.kind, again.path, again.digest) == (made.kind, made.path, made.digest)

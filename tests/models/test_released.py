@@ -305,5 +305,7 @@ def test_a_mirror_stands_in_for_the_address(monkeypatch: pytest.MonkeyPatch) -> 
     found = find_released("dinov2_vits14_reg")
     assert found.address == "http://mirror/weights/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"
     assert found.sha256 == RELEASED["dinov2_vits14_reg"].sha256
-    with pytest.raises(ToolkitError, match="no released weights named 'dinov2_vits16'; choose one of dinov2_vits14, "):
+    with pytest.raises(
+        ToolkitError, match="named 'dinov2_vits16' .did you mean 'dinov2_vits14'..; choose one of dinov2_vits14, "
+    ):
         find_released("dinov2_vits16")
