@@ -1,11 +1,12 @@
 """The `dinov2` command, `python -m dinov2_toolkit`, and what `features.launch` starts."""
 
-from . import process
+from . import cores, process
 
 
 def main() -> None:
     """Run the command line and exit; a signal ends it in one line, even while modules are imported."""
     process.prepare()
+    cores.prepare()
     try:
         from .cli import run
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from . import console
+from . import console, cores
 
 if TYPE_CHECKING:
     from .store.artifact import Result
@@ -56,6 +56,17 @@ Where = Annotated[
     option(FILTERS, 'Only rows that fulfil a condition in SQL, such as "width >= 224".', "--where", metavar="SQL"),
 ]
 BatchSize = Annotated[int, option(ADVANCED, "Images that the model sees at a time.", "--batch-size", min=1)]
+Threads = Annotated[
+    int | None,
+    option(
+        ADVANCED,
+        "Cores to compute on, of every process.",
+        "--threads",
+        min=1,
+        metavar="N",
+        default="OMP_NUM_THREADS, else all that it may use",
+    ),
+]
 NumWorkers = Annotated[
     int | None, option(ADVANCED, "Processes that decode images.", "--num-workers", min=1, default="one a core")
 ]
@@ -75,6 +86,7 @@ SHARED: dict[str, tuple[Any, Any]] = {  # name -> annotation, default
     "quiet": (Quiet, False),
     "verbose": (Verbose, 0),
     "seed": (Seed, 0),
+    "threads": (Threads, None),
 }
 
 
@@ -101,6 +113,8 @@ def with_shared(*without: str, **defaults: Any) -> Callable[[Callable[..., "Resu
 
             console.set_verbosity(values.pop("quiet"), values.pop("verbose"))
             as_json = values.pop("json")
+            if (threads := values.pop("threads", None)) is not None:
+                cores.use_threads(threads)
             shared = {each.name: values.pop(each.name) for each in added if each.name in values}
             emit(function(**values, shared=Options(**shared)), as_json)
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from .. import console
+from ..cores import usable_cores
 from ..errors import ToolkitError
 from ..store import catalog, tables
 from ..store.artifact import Options
@@ -233,7 +234,7 @@ def describe(path: Path, inputs: list[Input], num_products: int, what: str, opti
     read = " and ".join(f"{count:,} vectors of {base.path}" for base, count in zip(bases, counts, strict=True))
     dim = scratch_size(bases[0])[0]
     scratch = sum({base.content_id: scratch_size(base)[1] for base in bases}.values())
-    seconds = 2 * num_products * dim / (FLOPS_A_CORE * (os.cpu_count() or 1))
+    seconds = 2 * num_products * dim / (FLOPS_A_CORE * usable_cores())
     console.say(
         f"would read {read} ({dim} numbers each; {scratch / 1e6:,.1f} MB to decode into the cache),"
         f" {what}, and write {path}; about {seconds:,.0f} s on the CPU"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import console
+from ..cores import usable_cores
 from ..errors import ToolkitError
 from ..features.extract.extract import FeatureBatch, FeatureModel, extract
 from ..store.cache import cache_folder
@@ -105,7 +106,7 @@ def extract_split(
     Raises ToolkitError when no image can be read.
     """
     failures, uris, source = [], split.uris, split.source
-    num_workers = num_workers or os.cpu_count() or 1
+    num_workers = num_workers or usable_cores()
     with (
         console.progress(f"{short_name(model.source.path)} on {source.role}", len(uris), "images") as advance,
         closing(extract(model, uris, batch_size=batch_size, num_workers=num_workers)) as batches,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 
-from .. import console
+from .. import console, cores
 from .. import process as own_process
 from ..errors import Stopped, ToolkitError
 from ..process import LAUNCHER, SIGNALS, Handler, is_main_process, set_handler, take_first_signal
@@ -102,11 +102,6 @@ def join_group() -> Group:
     return Group(state.process_index, state.num_processes)
 
 
-def local_count() -> int:
-    """Return how many of the processes share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
-
-
 def is_launched(environment: Mapping[str, str]) -> bool:
     """Tell whether a launcher (ours, torchrun, srun) started this process, so that it works in place."""
     return "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
@@ -162,7 +157,7 @@ def launch(num_processes: int, kept: Callable[[], str] = lambda: KEPT) -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]  # a free one
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)), **os.environ}
+    environment = {**os.environ, cores.THREADS: cores.threads_of_each(num_processes)}
     environment |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), LAUNCHER: str(os.getpid())}
     with _handled_signals() as previous:

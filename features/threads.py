@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from ..cores import usable_cores
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -23,11 +25,11 @@ class Workers(ThreadPoolExecutor):
 
 
 def num_cores() -> int:
-    """Return on how many cores to compute: OMP_NUM_THREADS, or all that this process may use."""
+    """Return on how many cores to compute: OMP_NUM_THREADS, or its share of those that this process may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if asked.isdigit() and int(asked):
         return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 @contextmanager

@@ -4,11 +4,11 @@ Which images are near-duplicates is decided in `near_duplicates`, which are exac
 Source: section 3 and appendix A.4 of Oquab et al. 2023 (DINOv2).
 """
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from ... import console
+from ...cores import usable_cores
 from ...errors import ToolkitError
 from ...features.search.neighbors import SearchSettings
 from ...features.sheet import check_sheet
@@ -83,6 +83,6 @@ def _describe(path: Path, inputs: list[Input], settings: DedupSettings, options:
     what = "compare all with all" + (f" and {sum(num_others):,} other images" if num_others else "")
     if is_verified(settings, inputs):
         num_pairs = int(MUTUAL * min(settings.k, NUM_VERIFIED) * num)
-        minutes = num_pairs * PAIR_S / (os.cpu_count() or 1) / 60
+        minutes = num_pairs * PAIR_S / usable_cores() / 60
         what += f", verify some {num_pairs:,} pairs by pixels ({minutes:,.0f} minutes more, and reading the images)"
     describe(path, inputs, num * (num + sum(num_others)), what, options)

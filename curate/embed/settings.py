@@ -1,15 +1,14 @@
 """The settings of `dinov2 curate embed`, and what follows from them alone: the model and the columns."""
 
-import os
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
+from ...cores import usable_cores
 from ...features.extract.extract import FeatureBatch, FeatureModel, extract, open_model, with_choice
 from ...features.extract.reading import Reading
 from ...features.extract.tokens import TokenChoice, Tokens
-from ...features.launch import local_count
 from ...store.artifact import Options
 from ...store.limits import DEFAULT_LIMITS, Limits
 from ...store.manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, Provenance, embedding_field, patch_fields
@@ -88,5 +87,5 @@ def extracted(
     """Yield the features of images, as `features.extract.extract`; `recognise` finds rows of the same bytes."""
     filters = settings.filters
     reading = Reading(recognise, filters.reason if filters != Filters() else None, filters.decode_side, settings.limits)
-    num_workers = settings.num_workers or max(1, (os.cpu_count() or 1) // local_count())
+    num_workers = settings.num_workers or usable_cores()
     return extract(model, uris, batch_size=settings.batch_size, num_workers=num_workers, reading=reading)

@@ -1,0 +1,75 @@
+"""The cores that a command computes on, and how its threads wait; set before libraries that compute are imported.
+
+Torch, FAISS, Arrow and NumPy's BLAS take as many threads as OMP_NUM_THREADS says.
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+THREADS = "OMP_NUM_THREADS"
+# Threads wait for one another at the end of every parallel loop. By default they spin there for milliseconds, and where
+# other programs keep the cores busy, the one that is waited for does not run: a step of training takes ten times as
+# long or more (benchmarks/results/busy.md). So they sleep after some microseconds.
+WAITING = {
+    "GOMP_SPINCOUNT": "1000",  # turns of a loop; what libgomp takes itself where threads are more than cores
+    "KMP_BLOCKTIME": "1",  # milliseconds; of the OpenMP of LLVM and Intel
+    "OPENBLAS_THREAD_TIMEOUT": "10",  # 2^10 cycles; by default 2^26
+}
+
+_asked: int | None = None  # by --threads
+_given = os.environ.get(THREADS)  # by the user
+
+
+def prepare() -> None:
+    """Set what libraries read when they are loaded; what the user has set stays."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        for name, value in WAITING.items():
+            os.environ.setdefault(name, value)
+    os.environ.setdefault(THREADS, str(usable_cores()))
+
+
+def use_threads(count: int) -> None:
+    """Compute with so many threads from now on."""
+    global _asked
+    _asked = count
+    os.environ[THREADS] = str(count)
+    if "torch" in sys.modules:  # which has read the variable
+        sys.modules["torch"].set_num_threads(count)
+
+
+def threads_of_each(num_processes: int) -> str:
+    """Return OMP_NUM_THREADS for processes to be started: as it was given, else their shares of the cores."""
+    return str(_asked) if _asked else _given or str(max(1, usable_cores() // num_processes))
+
+
+def usable_cores() -> int:
+    """Return on how many cores this process may compute: its share of those of the machine, at most --threads."""
+    every = os.cpu_count() or 1
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # of our launcher and torchrun
+    if bound == every:  # srun often binds each process to cores of its own
+        local = max(local, int(os.environ.get("SLURM_NTASKS_PER_NODE") or 1))
+    count = max(1, int(min(bound, cgroup_quota()) // local))
+    return count if _asked is None else min(count, _asked)
+
+
+def cgroup_quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Return how many cores' time the kernel gives to this process, as in a container; infinite if it sets no limit."""
+    least = math.inf
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        is_v1 = "cpu" in controllers.split(",")
+        if controllers and not is_v1:
+            continue
+        folder = groups / ("cpu" if is_v1 else "")
+        for group in (folder / path.strip("/"), *(folder / path.strip("/")).parents):
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_v1 else ("cpu.max",)
+            files = [group / name for name in names]
+            if not all(file.exists() for file in files):
+                continue  # not mounted here, as within a container
+            quota, period = " ".join(file.read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                least = min(least, int(quota) / int(period))
+    return least
