@@ -24,7 +24,9 @@ UsageError: Any = typer.BadParameter.__bases__[0]
 ClickException: Any = UsageError.__bases__[0]
 
 EXIT_ERROR, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
-OUT_OF_MEMORY = re.compile("OutOfMemory|Cannot allocate memory|can't allocate memory|bad_alloc|start new thread")
+OUT_OF_MEMORY = re.compile(
+    "OutOfMemory|Cannot allocate memory|can't allocate memory|failed to map segment|bad_alloc|start new thread"
+)
 DISK_FULL = re.compile("No space left on device|Disk quota exceeded|could not write all bytes")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import console
 from ..errors import ToolkitError, nearest
+from ..store.files import check_regular
 from .architecture import (
     backbone_settings,
     check_backbone_settings,
@@ -86,7 +87,7 @@ def weights_file(source: str | Path) -> Path:
 
 def model_content_id(source: str | Path) -> str:
     """Return the BLAKE2b-128 hex digest of a model's weights file, for provenance (source as in `weights_file`)."""
-    with weights_file(source).open("rb") as file:
+    with check_regular(weights_file(source)).open("rb") as file:
         return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 

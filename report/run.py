@@ -3,7 +3,6 @@
 All sections have all runs side by side.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..features.page.document import Section
 from ..models.saved import MODEL_JSON
 from ..store.lock import is_held
 from ..train.config import TrainConfig
-from ..train.launch import STATUS
+from ..train.launch import read_status
 from ..train.monitor.health import collapse_reason
 from ..train.run import LOCK
 from .lineage import lineage
@@ -98,12 +97,7 @@ def _state(folder: Path) -> str:
         return "finished"
     if (folder / LOCK).exists() and is_held(folder / LOCK):
         return "training now"
-    status = folder / STATUS
-    try:
-        message = json.loads(status.read_text()).get("message") if status.exists() else None
-    except ValueError:
-        message = None
-    return str(message or "unfinished")
+    return str(read_status(folder).get("message") or "unfinished")
 
 
 # Curves

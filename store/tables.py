@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 
 import duckdb
@@ -24,14 +25,22 @@ from .renamed import COLUMNS
 
 MOST_BYTES = 512 << 20  # measured: millions of names are sorted no faster with more
 BATCH_ROWS = 4 * ROW_GROUP_ROWS  # rows at a time
-QUOTED = re.compile(r"""'([^']+)'""")
-PARQUET_NAME = re.compile(r"""'([^']+\.parquet)'""")
+QUOTED = re.compile(r"""'((?:[^']|'')+)'|"((?:[^"]|"")+)\"""")  # DuckDB takes a column's quotes for a file's too
 LIST_NAME = re.compile(r"""\blines\(\s*'([^']+)'\s*\)""")
 LINES = """
     create macro lines(file) as table
     select line from (select rtrim(unnest(string_split(content, chr(10))), chr(13)) as line from read_text(file))
     where line <> ''
 """
+EXPLAIN = re.compile(r"^\s*explain\s+(analyze\s+)?", re.IGNORECASE)
+NOTHING = re.compile("(?!)")
+READING = {  # of types of statements other than SELECT, which `describe`, `show` and `from` are too: those that read
+    "MULTI": re.compile(r"\bpivot\b", re.IGNORECASE),
+    "PRAGMA": re.compile(
+        r"^\s*pragma\s+(table_info|show_tables|show_tables_expanded|show|database_list|database_size|version)\b",
+        re.IGNORECASE,
+    ),
+}
 PATTERNS = re.compile(r"[*?[]")  # what DuckDB takes for other characters in a file's name
 
 
@@ -55,18 +64,38 @@ def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
 def select(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRelation:
     """Return the answer of a query that only reads.
 
-    Raises ToolkitError for other statements, for several, for names of pipes, which would hang, and of missing lists.
+    Raises ToolkitError for other statements, for several, and as `restrict` does.
     """
-    kinds = [statement.type for statement in connection.extract_statements(query)]
-    if kinds != [duckdb.StatementType.SELECT]:
-        found = ", ".join(kind.name for kind in kinds) or "nothing"
-        raise ToolkitError(f"{query!r} is not one select statement ({found}); only reading is allowed")
-    for name in QUOTED.findall(query):
-        if os.path.lexists(name) and not (os.path.isfile(name) or os.path.isdir(name)):
-            raise ToolkitError(f"{name} is no regular file; name another")
+    # What is explained by `explain analyze` is done, too.
+    kinds = [statement.type.name for statement in connection.extract_statements(EXPLAIN.sub("", query))]
+    is_reading = kinds == ["SELECT"] or (len(kinds) == 1 and READING.get(kinds[0], NOTHING).search(query) is not None)
+    if not is_reading:
+        found = ", ".join(kinds) or "nothing"
+        raise ToolkitError(f"{query!r} is not one statement that reads ({found}); only reading is allowed")
+    restrict(connection, query)
+    return connection.sql(with_literal_names(query))
+
+
+def restrict(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+    """Lock the settings of a connection, which keep it from the network, before it runs what a user wrote.
+
+    Raises ToolkitError for names of pipes, which would hang, and of missing lists.
+    """
+    for name in _quoted_names(query):
+        for path in (glob(name) if PATTERNS.search(name) else ()) or [name]:
+            if os.path.lexists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+                raise ToolkitError(f"{path} is no regular file; name another")
     named_lists(query)
     connection.execute("set lock_configuration = true")
-    return connection.sql(with_literal_names(query))
+
+
+def _quoted_names(query: str) -> list[str]:
+    """Return what stands in quotes, once each."""
+    return list(dict.fromkeys(map(_unquoted, QUOTED.finditer(query))))
+
+
+def _unquoted(found: re.Match[str]) -> str:
+    return found[1].replace("''", "'") if found[1] else found[2].replace('""', '"')
 
 
 def stream(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.RecordBatchReader:
@@ -99,8 +128,8 @@ def with_literal_names(query: str) -> str:
     """Return a query in which every 'file.parquet' and lines('file') that exists means this file alone."""
 
     def literal(name: re.Match[str]) -> str:
-        path = Path(name[1])
-        if not path.exists():
+        path = Path(_unquoted(name))
+        if path.suffix != ".parquet" or not path.exists():
             return name[0]
         is_argument = name.string[: name.start()].rstrip().endswith("(")
         # DuckDB would take a folder `width=9` for a column.
@@ -108,12 +137,12 @@ def with_literal_names(query: str) -> str:
 
     lists = {name: literal_name(Path(name)) for name in LIST_NAME.findall(query) if Path(name).exists()}
     query = LIST_NAME.sub(lambda list_: list_[0].replace(list_[1], lists.get(list_[1], list_[1])), query)
-    return PARQUET_NAME.sub(literal, query)
+    return QUOTED.sub(literal, query)
 
 
 def named_manifests(query: str) -> list[Manifest]:
     """Open every 'file.parquet' that a query names, each once."""
-    return [open_manifest(Path(name)) for name in dict.fromkeys(PARQUET_NAME.findall(query))]
+    return [open_manifest(Path(name)) for name in _quoted_names(query) if name.endswith(".parquet")]
 
 
 def named_lists(query: str) -> list[Source]:
@@ -146,7 +175,6 @@ def failure(problem: duckdb.Error) -> str:
 
 def rows_where(manifest: Manifest, condition: str) -> Iterator[pa.RecordBatch]:
     """Yield the rows that fulfil an SQL condition, rising: one int64 column. ToolkitError when DuckDB refuses it."""
-    named_lists(condition)
     start = 0
     names = manifest.names()
     present = {old: new for old, new in COLUMNS.items() if new in names and old not in names}
@@ -156,6 +184,7 @@ def rows_where(manifest: Manifest, condition: str) -> Iterator[pa.RecordBatch]:
         for old, new in present.items()
     )
     with connect() as connection:
+        restrict(connection, condition)
         for part in manifest.parts:
             # The condition stands in lines of its own, so that a comment in it ends there too.
             query = f"""

@@ -65,7 +65,10 @@ def status_kept(run_folder: Path) -> Iterator[None]:
 
 
 def read_status(run_folder: Path) -> dict[str, object]:
-    """Return the content of `status.json`, empty where there is none yet."""
+    """Return the content of `status.json`, empty where there is none yet, or a damaged one."""
     path = run_folder / STATUS
-    content: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
-    return content
+    try:
+        content = json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:  # damaged
+        content = None
+    return content if isinstance(content, dict) else {}

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from html.parser import HTMLParser
 from importlib.resources import files
+from io import TextIOWrapper
 from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 
 from ...errors import ToolkitError
-from ...store.files import write_text
+from ...store.files import open_regular, write_text
 from ...store.manifest import Provenance, provenance_from, provenance_values, toolkit_version
 
 CHART_SCRIPTS = ("vega.min.js", "vega-lite.min.js", "vega-embed.min.js", "charts.js")
@@ -107,7 +108,7 @@ def page_provenance(path: Path) -> Provenance | None:
     """Return how a page came about, None where it is not ours."""
     reader = _Meta()
     try:
-        with path.open(encoding="utf-8") as file:
+        with TextIOWrapper(open_regular(path), "utf-8") as file:
             reader.feed(file.read(SNIFFED).partition("</head>")[0])
     except (OSError, UnicodeDecodeError):
         return None

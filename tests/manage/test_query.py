@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,9 @@ from dinov2_toolkit.store.manifest import (
     embedding_field,
     open_manifest,
 )
+from dinov2_toolkit.store.tables import rows_where
 from dinov2_toolkit.store.vectors import open_vectors
+from dinov2_toolkit.tests.embedded import write_embeddings
 
 
 def images(num_rows: int) -> dict[str, list[object]]:
@@ -168,7 +171,10 @@ def test_the_catalog_can_be_asked_and_is_not_held_meanwhile(tmp_path: Path, pool
         "install httpfs",
         "load httpfs",
         "set threads = 1",
-        "pragma version",
+        "pragma threads = 2",
+        "pragma enable_profiling",
+        "call checkpoint()",
+        "/* */ explain analyze copy (select 1) to '{folder}/out.csv'",
         "export database '{folder}/out'",
         "select 1; copy (select 1) to '{folder}/out.csv'",
         "",
@@ -179,10 +185,34 @@ def test_a_query_only_reads(tmp_path: Path, pool: Path, query: str, output: str 
     catalog.record(pool, open_manifest(pool).provenance or Provenance("", "", {}), None)
     before, names = pool.read_bytes(), sorted(tmp_path.rglob("*"))
     query = f"{query.format(folder=tmp_path, pool=pool)} -- '{pool}'"
-    with pytest.raises(ToolkitError, match="is not one select statement"):
+    with pytest.raises(ToolkitError, match="is not one statement that reads"):
         sql(query, None if output is None else str(tmp_path / output), False, False)
     assert pool.read_bytes() == before and sorted(tmp_path.rglob("*")) == names
     assert len(catalog.artifacts()) == 1
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "explain select 1",
+        "EXPLAIN ANALYZE select 1",
+        "pragma version",
+        "pragma table_info('artifacts')",
+        "pivot artifacts on kind using count(*)",
+        "from artifacts pivot (count(*) for kind in ('run'))",
+        "describe artifacts",
+        "show tables",
+        "summarize artifacts",
+        "with x as (select 1) from x",
+        "values (1)",
+    ],
+)
+def test_every_statement_that_reads_is_answered(
+    tmp_path: Path, pool: Path, query: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    catalog.record(pool, open_manifest(pool).provenance or Provenance("", "", {}), None)
+    sql(query, None, False, False)
+    assert len(capsys.readouterr().out.splitlines()) > 1
 
 
 @pytest.mark.parametrize("name", ["'s3://b/x.parquet'", "'https://host.invalid/x.parquet'", "read_xlsx('x')"])
@@ -202,8 +232,12 @@ def test_a_query_needs_no_network(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_pipe_in_a_query_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.parquet")
-    with pytest.raises(ToolkitError, match="pipe.parquet is no regular file"):
-        sql(f"select * from '{tmp_path}/pipe.parquet'", None, False, False)
+    pool = write_embeddings(tmp_path / "a.parquet", np.eye(2, dtype=np.float32))
+    for name in ("'{}/pipe.parquet'", '"{}/pipe.parquet"', "read_parquet('{}/pip*')", "read_text(['{}/pipe.parquet'])"):
+        with pytest.raises(ToolkitError, match="pipe.parquet is no regular file"):
+            sql(f"select * from {name.format(tmp_path)}", None, False, False)
+        with pytest.raises(ToolkitError, match="pipe.parquet is no regular file"):
+            list(rows_where(open_manifest(pool), f"uri in (from {name.format(tmp_path)})"))
 
 
 def test_values_of_others_are_escaped_but_for_programs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,11 @@
 """A manifest's name is a name: nothing in it is a pattern, and nothing in its folder's a column."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +17,7 @@ from dinov2_toolkit.curate.cluster.sheet import _headings as headings
 from dinov2_toolkit.curate.inputs import open_input
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.manage.query import sql
+from dinov2_toolkit.store import tables
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import open_manifest
 from dinov2_toolkit.store.tables import connect, literal_name, rows_where, scan
@@ -53,13 +57,36 @@ def test_where_reads_the_file_of_this_very_name(odd: list[Path]) -> None:
         assert kept is not None and kept.tolist() == [1]
 
 
+def test_the_settings_of_a_condition_are_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"uri": ["/a.png"]}), tmp_path / "a.parquet")
+    locked = []
+    real = tables.connect
+
+    @contextmanager
+    def connect() -> Iterator[duckdb.DuckDBPyConnection]:
+        with real() as connection:
+            yield connection
+            with suppress(duckdb.Error):
+                connection.execute("set threads = 1")
+                locked.append(False)
+            locked.append(True)
+
+    monkeypatch.setattr(tables, "connect", connect)
+    assert len(list(tables.rows_where(open_manifest(tmp_path / "a.parquet"), "true"))) == 1
+    assert locked == [True]
+    for name in ("'s3://b/x.parquet'", "'https://host.invalid/x.parquet'", "read_xlsx('x')"):
+        with pytest.raises(ToolkitError, match="extension"):
+            list(tables.rows_where(open_manifest(tmp_path / "a.parquet"), f"uri in (from {name})"))
+
+
 def test_a_query_that_names_a_file_reads_that_file(odd: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     for number, path in enumerate(odd):
-        if "'" not in str(path):
-            condition = f"width in (select width from '{path}')"
+        escaped = str(path).replace("'", "''")
+        for name in (f"'{escaped}'", f'"{path}"'):
+            condition = f"width in (select width from {name})"
             found = list(rows_where(open_manifest(path), condition))
             assert found[0].num_rows == 2
-            sql(f"select width from '{path}' order by width", None, False, False)
+            sql(f"select width from {name} order by width", None, False, False)
             assert capsys.readouterr().out.split() == ["width", str(number), str(100 + number)]
 
 

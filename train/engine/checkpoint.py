@@ -152,7 +152,7 @@ def damage(path: Path, num_steps: int) -> str | None:
         return f"it has no {missing}"
     try:
         state = json.loads((path / STATE_FILE).read_text())
-        known = json.loads((path / CHECKSUMS_FILE).read_text()) if (path / CHECKSUMS_FILE).exists() else None
+        known = json.loads((path / CHECKSUMS_FILE).read_text()) if (path / CHECKSUMS_FILE).is_file() else None
         if not isinstance(state, dict) or not all(type(count) is int and count >= 0 for count in state.values()):
             return f"{STATE_FILE} is not as it was written"
         if state.get("step") != int(path.name.removeprefix("step-")) or state["step"] > num_steps:

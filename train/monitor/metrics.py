@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ... import console
-from ...store.files import write_text
+from ...store.files import check_regular, write_text
 from ...store.manifest import ManifestWriter, Provenance
 
 METRICS_FILE, METRICS_TABLE = "metrics.jsonl", "metrics.parquet"  # in a run folder
@@ -49,7 +49,7 @@ def rewind_metrics(run_folder: Path, steps_done: int) -> None:
 
 def _lines(run_folder: Path) -> list[str]:
     path = run_folder / METRICS_FILE
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = check_regular(path).read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     return [f"{line}\n" for line in text.split("\n") if line]
 
 
