@@ -1,6 +1,7 @@
 """The `dinov2` command, `python -m dinov2_toolkit`, and what `features.launch` starts."""
 
-from . import cores, process
+from . import console, cores, process
+from .errors import ToolkitError
 
 
 def main() -> None:
@@ -12,6 +13,9 @@ def main() -> None:
 
         code = run()
         process.end_at_signals()
+    except ToolkitError as problem:  # of the environment, which is read while modules are imported
+        console.error(str(problem))
+        code = 1
     except BaseException:
         if process.received:
             process.end_interrupted()

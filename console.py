@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 
 # Control characters, line and paragraph separators, marks of direction, and bytes of names that are not UTF-8.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST = 10_000  # chosen: characters of a message, for labels of others may have any number
 LOG_INTERVAL_S = 10.0  # chosen: how often a progress line is written where stderr is no terminal
 
 _verbosity = 1  # 0: errors only, 1: messages, 2: details
@@ -49,7 +50,7 @@ def error(message: str) -> None:
 
 def _write(message: str) -> None:
     with suppress(OSError):  # nobody reads it any more, which is no reason to end the work
-        print(plain(message), file=sys.stderr, flush=True)
+        print(plain(message[:LONGEST]), file=sys.stderr, flush=True)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

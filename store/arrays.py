@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 import tokenize
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from .. import console
 from ..errors import ToolkitError
 
 ZEROS = bytes(1 << 20)
+SEALED_NS = 1_000_000_000 * 10**9  # in 2001; whole even seconds, which every file system keeps
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Array = npt.NDArray[Any]
@@ -30,14 +32,26 @@ def new_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Array
     return array
 
 
+def seal(path: Path) -> None:
+    """Give a finished array the time stamp by which it is known; whatever writes to it later moves that.
+
+    So garbage of the right size is found without reading it. When it was used last is its access time.
+    """
+    os.utime(path, ns=(time.time_ns(), SEALED_NS))
+
+
 def kept_array(
     path: Path, dtype: npt.DTypeLike, shape: tuple[int | None, ...], mode: Literal["r", "r+"] = "r"
 ) -> Array | None:
     """Return an array that was kept in the cache, mapped; None where there is none. Of a `shape`, None is any length.
 
-    One of another type, shape or length is damaged: it is removed, and said.
+    One of another type, shape or length is damaged: it is removed, and said. So is one that was written to after it was
+    sealed; those that are opened to be written to ("r+") are not.
     """
     if not path.exists():
+        return None
+    if mode == "r" and path.stat().st_mtime_ns != SEALED_NS:
+        discard(path)
         return None
     try:
         array: Array = np.lib.format.open_memmap(path, mode)
@@ -47,6 +61,8 @@ def kept_array(
         own if any_length is None else any_length for own, any_length in zip(array.shape, shape, strict=False)
     )
     if array.dtype == np.dtype(dtype) and array.ndim == len(shape) and array.shape == wanted:
+        if mode == "r":
+            seal(path)
         return array
     discard(path)
     return None

@@ -89,10 +89,10 @@ def cached() -> list[Path]:
 
 
 def make_room(num_bytes: int) -> None:
-    """Remove the oldest arrays where the cache would grow too large with `num_bytes` more."""
+    """Remove the arrays that were used longest ago where the cache would grow too large with `num_bytes` more."""
     arrays = [path for path in cached() if path.suffix == ".npy"]
     total = num_bytes
-    for file in sorted(arrays, key=lambda file: file.stat().st_mtime, reverse=True):
+    for file in sorted(arrays, key=lambda file: file.stat().st_atime, reverse=True):
         total += file.stat().st_size
         if total > CACHE_BYTES:
             file.unlink()

@@ -1,7 +1,12 @@
 """What an image may cost, checked by its header before it is decoded."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import ToolkitError
 
 MEGAPIXEL = 1_000_000
 BYTES_PER_PIXEL = 8  # while an image is decoded: two copies of four bytes each
@@ -27,7 +32,26 @@ class Limits:
         return PROCESS_BYTES + 2 * self.max_image_bytes + MOST_BYTES_PER_PIXEL * self.max_pixels
 
 
-DEFAULT_LIMITS = Limits()
+def limits_of(environment: Mapping[str, str]) -> Limits:
+    """Return the limits of commands without options for them, and the defaults of the others.
+
+    DINOV2_MAX_PIXELS, DINOV2_MAX_IMAGE_BYTES and DINOV2_IMAGE_TIMEOUT set them. Raises ToolkitError for what is no
+    number above 0.
+    """
+    values: dict[str, Any] = {}
+    for each in fields(Limits):
+        name = f"DINOV2_{each.name.upper()}"
+        if text := environment.get(name):
+            try:
+                values[each.name] = (float if each.name == "image_timeout" else int)(text)
+            except ValueError:
+                values[each.name] = 0
+            if not 0 < values[each.name] < math.inf:
+                raise ToolkitError(f"{name} is {text!r}, no number above 0; give one, or unset it")
+    return Limits(**values)
+
+
+DEFAULT_LIMITS = limits_of(os.environ)
 
 
 class UnreadableImage(Exception):

@@ -1,7 +1,6 @@
 """A manifest's embeddings as one memory-mapped array."""
 
 import mmap
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +12,7 @@ import pyarrow.compute as pc
 
 from .. import console
 from ..errors import ToolkitError
-from .arrays import kept_array, new_array
+from .arrays import kept_array, new_array, seal
 from .cache import cache_folder, cache_key, make_room, open_cache
 from .files import replacing
 from .manifest import Manifest, Source, open_manifest
@@ -253,8 +252,8 @@ def _mapped_array(manifest: Manifest) -> Stored:
         make_room(manifest.num_rows * dim * dtype.itemsize)
         with replacing(path) as temporary:
             _decode(manifest, temporary, dim, dtype)
+        seal(path)
         array = np.load(path, mmap_mode="r")
-    os.utime(path)  # the oldest by time stamp go first when room is needed
     return array
 
 

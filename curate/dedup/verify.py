@@ -204,5 +204,5 @@ def _open_residuals(pairs: Pairs) -> Float32:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, np.full(len(pairs), np.nan, np.float32))
         residuals = np.load(path, mmap_mode="r+")
-    os.utime(path)  # the eldest by time stamp go first when room is needed
+    os.utime(path)  # as the last use
     return residuals

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from ... import console
 from ...errors import ToolkitError
 from ...store import catalog
+from ...store.arrays import seal
 from ...store.files import replacing
 from ...store.manifest import REMOVED_FIELDS, Manifest, ManifestWriter, Provenance, Source, removed_path
 from ...store.vectors import Int64
@@ -70,6 +71,7 @@ def assemble(
     source = Source("manifest", str(output.absolute()), embedded.provenance.content_id)
     with replacing(versions_path(source)) as temporary, temporary.open("wb") as file:
         np.save(file, np.concatenate(versions))
+    seal(versions_path(source))
     forget_work(folder)
     catalog.record(removed_path(output), removed.provenance, None)
     common = "".join(f"; {count:,} {reason}" for reason, count in reasons.most_common(3))

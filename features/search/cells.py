@@ -7,7 +7,6 @@ N vectors, D numbers a vector, K cells, G groups of cells, P nearest cells of a 
 
 import hashlib
 import math
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import console
-from ...store.arrays import allocate, kept_array, new_array
+from ...store.arrays import allocate, kept_array, new_array, seal
 from ...store.cache import cache_folder, cache_key, make_room, open_cache
 from ...store.files import replacing
 from ...store.vectors import RELEASED_ROWS, Float16, Float32, Int32, Int64, PageRelease, Stored, Vectors, release
@@ -70,12 +69,12 @@ def open_cells(pool: Vectors, seed: int, times: int = 1) -> Cells:
     paths = {name: cache_folder() / f"{key}-{name}.npy" for name in NAMES}
     if (kept := _kept(pool, num_nearest, paths)) is not None:
         console.detail(f"the cells of {Path(pool.base.path).name} are there from an earlier search")
-        for path in paths.values():
-            os.utime(path)
         return kept
     open_cache()
     make_room(len(pool) * (pool.dim * pool.array.itemsize + 6 * num_nearest + 8) + 4 * num_cells * pool.dim)
     _write(pool, *fit_centroids(pool, num_cells, seed), num_nearest, paths)
+    for path in paths.values():
+        seal(path)
     return Cells(**{name: np.load(path, mmap_mode="r") for name, path in paths.items()})
 
 

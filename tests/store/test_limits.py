@@ -4,6 +4,8 @@ import io
 import os
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -21,7 +23,7 @@ from dinov2_toolkit.models.preprocess import Preprocess, cropped_values
 from dinov2_toolkit.store import limits as module
 from dinov2_toolkit.store.files import NotRegularError, check_regular, open_regular
 from dinov2_toolkit.store.images import UnreadableImage, decode, read_array, read_bytes
-from dinov2_toolkit.store.limits import Limits, webp_size
+from dinov2_toolkit.store.limits import Limits, limits_of, webp_size
 from dinov2_toolkit.store.pixels import decode_picture
 
 
@@ -228,3 +230,18 @@ def test_files_and_what_is_missing_pass(tmp_path: Path) -> None:
         assert check_regular(tmp_path / name) == tmp_path / name
     with open_regular(tmp_path / "file") as file:
         assert file.read() == b"abc"
+
+
+def test_the_environment_sets_limits_for_all_commands() -> None:
+    assert limits_of({}) == Limits()
+    given = {"DINOV2_MAX_PIXELS": "5", "DINOV2_MAX_IMAGE_BYTES": "6", "DINOV2_IMAGE_TIMEOUT": "0.5"}
+    assert limits_of(given) == Limits(5, 6, 0.5)
+    for text in ("x", "0", "-1", "1.5", "nan"):
+        with pytest.raises(ToolkitError, match=f"DINOV2_MAX_PIXELS is '{text}', no number above 0"):
+            limits_of({"DINOV2_MAX_PIXELS": text})
+    with pytest.raises(ToolkitError, match="DINOV2_IMAGE_TIMEOUT is 'inf'"):
+        limits_of({"DINOV2_IMAGE_TIMEOUT": "inf"})
+    command = [sys.executable, "-m", "dinov2_toolkit", "--help"]
+    ended = subprocess.run(command, env={**os.environ, "DINOV2_MAX_PIXELS": "x"}, capture_output=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == b"error: DINOV2_MAX_PIXELS is 'x', no number above 0; give one, or unset it\n"
