@@ -32,6 +32,10 @@ LINES = """
     select line from (select rtrim(unnest(string_split(content, chr(10))), chr(13)) as line from read_text(file))
     where line <> ''
 """
+WRITING = frozenset(
+    "copy insert update delete merge truncate create drop alter attach detach install load set reset pragma call use"
+    " export import vacuum checkpoint prepare execute".split()
+)
 EXPLAIN = re.compile(r"^\s*explain\s+(analyze\s+)?", re.IGNORECASE)
 NOTHING = re.compile("(?!)")
 READING = {  # of types of statements other than SELECT, which `describe`, `show` and `from` are too: those that read
@@ -79,14 +83,30 @@ def select(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPy
 def restrict(connection: duckdb.DuckDBPyConnection, query: str) -> None:
     """Lock the settings of a connection, which keep it from the network, before it runs what a user wrote.
 
-    Raises ToolkitError for names of pipes, which would hang, and of missing lists.
+    Raises ToolkitError for statements in parentheses that write, for names of pipes, which would hang, and of missing
+    lists.
     """
+    if (verb := _writing_part(query)) is not None:
+        raise ToolkitError(f"{query!r} has a part that writes ({verb}); only reading is allowed")
     for name in _quoted_names(query):
         for path in (glob(name) if PATTERNS.search(name) else ()) or [name]:
             if os.path.lexists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
                 raise ToolkitError(f"{path} is no regular file; name another")
     named_lists(query)
     connection.execute("set lock_configuration = true")
+
+
+def _writing_part(query: str) -> str | None:
+    """Return the verb of a statement that writes, as in `with x as (copy ... to 'file') from x`; None without one."""
+    data = query.encode()
+    tokens = [(data[start:], kind) for start, kind in duckdb.tokenize(query) if kind != duckdb.token_type.comment]
+    for (before, _), (text, kind), (after, _) in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        word = re.match(rb"\w*", text)
+        verb = word[0].decode().lower() if word else ""
+        is_column = after[:1] in (b")", b",")  # such as sum(copy)
+        if before[:1] == b"(" and kind == duckdb.token_type.keyword and verb in WRITING and not is_column:
+            return verb
+    return None
 
 
 def _quoted_names(query: str) -> list[str]:

@@ -230,6 +230,31 @@ def test_a_query_needs_no_network(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert asked == []
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "with x as (copy (select 1) to '{}/out.csv') from x",
+        "with x as /* ( */ materialized ( -- é\n COPY (select 1) TO '{}/out.csv') from x",
+        "select 1 where 1 in (with x as (copy (select 1) to '{}/out.csv') from x)",
+        "with x as (insert into artifacts by name select 1 as id returning id) from x",
+        "explain analyze with x as (copy (select 1) to '{}/out.csv') from x",
+        "pivot (with x as (copy (select 1) to '{}/out.csv') from x) on Count using count(*)",
+    ],
+)
+def test_no_part_of_a_query_or_condition_writes(tmp_path: Path, pool: Path, query: str) -> None:
+    query = query.format(tmp_path)
+    with pytest.raises(ToolkitError, match=r"has a part that writes \((copy|insert)\); only reading"):
+        sql(query, None, False, False)
+    with pytest.raises(ToolkitError, match=r"has a part that writes \((copy|insert)\); only reading"):
+        list(rows_where(open_manifest(pool), f"1 in ({query})"))
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_words_for_writing_may_be_names(capsys: pytest.CaptureFixture[str]) -> None:
+    sql("select sum(copy), \"update\", '(copy x' from (select 1 as copy, 2 as update) group by all", None, False, False)
+    assert capsys.readouterr().out.splitlines()[1] == "1\t2\t(copy x"
+
+
 def test_a_pipe_in_a_query_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.parquet")
     pool = write_embeddings(tmp_path / "a.parquet", np.eye(2, dtype=np.float32))
