@@ -80,6 +80,21 @@ def number_classes(train: LabelledSplit, test: LabelledSplit) -> list[LabelledSp
     return [replace(split, classes=np.array(of_split)) for split, of_split in zip((train, test), labels, strict=True)]
 
 
+def warn_of_shared(train: LabelledSplit, test: LabelledSplit) -> None:
+    """Say how many test images are training images too, by their uris, or by their bytes where manifests know them."""
+    keys = [[split.uris] for split in (train, test)]
+    for split, own in zip((train, test), keys, strict=True):
+        if split.manifest is not None and "image_id" in split.manifest.names():
+            own.append(split.manifest.read(["image_id"]).column("image_id").take(split.rows).to_pylist())
+    shared = np.zeros(len(test.uris), np.bool_)
+    for of_train, of_test in zip(*keys, strict=False):
+        known = set(of_train) - {None}
+        shared |= [key in known for key in of_test]
+    if shared.any():
+        of_all = f"{shared.sum():,} of {len(shared):,}"
+        console.warn(f"{of_all} test images are training images too; leave them out, or the scores are too good")
+
+
 def split_features(
     split: LabelledSplit, model: FeatureModel | None, batch_size: int, num_workers: int | None
 ) -> tuple[Float32, Int64, list[str]]:
@@ -112,6 +127,11 @@ def extract_split(
         closing(extract(model, uris, batch_size=batch_size, num_workers=num_workers)) as batches,
     ):
         for batch in batches:
+            if not batch.features.isfinite().all():
+                first = uris[batch.indices[0]]
+                raise ToolkitError(
+                    f"features of {model.source.path} are not finite, first near {first}; name another --model"
+                )
             yield batch
             failures += batch.failures
             advance(len(batch.indices) + len(batch.failures))

@@ -79,7 +79,10 @@ class PatchModel:
     def patch_tokens(self, picture: Picture) -> Tensor:
         """Return the patch tokens of what `read` returned, (N, D) float32, row by row."""
         features = forward(self.backbone, self.model.preprocess, pixels_of(picture), best_device())
-        return features.patch_tokens[0].float().cpu()
+        tokens = features.patch_tokens[0].float().cpu()
+        if not tokens.isfinite().all():
+            raise ToolkitError(f"the patch tokens of {self.model.source.path} are not finite; name another --model")
+        return tokens
 
     def grid(self, picture: Picture) -> tuple[int, int]:
         """Return how many patches an image has down and across."""

@@ -17,7 +17,7 @@ from ..store import artifact
 from ..store.artifact import Options, Result, check_manifest_name
 from ..store.manifest import Provenance, Source, open_manifest
 from .knn import measure_knn
-from .labelled import LabelledSplit, number_classes, open_split, short_name, split_features
+from .labelled import LabelledSplit, number_classes, open_split, short_name, split_features, warn_of_shared
 from .linear import BLOCKS, measure_linear
 from .logreg import measure_logreg
 from .masks import MaskedSplit, open_masked_split
@@ -61,6 +61,7 @@ def probe(train: str, test: str, output: str, settings: ProbeSettings, options: 
         from_images = bool(settings.models) or "segment" in methods
         wanted = path, settings.labels, options.limit, from_images
         labelled = number_classes(*(open_split(role, name, *wanted) for role, name in names.items()))
+        warn_of_shared(*labelled)
     if "segment" in methods:
         masked = [open_masked_split(role, name, settings.masks, options.limit) for role, name in names.items()]
     splits = labelled or masked

@@ -127,7 +127,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -
     """Give a module on the meta device copies, in float32, of exactly the tensors it has names and shapes for.
 
     Raises:
-        ToolkitError: if any tensor is missing, unexpected or of another shape; it names them.
+        ToolkitError: if any tensor is missing, unexpected, of another shape or not finite; it names them.
     """
     expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
     problems = {
@@ -143,6 +143,8 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -
     if found:
         raise ToolkitError(f"{name} does not fit: {found}. Name weights of this architecture")
     copies = {key: tensors[key].detach().to(torch.float32, copy=True) for key in expected}
+    if broken := [key for key, tensor in copies.items() if not torch.isfinite(tensor.sum())]:  # NaN and infinity stay
+        raise ToolkitError(f"{name} holds numbers that are not finite ({listed(broken)}); fetch or train it again")
     module.load_state_dict(copies, assign=True)
 
 

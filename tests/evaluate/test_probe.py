@@ -319,3 +319,18 @@ def test_the_best_accuracy_is_all_that_stdout_says(
     assert cli.run() == 0
     assert [row["value"] for row in rows()] == [0.0, 2 / 3]
     assert capsys.readouterr().out == "0.6667\n"
+
+
+def test_test_images_that_are_training_images_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    train = embedded("train", [0, 10, 90, 100], ["a", "a", "b", "b"])
+    apart = write_embeddings(Path("apart.parquet"), points(1, 91), labels=["a", "b"], image_ids=["f" * 32, "e" * 32])
+    measure(train, str(apart), options=Options(force=True))
+    warning = "test images are training images too; leave them out, or the scores are too good"
+    assert warning not in capsys.readouterr().err
+    measure(train, train, options=Options(force=True))
+    assert f"4 of 4 {warning}" in capsys.readouterr().err
+    moved = pq.read_table(train)
+    moved = moved.set_column(moved.column_names.index("uri"), "uri", pa.array([f"/moved/{row}" for row in range(4)]))
+    pq.write_table(moved.slice(1), "moved.parquet")  # the same bytes by other names
+    measure(train, "moved.parquet", options=Options(force=True))
+    assert f"3 of 3 {warning}" in capsys.readouterr().err

@@ -468,3 +468,11 @@ def test_a_pipe_is_no_weights_file(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
         with pytest.raises(ToolkitError, match="cannot read weights .*: a named pipe; check the path"):
             load_backbone(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
+    tensors = {key: tensor.clone() for key, tensor in build_vit("vit_tiny", patch_size=4).state_dict().items()}
+    tensors["blocks.1.attn.qkv.weight"][5, 7] = value
+    with pytest.raises(ToolkitError, match=r"holds numbers that are not finite \(blocks\.1\.attn\.qkv\.weight\)"):
+        load_backbone(tensors)
