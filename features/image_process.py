@@ -4,6 +4,8 @@
 its threads. Server and workers end when the command does.
 """
 
+import ctypes
+import gc
 import os
 import pickle
 import resource
@@ -25,12 +27,16 @@ from .extract import reading  # noqa: F401  # every worker would import it other
 INDEX = struct.Struct("<q")  # at the start of the shared memory: which of its items a worker is at
 NO_ITEM = -1
 ALIGNMENT = 64  # bytes, of what lies in the shared memory
-CLAIM, RESULT = b"c", b"r"  # how messages of a worker begin: it wants memory, or is done
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+KEPT_BYTES = 32 << 20  # the most that glibc takes for both
+CLAIM = b"claim "  # how a message begins that asks for memory; the others are results
 
 
 def serve(control_fd: int) -> NoReturn:
     """Fork a worker for every message with a socket and a file of shared memory; answer its process id, or -errno."""
     images.formats()
+    _keep_freed_memory()
+    gc.freeze()  # what was imported stays, and pages that no worker writes are shared
     control = socket.socket(fileno=control_fd)
     children: set[int] = set()
     while True:
@@ -87,7 +93,7 @@ def _answer(connection: Connection, memory: mmap) -> None:
         for index, item in enumerate(pickle.loads(connection.recv_bytes())):
             INDEX.pack_into(memory, 0, index)
             results.append(_attempt(function, item, most))
-        connection.send_bytes(RESULT + _packed(results, memory))
+        connection.send_bytes(_packed(results, memory))
 
 
 def _attempt(function: Callable[[bytes], Any], item: str | bytes, most: limits.Limits) -> Any:
@@ -100,7 +106,7 @@ def _attempt(function: Callable[[bytes], Any], item: str | bytes, most: limits.L
 
 
 def _packed(results: list[Any], memory: mmap) -> bytes:
-    """Return a message for `unpacked`: the arrays lie in the shared memory if they fit, else in the message."""
+    """Return a message of results; their arrays lie in the shared memory, at places (start, size), if they fit."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(results, 5, buffer_callback=buffers.append)
     places, end = [], ALIGNMENT
@@ -111,6 +117,13 @@ def _packed(results: list[Any], memory: mmap) -> bytes:
         places.append((end, view.nbytes))
         end += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
     return pickle.dumps((head, places), 5)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what an image took for the next one; the kernel would clear every page again."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(parameter, KEPT_BYTES)
 
 
 def _restrict(most: limits.Limits) -> None:

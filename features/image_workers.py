@@ -4,14 +4,10 @@ A thread asks a process for a few images at a time. If the process dies or takes
 it was at is unreadable, with its reason.
 """
 
-import atexit
 import os
 import pickle
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,11 +23,10 @@ import numpy as np
 from ..errors import ToolkitError
 from ..store.images import UnreadableImage, read_bytes
 from ..store.limits import DEFAULT_LIMITS, Limits
-from ..store.memory import memory_budget
-from .image_process import CLAIM, INDEX, NO_ITEM, RESULT
+from .image_process import CLAIM, INDEX, NO_ITEM
+from .image_server import room, server, shared_file
 
-SHARED_BYTES = 16 << 20  # chosen: of a worker, for pixels; larger results come through its socket
-TICK_S = 0.25  # chosen: how often a worker that is silent is looked at
+TICK_S = 0.25  # chosen: how often it is looked which image a process is at
 START_S = 60.0  # chosen: for which a worker may take to start, on a busy machine
 MAX_STARTS = 5  # of a worker that ends before it begins with an image
 
@@ -50,7 +45,7 @@ def image_workers(
 
     Args:
         function: of an image's encoded bytes; can be pickled, and its module imports no torch.
-        num_workers: processes; more threads wait for one another.
+        num_workers: processes. With more threads than that, the next images are at hand when a process is done.
         limits: what one image may cost.
     """
     task = pickle.dumps((function, limits), 5)
@@ -60,19 +55,25 @@ def image_workers(
         idle.put(worker)
 
     def read(uris: Sequence[str]) -> list[R | UnreadableImage]:
+        items = [_sent(uri, limits) for uri in uris]  # before a process is taken, which meanwhile reads others
         worker = idle.get()
         try:
-            return worker.read(uris)
+            return worker.read(items)
         finally:
             idle.put(worker)
 
+    is_over = threading.Event()
+    watch = threading.Thread(target=_watch, args=[workers, is_over], name="image-timeout", daemon=True)
+    watch.start()
     try:
         yield read
     finally:
+        is_over.set()
         for worker in workers:
             worker.stop()
         for worker in workers:
             worker.close()
+        watch.join()
 
 
 def read_in_order(function: Callable[[bytes], R], uris: Iterable[str | None]) -> Iterator[R | UnreadableImage]:
@@ -103,17 +104,21 @@ class Worker(Generic[R]):
         self._lock = threading.Lock()  # held while it reads
         self._is_closed = False
         self._process: int | None = None
-        self._claimed = 0
+        self._memory = mmap(-1, INDEX.size)
+        self._clock = threading.Lock()  # held to change what follows
+        self._is_timed = False
+        self._index, self._waited_s = NO_ITEM, 0.0  # which item it is at, and for how long
+        self._reason: str | None = None  # why it was ended
 
-    def read(self, uris: Sequence[str]) -> list[R | UnreadableImage]:
-        """Return what became of every image."""
+    def read(self, items: Sequence[str | bytes | UnreadableImage]) -> list[R | UnreadableImage]:
+        """Return what became of every image, given by its name or its bytes; of what is unreadable already, itself."""
         results: dict[int, R | UnreadableImage] = {}
-        left: list[tuple[int, str | bytes]] = []  # position and what is sent
-        for position, uri in enumerate(uris):
-            try:
-                left.append((position, _sent(uri, self._limits)))
-            except UnreadableImage as problem:
-                results[position] = problem
+        left: list[tuple[int, str | bytes]] = []  # position and item
+        for position, item in enumerate(items):
+            if isinstance(item, UnreadableImage):
+                results[position] = item
+            else:
+                left.append((position, item))
         suspect: int | None = None  # what a process died of is tried once more: it may have been ended for memory
         num_starts = 0
         with self._lock:
@@ -137,7 +142,7 @@ class Worker(Generic[R]):
                         continue
                     reason = "its decoder crashed, or took more memory than there is"
                     results[position] = UnreadableImage(lost.reason or reason)
-        return [results[position] for position in range(len(uris))]
+        return [results[position] for position in range(len(items))]
 
     def _ask(self, items: list[str | bytes]) -> list[R | UnreadableImage]:
         """Have the process read some images; raise _LostError when it dies, or is at one of them for too long."""
@@ -148,45 +153,52 @@ class Worker(Generic[R]):
         if self._is_closed:  # meanwhile
             raise CancelledError
         INDEX.pack_into(self._memory, 0, NO_ITEM)
+        self._time(True)
+        claimed = 0
         try:
             self._connection.send_bytes(pickle.dumps(items, 5))
-            while (message := self._next_message())[:1] == CLAIM:
-                room.give(self._claimed)
-                self._claimed = room.take(INDEX.unpack(message[1:])[0])
+            while (message := self._connection.recv_bytes()).startswith(CLAIM):
+                self._time(False)  # others have the memory that it waits for
+                room.give(claimed)
+                claimed = room.take(INDEX.unpack_from(message, len(CLAIM))[0])
+                self._time(True)
                 self._connection.send_bytes(b"")
         except (EOFError, OSError):
-            raise self._lost(None) from None
+            self._end()
+            index = INDEX.unpack_from(self._memory)[0]
+            raise _LostError(index, self._reason if index == self._index else None) from None
         finally:
-            room.give(self._claimed)
-            self._claimed = 0
-        assert message[:1] == RESULT
-        head, places = pickle.loads(memoryview(message)[1:])
-        buffers = [np.frombuffer(self._memory, np.uint8, size, start).copy() for start, size in places]
-        found: list[R | UnreadableImage] = pickle.loads(head, buffers=buffers)
+            self._time(False)
+            room.give(claimed)
+        head, places = pickle.loads(message)
+        arrays = [np.frombuffer(self._memory, np.uint8, size, start).copy() for start, size in places]
+        found: list[R | UnreadableImage] = pickle.loads(head, buffers=arrays)
         return found
 
-    def _next_message(self) -> bytes:
-        index, waited_s, last = NO_ITEM, 0.0, time.monotonic()
-        while not self._connection.poll(TICK_S):
-            now = time.monotonic()
-            waited_s += min(now - last, 2 * TICK_S)  # time in which this process itself was stopped does not count
-            last = now
-            if (present := INDEX.unpack_from(self._memory)[0]) != index:
-                index, waited_s = present, 0.0
-            elif waited_s > (START_S if index == NO_ITEM else self._limits.image_timeout):
-                raise self._lost(f"not decoded within --image-timeout {self._limits.image_timeout:g} seconds")
-        return self._connection.recv_bytes()
+    def _time(self, is_timed: bool) -> None:
+        """Begin or end to count the time that the process takes."""
+        with self._clock:
+            self._is_timed, self._index, self._waited_s = is_timed, NO_ITEM, 0.0
+            if is_timed:
+                self._reason = None
 
-    def _lost(self, reason: str | None) -> _LostError:
-        index = INDEX.unpack_from(self._memory)[0]
-        self._end()
-        return _LostError(index, reason)
+    def check_time(self, passed_s: float) -> None:
+        """Count time that has passed, and end the process if it has been at one image for too long."""
+        with self._clock:
+            if not self._is_timed:
+                return
+            self._waited_s += passed_s
+            if (index := INDEX.unpack_from(self._memory)[0]) != self._index:
+                self._index, self._waited_s = index, 0.0
+            elif self._waited_s > (START_S if index == NO_ITEM else self._limits.image_timeout):
+                self._reason = f"not decoded within --image-timeout {self._limits.image_timeout:g} seconds"
+                self._kill()
 
     def _start(self) -> None:
         """Start a process with a socket and shared memory of its own."""
         ours, theirs = socket.socketpair()
-        with theirs, _shared_file() as memory_fd:
-            self._memory = mmap(memory_fd, SHARED_BYTES)
+        with theirs, shared_file() as memory_fd:
+            self._memory = mmap(memory_fd, 0)
             self._connection = Connection(ours.detach())
             self._process = server.fork(theirs.fileno(), memory_fd)
         with suppress(OSError):  # it has died; the next message says so
@@ -214,124 +226,22 @@ class Worker(Generic[R]):
                 self._end()
 
 
-def _sent(uri: str, limits: Limits) -> str | bytes:
-    """Return what a worker is sent of an image: its name, or its bytes where many images share the work to read them.
+def _watch(workers: list[Worker[R]], is_over: threading.Event) -> None:
+    """Count the time that processes take, until the event is set."""
+    last = time.monotonic()
+    while not is_over.wait(TICK_S):
+        now = time.monotonic()
+        for worker in workers:
+            worker.check_time(min(now - last, 2 * TICK_S))  # time in which this process was stopped does not count
+        last = now
 
-    Raises UnreadableImage when these cannot be read.
-    """
+
+def _sent(uri: str, limits: Limits) -> str | bytes | UnreadableImage:
+    """Return what a worker is sent: an image's name, or its bytes where many images share the work to read them."""
     scheme, separator, _ = uri.partition("://")
     if separator and scheme == "parquet":
-        return read_bytes(uri, limits)
+        try:
+            return read_bytes(uri, limits)
+        except UnreadableImage as problem:
+            return problem
     return uri if separator and "/" not in scheme else os.path.abspath(uri)
-
-
-@contextmanager
-def _shared_file() -> Iterator[int]:
-    """Yield a file without a name to be shared as memory."""
-    if hasattr(os, "memfd_create"):
-        file = os.memfd_create("images", os.MFD_CLOEXEC)
-    else:
-        with tempfile.TemporaryFile() as named:
-            file = os.dup(named.fileno())
-    try:
-        os.ftruncate(file, SHARED_BYTES)
-        yield file
-    finally:
-        os.close(file)
-
-
-class Room:
-    """The memory that images take which are decoded at the same time."""
-
-    def __init__(self) -> None:
-        self._is_freed = threading.Condition()
-        self._size = self._free = memory_budget(None)
-
-    def take(self, num_bytes: int) -> int:
-        """Wait until so many bytes are free, or all for what takes more, and return how many were taken."""
-        num_bytes = min(num_bytes, self._size)
-        with self._is_freed:
-            self._is_freed.wait_for(lambda: self._free >= num_bytes)
-            self._free -= num_bytes
-        return num_bytes
-
-    def give(self, num_bytes: int) -> None:
-        """Give back what was taken."""
-        with self._is_freed:
-            self._free += num_bytes
-            self._is_freed.notify_all()
-
-
-class Server:
-    """The process that forks the workers, started when the first is needed; ends with this one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._control: socket.socket | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it ahead, to be ready when the first worker is needed."""
-        with self._lock:
-            self._start()
-
-    def fork(self, *descriptors: int) -> int:
-        """Return the process id of a new worker that has these files."""
-        with self._lock:
-            for _ in range(2):  # it may have been ended
-                control = self._start()
-                try:
-                    socket.send_fds(control, [b"f"], list(descriptors))
-                    answer = control.recv(INDEX.size)
-                except OSError:
-                    answer = b""
-                if answer:
-                    process: int = INDEX.unpack(answer)[0]
-                    break
-                self._stop()
-            else:
-                raise ToolkitError("the process that decodes images does not start; see the message above")
-        if process < 0:
-            raise ToolkitError(f"no process can be started to decode images ({os.strerror(-process)}); end others")
-        return process
-
-    def _start(self) -> socket.socket:
-        if self._control is None:
-            self._control, theirs = socket.socketpair()
-            module = f"{__package__}.image_process"
-            code = f"import sys; sys.path[:] = {sys.path!r}; from {module} import serve; serve({theirs.fileno()})"
-            # Threads of NumPy's would have to be forked.
-            environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", code],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,  # which carries the result of the command
-                    pass_fds=[theirs.fileno()],
-                    env=environment,
-                    start_new_session=True,  # Ctrl-C is for this process alone
-                )
-        return self._control
-
-    def _stop(self) -> None:
-        if self._control is not None and self._process is not None:
-            self._control.close()
-            with suppress(subprocess.TimeoutExpired):  # a worker may hang in a read that nothing ends
-                self._process.wait(timeout=5)
-        self._control = None
-
-    def stop(self) -> None:
-        """End it and all workers."""
-        with self._lock:
-            self._stop()
-
-    def forget(self) -> None:
-        """Leave it to the process that this one was forked from."""
-        if self._control is not None:
-            self._control.close()
-        self.__init__()  # type: ignore[misc]  # the lock may be held by a thread that does not exist here
-
-
-room, server = Room(), Server()
-atexit.register(server.stop)
-os.register_at_fork(after_in_child=server.forget)

@@ -61,16 +61,14 @@ class ParquetRows:
         Raises OSError or pyarrow's ArrowInvalid when the file cannot be read, LookupError when it has no such column
         or row, TypeError when the column does not hold bytes, UnreadableImage when they are too many.
         """
-        with open_regular(path) as opened:
-            status = os.fstat(opened.fileno())
+        status = os.stat(path)
         key = (path, status.st_mtime_ns, status.st_size)
         with self._lock:
             file = self._open(key)
             if row >= file.first_rows[-1]:
                 raise LookupError(f"there is no row {row}; the file has {file.first_rows[-1]}")
             group = bisect_right(file.first_rows, row) - 1
-            _check_size(file.parquet.metadata.row_group(group), column, limits)
-            piece = self._find(file, (key, column, group), row)
+            piece = self._find(file, (key, column, group), row, limits)
         value = piece.values[row - piece.first_row]
         if not value.is_valid:
             return None
@@ -78,12 +76,15 @@ class ParquetRows:
         check_bytes(buffer.size, limits)
         return bytes(buffer)
 
-    def _find(self, file: OpenFile, group: GroupKey, row: int) -> Piece:
+    def _find(self, file: OpenFile, group: GroupKey, row: int, limits: Limits) -> Piece:
         for key, piece in reversed(self._pieces.items()):  # few, and nearly always the newest
             if key[0] == group and row in piece:
                 self._pieces.move_to_end(key)
                 return piece
-        for stream in (self._streams.pop(group, iter(())), _decode(file, *group[1:])):  # go on, else from the start
+        for stream in (
+            self._streams.pop(group, iter(())),
+            _decode(file, *group[1:], limits),
+        ):
             for piece in stream:
                 self._pieces[group, piece.first_row] = piece
                 while len(self._pieces) > 1 and sum(kept.values.nbytes for kept in self._pieces.values()) > CACHE_BYTES:
@@ -115,20 +116,22 @@ def _check_size(group: pq.RowGroupMetaData, column: str, limits: Limits) -> None
 
 
 def _open(key: FileKey) -> OpenFile:
+    open_regular(key[0]).close()
     # A row group may exceed the memory: it is read through a buffer, and not in advance.
     parquet = pq.ParquetFile(Path(key[0]), pre_buffer=False, buffer_size=1 << 20)
     sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     return OpenFile(parquet, list(accumulate(sizes, initial=0)))
 
 
-def _decode(file: OpenFile, column: str, group: int) -> Iterator[Piece]:
-    """Yield a column of a row group in pieces."""
+def _decode(file: OpenFile, column: str, group: int, limits: Limits) -> Iterator[Piece]:
+    """Yield a column of a row group in pieces; raise UnreadableImage where that would take too much memory."""
     schema = file.parquet.schema_arrow
     if schema.get_field_index(column) < 0:
         raise LookupError(f"there is no column {column!r}")
     is_struct = pa.types.is_struct(schema.field(column).type)
     leaf = f"{column}.bytes" if is_struct else column
     metadata = file.parquet.metadata.row_group(group)
+    _check_size(metadata, column, limits)
     chunks = [metadata.column(index) for index in range(metadata.num_columns)]
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)
     piece_rows = max(1, metadata.num_rows * PIECE_BYTES // max(size, PIECE_BYTES))

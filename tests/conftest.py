@@ -11,7 +11,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 from dinov2_toolkit import console  # noqa: E402
-from dinov2_toolkit.features.image_workers import server  # noqa: E402
+from dinov2_toolkit.features.image_server import server  # noqa: E402
 from dinov2_toolkit.tests import bad_decoders  # noqa: E402
 from dinov2_toolkit.tests.browser import chromium, open_page  # noqa: E402, F401
 

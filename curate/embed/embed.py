@@ -18,7 +18,7 @@ from pathlib import Path
 from ... import console
 from ...errors import Stopped, ToolkitError
 from ...features.extract.extract import FeatureModel, best_device, precision
-from ...features.image_workers import server
+from ...features.image_server import server
 from ...features.launch import Group, caught_signals, is_launched, join_group, launch
 from ...store.artifact import Options, Result, check_manifest_name, make, read_run_provenance
 from ...store.manifest import Provenance, removed_path

@@ -23,7 +23,7 @@ from ..threads import map_in_order
 from .reading import ImageFacts, Loaded, Reading, Tiling, load
 from .windows import Layout
 
-TASK_IMAGES = 8  # chosen: images a process decodes at a time, so that small ones do not drown in hand-overs
+TASK_IMAGES = 16  # chosen: images a process decodes at a time, so that small ones do not drown in hand-overs
 
 Task = list[tuple[int, str | None]]  # uris with their numbers
 
@@ -63,7 +63,7 @@ def load_batches(
 
     batch, images, start = ImageBatch(), list[Loaded](), time.perf_counter()
     with (
-        ThreadPoolExecutor(num_workers, thread_name_prefix="decode", initializer=spin_less) as executor,
+        ThreadPoolExecutor(2 * num_workers, thread_name_prefix="decode", initializer=spin_less) as executor,
         image_workers(function, num_workers, asked.limits) as read,
     ):
         ahead = 2 * batch_size // TASK_IMAGES + 2 * num_workers  # tasks

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2_toolkit.features import image_workers as module
-from dinov2_toolkit.features.image_workers import Room, image_workers, server
+from dinov2_toolkit.features import image_server as module
+from dinov2_toolkit.features.image_server import Room, server
+from dinov2_toolkit.features.image_workers import image_workers
 from dinov2_toolkit.store.images import UnreadableImage
 from dinov2_toolkit.store.limits import Limits
 from dinov2_toolkit.tests import bad_decoders
@@ -165,7 +166,8 @@ def test_no_process_is_left_when_the_command_dies(tmp_path: Path, end: signal.Si
     program = f"""
 import sys; sys.path[:] = {sys.path!r}
 from dinov2_toolkit.tests import bad_decoders
-from dinov2_toolkit.features.image_workers import image_workers, server
+from dinov2_toolkit.features.image_server import server
+from dinov2_toolkit.features.image_workers import image_workers
 server.start(); print(server._process.pid, flush=True)
 with image_workers(bad_decoders.behave, 1) as read:
     read([{str(tmp_path / "hang")!r}])

@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from torch import Tensor
 
 from dinov2_toolkit.curate.embed import embed, parts
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
@@ -21,6 +21,8 @@ from dinov2_toolkit.curate.embed.filters import Filters
 from dinov2_toolkit.curate.embed.parts import finished_parts, read_arrow, work_folder
 from dinov2_toolkit.errors import Stopped, ToolkitError
 from dinov2_toolkit.features.extract import extract
+from dinov2_toolkit.features.extract.decoding import ImageBatch
+from dinov2_toolkit.features.extract.extract import FeatureModel
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.cache import cache_folder
 
@@ -70,19 +72,17 @@ def embedded(sources: list[str], settings: EmbedSettings, **options: bool) -> No
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Collect how many images every forward pass has; SIGTERM comes where `stop_after` says."""
+    """Collect how many images every batch has; SIGTERM comes where `stop_after` says."""
     counts: list[int] = []
-    forward = extract.forward
+    forward_batch = extract._forward_batch
 
-    def counting(*arguments: object) -> object:
-        pixels = arguments[2]
-        assert isinstance(pixels, Tensor)
-        counts.append(len(pixels))
+    def counting(model: FeatureModel, batch: ImageBatch, *arguments: Any) -> object:
+        counts.append(len(batch.pixels))
         if len(counts) == int(os.environ.get("STOP_AFTER", 0)):
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward(*arguments)  # type: ignore[arg-type]
+        return forward_batch(model, batch, *arguments)
 
-    monkeypatch.setattr(extract, "forward", counting)
+    monkeypatch.setattr(extract, "_forward_batch", counting)
     return counts
 
 
