@@ -70,13 +70,35 @@ Threads = Annotated[
 NumWorkers = Annotated[
     int | None, option(ADVANCED, "Processes that decode images.", "--num-workers", min=1, default="one a core")
 ]
-MaxPixels = Annotated[int, option(FILTERS, "Leave out images of more pixels.", "--max-pixels", min=1, metavar="N")]
+MaxPixels = Annotated[
+    int,
+    option(
+        FILTERS,
+        "Leave out images of more pixels; $DINOV2_MAX_PIXELS for all commands.",
+        "--max-pixels",
+        min=1,
+        metavar="N",
+    ),
+]
 MaxImageBytes = Annotated[
-    int, option(FILTERS, "Leave out images whose file or row is larger.", "--max-image-bytes", min=1, metavar="N")
+    int,
+    option(
+        FILTERS,
+        "Leave out images whose file or row is larger; $DINOV2_MAX_IMAGE_BYTES for all commands.",
+        "--max-image-bytes",
+        min=1,
+        metavar="N",
+    ),
 ]
 ImageTimeout = Annotated[
     float,
-    option(FILTERS, "Leave out images that take longer to decode.", "--image-timeout", min=0.1, metavar="SECONDS"),
+    option(
+        FILTERS,
+        "Leave out images that take longer to decode; $DINOV2_IMAGE_TIMEOUT for all commands.",
+        "--image-timeout",
+        min=0.1,
+        metavar="SECONDS",
+    ),
 ]
 SHARED: dict[str, tuple[Any, Any]] = {  # name -> annotation, default
     "limit": (Limit, None),

@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -257,6 +258,18 @@ def tables(folder: Path, cells: Sequence[Cell]) -> str:
     return f"{table((*shared, 'difference', *METHODS.values()), differences)}\n\n{table(header, means)}"
 
 
+def end_with_parent() -> None:
+    """Let this process end with the one that started it, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
     """Train, score and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -266,7 +279,7 @@ def main() -> None:
     folder: Path = args.folder
     os.environ["OMP_NUM_THREADS"] = "1"  # of the two processes, which read it when they start
     cells = CELLS + LONG_CELLS if args.long else CELLS
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         prepared = {share: pool.submit(prepare, folder, share) for share in dict.fromkeys(cell.share for cell in cells)}
         roads = []
         others = cells if args.long else CELLS[:1]

@@ -1,6 +1,10 @@
 """The arithmetic and the tables of benchmarks/curation.py."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,3 +37,28 @@ def test_the_tables_have_what_all_seeds_finished(tmp_path: Path) -> None:
     assert "| 90% | 300 | raw pool | 100 | 50.0% | 1.000 | 50.0 ± 0.0 | 58.0 ± 2.0 |" in lines
     assert "| 90% | 300 | union (curated) | 100 | 50.0% | 1.000 | 54.0 ± 2.0 | 58.0 ± 2.0 |" in lines
     assert len(lines) == 8  # two headers with their rules, an empty line, three rows
+
+
+POOL = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from dinov2_toolkit.benchmarks.curation import end_with_parent
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(60)
+"""
+
+
+def test_no_process_is_left_when_the_benchmark_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "pool.py").write_text(POOL)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.terminate()
+    parent.communicate()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
