@@ -6,7 +6,8 @@ Torch, FAISS, Arrow and NumPy's BLAS take as many threads as OMP_NUM_THREADS say
 import math
 import os
 import sys
-from pathlib import Path
+
+from .store.memory import cgroup_values
 
 THREADS = "OMP_NUM_THREADS"
 # Threads wait for one another at the end of every parallel loop. By default they spin there for milliseconds, and where
@@ -55,21 +56,8 @@ def usable_cores() -> int:
     return count if _asked is None else min(count, _asked)
 
 
-def cgroup_quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+def cgroup_quota() -> float:
     """Return how many cores' time the kernel gives to this process, as in a container; infinite if it sets no limit."""
-    least = math.inf
-    for line in own.read_text().splitlines() if own.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        is_v1 = "cpu" in controllers.split(",")
-        if controllers and not is_v1:
-            continue
-        folder = groups / ("cpu" if is_v1 else "")
-        for group in (folder / path.strip("/"), *(folder / path.strip("/")).parents):
-            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_v1 else ("cpu.max",)
-            files = [group / name for name in names]
-            if not all(file.exists() for file in files):
-                continue  # not mounted here, as within a container
-            quota, period = " ".join(file.read_text() for file in files).split()
-            if quota not in ("max", "-1"):
-                least = min(least, int(quota) / int(period))
-    return least
+    values = [value.partition(" ") for value in cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us")]
+    # Quota and period; v1 has the period in another file, and this is the usual one. No limit is "max" or -1.
+    return min([math.inf, *(int(quota) / int(period or 100_000) for quota, _, period in values if quota.isdigit())])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any  # of values that came as JSON
 
+from ..cores import cgroup_quota
 from ..errors import ToolkitError
 from ..store.files import temporary_name
 from ..store.memory import SHARE, cgroup_values, machine_memory
@@ -77,7 +78,7 @@ def gpu_findings(torch: dict[str, Any] | str, faiss: dict[str, Any] | str) -> It
 def limit_findings() -> Iterator[Finding]:
     """Yield the cores, memory and files that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    granted = min([float(cores), *_cpu_quotas()])
+    granted = min(float(cores), cgroup_quota())
     found, to_do = f"{cores} of {os.cpu_count()} usable", ""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if granted < cores:
@@ -100,14 +101,6 @@ def limit_findings() -> Iterator[Finding]:
         room = shutil.disk_usage(shared)
         found = f"/dev/shm has {room.free / GIB:.1f} GiB free of {room.total / GIB:.1f}; only several GPUs need it"
         yield Finding("shared memory", found, figures={"free_bytes": room.free, "total_bytes": room.total})
-
-
-def _cpu_quotas() -> Iterator[float]:
-    """Yield of how many cores this process may use the time, by each of its control groups that has a limit."""
-    for value in cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us"):
-        quota, _, period = value.partition(" ")
-        if quota.isdigit():  # no "max", and no -1
-            yield int(quota) / int(period or 100_000)  # v1 has the period in another file; this is the usual one
 
 
 def _free_memory() -> int:
