@@ -3,12 +3,14 @@
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 # Control characters, line and paragraph separators, marks of direction, and bytes of names that are not UTF-8.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST = 10_000  # chosen: characters of a message, for labels of others may have any number
+RATE_SECONDS = 60.0  # chosen: the rate that is shown, and what is left by it, are of the last so many seconds
 LOG_INTERVAL_S = 10.0  # chosen: how often a progress line is written where stderr is no terminal
 
 _verbosity = 1  # 0: errors only, 1: messages, 2: details
@@ -81,20 +83,24 @@ def progress(description: str | None, total: int, unit: str) -> Iterator[Callabl
     if _verbosity < 1 or description is None:
         yield lambda count=1, note="": None
         return
-    start = time.monotonic()
-    done = 0
+    done, points = 0, deque([(time.monotonic(), 0)])  # when, and how many were done then
     with (_bar if sys.stderr.isatty() else _log_lines)(description, total, unit) as show:
 
         def advance(count: int = 1, note: str = "") -> None:
             nonlocal done
             done += count
-            seconds = max(time.monotonic() - start, 1e-9)
-            show(done, seconds, f"{done / seconds:,.1f} {unit}/s", note)
+            now = time.monotonic()
+            while len(points) > 1 and now - points[1][0] >= RATE_SECONDS:
+                points.popleft()
+            since, done_then = points[0]
+            show(done, max(done - done_then, 1e-9) / max(now - since, 1e-9), note)
+            if now - points[-1][0] >= RATE_SECONDS / 60:
+                points.append((now, done))
 
         yield advance
 
 
-Show = Callable[[int, float, str, str], None]  # takes the number done, the seconds since the start, rate and note
+Show = Callable[[int, float, str], None]  # takes the number done, the rate a second and a note
 
 
 @contextmanager
@@ -112,18 +118,20 @@ def _bar(description: str, total: int, unit: str) -> Iterator[Show]:
     )
     with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total, rate="", note="")
-        yield lambda done, seconds, rate, note: bar.update(task, completed=done, rate=rate, note=note)
+        yield lambda done, rate, note: bar.update(task, completed=done, rate=f"{rate:,.1f} {unit}/s", note=note)
 
 
 @contextmanager
 def _log_lines(description: str, total: int, unit: str) -> Iterator[Show]:
-    last = 0.0
+    last = time.monotonic()
 
-    def show(done: int, seconds: float, rate: str, note: str) -> None:
+    def show(done: int, rate: float, note: str) -> None:
         nonlocal last
-        if seconds - last >= LOG_INTERVAL_S:
-            last = seconds
-            left_s = seconds / done * max(total - done, 0)
-            _write(f"{description}: {done:,} of {total:,} {unit}, {rate}, {left_s:.0f} s left {note}".rstrip())
+        now = time.monotonic()
+        if now - last >= LOG_INTERVAL_S:
+            last = now
+            left_s = max(total - done, 0) / rate
+            text = f"{done:,} of {total:,} {unit}, {rate:,.1f} {unit}/s, {left_s:.0f} s left {note}"
+            _write(f"{description}: {text}".rstrip())
 
     yield show
