@@ -21,7 +21,7 @@ from ..store import catalog, tables
 from ..store.artifact import Options
 from ..store.image_columns import has_images, image_batches, image_schema
 from ..store.manifest import IMAGE_FIELDS, ROW_FIELD, Manifest, Source, open_manifest
-from ..store.vectors import Float32, Int64, Vectors, base_rows, locate_vectors, open_vectors, scratch_size
+from ..store.vectors import Float32, Int64, Vectors, checked_rows, locate_vectors, open_vectors, scratch_size
 
 FLOPS_A_CORE = 5e10  # measured: float32 products on an AVX2 core
 PLAIN_MODELS = ("pixels", "copy")  # their vectors compare appearance, not content
@@ -200,7 +200,7 @@ def _rows_of_base(source: Input, limit: int | None) -> Int64 | pa.Array:
     """Return the rows of its base that a manifest refers to; its own rows where it has vectors, or no base."""
     if "embedding" in source.manifest.names() or source.base() is None:
         return np.arange(source.manifest.num_rows)[:limit]
-    return base_rows(source.manifest, limit)
+    return checked_rows(source.manifest, limit)
 
 
 def check_same_model(one: Input, other: Input) -> None:

@@ -216,6 +216,8 @@ def rows_where(manifest: Manifest, condition: str) -> Iterator[pa.RecordBatch]:
                 order by 1
             """
             try:
+                if (num := len(connection.extract_statements(query))) != 1:  # it closed the parenthesis
+                    raise ToolkitError(f"--where {condition!r} makes {num} statements; give one condition in SQL")
                 yield from answer(connection.sql(query).to_arrow_reader(BATCH_ROWS))
             except duckdb.Error as problem:
                 what = f"--where {condition!r} cannot be asked of {manifest.path} ({failure(problem)})"

@@ -165,15 +165,29 @@ def locate_vectors(
         columns = ", ".join(manifest.names())
         raise ToolkitError(f"{manifest.path} has no embeddings (columns: {columns}); run `dinov2 curate embed` on it")
     base = _open_base(manifest, wanted)
-    rows = base_rows(manifest, num_rows)
+    rows = _rows_of(manifest, base, num_rows)
     if rows.null_count:
         lacking = f"{rows.null_count} rows of {manifest.path} have no vector in {base.path}"
         raise ToolkitError(f"{lacking}; embed it again, or give --features")
     found: Int64 = rows.to_numpy()
-    if len(beyond := np.flatnonzero(found >= base.num_rows)):
-        what = f"`row` of {manifest.path} is {found[beyond[0]]} (in its row {beyond[0]})"
-        raise ToolkitError(f"{what}, and {base.path} has {base.num_rows:,} rows; make {manifest.path} again")
     return base, found
+
+
+def checked_rows(manifest: Manifest, limit: int | None = None) -> pa.Array:
+    """Return the column `row` of a selection as `base_rows` does; ToolkitError where its base, if there, has fewer."""
+    wanted = _base_of(manifest)
+    path = None if wanted is None else Path(wanted.path)
+    if path is None or not path.exists():
+        return base_rows(manifest, limit)
+    return _rows_of(manifest, open_manifest(path), limit)
+
+
+def _rows_of(manifest: Manifest, base: Manifest, limit: int | None) -> pa.Array:
+    rows = base_rows(manifest, limit)
+    if (highest := pc.max(rows).as_py()) is not None and highest >= base.num_rows:
+        what = f"`row` of {manifest.path} is {highest} (in its row {pc.index(rows, highest).as_py()})"
+        raise ToolkitError(f"{what}, and {base.path} has {base.num_rows:,} rows; make {manifest.path} again")
+    return rows
 
 
 def base_rows(manifest: Manifest, limit: int | None = None) -> pa.Array:

@@ -79,6 +79,14 @@ def test_the_settings_of_a_condition_are_locked(tmp_path: Path, monkeypatch: pyt
             list(tables.rows_where(open_manifest(tmp_path / "a.parquet"), f"uri in (from {name})"))
 
 
+@pytest.mark.parametrize("condition", ["1 = 1); copy (select 1) to '{}/x.csv'; select (1 = 1", "1 = 1); select (true"])
+def test_a_condition_is_no_further_statement(tmp_path: Path, condition: str) -> None:
+    pq.write_table(pa.table({"uri": ["/a.png"]}), tmp_path / "a.parquet")
+    with pytest.raises(ToolkitError, match=r"--where .* makes \d statements; give one condition"):
+        list(rows_where(open_manifest(tmp_path / "a.parquet"), condition.format(tmp_path)))
+    assert not (tmp_path / "x.csv").exists()
+
+
 def test_a_query_that_names_a_file_reads_that_file(odd: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     for number, path in enumerate(odd):
         escaped = str(path).replace("'", "''")

@@ -11,7 +11,7 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store import cache
 from dinov2_toolkit.store.cache import cache_folder, cached
 from dinov2_toolkit.store.manifest import IMAGE_FIELDS, ROW_FIELD, ManifestWriter, Provenance, open_manifest
-from dinov2_toolkit.store.vectors import open_vectors
+from dinov2_toolkit.store.vectors import checked_rows, open_vectors
 
 
 def foreign(path: Path, vectors: list[list[float]], kind: pa.DataType | None = None) -> Path:
@@ -171,3 +171,12 @@ def test_vectors_too_long_for_float32_are_errors(tmp_path: Path, value: float) -
     with pytest.raises(ToolkitError, match=r"row 2 of .*a.parquet has a vector that overflows float32"):
         open_vectors(open_manifest(path))
     assert cached() == []
+
+
+def test_rows_are_checked_where_no_vector_is_read(tmp_path: Path) -> None:
+    base = foreign(tmp_path / "base.parquet", [[1, 2], [3, 4]])
+    manifest = open_manifest(select(tmp_path / "s.parquet", base, pa.array([0, 2])))
+    with pytest.raises(ToolkitError, match=r"`row` of .* is 2 \(in its row 1\), and .*base.parquet has 2 rows"):
+        checked_rows(manifest)
+    base.unlink()
+    assert checked_rows(manifest).to_pylist() == [0, 2]
