@@ -15,6 +15,7 @@ from ..errors import ToolkitError
 from ..store.artifact import Options, is_up_to_date
 from ..store.files import open_regular, replacing
 from ..store.images import UnreadableImage, decode_sized
+from ..store.json_text import json_object
 from ..store.manifest import PROVENANCE_KEY, Provenance, provenance_from, provenance_values, toolkit_version
 from .image_workers import image_workers
 
@@ -148,7 +149,7 @@ def picture_provenance(path: Path) -> Provenance | None:
     try:
         with open_regular(path) as file, Image.open(file, formats=["PNG"]) as picture:
             text = picture.info.get(PROVENANCE_KEY)
-        return None if text is None else provenance_from(json.loads(text), path)
+        return None if text is None else provenance_from(json_object(text), path)
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError):  # not a picture, or not ours
         return None
 

@@ -5,7 +5,6 @@ The official names are those of the released backbones: `cls_token`, `pos_embed`
 read under these names; `hugging_face_names` and `timm_names` are the way back.
 """
 
-import json
 import pickle
 import re
 import warnings
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..errors import ToolkitError
 from ..store.files import open_regular
+from ..store.json_text import json_object
 
 MODEL_METADATA = "dinov2_toolkit"  # the key in a safetensors file's metadata that holds its model.json
 
@@ -87,7 +87,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
                 "code; save the state dict alone"
             ) from None
         raise ToolkitError(f"{path} is no weights file; name a .pth or .safetensors that holds tensors alone") from None
-    except (EOFError, RuntimeError, ValueError) as problem:
+    except MemoryError:
+        raise
+    except Exception as problem:  # torch's reader raises anything of damaged bytes
         raise ToolkitError(f"{path} is cut off or no weights file ({_one_line(problem)}); fetch it again") from None
     if not isinstance(content, dict):
         raise ToolkitError(f"{path} holds a {type(content).__name__}, not a state dict; save the model's state dict")
@@ -205,13 +207,19 @@ def _translated(name: str, blocks: str, new_of_old: Mapping[str, str]) -> str:
     return (f"{blocks}.{block}." if block else "") + new_of_old.get(layer, layer) + kind
 
 
+def read_description(text: str, path: Path) -> dict[str, Any]:
+    """Return the model.json that a weights file carries; raise ToolkitError if it is none."""
+    try:
+        return json_object(text)
+    except ValueError as problem:
+        what = f"{path} has a description of its model that is no JSON object ({_one_line(problem)})"
+        raise ToolkitError(f"{what}; fetch it again") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raise ToolkitError if it cannot be read or is none."""
     try:
         with open_regular(path) as file:
-            content = json.loads(file.read())
-    except (OSError, ValueError, RecursionError) as problem:
+            return json_object(file.read())
+    except (OSError, ValueError) as problem:
         raise ToolkitError(f"cannot read {path} ({_one_line(problem)}); write or fetch it again") from None
-    if not isinstance(content, dict):
-        raise ToolkitError(f"{path} holds a {type(content).__name__}, not an object; write or fetch it again")
-    return content

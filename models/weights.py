@@ -1,6 +1,5 @@
 """Models from all their sources: runs, official weights, Hugging Face folders, released weights that were pulled."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from .architecture import (
     inferred_head_settings,
     load_strictly,
 )
-from .formats import MODEL_METADATA, official_names, read_json, read_tensors
+from .formats import MODEL_METADATA, official_names, read_description, read_json, read_tensors
 from .head import ProjectionHead
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from .released import RELEASED, cached_weights
@@ -108,7 +107,7 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> _Weights:
     path = weights_file(source)
     tensors, description = read_tensors(path)
     # The file's own description serves where it was copied without its folder.
-    saved = None if description is None else saved_model(json.loads(description), path)
+    saved = None if description is None else saved_model(read_description(description, path), path)
     if path.name == TEACHER_FILE and path.with_name(MODEL_JSON).exists():
         saved = read_model_json(path.parent)
     file = path.with_name("config.json")

@@ -13,6 +13,7 @@ from ..errors import ToolkitError
 from . import catalog
 from .cache import touch
 from .files import sweep, write_text
+from .json_text import json_object
 from .lock import writing
 from .manifest import Provenance, Source, open_manifest, part_paths, provenance_from, provenance_values, toolkit_version
 from .progress import forget_progress
@@ -55,7 +56,7 @@ def provenance_at(path: Path) -> Provenance | None:
     for file in (path / RUN_PROVENANCE, path.with_name(f"{path.name}{FILE_PROVENANCE}")):
         if file.is_file():
             try:
-                return provenance_from(json.loads(file.read_text(encoding="utf-8")), file)
+                return provenance_from(json_object(file.read_text(encoding="utf-8")), file)
             except ValueError:  # somebody's, by the same name
                 return None
     try:

@@ -71,17 +71,18 @@ def _enter_known(connection: duckdb.DuckDBPyConnection) -> None:
     """Enter the files that the lost catalog knew and that still say how they came about."""
     from .artifact import provenance_at  # which records what it makes here
 
-    lines = known_paths().read_text().splitlines() if known_paths().is_file() else []
+    lines = known_paths().read_text(errors="replace").splitlines() if known_paths().is_file() else []
     found = 0
-    for path in (Path(json.loads(line)) for line in lines):
+    for line in lines:
         try:
+            path = Path(json.loads(line))
             provenance = provenance_at(path) if path.exists() else None
             if provenance is not None and provenance.content_id:
                 made = datetime.fromtimestamp(path.stat().st_mtime)
                 _enter(connection, _row(path, provenance, None, made), provenance)
                 found += 1
-        except (ToolkitError, OSError) as problem:
-            console.warn(f"{path} is not entered in the catalog again: {problem}")
+        except (ToolkitError, OSError, ValueError, TypeError, RecursionError) as problem:
+            console.warn(f"{line[:300]} is not entered in the catalog again: {problem}")
     console.warn(f"{found} of {len(lines)} artifacts are in the new catalog; `dinov2 catalog rebuild PATH` finds more")
 
 

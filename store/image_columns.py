@@ -1,6 +1,5 @@
 """The image columns of any manifest, ours or a Parquet file of other origin."""
 
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -10,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import ToolkitError
+from .json_text import json_object
 from .manifest import IMAGE_FIELDS, OPTIONAL_IMAGE_FIELDS, SHOWN_BYTES, Manifest, Piece
 from .vectors import Int64
 
@@ -186,7 +186,7 @@ def _class_names(manifest: Manifest, column: str) -> list[str]:
     if text is None:
         return []
     try:
-        feature = json.loads(text)["info"]["features"].get(column)
+        feature = json_object(text)["info"]["features"].get(column)
         names = feature.get("names", []) if isinstance(feature, dict) else []
         return [str(name) for name in names]
     except KeyError:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from ..errors import ToolkitError
 from .content_id import HashingFile, foreign_content_id
 from .files import check_regular, replacing
+from .json_text import json_object
 from .renamed import COLUMNS, FIGURES, PARAMETERS, with_present_names, with_present_settings
 
 FORMAT_VERSION = 1
@@ -191,7 +192,7 @@ class Manifest:
         for part in self.parts:
             part_start = start
             # A row group may exceed the memory: it is read through a buffer, and not in advance.
-            with pq.ParquetFile(part, pre_buffer=False, buffer_size=1 << 20) as file:
+            with _whole(part), pq.ParquetFile(part, pre_buffer=False, buffer_size=1 << 20) as file:
                 for group in range(file.num_row_groups):
                     stop = start + file.metadata.row_group(group).num_rows
                     if len(_within(rows, start, min(stop, end))):
@@ -217,6 +218,18 @@ class Manifest:
     def source(self, role: str) -> Source:
         """Return this manifest as an input of a step."""
         return Source(role, str(self.path.absolute()), self.content_id)
+
+
+@contextmanager
+def _whole(part: Path) -> Iterator[None]:
+    """Raise ToolkitError where a Parquet file turns out to be damaged while it is read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as problem:
+        if isinstance(problem, MemoryError) or getattr(problem, "errno", None) is not None:
+            raise
+        reason = " ".join(str(problem).split())[:300]
+        raise ToolkitError(f"{part} is damaged ({reason}); make it again, or take a copy that is whole") from None
 
 
 def _within(rows: Rows | None, start: int, stop: int) -> Rows:
@@ -248,6 +261,8 @@ def open_manifest(path: Path) -> Manifest:
         names = schema.names
     except UnicodeDecodeError as problem:
         raise ToolkitError(f"{path} has a column whose name is not UTF-8 ({problem.object!r}); rename it") from None
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ToolkitError(f"{path} has two columns {twice!r}; rename or drop one")
     _check_declared(path, schema, metadata.num_rows)
     kept: dict[bytes, bytes] = metadata.metadata or {}
     if RESULT_KEY.encode() not in kept:
@@ -278,13 +293,12 @@ def _check_declared(path: Path, schema: pa.Schema, num_rows: int) -> None:
 def _metadata_values(text: bytes, key: str, path: Path) -> dict[str, Any]:
     """Return what a key of a file's metadata holds as JSON. Raises ToolkitError where it is no JSON object."""
     try:
-        values = json.loads(text)
+        return json_object(text)
     except ValueError:
-        values = None
-    if not isinstance(values, dict):
         shown = ascii(text[:SHOWN_BYTES].decode(errors="replace"))
-        raise ToolkitError(f"{path} has metadata {key!r} that is no JSON object ({shown}); make the file again")
-    return values
+        raise ToolkitError(
+            f"{path} has metadata {key!r} that is no JSON object ({shown}); make the file again"
+        ) from None
 
 
 def _open_parts(path: Path) -> Manifest:
@@ -359,7 +373,7 @@ def provenance_from(values: Any, path: Path) -> Provenance:
 def _source_from(values: dict[str, str]) -> Source:
     """Return an input as it was kept. Raises TypeError or KeyError where it is none."""
     source = Source(values["role"], values["path"], values["content_id"])
-    if not all(type(value) is str for value in (source.role, source.path, source.content_id)):
+    if not all(type(value) is str and "\0" not in value for value in (source.role, source.path, source.content_id)):
         raise TypeError
     return source
 

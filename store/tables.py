@@ -27,6 +27,7 @@ MOST_BYTES = 512 << 20  # measured: millions of names are sorted no faster with 
 BATCH_ROWS = 4 * ROW_GROUP_ROWS  # rows at a time
 QUOTED = re.compile(r"""'((?:[^']|'')+)'|"((?:[^"]|"")+)\"""")  # DuckDB takes a column's quotes for a file's too
 LIST_NAME = re.compile(r"""\blines\(\s*'([^']+)'\s*\)""")
+stopped: list[Exception] = []  # what ended a stream that DuckDB was reading, which would tell it as text
 LINES = """
     create macro lines(file) as table
     select line from (select rtrim(unnest(string_split(content, chr(10))), chr(13)) as line from read_text(file))
@@ -50,7 +51,11 @@ PATTERNS = re.compile(r"[*?[]")  # what DuckDB takes for other characters in a f
 
 @contextmanager
 def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open an empty database that takes at most half of `memory` bytes (None: of the default) and spills the rest."""
+    """Open an empty database that takes at most half of `memory` bytes (None: of the default) and spills the rest.
+
+    What a `stream` raises while the database reads it is raised by the block as it was.
+    """
+    stopped.clear()
     budget = memory_budget(None) if memory is None else memory
     connection = duckdb.connect(config=OFFLINE)
     spill = cache_folder().absolute() / temporary_name()
@@ -60,6 +65,10 @@ def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
         connection.execute(LINES)
         connection.execute("set python_enable_replacements = false")
         yield connection
+    except duckdb.Error:
+        if stopped:
+            raise stopped.pop() from None
+        raise
     finally:
         connection.close()
         remove(spill)
@@ -120,8 +129,16 @@ def _unquoted(found: re.Match[str]) -> str:
 
 def stream(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.RecordBatchReader:
     """Return tables as one stream that DuckDB reads once, holding no more than it works on."""
-    batches = (batch for table in tables for batch in table.to_batches())
-    return pa.RecordBatchReader.from_batches(schema, batches)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            for table in tables:
+                yield from table.to_batches()
+        except Exception as problem:
+            stopped.append(problem)
+            raise
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
 
 
 def literal_name(path: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import Stopped, ToolkitError
 from ..process import is_main_process
 from ..store.files import write_text
+from ..store.json_text import json_object
 
 STATUS = "status.json"
 
@@ -68,7 +69,6 @@ def read_status(run_folder: Path) -> dict[str, object]:
     """Return the content of `status.json`, empty where there is none yet, or a damaged one."""
     path = run_folder / STATUS
     try:
-        content = json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:  # damaged
-        content = None
-    return content if isinstance(content, dict) else {}
+        return json_object(path.read_bytes()) if path.is_file() else {}
+    except ValueError:
+        return {}

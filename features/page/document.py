@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from ...errors import ToolkitError
 from ...store.files import open_regular, write_text
+from ...store.json_text import json_object
 from ...store.manifest import Provenance, provenance_from, provenance_values, toolkit_version
 
 CHART_SCRIPTS = ("vega.min.js", "vega-lite.min.js", "vega-embed.min.js", "charts.js")
@@ -113,7 +114,7 @@ def page_provenance(path: Path) -> Provenance | None:
     except (OSError, UnicodeDecodeError):
         return None
     try:
-        return None if reader.content is None else provenance_from(json.loads(reader.content), path)
+        return None if reader.content is None else provenance_from(json_object(reader.content), path)
     except (ValueError, KeyError, TypeError):
         return None
 

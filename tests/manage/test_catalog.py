@@ -202,6 +202,17 @@ def test_a_broken_catalog_is_set_aside_and_made_again(
     assert aside.read_bytes() == broken and str(aside) in said
 
 
+def test_a_broken_list_of_paths_costs_only_its_broken_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "pool.parquet")
+    path = catalog.catalog_path()
+    path.write_bytes(path.read_bytes()[:4096])
+    lines = [b"", b"{", b"5", b"[" * 5_000, b'"a\\u0000b"', b"\xff", b'"/gone"', catalog.known_paths().read_bytes()]
+    catalog.known_paths().write_bytes(b"\n".join(lines))
+    assert [Path(artifact.path).name for artifact in catalog.artifacts()] == ["pool.parquet"]
+    said = capsys.readouterr().err
+    assert "1 of 8 artifacts" in said and said.count("is not entered") == 5
+
+
 def test_an_older_layout_is_brought_up_to_date(tmp_path: Path) -> None:
     make(tmp_path / "pool.parquet")
     with catalog.connect() as connection:  # as it was before layouts had numbers

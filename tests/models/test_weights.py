@@ -14,6 +14,7 @@ from torch import Tensor
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.architecture import backbone_settings
 from dinov2_toolkit.models.block import Attention, Ffn
+from dinov2_toolkit.models.formats import MODEL_METADATA
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import read_model_json, save_model
@@ -272,6 +273,24 @@ def write_bad_files(folder: Path) -> dict[str, str]:
     }
 
 
+def test_a_pickle_with_a_wrong_instruction_is_refused_in_one_line(tmp_path: Path) -> None:
+    torch.save(tiny_vit().state_dict(), tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "a.pth").read_bytes()
+    for place in range(0, 400, 7):
+        (tmp_path / "a.pth").write_bytes(data[:place] + b"t" + data[place + 1 :])  # a tuple of what is not there
+        try:
+            load_backbone(tmp_path / "a.pth")
+        except ToolkitError as problem:
+            assert "\n" not in str(problem), place
+
+
+def test_a_description_within_weights_that_is_none_is_said_in_one_line(tmp_path: Path) -> None:
+    for text in ("{", "[]", "[" * 5_000):
+        save_file(tiny_vit().state_dict(), tmp_path / "a.safetensors", {MODEL_METADATA: text})
+        with pytest.raises(ToolkitError, match=r"a.safetensors has a description of its model that is no JSON object"):
+            load_backbone(tmp_path / "a.safetensors")
+
+
 def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, message in write_bad_files(tmp_path).items():
@@ -350,7 +369,8 @@ def test_an_unfinished_run_stands_for_its_latest_checkpoint(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"backbone": {}}', '{"backbone": {"depth": 1}, "heads": {}, "preprocessing": {}}']
+    "content",
+    ["{", "[]", "[" * 5_000, '{"backbone": {}}', '{"backbone": {"depth": 1}, "heads": {}, "preprocessing": {}}'],
 )
 def test_a_broken_model_json_is_said_in_one_line(tmp_path: Path, content: str) -> None:
     saved_run(tmp_path)

@@ -63,6 +63,7 @@ def test_a_whole_provenance_is_read(tmp_path: Path) -> None:
         ("base", "x"),
         ("base", []),
         ("base", {**BASE, "content_id": None}),
+        ("base", {**BASE, "path": "a\0b"}),
         ("role", 0),
         ("version", 1),
         ("figures", []),
@@ -86,7 +87,9 @@ def test_a_missing_value_of_the_provenance_is_named(tmp_path: Path, key: str) ->
         open_manifest(path)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe", b'{"a": "\xff"}', b'"' + b"x" * 10_000])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe", b'{"a": "\xff"}', b'"' + b"x" * 10_000, b"[" * 5_000]
+)
 def test_metadata_that_is_no_json_object_is_named(tmp_path: Path, text: bytes) -> None:
     for parts in ((text, "{}"), (json.dumps(WHOLE), text)):
         path = written(tmp_path / "a.parquet", *parts)
@@ -141,6 +144,22 @@ def test_metadata_of_hugging_face_without_class_names_is_fine(tmp_path: Path) ->
         table = pa.table({"uri": ["/a.png"], "label": [4]}).replace_schema_metadata({"huggingface": json.dumps(values)})
         pq.write_table(table, tmp_path / "a.parquet")
         assert read_images(open_manifest(tmp_path / "a.parquet")).column("label").to_pylist() == ["4"]
+
+
+def test_two_columns_of_one_name_are_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table([["/a.png"], [1], [2]], names=["uri", "row", "row"]), tmp_path / "a.parquet")
+    with pytest.raises(ToolkitError, match=r"^\S*a.parquet has two columns 'row'; rename or drop one$"):
+        open_manifest(tmp_path / "a.parquet")
+
+
+def test_a_file_that_is_damaged_behind_its_footer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"uri": [f"/{number}.png" for number in range(1000)]}), path, compression="none")
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\xff" * 200 + data[204:])
+    manifest = open_manifest(path)
+    with pytest.raises(ToolkitError, match=r"^\S*a.parquet is damaged \(.*\); make it again, or take a copy that is"):
+        manifest.read()
 
 
 def unchecked(values: list[bytes | None]) -> pa.Array:

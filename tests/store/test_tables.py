@@ -20,7 +20,7 @@ from dinov2_toolkit.manage.query import sql
 from dinov2_toolkit.store import tables
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import open_manifest
-from dinov2_toolkit.store.tables import connect, literal_name, rows_where, scan
+from dinov2_toolkit.store.tables import connect, literal_name, rows_where, scan, stream
 from dinov2_toolkit.tests.embedded import write_embeddings
 
 ODD_NAMES = (
@@ -132,3 +132,17 @@ def test_only_one_function_names_parquet_files_to_duckdb_or_datasets() -> None:
     ]
     assert [line.partition(":")[0] for line in found] == ["store/tables.py"], found
     assert literal_name(Path("/a/q[1]*?.parquet")) == "/a/q[[]1][*][?].parquet"
+
+
+def test_what_a_stream_raises_comes_out_of_the_database_as_it_was() -> None:
+    schema = pa.schema([pa.field("x", pa.int64())])
+
+    def tables() -> Iterator[pa.Table]:
+        yield pa.table({"x": [1]}, schema=schema)
+        raise ToolkitError("the second piece cannot be read; mend it")
+
+    with pytest.raises(ToolkitError, match="^the second piece cannot be read; mend it$"), connect() as connection:
+        connection.register("rows", stream(schema, tables()))
+        connection.sql("select sum(x) from rows").fetchall()
+    with pytest.raises(duckdb.Error, match="gone"), connect() as connection:
+        connection.sql("select * from gone")

@@ -33,6 +33,7 @@ from ...models.head import ProjectionHead
 from ...models.preprocess import Preprocess
 from ...models.saved import MODEL_JSON, TEACHER_FILE, full_disk_said, save_model, save_students
 from ...store.files import flush, remove, temporary_beside
+from ...store.json_text import json_object
 from ..objective.distill_model import DistillModel
 from ..objective.feature_distill_model import FeatureDistillModel
 from ..objective.multi_student import MultiStudent
@@ -151,9 +152,9 @@ def damage(path: Path, num_steps: int) -> str | None:
     if missing := next((name for name in FILES if not (path / name).is_file()), None):
         return f"it has no {missing}"
     try:
-        state = json.loads((path / STATE_FILE).read_text())
-        known = json.loads((path / CHECKSUMS_FILE).read_text()) if (path / CHECKSUMS_FILE).is_file() else None
-        if not isinstance(state, dict) or not all(type(count) is int and count >= 0 for count in state.values()):
+        state = json_object((path / STATE_FILE).read_text())
+        known = json_object((path / CHECKSUMS_FILE).read_text()) if (path / CHECKSUMS_FILE).is_file() else None
+        if not all(type(count) is int and count >= 0 for count in state.values()):
             return f"{STATE_FILE} is not as it was written"
         if state.get("step") != int(path.name.removeprefix("step-")) or state["step"] > num_steps:
             return f"{STATE_FILE} says step {state.get('step')}"
@@ -163,7 +164,7 @@ def damage(path: Path, num_steps: int) -> str | None:
             torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
             return None
         files = {file.relative_to(path).as_posix(): file for file in _files(path)}
-        if not isinstance(known, dict) or known.keys() != files.keys():
+        if known.keys() != files.keys():
             return f"{CHECKSUMS_FILE} is not as it was written"
         broken = next((name for name, file in files.items() if checksum(file) != known[name]), None)
         return None if broken is None else f"{broken} is not as it was written"

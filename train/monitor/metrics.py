@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ... import console
 from ...store.files import check_regular, write_text
+from ...store.json_text import json_object
 from ...store.manifest import ManifestWriter, Provenance
 
 METRICS_FILE, METRICS_TABLE = "metrics.jsonl", "metrics.parquet"  # in a run folder
@@ -56,14 +57,11 @@ def _lines(run_folder: Path) -> list[str]:
 def _figures(line: str) -> dict[str, float | None] | None:
     """Return what a line of metrics has, None where it is none: numbers by name, `step` among them."""
     try:
-        figures = json.loads(line)
+        figures = json_object(line)
     except ValueError:
         return None
-    is_whole = isinstance(figures, dict) and type(figures.get("step")) is int
-    if not is_whole or not all(value is None or type(value) in (int, float) for value in figures.values()):
-        return None
-    found: dict[str, float | None] = figures
-    return found
+    are_numbers = all(value is None or type(value) in (int, float) for value in figures.values())
+    return figures if are_numbers and type(figures.get("step")) is int else None
 
 
 def write_metrics_table(run_folder: Path, provenance: Provenance) -> None:
