@@ -125,13 +125,20 @@ def _as_manifest(
 
 def _with_fixed_vectors(table: pa.Table, sources: list[Manifest]) -> pa.Table:
     """Give the vectors, which DuckDB returns as float32 lists, the type they had in the manifest they come from."""
-    stored = next(source.schema.field("embedding").type for source in sources if "embedding" in source.names())
+    kinds = [source.schema.field("embedding").type for source in sources if "embedding" in source.names()]
     vectors = table.column("embedding")
+    if not all(_is_vectors(kind) for kind in (*kinds, vectors.type)):
+        raise ToolkitError(f"`embedding` of the answer is {vectors.type}, not lists of floats; name it otherwise")
     lengths = pc.unique(pc.list_value_length(vectors)).to_pylist()  # None: a row without a vector
     if len(lengths) != 1 or not lengths[0]:
         raise ToolkitError("the vectors of the answer differ in length; select from manifests of one model")
-    field = embedding_field(lengths[0], stored.value_type)
+    field = embedding_field(lengths[0], (kinds[0] if kinds else vectors.type).value_type)
     return table.set_column(table.column_names.index("embedding"), field, vectors.cast(field.type))
+
+
+def _is_vectors(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and pa.types.is_floating(kind.value_type)
 
 
 def _common_base(sources: list[Manifest]) -> Source:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from ..errors import ToolkitError
 from ..store import tables
+from ..store.content_id import data_content_id
 from ..store.image_columns import image_batches, image_schema
 from ..store.manifest import Manifest, Provenance, Source, open_manifest, removed_path
 from .lineage import locate
@@ -89,9 +90,22 @@ def find(source: Source, near: Path) -> Manifest | None:
 def opened(path: Path) -> Manifest | None:
     """Return the manifest at a path; None where there is none that can be read."""
     try:
-        return open_manifest(path)
+        return as_written(open_manifest(path))
     except ToolkitError:
         return None
+
+
+def as_written(manifest: Manifest) -> Manifest:
+    """Return a manifest of ours that no one has changed, or a foreign one.
+
+    Vectors, which a report does not read, may be many gigabytes, and are not read here. Raises ToolkitError when it was
+    changed: what is shown of it relies on how a step writes it.
+    """
+    if manifest.provenance is None or manifest.path.is_dir() or "embedding" in manifest.names():
+        return manifest
+    if data_content_id(manifest.path) != manifest.content_id:
+        raise ToolkitError(f"{manifest.path} is not as it was written; make it again")
+    return manifest
 
 
 def removed_rows(manifest: Manifest) -> Manifest | None:

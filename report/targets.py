@@ -9,6 +9,7 @@ from ..errors import ToolkitError
 from ..store.artifact import read_run_provenance
 from ..store.image_columns import has_images
 from ..store.manifest import Manifest, Provenance, Source, open_manifest
+from .manifest_rows import as_written
 
 RUN_FILES = ("config.toml", "metrics.jsonl", "metrics.parquet", "model.json", "status.json", "provenance.json")
 SCORE_COLUMNS = {"method", "metric", "value"}
@@ -65,7 +66,7 @@ def _open(path: Path) -> RunFolder | Manifest:
         if provenance is None or provenance.kind != "run":
             raise ToolkitError(f"{path} is no run folder and no manifest; name run folders, manifests or scores")
         return RunFolder(path, provenance)
-    manifest = open_manifest(path)
+    manifest = as_written(open_manifest(path))
     if (kind := _kind(manifest)) in NO_TARGETS:
         raise ToolkitError(f"{path} {NO_TARGETS[kind]}")
     if kind == "images" and not has_images(manifest) and "embedding" not in manifest.names():

@@ -242,8 +242,13 @@ def _matching_rows(manifest: Manifest, base: Manifest, num_rows: int) -> Int64:
     for side in (manifest, base):
         if missing := [key for key in keys if key not in side.names()]:
             raise ToolkitError(f"{side.path} has no {missing[0]}, by which --features are matched; embed it here")
-    wanted = manifest.read(keys, num_rows).append_column("position", pa.array(np.arange(num_rows)))
-    offered = base.read(keys).append_column("base_row", pa.array(np.arange(base.num_rows)))
+        for key in keys:
+            if side.schema.field(key).type not in (pa.string(), pa.large_string()):
+                kind = side.schema.field(key).type
+                raise ToolkitError(f"the `{key}` column of {side.path} is {kind}; --features are matched by text")
+    text = pa.schema([(key, pa.string()) for key in keys])
+    wanted = manifest.read(keys, num_rows).cast(text).append_column("position", pa.array(np.arange(num_rows)))
+    offered = base.read(keys).cast(text).append_column("base_row", pa.array(np.arange(base.num_rows)))
     joined = wanted.join(offered.group_by(keys).aggregate([("base_row", "min")]), keys, join_type="left outer")
     found = joined.sort_by("position").column("base_row_min")
     if found.null_count:

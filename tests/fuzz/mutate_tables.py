@@ -63,7 +63,6 @@ TYPES = (
     pa.list_(pa.string()),
     pa.struct({"bytes": pa.binary()}),
     pa.dictionary(pa.int8(), pa.string()),
-    pa.string_view(),
     pa.list_(pa.float64(), 3),
     pa.list_(pa.list_(pa.float16())),
     pa.map_(pa.string(), pa.int32()),

@@ -8,7 +8,7 @@ import pytest
 from dinov2_toolkit.tests.fuzz.mutate import mutated_file
 from dinov2_toolkit.tests.fuzz.mutate_tables import mutated_table
 from dinov2_toolkit.tests.fuzz.trial import trials
-from dinov2_toolkit.tests.fuzz.workspace import SETTINGS, build, split
+from dinov2_toolkit.tests.fuzz.workspace import SETTINGS, split
 
 MODELS = ("run", "model", "official.pth", "weights.safetensors", "hf")
 EMBED = "curate embed b -o out.parquet --model {} --num-workers 1"
@@ -46,11 +46,6 @@ RUN_COMMANDS = (  # of a run, besides: its folder is the output
 UNFINISHED = ("model.json", "teacher.safetensors")
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("weights"))
-
-
 def damaged(work: Path, random: Random) -> list[str]:
     """Damage a model or a run and return the arguments of a command that reads it."""
     given = random.choice(MODELS)
@@ -81,11 +76,11 @@ def damaged(work: Path, random: Random) -> list[str]:
     return [argument.replace("{}", given) for argument in split(command)]
 
 
-def test_damaged_models_end_in_one_line(work: Path) -> None:
-    assert trials(work, range(8), lambda random: damaged(work, random), kind="weights") == []
+def test_damaged_models_end_in_one_line(workspace: Path) -> None:
+    assert trials(workspace, range(4), lambda random: damaged(workspace, random), kind="weights") == []
 
 
 @pytest.mark.slow
-def test_500_damaged_models_end_in_one_line(work: Path) -> None:
-    failures = trials(work, range(500), lambda random: damaged(work, random), kind="weights", limit_s=120)
+def test_500_damaged_models_end_in_one_line(workspace: Path) -> None:
+    failures = trials(workspace, range(500), lambda random: damaged(workspace, random), kind="weights", limit_s=120)
     assert not failures, f"{len(failures)} of 500 fail:\n" + "\n".join(failures)

@@ -59,6 +59,24 @@ def selection(path: Path, base: Path, rows: list[int]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("vector", ["'x'", "[1, 2]", "[['x']]", "null", "{'a': 1.0}"])
+def test_an_embedding_that_is_no_list_of_floats_is_refused(tmp_path: Path, pool: Path, vector: str) -> None:
+    pq.write_table(pa.table({"uri": ["/a.png"]}), tmp_path / "plain.parquet")
+    for source in (pool, tmp_path / "plain.parquet"):
+        with pytest.raises(
+            ToolkitError, match=r"`embedding` of the answer is .*, not lists of floats; name it otherwise"
+        ):
+            sql(f"select uri, {vector} as embedding from '{source}'", str(tmp_path / "out.parquet"), False, False)
+        assert not (tmp_path / "out.parquet").exists()
+
+
+def test_vectors_may_be_made_by_the_query_itself(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"uri": ["/a.png"]}), tmp_path / "plain.parquet")
+    query = f"select uri, [1.0::float, 2.0] as embedding from '{tmp_path / 'plain.parquet'}'"
+    sql(query, str(tmp_path / "out.parquet"), False, False)
+    assert open_vectors(open_manifest(tmp_path / "out.parquet")).raw(0, 1).tolist() == [[1.0, 2.0]]
+
+
 def test_a_filtered_embedding_manifest_keeps_its_vectors_and_its_model(tmp_path: Path, pool: Path) -> None:
     result = sql(f"select * from '{pool}' where width > 103", str(tmp_path / "big.parquet"), False, False)
     assert result is not None and result.output == str(tmp_path / "big.parquet")

@@ -52,6 +52,18 @@ def test_what_is_none_of_the_three_is_one_line(here: Path, name: str, words: str
     assert not Path("report.html").exists()
 
 
+def test_a_manifest_that_was_changed_since_it_was_written_is_one_line(here: Path) -> None:
+    fields = [pa.field("uri", pa.string()), pa.field("row", pa.int64())]
+    with ManifestWriter(here / "s.parquet", fields, Provenance("selection", "curate dedup", {})) as writer:
+        writer.write(pa.table({"uri": ["/a.png"], "row": [0]}))
+    assert open_targets(["s.parquet"]).manifests
+    data = bytearray((here / "s.parquet").read_bytes())
+    data[20] ^= 1
+    (here / "s.parquet").write_bytes(data)
+    with pytest.raises(ToolkitError, match=r"^\S*s.parquet is not as it was written; make it again$"):
+        open_targets(["s.parquet"])
+
+
 def test_a_report_is_made_again_when_its_targets_changed_and_never_over_other_files(here: Path) -> None:
     made = report(["a/pool.parquet", "run"], "report.html", Options())
     assert made is not None and made.figures == {"runs": 1, "manifests": 1, "scores": 0}

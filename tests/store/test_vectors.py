@@ -98,6 +98,20 @@ def test_other_features_are_matched_by_image(tmp_path: Path) -> None:
         open_vectors(selection, features=open_manifest(tmp_path / "few.parquet"))
 
 
+def test_features_are_matched_by_text_alone(tmp_path: Path) -> None:
+    base = foreign(tmp_path / "base.parquet", [[0, 1], [1, 1]])
+    selection = open_manifest(select(tmp_path / "s.parquet", base, [1]))
+    table = pq.read_table(base)
+    place = table.column_names.index("image_id")
+    pq.write_table(table.set_column(place, "image_id", table.column("image_id").cast(pa.large_string())), base)
+    assert open_vectors(selection, features=open_manifest(base)).raw(0, 1).tolist() == [[1, 1]]
+    pq.write_table(table.set_column(place, "image_id", pa.array([["x"], ["y"]])), base)
+    with pytest.raises(
+        ToolkitError, match=r"`image_id` column of \S*base.parquet is list<.*>; --features are matched by"
+    ):
+        open_vectors(selection, features=open_manifest(base))
+
+
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
