@@ -138,7 +138,7 @@ def _with_fixed_vectors(table: pa.Table, sources: list[Manifest]) -> pa.Table:
 
 def _is_vectors(kind: pa.DataType) -> bool:
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return is_list and pa.types.is_floating(kind.value_type)
+    return bool(is_list and pa.types.is_floating(kind.value_type))
 
 
 def _common_base(sources: list[Manifest]) -> Source:

@@ -204,7 +204,7 @@ def test_a_broken_catalog_is_set_aside_and_made_again(
 
 def test_a_broken_list_of_paths_costs_only_its_broken_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "pool.parquet")
-    path = catalog.catalog_path()
+    path = catalog_path()
     path.write_bytes(path.read_bytes()[:4096])
     lines = [b"", b"{", b"5", b"[" * 5_000, b'"a\\u0000b"', b"\xff", b'"/gone"', catalog.known_paths().read_bytes()]
     catalog.known_paths().write_bytes(b"\n".join(lines))
