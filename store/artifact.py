@@ -96,18 +96,21 @@ def is_up_to_date(
     console.say(f"{output} is up to date")
     if not options.dry_run:
         touch(Source("manifest", str(output.absolute()), there.content_id))
-        record_missing(output, there)
+        found = {output: there}
         for side, (made, side_kind) in zip(filter(Path.exists, side_files), sides, strict=True):
             if made is not None and side_kind == "removed":
-                record_missing(side, made)
+                found[side] = made
+        record_missing(found)
     return True
 
 
-def record_missing(output: Path, provenance: Provenance) -> None:
-    """Enter a finished output in the catalog where it is missing there."""
-    known = [str(output.absolute()), provenance.content_id]
-    if provenance.content_id and not catalog.artifacts("path = ? and digest = ?", known):
-        catalog.record(output, provenance, None)
+def record_missing(outputs: Mapping[Path, Provenance]) -> None:
+    """Enter finished outputs in the catalog where they are missing there."""
+    paths = [str(output.absolute()) for output in outputs]
+    known = {(a.path, a.digest) for a in catalog.artifacts(f"path in ({', '.join('?' * len(paths))})", paths)}
+    for path, (output, provenance) in zip(paths, outputs.items(), strict=True):
+        if provenance.content_id and (path, provenance.content_id) not in known:
+            catalog.record(output, provenance, None)
 
 
 def check_place(output: Path) -> None:

@@ -64,7 +64,9 @@ def connect(read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
         connection.execute("rollback" if read_only else "commit")
         if not read_only or is_broken:
             paths = connection.execute("select distinct path from artifacts order by path").fetchall()
-            write_text(known_paths(), "".join(f"{json.dumps(path)}\n" for (path,) in paths))
+            text, known = "".join(f"{json.dumps(path)}\n" for (path,) in paths), known_paths()
+            if not known.is_file() or known.read_text(encoding="utf-8") != text:
+                write_text(known, text)
 
 
 def _enter_known(connection: duckdb.DuckDBPyConnection) -> None:

@@ -30,6 +30,10 @@ def behave(data: bytes) -> bytes | np.ndarray:
             raise KeyError("an odd error")
         case b"memory":
             return np.zeros(int(number) * MEGABYTE, np.uint8)[:10]
+        case b"claim":
+            from dinov2_toolkit.store import limits
+
+            limits.claim_memory(int(number) * MEGABYTE)
         case b"array":
             return np.arange(int(number), dtype=np.uint32)
     return data

@@ -243,7 +243,7 @@ def complete_record(folder: Path, provenance: Provenance) -> None:
         content_id = model_content_id(folder)
         provenance = replace(provenance, figures=dict(metrics[-1]) if metrics else {}, content_id=content_id)
         write_run_provenance(folder, provenance)
-    record_missing(folder, provenance)
+    record_missing({folder: provenance})
 
 
 @contextmanager

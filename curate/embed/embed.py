@@ -53,7 +53,8 @@ def embed_images(arguments: list[str], output: str, settings: EmbedSettings, opt
     else stands at `output`, no image at all can be read, or more than the share `max_failed` cannot.
     """
     path = check_manifest_name(output)
-    if not is_launched(os.environ) and settings.num_processes == 1:
+    is_new = options.force or not path.exists()
+    if is_new and not is_launched(os.environ) and settings.num_processes == 1:
         server.start()  # while sources are listed and the model is read
     if settings.num_processes > 1 and not is_launched(os.environ) and not options.dry_run:
         launch(settings.num_processes, lambda: f"{num_in_parts(work_folder(path)):,} images are kept; {RESUMES}")

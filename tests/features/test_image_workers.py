@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2_toolkit.features import image_server as module
-from dinov2_toolkit.features.image_server import Room, server
+from dinov2_toolkit.features.image_server import Room, room, server
 from dinov2_toolkit.features.image_workers import image_workers
 from dinov2_toolkit.store.images import UnreadableImage
 from dinov2_toolkit.store.limits import Limits
+from dinov2_toolkit.store.memory import memory_budget
 from dinov2_toolkit.tests import bad_decoders
 
 CRASHED = "its decoder crashed, or took more memory than there is"
@@ -58,6 +59,17 @@ def test_a_decoder_that_hangs_is_ended_in_time(written: Callable[..., list[str]]
 def test_time_is_counted_for_each_image(written: Callable[..., list[str]]) -> None:
     with image_workers(bad_decoders.behave, 1, Limits(image_timeout=2)) as read:
         assert shown(read(written(*["sleep 0.6"] * 4))) == [b"sleep 0.6"] * 4
+
+
+def test_the_time_in_which_an_image_waits_for_memory_is_not_counted(written: Callable[..., list[str]]) -> None:
+    uris = written("claim 100")
+    held = room.take(memory_budget(None))
+    with image_workers(bad_decoders.behave, 1, Limits(image_timeout=0.5)) as read, ThreadPoolExecutor(1) as threads:
+        found = threads.submit(read, uris)
+        time.sleep(2)
+        assert not found.done()
+        room.give(held)
+        assert found.result() == [b"claim 100"]
 
 
 def test_whatever_is_raised_is_a_reason(written: Callable[..., list[str]]) -> None:

@@ -42,6 +42,17 @@ def make(
     return open_manifest(path).source("manifest")
 
 
+def test_the_list_of_paths_is_written_when_they_change_alone(tmp_path: Path) -> None:
+    make(tmp_path / "a.parquet")
+    before = catalog.known_paths().stat()
+    catalog.check()
+    make(tmp_path / "a.parquet", num_rows=2)
+    assert catalog.known_paths().stat() == before
+    make(tmp_path / "b.parquet")
+    lines = catalog.known_paths().read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [str(tmp_path / name) for name in ("a.parquet", "b.parquet")]
+
+
 def test_an_artifact_is_found_by_path_and_by_name(tmp_path: Path) -> None:
     make(tmp_path / "pool.parquet", parameters={"model": "pixels"})
     for name in (str(tmp_path / "pool.parquet"), "pool.parquet", "pool"):
