@@ -26,6 +26,7 @@ from ..store.files import flush, temporary_beside
 from ..store.manifest import Provenance, Source, toolkit_version
 from .model_card import model_card
 
+FOLDER_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", RUN_PROVENANCE}  # of hf
 LIBRARIES = {"hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}  # the extras of these names
 
 STEPS: dict[Format, tuple[Callable[[Model, Path], None], Callable[[Model, Path, Reference], Comparison]]] = {
@@ -70,6 +71,7 @@ def export_model(source: str, output: str, to: Format, image_size: int | None, o
         console.say(f"would write {source} as {to} for {size} px to {path}, about {num_mib:,.0f} MiB")
 
     def work() -> Provenance:
+        _check_files(path)
         reference = export.make_reference(original, size, options.limit or export.DEFAULT_IMAGES, options.seed)
         return _write_checked(path, model, source, to, reference, provenance)
 
@@ -150,6 +152,13 @@ def _check_place(path: Path, options: Options) -> None:
         if side.exists() and not is_ours and not options.force:
             what = f"{side}, which goes with {path}, exists and is of no export of ours"
             raise ToolkitError(f"{what}; choose another -o, or --force to overwrite it")
+
+
+def _check_files(path: Path) -> None:
+    """Raise ToolkitError when a folder that is replaced holds what no export wrote."""
+    others = sorted({file.name for file in path.iterdir()} - FOLDER_FILES) if path.is_dir() else []
+    if others:
+        raise ToolkitError(f"{path} holds {others[0]!r}, which no export wrote; move it away, or choose another -o")
 
 
 def _export_at(path: Path) -> Provenance | None:

@@ -362,7 +362,10 @@ def test_force_replaces_a_folder_of_ours_and_never_somebodys(tmp_path: Path) -> 
     run_folder(tmp_path / "run")
     (tmp_path / "hf").mkdir()
     export(tmp_path / "run", tmp_path / "hf", "hf")
-    (tmp_path / "hf" / "left-over").write_text("")
+    (tmp_path / "hf" / "notes.txt").write_text("mine")
+    with pytest.raises(ToolkitError, match="hf holds 'notes.txt', which no export wrote; move it away"):
+        export(tmp_path / "run", tmp_path / "hf", "hf", force=True)
+    (tmp_path / "hf" / "notes.txt").unlink()
     export(tmp_path / "run", tmp_path / "hf", "hf", force=True)
     assert sorted(file.name for file in (tmp_path / "hf").iterdir()) == [
         "README.md",
