@@ -65,7 +65,7 @@ def connect(read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
         if not read_only or is_broken:
             paths = connection.execute("select distinct path from artifacts order by path").fetchall()
             text, known = "".join(f"{json.dumps(path)}\n" for (path,) in paths), known_paths()
-            if not known.is_file() or known.read_text(encoding="utf-8") != text:
+            if not known.is_file() or known.read_bytes() != text.encode():
                 write_text(known, text)
 
 
