@@ -1,6 +1,7 @@
 # Everything runs in .venv, which is created when there is none and updated when pyproject.toml changes.
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check soak clean
 PYTHON ?= python3
+HOURS ?= 0.05
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -18,6 +19,9 @@ demo: .venv/for-demo  ## curate, pretrain, distil and probe on real images (7 to
 
 test: .venv/installed  ## the fast tests; `.venv/bin/pytest -m slow` and `-m gpu` run the others
 	.venv/bin/pytest -q -n auto --dist worksteal
+
+soak: .venv/installed  ## kill commands at random moments while another process reads; HOURS=1 for an hour
+	.venv/bin/python tests/soak.py --hours $(HOURS)
 
 lint: .venv/installed  ## ruff, formatting, types
 	.venv/bin/ruff check .

@@ -5,6 +5,7 @@ Shapes: C channels, H and W pixels down and across, N patch tokens, D embed_dim.
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -161,12 +162,12 @@ def make_picture(
     """
     path = check_picture_name(output)
     check_not_input(path, provenance, picture_provenance)
-    if is_picture_up_to_date(path, provenance, options):
-        return None if options.dry_run else Result(output)
-    if options.dry_run:
-        console.say(f"would draw {described} to {path}")
-        return None
-    with writing(path):
+    with nullcontext() if options.dry_run else writing(path):
+        if is_picture_up_to_date(path, provenance, options):
+            return None if options.dry_run else Result(output)
+        if options.dry_run:
+            console.say(f"would draw {described} to {path}")
+            return None
         picture, figures = draw()
         write_picture(picture, path, provenance)
     return Result(output, figures)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 from .. import console, cores
 from .. import process as own_process
@@ -26,6 +27,8 @@ KEPT = "what it had is kept, and the same command resumes"
 STOP_AFTER_S = 3.0  # chosen: those left when one has failed mostly notice; those still there are asked to stop
 KILL_AFTER_S = 30.0  # chosen: what has not ended so long after another has failed is killed
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Group:
@@ -39,21 +42,21 @@ class Group:
         """Tell whether this process speaks for all."""
         return self.rank == 0
 
-    def decide(self, decision: Callable[[], bool]) -> bool:
+    def decide(self, decision: Callable[[], T]) -> T:
         """Return in every process what the first one decides; where it raises an error, the others just end."""
         from accelerate.utils import broadcast_object_list
 
-        decided: list[bool | None] = [None]
+        decided: list[tuple[T] | None] = [None]
         try:
             if self.is_first:
-                decided = [decision()]
+                decided = [(decision(),)]
         finally:
             if self.count > 1:
                 with needs_others():
                     broadcast_object_list(decided)
         if decided[0] is None:
             raise SystemExit(1)
-        return decided[0]
+        return decided[0][0]
 
     def wait(self) -> None:
         """Wait until all processes are here. Raises Stopped when one of them has ended."""

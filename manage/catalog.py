@@ -15,6 +15,7 @@ from ..store.artifact import FILE_PROVENANCE, RUN_PROVENANCE, provenance_at
 from ..store.cache import cached
 from ..store.catalog import Artifact
 from ..store.content_id import data_content_id
+from ..store.files import sweep
 from ..store.lock import is_held
 from ..store.manifest import Provenance, open_manifest
 from ..store.places import catalog_path
@@ -171,6 +172,8 @@ def gc(as_json: bool = False) -> None:
     gone = [path for artifact in catalog.artifacts() if not (path := Path(artifact.path)).exists()]
     for path in gone:
         catalog.forget(path)
+    if catalog_path().exists():
+        sweep(catalog_path().parent)
     console.say(f"removed {freed / 2**20:,.1f} MiB of the cache; forgot {len(gone)} artifacts that are gone")
     print(json.dumps({"freed_bytes": freed, "forgotten": len(gone)}) if as_json else freed)
 

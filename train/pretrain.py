@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from .. import console
 from ..errors import Stopped, ToolkitError
-from ..features.launch import caught_signals
+from ..features.launch import Group, caught_signals
 from ..models import cpu
 from ..models.weights import model_content_id
 from ..store.artifact import Options, Result
@@ -98,12 +98,14 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
     # Resume from the latest checkpoint.
     counts = {"step": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "replaced_images": 0}
     counts["micro_batch_size"] = config.micro_batch_size
-    saved = newest_whole(run.folder / CHECKPOINTS, config.steps, is_main=is_main)
+    saved = Group(process, num_processes).decide(lambda: newest_whole(run.folder / CHECKPOINTS, config.steps))
     if saved is not None:
         counts |= load_checkpoint(saved, model, optimizer)
         console.say(f"resuming at step {counts['step']:,} of {config.steps:,}")
     if is_main:
         rewind_metrics(run.folder, counts["step"])
+        if counts["step"]:  # a kill right after a checkpoint left the table of the one before
+            write_metrics_table(run.folder, replace(run.provenance, kind="metrics"))
         prune_checkpoints(run.folder / CHECKPOINTS, config.keep_checkpoints)
     first_step = counts["step"]
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, read_run_provenance
-from dinov2_toolkit.tests.train.small_run import noise_images, repeatable_metrics, settings
+from dinov2_toolkit.tests.train.small_run import CLOCK, noise_images, repeatable_metrics, settings
 from dinov2_toolkit.train import pretrain as loop
 from dinov2_toolkit.train import run as around
 from dinov2_toolkit.train.config import CONFIG_FILE
@@ -118,6 +119,15 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_resumed(
     (run / LAST / CHECKSUMS_FILE).unlink()
     pretrain(whole.parent / "images.parquet", str(run), settings(), Options(), resume=True)
     assert "resuming at step 6 of 6" in capsys.readouterr().err
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_table_of_metrics_writes_the_table(
+    run: Path, whole: Path
+) -> None:
+    (run / "metrics.parquet").unlink()
+    resume(run, whole)
+    rows, expected = (pq.read_table(folder / "metrics.parquet").drop_columns(CLOCK) for folder in (run, whole))
+    assert rows.equals(expected) and len(rows) == 6
 
 
 def test_bad_lines_of_the_metrics_are_left_out_and_said(

@@ -126,21 +126,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def newest_whole(folder: Path, num_steps: int, *, is_main: bool) -> Path | None:
+def newest_whole(folder: Path, num_steps: int) -> Path | None:
     """Return the newest checkpoint that is whole, of a run of so many steps; None where there is none.
 
-    The main process says which are damaged, and puts them aside under a hidden name.
+    It says which are damaged, and puts them aside under a hidden name. One process decides for all.
     """
     for path in reversed(checkpoints(folder)):
         if (problem := damage(path, num_steps)) is None:
             return path
-        if is_main:
-            aside = path.with_name(f"{DAMAGED}{path.name}")
-            console.warn(
-                f"checkpoint {path} is damaged ({problem}): going back to the one before; kept as {aside.name}"
-            )
-            remove(aside)
-            os.rename(path, aside)
+        aside = path.with_name(f"{DAMAGED}{path.name}")
+        console.warn(f"checkpoint {path} is damaged ({problem}): going back to the one before; kept as {aside.name}")
+        remove(aside)
+        os.rename(path, aside)
     return None
 
 
