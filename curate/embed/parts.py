@@ -93,18 +93,19 @@ class PartWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._tables: list[pa.Table] = []
+        self._num_bytes = 0
         self._since = time.monotonic()
 
     def add(self, table: pa.Table) -> None:
         """Take rows of a part."""
         self._tables.append(table)
-        num_bytes = sum(each.nbytes for each in self._tables)
-        if num_bytes >= PART_BYTES or time.monotonic() - self._since >= PART_SECONDS:
+        self._num_bytes += table.nbytes
+        if self._num_bytes >= PART_BYTES or time.monotonic() - self._since >= PART_SECONDS:
             self.close()
 
     def close(self) -> None:
         """Write what was gathered."""
-        tables, self._tables, self._since = self._tables, [], time.monotonic()
+        tables, self._tables, self._num_bytes, self._since = self._tables, [], 0, time.monotonic()
         if tables:
             write_part(self._folder, pa.concat_tables(tables))
 
