@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .. import console
 from ..errors import ToolkitError
+from .files import remove
 
 ZEROS = bytes(1 << 20)
 SEALED_NS = 1_000_000_000 * 10**9  # in 2001; whole even seconds, which every file system keeps
@@ -50,7 +51,7 @@ def kept_array(
     """
     if not path.exists():
         return None
-    if mode == "r" and path.stat().st_mtime_ns != SEALED_NS:
+    if not path.is_file() or (mode == "r" and path.stat().st_mtime_ns != SEALED_NS):
         discard(path)
         return None
     try:
@@ -71,7 +72,7 @@ def kept_array(
 def discard(path: Path) -> None:
     """Remove a damaged file of the cache, and say so."""
     console.warn(f"{path} is damaged; it is made again")
-    path.unlink(missing_ok=True)
+    remove(path)
 
 
 def allocate(file: int, num_bytes: int, folder: Path) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..errors import Stopped, ToolkitError
 from .arrays import Array, discard, kept_array, new_array
 from .cache import cache_folder, cache_key, open_cache
-from .files import replacing
+from .files import open_regular, replacing
 from .manifest import Provenance, toolkit_version
 
 SAVE_EVERY_S = 30.0  # chosen: what a kill costs at most
@@ -53,7 +53,7 @@ class Progress:
         if not path.exists():
             return None
         try:
-            with zipfile.ZipFile(path) as kept:  # which compares checksums
+            with open_regular(path) as file, zipfile.ZipFile(file) as kept:  # which compares checksums
                 return {member.removesuffix(".npy"): _array(kept.read(member)) for member in kept.namelist()}
         except (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error, RuntimeError):
             discard(path)

@@ -137,3 +137,16 @@ def test_an_array_of_another_kind_is_no_array_of_ours(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((3, 2), np.float32))
     seal(tmp_path / "a.npy")
     assert kept_array(tmp_path / "a.npy", np.float32, (None, 2)) is not None
+
+
+def test_what_is_no_file_is_damaged_and_never_waited_for(tmp_path: Path) -> None:
+    kept = Progress(Provenance("x", "x", {}))
+    kept.save("fit", a=np.arange(3))
+    for make in (os.mkfifo, os.mkdir):
+        for mode in ("r", "r+"):
+            make(tmp_path / "a.npy")
+            assert kept_array(tmp_path / "a.npy", np.float32, (3,), mode) is None  # type: ignore[arg-type]
+            assert not (tmp_path / "a.npy").exists()
+        (kept.folder / "fit.npz").unlink(missing_ok=True)
+        make(kept.folder / "fit.npz")
+        assert kept.load("fit") is None
