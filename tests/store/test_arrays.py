@@ -145,7 +145,7 @@ def test_what_is_no_file_is_damaged_and_never_waited_for(tmp_path: Path) -> None
     for make in (os.mkfifo, os.mkdir):
         for mode in ("r", "r+"):
             make(tmp_path / "a.npy")
-            assert kept_array(tmp_path / "a.npy", np.float32, (3,), mode) is None  # type: ignore[arg-type]
+            assert kept_array(tmp_path / "a.npy", np.float32, (3,), mode) is None
             assert not (tmp_path / "a.npy").exists()
         (kept.folder / "fit.npz").unlink(missing_ok=True)
         make(kept.folder / "fit.npz")
