@@ -20,8 +20,8 @@ from ..features.search.neighbors import Identity, nearest
 from ..features.sheet import Tile, draw_sheet, read_tile
 from ..store import catalog
 from ..store.artifact import Options, Result
-from ..store.image_columns import has_images, read_images
-from ..store.manifest import Manifest, Provenance, is_manifest_name, open_manifest
+from ..store.image_columns import has_images, read_as, read_images
+from ..store.manifest import SELECTION_FIELDS, Manifest, Provenance, is_manifest_name, open_manifest
 from ..store.vectors import Int64, Vectors, has_vectors, open_vectors
 from .pictures import Drawn, Named, make_picture, open_images
 
@@ -97,7 +97,7 @@ def _tile(image: Shown) -> Tile:
     """Return an image with its caption: the similarity and the label; of a query without a label the file's name."""
     if "similarity" in image:
         return read_tile(image["uri"], f"{image['similarity']:.3f}  {image['label'] or ''}".strip(), TILE_PX)
-    return read_tile(image["uri"], image["label"] or os.path.basename(image["uri"]), TILE_PX)
+    return read_tile(image["uri"], image["label"] or os.path.basename(image["uri"] or ""), TILE_PX)
 
 
 def _open(role: str, path: Path) -> Manifest:
@@ -123,8 +123,9 @@ def _queries_of(retrieved: Manifest, settings: NeighborSettings) -> list[Path]:
 def _retrieved(retrieved: Manifest, sets: list[Manifest], settings: NeighborSettings, options: Options) -> list[Line]:
     """Return the first queries of a selection and the images that were chosen for each, by rank."""
     chosen = read_images(retrieved).select(["uri", "label"])
-    for name, column in zip(RETRIEVED, retrieved.read(list(RETRIEVED)).columns, strict=True):
-        chosen = chosen.append_column(name, column)
+    fields = [field for field in SELECTION_FIELDS if field.name in RETRIEVED]
+    for field, column in zip(fields, read_as(retrieved, fields).columns, strict=True):
+        chosen = chosen.append_column(field, column.fill_null(0) if field.name == "similarity" else column)
     chosen = chosen.filter(pc.greater_equal(chosen.column("rank"), 1))  # rank 0: a query that was included
     wanted = chosen.column("query_id").unique()[: options.limit]
     if not len(wanted):

@@ -10,7 +10,8 @@ from ..errors import ToolkitError
 from ..evaluate.scores import HEADLINES, setting_of
 from ..features.page import chart, parts
 from ..features.page.document import Section
-from ..store.manifest import Manifest
+from ..store.image_columns import read_as
+from ..store.manifest import SCORE_FIELDS, Manifest
 
 MAX_ROWS = 500  # of a table
 MAX_SIDE = 30  # classes of a confusion that is drawn; of more, the pairs are listed
@@ -61,7 +62,8 @@ def _read(manifest: Manifest) -> list[Row]:
     known = ("model", "method", "parameters", "metric", "value", "low", "high", "num_train", "num_test")
     wanted = [*known, "true_class", "predicted_class"]
     there = [name for name in wanted if name in manifest.names()]
-    rows = ({**dict.fromkeys(wanted), **row} for row in manifest.read(there).to_pylist())
+    fields = [field for field in SCORE_FIELDS if field.name in there]
+    rows = ({**dict.fromkeys(wanted), **row} for row in read_as(manifest, fields).to_pylist())
     return [{**row, "metric": str(row["metric"])} for row in rows if row["value"] is not None]
 
 

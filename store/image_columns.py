@@ -172,10 +172,17 @@ def _labels(manifest: Manifest, name: str, column: pa.Array) -> pa.Array:
     return _cast(column, pa.field(name, pa.string()), manifest)
 
 
+def read_as(manifest: Manifest, fields: Collection[pa.Field]) -> pa.Table:
+    """Return columns of a manifest as the types of `fields`. Raises ToolkitError where one cannot be read so."""
+    table = manifest.read([field.name for field in fields])
+    columns = [_cast(column, field, manifest) for column, field in zip(table.columns, fields, strict=True)]
+    return pa.table(columns, schema=pa.schema(fields))
+
+
 def _cast(column: pa.Array, field: pa.Field, manifest: Manifest) -> pa.Array:
     try:
         return pc.cast(column, field.type)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
         what = f"the `{field.name}` column of {manifest.path} is {column.type}"
         raise ToolkitError(f"{what} and cannot be read as {field.type}; rename or drop it") from None
 

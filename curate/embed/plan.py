@@ -22,6 +22,7 @@ from ...store import tables
 from ...store.arrays import kept_array
 from ...store.artifact import difference, read_run_provenance, write_run_provenance
 from ...store.cache import cache_folder, cache_key
+from ...store.image_columns import image_batches
 from ...store.manifest import Manifest, Provenance, Source, open_manifest
 from .known import UNMATCHED
 from .listing import SLICE_ENTRIES, Listed
@@ -149,7 +150,7 @@ def write_unmatched(folder: Path, earlier: Manifest) -> int:
         ).to_arrow_reader(tables.BATCH_ROWS)
         with pa.ipc.new_file(str(folder / UNMATCHED), unmatched.schema) as writer:
             for batch in unmatched:
-                writer.write_batch(batch)
+                writer.write_batch(batch.filter(pc.is_valid(batch.column("image_id"))))
                 num_gone += int(batch.column("is_gone").true_count)
     return num_gone
 
@@ -173,10 +174,11 @@ def _earlier_rows(earlier: Manifest | None) -> Iterator[pa.Table]:
     if versions is None:
         versions = np.broadcast_to(-1, earlier.num_rows)
     start = 0
-    for batch in earlier.batches(["uri", "image_id"]):
+    for batch in image_batches(earlier, ["uri", "image_id"]):
         stop = start + len(batch)
         version = pa.array(versions[start:stop], mask=versions[start:stop] < 0)
-        yield pa.table([*batch.columns, version, np.arange(start, stop)], schema=EARLIER_SCHEMA)
+        names = batch.column("uri"), batch.column("image_id")
+        yield pa.table([*names, version, np.arange(start, stop)], schema=EARLIER_SCHEMA)
         start = stop
 
 

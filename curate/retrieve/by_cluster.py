@@ -6,8 +6,10 @@ N pool images, K clusters, D numbers a vector.
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 
 from ... import console
+from ...errors import ToolkitError
 from ...features.grouping import group_by
 from ...features.search.neighbors import Identity, SearchSettings, nearest
 from ...store.vectors import Float32, Int64, Vectors, unit_length
@@ -26,7 +28,15 @@ def clusters_of(pool: EmbeddedImages, num_clusters: int | None, seed: int) -> tu
     An image in no cluster has -1.
     """
     if num_clusters is None and CLUSTER_COLUMN in pool.source.manifest.names():
-        clusters = pool.column(CLUSTER_COLUMN).fill_null(-1).to_numpy().astype(np.int64)
+        column = pool.column(CLUSTER_COLUMN)
+        if not pa.types.is_integer(column.type):
+            path = pool.source.manifest.path
+            raise ToolkitError(
+                f"`{CLUSTER_COLUMN}` of {path} is {column.type}, not cluster numbers; give --num-clusters"
+            )
+        numbers = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
+        present, clusters = np.unique(np.maximum(numbers, -1), return_inverse=True)
+        clusters -= int(present[0] < 0)  # numbered without gaps: those of others may be of any size
         if clusters.max() >= 0:
             return clusters, spherical_centroids(pool.vectors, clusters)
     num_clusters = num_clusters or max(1, round(len(pool) ** 0.5))

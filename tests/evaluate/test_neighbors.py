@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from dinov2_toolkit.evaluate import neighbors
 from dinov2_toolkit.evaluate.neighbors import NeighborSettings, draw_neighbors
 from dinov2_toolkit.features.sheet import Row, Tile, draw_sheet, fit
 from dinov2_toolkit.store.artifact import Options
+from dinov2_toolkit.store.manifest import RESULT_KEY
 from dinov2_toolkit.tests.embedded import write_embeddings
 
 Drawn = list[list[list[Tile]]]
@@ -122,6 +124,20 @@ def test_queries_that_are_gone_must_be_named(drawn: Drawn) -> None:
     assert captions(drawn) == [(["at 10"], [f"{cosine(5)}  at 15"])]
     with pytest.raises(ToolkitError, match="1 of 1 queries"):
         draw_neighbors("curated.parquet", "other.png", NeighborSettings(queries=pool), Options())
+
+
+@pytest.mark.parametrize(("name", "values"), [("rank", ["first"]), ("similarity", [[0.5]]), ("query_id", [[b"x"]])])
+def test_columns_of_a_selection_that_are_something_else_are_named(name: str, values: list[Any]) -> None:
+    queries, pool = embedded("queries", [10], "queries"), embedded("pool", [0, 15])
+    retrieve_images(queries, pool, "curated.parquet", RetrieveSettings(k=1), Options())
+    table, metadata = pq.read_table("curated.parquet"), pq.read_metadata("curated.parquet").metadata
+    place = table.column_names.index(name)
+    changed = table.set_column(place, name, pa.array(values)).replace_schema_metadata(table.schema.metadata)
+    with pq.ParquetWriter("curated.parquet", changed.schema) as writer:
+        writer.write_table(changed)
+        writer.add_key_value_metadata({RESULT_KEY: metadata[RESULT_KEY.encode()]})
+    with pytest.raises(ToolkitError, match=rf"the `{name}` column of curated.parquet is .* and cannot be read as"):
+        draw_neighbors("curated.parquet", "sheet.png", NeighborSettings(), Options())
 
 
 def test_vectors_of_two_models_are_not_compared() -> None:

@@ -55,6 +55,8 @@ def test_scores_without_a_value_are_left_out_and_texts_refused(tmp_path: Path) -
     assert "60.0 %" in shown and ">0.7<" in shown
     with pytest.raises(ToolkitError, match="`value` of .*b.parquet is string"):
         words(scored(tmp_path / "b.parquet", [row("m", 0.5) | {"value": "high"}]))
+    with pytest.raises(ToolkitError, match="`low` column of .*c.parquet is string and cannot be read as double"):
+        words(scored(tmp_path / "c.parquet", [row("m", 0.5) | {"low": "low"}]))
 
 
 def test_classes_are_listed_from_the_hardest_and_confusions_drawn(tmp_path: Path) -> None:

@@ -168,6 +168,21 @@ def test_per_cluster_takes_from_the_clusters_that_the_pool_has(tmp_path: Path, n
     assert_same(rows, brute_force_of_clusters(queries, pool, own, means, num_wanted), queries, pool)
 
 
+def test_cluster_numbers_of_others_may_be_of_any_size_but_no_text(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(2).integers(20, size=400)
+    queries, pool = planted(tmp_path, {"cluster_0": pa.array(numbers, pa.int32())})
+    expected = retrieve(queries.path, pool.path, tmp_path / "curated.parquet", per_cluster=3)
+    table = pq.read_table(pool.path)
+    place = table.column_names.index("cluster_0")
+    for kind, values in ((pa.int64(), numbers * (1 << 58)), (pa.string(), numbers.astype(str))):
+        table = table.set_column(place, "cluster_0", pa.array(values, kind)).replace_schema_metadata()
+        pq.write_table(table, tmp_path / f"{kind}.parquet")
+    large = retrieve(queries.path, tmp_path / "int64.parquet", tmp_path / "large.parquet", per_cluster=3)
+    assert [(row["uri"], row["query_id"]) for row in large] == [(row["uri"], row["query_id"]) for row in expected]
+    with pytest.raises(ToolkitError, match=r"`cluster_0` of \S*string.parquet is string, not cluster numbers"):
+        retrieve(queries.path, tmp_path / "string.parquet", tmp_path / "text.parquet", per_cluster=3)
+
+
 @pytest.mark.parametrize("num_clusters", [None, 7, 1])
 def test_per_cluster_makes_clusters_where_there_are_none(tmp_path: Path, num_clusters: int | None) -> None:
     queries, pool = planted(tmp_path)
