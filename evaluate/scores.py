@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from .. import console
+from ..store.json_text import json_object
 from ..store.manifest import SCORE_FIELDS, ManifestWriter, Provenance
 from ..store.vectors import Float64, Int64
 
@@ -118,7 +119,7 @@ def show_scores(scores: list[Score]) -> None:
 
 def setting_of(row: Score) -> str:
     """Return the parameters that tell the measurements of a method apart."""
-    parameters = json.loads(row["parameters"])
+    parameters = json_object(row["parameters"])
     match row["method"]:
         case "knn":
             few = f", {parameters['per_class']} a class" if "per_class" in parameters else ""

@@ -73,7 +73,6 @@ def real_images() -> dict[str, bytes]:
         "rgb.sgi": saved(photo, "SGI"),
         "rgba.dds": saved(alpha, "DDS"),
         "bits.xbm": saved(photo.convert("1"), "XBM"),
-        "rgb.im": saved(photo, "IM"),
         "bits.msp": saved(photo.convert("1"), "MSP"),
         "float.spider": saved(floats, "SPIDER"),
         "rgb.qoi": saved(photo, "QOI"),

@@ -120,7 +120,7 @@ def damaged(work: Path, random: Random) -> list[str]:
 
 
 def test_damaged_manifests_end_in_one_line(workspace: Path) -> None:
-    assert trials(workspace, range(12), lambda random: damaged(workspace, random), kind="manifest") == []
+    assert trials(workspace, range(8), lambda random: damaged(workspace, random), kind="manifest") == []
 
 
 @pytest.mark.slow
