@@ -41,8 +41,8 @@ def prepare() -> None:
         sys.stdout.reconfigure(errors="names")
     sys.unraisablehook = _unraisable
     take_first_signal(_interrupt)
-    if LAUNCHER in os.environ:
-        threading.Thread(target=_end_with, args=[int(os.environ[LAUNCHER])], daemon=True).start()
+    if (launcher := os.environ.get(LAUNCHER, "")).isdigit():
+        threading.Thread(target=_end_with, args=[int(launcher)], daemon=True).start()
 
 
 def is_debugging() -> bool:

@@ -105,6 +105,12 @@ def test_any_name_can_be_printed(encoding: str, shown: bytes) -> None:
     assert (done.returncode, done.stdout) == (0, shown.replace(b"\\udcff", b"") + b"\xff\n")
 
 
+def test_a_launcher_that_is_no_process_is_none() -> None:
+    environment = {**os.environ, "DINOV2_LAUNCHED": "x"}
+    ended = subprocess.run(program(f"{PREPARE}print('on')"), env=environment, capture_output=True, check=True)
+    assert (ended.stdout, ended.stderr) == (b"on\n", b"")
+
+
 def test_a_process_ends_with_its_launcher(tmp_path: Path) -> None:
     rank = PREPARE + "open('rank', 'w').write(str(os.getpid()))\ntime.sleep(60)"
     launch = f"""
