@@ -195,6 +195,8 @@ def base_rows(manifest: Manifest, limit: int | None = None) -> pa.Array:
 
     Raises ToolkitError for what is no row number: text, a fraction, NaN, or less than 0.
     """
+    if "row" not in manifest.names():
+        raise ToolkitError(f"{manifest.path} refers to embeddings, but has no column `row`; make it again")
     column = manifest.read(["row"], limit).column("row")
     try:
         if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):

@@ -11,7 +11,7 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store import cache
 from dinov2_toolkit.store.cache import cache_folder, cached
 from dinov2_toolkit.store.manifest import IMAGE_FIELDS, ROW_FIELD, ManifestWriter, Provenance, open_manifest
-from dinov2_toolkit.store.vectors import checked_rows, open_vectors
+from dinov2_toolkit.store.vectors import base_rows, checked_rows, open_vectors
 
 
 def foreign(path: Path, vectors: list[list[float]], kind: pa.DataType | None = None) -> Path:
@@ -96,6 +96,12 @@ def test_other_features_are_matched_by_image(tmp_path: Path) -> None:
     foreign(tmp_path / "few.parquet", [[7]])
     with pytest.raises(ToolkitError, match="1 of 2 images .* are not in"):
         open_vectors(selection, features=open_manifest(tmp_path / "few.parquet"))
+
+
+def test_a_selection_without_rows_is_named(tmp_path: Path) -> None:
+    foreign(tmp_path / "base.parquet", [[0, 1], [1, 1]])
+    with pytest.raises(ToolkitError, match=r"^\S*base.parquet refers to embeddings, but has no column `row`; make it"):
+        base_rows(open_manifest(tmp_path / "base.parquet"))
 
 
 def test_features_are_matched_by_text_alone(tmp_path: Path) -> None:
