@@ -239,7 +239,7 @@ def test_a_bare_group_prints_its_help(run: Run, group: str) -> None:
 
 def test_the_root_lists_its_commands_in_the_order_of_a_project(run: Run) -> None:
     listed = re.findall(r"^│ (\w+) ", help_page(run, "--help").partition("Commands")[2], re.MULTILINE)
-    assert listed == ["curate", "train", "evaluate", "report", "export", "models", "catalog"]
+    assert listed == ["curate", "train", "evaluate", "report", "export", "models", "catalog", "doctor"]
     assert set(listed) == {name[0] for name in COMMANDS if name}
 
 
