@@ -1,7 +1,7 @@
 """The transformer block of DINOv2 over packed sequences, with the official parameter names.
 
 Shapes: T tokens of all sequences of all image sizes, packed into one (T, D); a group is the sequences of one size, B of
-them with n tokens each; R tokens that an output mask (T,) selects; D embed_dim, F width of the feed-forward.
+them with n tokens each; R selected tokens of all groups; D embed_dim, F width of the feed-forward.
 Source: Oquab et al. 2023 (DINOv2), section 5; github.com/facebookresearch/dinov2 (dinov2/layers).
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import cpu
+from .selected import Selection
 
 Ffn = Literal["mlp", "swiglu"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -66,31 +67,29 @@ class Attention(nn.Module):
             attended.append(cpu.attention(query, key, value).transpose(1, 2).reshape(sequences * length, -1))
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 
-    def selected(self, tokens: Tensor, groups: Groups, output_mask: Tensor) -> Tensor:
-        """Return the selected tokens alone, (T, D) -> (R, D): no other token needs a query."""
+    def selected(self, tokens: Tensor, groups: Groups, rows: Tensor, queries: list[Tensor]) -> list[Tensor]:
+        """Return each group's result for its queries alone: no other token needs one.
+
+        Args:
+            tokens, groups: the pack (T, D) that is attended to.
+            rows: the selected tokens (R, D).
+            queries: of each group (B, m), which of the rows each sequence asks for.
+
+        Returns:
+            (B m, D) of each group.
+        """
         query_weight, key_value_weight = self.qkv.weight.tensor_split([tokens.shape[1]])
         query_bias, key_value_bias = self.qkv.bias.tensor_split([tokens.shape[1]])
         keys_values = cpu.linear(tokens, key_value_weight, key_value_bias)
-        queries = F.linear(tokens[output_mask], query_weight, query_bias)
-        counts = [mask.view(group).sum(1) for mask, group in zip(split(output_mask, groups), groups, strict=True)]
+        row_queries = F.linear(rows, query_weight, query_bias)
         attended = []
-        for rows, group_queries, count, (sequences, length) in zip(
-            split(keys_values, groups),
-            torch.split(queries, [int(count.sum()) for count in counts]),
-            counts,  # (B,) queries of each sequence
-            groups,
-            strict=True,
-        ):
+        for packed, numbers, (sequences, length) in zip(split(keys_values, groups), queries, groups, strict=True):
             # (B n, 2 D) -> 2 x (B, heads, n, D / heads)
-            key, value = rows.view(sequences, length, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            # Sequences have different numbers of queries: pad with zeros to the largest, m.
-            is_query = torch.arange(int(count.max()), device=tokens.device) < count[:, None]  # (B, m)
-            query = queries.new_zeros(*is_query.shape, queries.shape[1])
-            query[is_query] = group_queries
-            # (B, m, D) -> (B, heads, m, D / heads)
-            query = query.view(*is_query.shape, self.num_heads, -1).transpose(1, 2)
-            attended.append(cpu.attention(query, key, value).transpose(1, 2).flatten(2)[is_query])
-        return torch.cat(attended)
+            key, value = packed.view(sequences, length, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            # (R, D) -> (B m, D) -> (B, heads, m, D / heads)
+            query = row_queries.index_select(0, numbers.flatten()).view(*numbers.shape, self.num_heads, -1)
+            attended.append(cpu.attention(query.transpose(1, 2), key, value).transpose(1, 2).flatten(0, 1).flatten(1))
+        return attended
 
 
 class Mlp(nn.Module):
@@ -130,35 +129,44 @@ class SwiGlu(nn.Module):
 class DropPathSubset(NamedTuple):
     """The sequences of a pack for which a residual branch is computed."""
 
+    kept: list[Tensor]  # of each group, the numbers of its kept sequences
     rows: Tensor  # (kept,) their tokens' rows in the pack
     scale: Tensor  # (kept, 1) of each row's update: all sequences of its group / kept ones
     groups: Groups  # of the kept sequences
 
-    def selected(self, output_mask: Tensor) -> "DropPathSubset":
-        """Return the rows that the mask (T,) selects, numbered among the R selected tokens."""
-        is_selected = output_mask[self.rows]
-        numbers = output_mask.cumsum(0) - 1  # (T,)
-        return self._replace(rows=numbers[self.rows[is_selected]], scale=self.scale[is_selected])
-
     def add(self, tokens: Tensor, update: Tensor) -> Tensor:
         """Return the tokens with the scaled update (kept, D) added to the subset's rows."""
         return tokens.index_add(0, self.rows, (update * self.scale).to(tokens.dtype))
+
+    def add_selected(self, tokens: Tensor, update: Tensor, selections: list[Selection]) -> Tensor:
+        """Return the selected tokens (R, D) with the scaled update (R, D) added to those of kept sequences.
+
+        All were computed: they are few, and which of them are kept is known on the device alone.
+        """
+        scales = [
+            tokens.new_zeros(len(chosen.queries), dtype=torch.float32)
+            .index_fill(0, kept, len(chosen.queries) / len(kept))
+            .index_select(0, chosen.sequences)
+            for chosen, kept in zip(selections, self.kept, strict=True)
+        ]
+        return tokens + (update * torch.cat(scales)[:, None]).to(tokens.dtype)
 
 
 def sample_drop_path(
     groups: Groups, drop_path: float, tokens: Tensor, generator: torch.Generator | None
 ) -> DropPathSubset:
     """Draw the sequences of a pack (T, D) that a branch is computed for: max(floor(B (1 - drop_path)), 1) a group."""
-    rows, scales, kept_groups, start = [], [], [], 0
+    all_kept, rows, scales, kept_groups, start = [], [], [], [], 0
     for sequences, length in groups:
         num_kept = max(int(sequences * (1 - drop_path)), 1)
         kept = torch.randperm(sequences, generator=generator, device=tokens.device)[:num_kept]
+        all_kept.append(kept)
         # (kept, 1) + (n,) -> (kept n,)
         rows.append((start + kept[:, None] * length + torch.arange(length, device=tokens.device)).flatten())
-        scales.append(tokens.new_full((num_kept * length, 1), sequences / num_kept))
+        scales.append(tokens.new_full((num_kept * length, 1), sequences / num_kept, dtype=torch.float32))
         kept_groups.append((num_kept, length))
         start += sequences * length
-    return DropPathSubset(torch.cat(rows), torch.cat(scales), kept_groups)
+    return DropPathSubset(all_kept, torch.cat(rows), torch.cat(scales), kept_groups)
 
 
 class Block(nn.Module):
@@ -185,56 +193,93 @@ class Block(nn.Module):
         self,
         tokens: Tensor,
         groups: Groups,
-        output_mask: Tensor | None = None,
+        selections: list[Selection] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return the tokens (T, D) after this block, or only the R that `output_mask` (T,) selects, for less work.
+        """Return the tokens (T, D) after this block, or only the selected ones of each group (R, D), for less work.
 
         Stochastic depth draws from `generator`, or from torch's own.
         """
         subsets = None
         if self.training and self.drop_path > 0.0:
             subsets = [sample_drop_path(groups, self.drop_path, tokens, generator) for _ in range(2)]
-        arguments = tokens, groups, output_mask, subsets
+        if selections is None:
+            return self._run(self._forward, tokens, groups, subsets)
+        return self._run(self._forward_selected, tokens, groups, selections, subsets)
+
+    def _run(self, forward: Callable[..., Tensor], *arguments: object) -> Tensor:
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
-            return self._forward(*arguments)
+            return forward(*arguments)
         checkpointed = _selective if self.activation_checkpointing == "selective" else _full
-        output: Tensor = checkpointed(self._forward, *arguments)
+        output: Tensor = checkpointed(forward, *arguments)
         return output
 
-    def _forward(
-        self, tokens: Tensor, groups: Groups, output_mask: Tensor | None, subsets: list[DropPathSubset] | None
-    ) -> Tensor:
+    def _forward(self, tokens: Tensor, groups: Groups, subsets: list[DropPathSubset] | None) -> Tensor:
         if subsets is None:
-            update = self.attend(tokens, groups, output_mask)
-            tokens = (tokens if output_mask is None else tokens[output_mask]) + update
-            return tokens + self.feed_forward(tokens, output_mask)
+            tokens = tokens + self.attend(tokens, groups)
+            return tokens + self.feed_forward(tokens, cpu.linear)
         first, second = subsets
-        kept_mask = None if output_mask is None else output_mask[first.rows]
-        update = self.attend(tokens.index_select(0, first.rows), first.groups, kept_mask)
-        if output_mask is not None:
-            tokens, first, second = tokens[output_mask], first.selected(output_mask), second.selected(output_mask)
-        tokens = first.add(tokens, update)
-        return second.add(tokens, self.feed_forward(tokens.index_select(0, second.rows), output_mask))
+        tokens = first.add(tokens, self.attend(tokens.index_select(0, first.rows), first.groups))
+        return second.add(tokens, self.feed_forward(tokens.index_select(0, second.rows), cpu.linear))
 
-    def attend(self, tokens: Tensor, groups: Groups, output_mask: Tensor | None) -> Tensor:
-        """Return the update (T, D) of the attention branch, or that of the selected tokens (R, D)."""
-        normed = self.norm1(tokens)
-        attended = self.attn(normed, groups) if output_mask is None else self.attn.selected(normed, groups, output_mask)
-        update: Tensor = self.ls1(self.attn.proj, attended, _linear(output_mask))
+    def _forward_selected(
+        self, tokens: Tensor, groups: Groups, selections: list[Selection], subsets: list[DropPathSubset] | None
+    ) -> Tensor:
+        rows = tokens.index_select(0, torch.cat([chosen.rows for chosen in selections]))
+        if subsets is None:
+            rows = rows + self.attend_selected(tokens, groups, rows, selections, None)
+            return rows + self.feed_forward(rows, F.linear)
+        first, second = subsets
+        kept = tokens.index_select(0, first.rows)
+        update = self.attend_selected(kept, first.groups, rows, selections, first.kept)
+        rows = first.add_selected(rows, update, selections)
+        return second.add_selected(rows, self.feed_forward(rows, F.linear), selections)
+
+    def attend(self, tokens: Tensor, groups: Groups) -> Tensor:
+        """Return the update (T, D) of the attention branch."""
+        update: Tensor = self.ls1(self.attn.proj, self.attn(normed(self.norm1, tokens), groups), cpu.linear)
         return update
 
-    def feed_forward(self, tokens: Tensor, output_mask: Tensor | None) -> Tensor:
-        """Return the update of the feed-forward branch, (T, D) -> (T, D); the mask says that tokens were selected."""
-        linear, (first, last) = _linear(output_mask), self.mlp.layers
-        hidden = linear(self.norm2(tokens), first.weight, first.bias)  # (T, F), or (T, 2 F) for SwiGLU
+    def attend_selected(
+        self, tokens: Tensor, groups: Groups, rows: Tensor, selections: list[Selection], kept: list[Tensor] | None
+    ) -> Tensor:
+        """Return the update (R, D) of the attention branch for the selected tokens.
+
+        Args:
+            tokens, groups: the pack (T, D), or the kept sequences of it.
+            rows: the selected tokens (R, D), group by group.
+            kept: of each group, the numbers of its kept sequences; the update of others is any number.
+        """
+        queries, slots, first_row = [], [], 0
+        for number, chosen in enumerate(selections):
+            num_sequences, most = chosen.queries.shape
+            order = torch.arange(num_sequences, device=rows.device)
+            if kept is not None:
+                order = torch.zeros_like(order).index_copy(0, kept[number], order[: len(kept[number])])
+            asked = chosen.queries if kept is None else chosen.queries.index_select(0, kept[number])
+            queries.append(first_row + asked)
+            slots.append(order.index_select(0, chosen.sequences) * most + chosen.positions)
+            first_row += len(chosen.rows)
+        attended = self.attn.selected(normed(self.norm1, tokens), groups, normed(self.norm1, rows), queries)
+        parts = [part.index_select(0, places) for part, places in zip(attended, slots, strict=True)]
+        update: Tensor = self.ls1(self.attn.proj, torch.cat(parts), F.linear)
+        return update
+
+    def feed_forward(self, tokens: Tensor, linear: Linear) -> Tensor:
+        """Return the update (T, D) of the feed-forward branch.
+
+        `linear` applies its layers: for selected tokens F.linear, since their number changes (see `cpu.linear`).
+        """
+        first, last = self.mlp.layers
+        hidden = linear(normed(self.norm2, tokens), first.weight, first.bias)  # (T, F), or (T, 2 F) for SwiGLU
         update: Tensor = self.ls2(last, self.mlp.activate(hidden), linear)
         return update
 
 
-def _linear(output_mask: Tensor | None) -> Linear:
-    """Return what applies linear layers; the number of selected tokens differs from step to step (see `cpu.linear`)."""
-    return cpu.linear if output_mask is None else F.linear
+def normed(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
+    """Return the norm of tokens in the type of its weights: in float32 where autocast has made the tokens half."""
+    result: Tensor = norm(tokens.to(norm.weight.dtype))
+    return result
 
 
 def _keep_products(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:

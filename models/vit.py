@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ToolkitError
-from .block import Block, Ffn, Groups, split
+from .block import Block, Ffn, Groups, normed, split
+from .selected import SelectedPatches, selection
 
 
 @dataclass(frozen=True)
@@ -169,14 +170,17 @@ class VisionTransformer(nn.Module):
         """Return the tokens of all image batches as one (T, D), and how to cut it."""
         embedded = [self.embed(batch, mask) for batch, mask in zip(images, masks, strict=True)]
         groups = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
-        return torch.cat([tokens.flatten(0, 1) for tokens in embedded]), groups
+        packed = torch.cat([tokens.flatten(0, 1) for tokens in embedded])
+        # While it trains under autocast, the residual stream is in half precision; norms and parameters are not.
+        if self.training and torch.is_autocast_enabled(packed.device.type):
+            packed = packed.to(torch.get_autocast_dtype(packed.device.type))
+        return packed, groups
 
     def unpack(self, tokens: Tensor, groups: Groups) -> list[Features]:
         """Return the final norm of packed tokens (T, D), cut into each group's features."""
-        normed: Tensor = self.norm(tokens)
         first_patch = 1 + self.num_register_tokens
         features = []
-        for part, (sequences, length) in zip(split(normed, groups), groups, strict=True):
+        for part, (sequences, length) in zip(split(normed(self.norm, tokens), groups), groups, strict=True):
             sequence = part.view(sequences, length, -1)
             features.append(Features(sequence[:, 0], sequence[:, 1:first_patch], sequence[:, first_patch:]))
         return features
@@ -220,7 +224,7 @@ class VisionTransformer(nn.Module):
         self,
         images: Sequence[Tensor],
         masks: Sequence[Tensor | None],
-        selected: Sequence[Tensor | None],
+        selected: Sequence[SelectedPatches | None],
         generator: torch.Generator | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Return the class tokens (B, D) and the selected patch tokens (M, D) of each image batch.
@@ -229,27 +233,21 @@ class VisionTransformer(nn.Module):
 
         Args:
             images, masks: as in `forward_features`, as lists.
-            selected: (B, N) bool for each batch, True M times, or None for no patch; M runs image by image.
+            selected: the patches of each batch, or None for no patch; padding gets the result of any token.
             generator: what stochastic depth draws from; None: torch's own.
         """
         tokens, groups = self.embed_packed(images, masks)
-        output_masks = []
-        for (sequences, length), patches in zip(groups, selected, strict=True):
-            output_mask = torch.zeros(sequences, length, dtype=torch.bool, device=tokens.device)
-            output_mask[:, 0] = True
-            if patches is not None:
-                output_mask[:, 1 + self.num_register_tokens :] = patches
-            output_masks.append(output_mask)
+        selections, start = [], 0
+        for patches, group in zip(selected, groups, strict=True):
+            num_patches = group[1] - 1 - self.num_register_tokens
+            selections.append(selection(patches, group, num_patches=num_patches, start=start, device=tokens.device))
+            start += group[0] * group[1]
         *first_blocks, last_block = self.blocks
         for block in first_blocks:
             tokens = block(tokens, groups, None, generator)
-        flat_mask = torch.cat([mask.flatten() for mask in output_masks])  # (T,)
-        normed: Tensor = self.norm(last_block(tokens, groups, flat_mask, generator))
-        outputs = []
-        for mask, rows in zip(output_masks, torch.split(normed, [int(m.sum()) for m in output_masks]), strict=True):
-            is_class = mask.nonzero()[:, 1] == 0  # (B + M,)
-            outputs.append((rows[is_class], rows[~is_class]))
-        return outputs
+        rows = normed(self.norm, last_block(tokens, groups, selections, generator))  # (R, D)
+        parts = torch.split(rows, [len(chosen.rows) for chosen in selections])
+        return [(part[:sequences], part[sequences:]) for part, (sequences, _) in zip(parts, groups, strict=True)]
 
     @overload
     def get_intermediate_layers(
@@ -296,7 +294,7 @@ class VisionTransformer(nn.Module):
         for number, block in enumerate(self.blocks):
             tokens = block(tokens, groups)
             if number in blocks:
-                outputs.append((self.norm(tokens) if norm else tokens).view(*groups[0], -1))  # (B, n, D)
+                outputs.append((normed(self.norm, tokens) if norm else tokens).view(*groups[0], -1))  # (B, n, D)
         patches = [output[:, 1 + self.num_register_tokens :] for output in outputs]
         if reshape:
             grid = [side // self.patch_size for side in images.shape[2:]]

@@ -57,7 +57,7 @@ ALLOWED = {  # which rooms a room may import; console, errors and options, at th
     },
     "cli": {"curate/cli", "train", "evaluate", "manage", "report"},
 }
-BASE = ("config", "counter_rng", "launch", "ranges")  # of training: what its rooms build on
+BASE = ("config", "counter_rng", "launch", "ranges", "transfer")  # of training: what its rooms build on
 FILES = {"curate/cli.py": "curate/cli", **{f"train/{name}.py": "train/base" for name in BASE}}
 GROUND = {"console.py", "cores.py", "errors.py", "options.py", "process.py", "__init__.py", "__main__.py"}
 EXCEPTIONS = {  # the only files that may be imported where the room may not

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Unpack
 
+import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
@@ -39,24 +40,28 @@ from .engine.checkpoint import (
     save_teacher,
 )
 from .engine.fsdp import full_optimizer_state, trained_state
-from .engine.optimizer import apply_schedules, clip_gradients
+from .engine.optimizer import apply_schedules, clip_gradients, not_finite, step_unless
 from .engine.parallelize import prepare
 from .engine.schedules import batch_sizes, last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
-from .monitor.health import PATIENCE_STEPS, collapse_reason, health_figures, teacher_figures
+from .monitor.health import PATIENCE_STEPS, RANK_STEPS, collapse_reason, health_figures, teacher_figures
 from .monitor.metrics import (
     Throughput,
     append_metrics,
     averaged,
+    host_group,
     peak_memory_mib,
     progress_note,
     read_metrics,
+    read_scalars,
     rewind_metrics,
-    summed,
+    started_sum,
     write_metrics_table,
 )
 from .monitor.online_knn import knn_figures
 from .objective.networks import update_teacher
 from .run import CHECKPOINTS, LaunchOptions, Run, run_training
+
+SKIPPED = "skipped_steps", "skipped_in_a_row"  # counts of steps whose loss or gradient was not finite
 
 
 def pretrain(
@@ -125,6 +130,9 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
     )
     figures = (read_metrics(run.folder) or [{}])[-1]
     collapse_since: int | None = None
+    group = host_group(accelerator)
+    # Counted on the device, so that no step waits for it.
+    num_skipped, in_a_row = (torch.full((), float(counts[name]), device=device) for name in SKIPPED)
     heap, throughput = cpu.TidyHeap(device), Throughput()
     with caught_signals("step") as signals, console.progress("training", config.steps - first_step, "steps") as advance:
         for step in range(first_step, config.steps):
@@ -140,7 +148,8 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             # Data.
             with throughput.waiting():
                 batch = next(batches)
-            global_crops, local_crops, masks = make_views(batch, config, step, device, process, num_processes)
+            events = started_sum([bool(signals), batch.num_replaced], group)
+            global_crops, local_crops, masks = make_views(batch, config, device)
 
             # Teacher targets.
             with accelerator.autocast():
@@ -156,44 +165,49 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
                 micro_batch_size=counts["micro_batch_size"],
                 smallest=2 if config.koleo_weight else 1,
             )
-            outputs |= teacher_figures(targets)
 
-            # Update. All processes skip a step or none: gradients are averaged over them, and bad losses counted.
+            # Update. All processes skip a step or none.
             norms = clip_gradients(model.student, config.clip_grad_norm)
-            is_bad = not all(bool(value.isfinite()) for value in (outputs["total"], *norms.values()))
-            num_stopped, num_replaced, num_bad = summed([bool(signals), batch.num_replaced, is_bad], accelerator)
-            if not num_bad:
-                optimizer.step()
-                update_teacher(model.teacher, model.student, rates.momentum)
-                counts["skipped_in_a_row"] = 0
-            else:
-                counts["skipped_steps"] += 1
-                counts["skipped_in_a_row"] += 1
-                console.warn(f"step {step + 1}: the loss or the gradient is not finite; skipped")
+            is_bad = not_finite([outputs["total"], *norms.values()])
+            step_unless(is_bad, optimizer)
+            update_teacher(model.teacher, model.student, rates.momentum, is_bad)
             optimizer.zero_grad()
-            is_last = step + 1 == config.steps
-            if (in_a_row := counts["skipped_in_a_row"]) > config.max_skipped_steps or (is_last and in_a_row):
-                what = f"losses or gradients of the {in_a_row} steps up to {step + 1} are not finite"
-                raise ToolkitError(f"{what}; {last_good(run)}: lower base_lr, or look at the images")
+            num_skipped, in_a_row = num_skipped + is_bad, (in_a_row + 1) * is_bad
+            num_stopped, num_replaced = events()
             counts["step"] = step + 1
             counts["replaced_images"] += num_replaced
             throughput.num_images += sizes.at(step)
             heap.after_step()
 
-            # Log.
+            # Is it time to log, to save, to end? Then read how many steps were skipped; on a CPU at every step.
+            is_last = step + 1 == config.steps
             is_measured = labelled is not None and ((step + 1) % config.eval_every == 0 or is_last)
-            if (step + 1) % config.log_every == 0 or is_last or is_measured:
-                means = averaged(outputs, accelerator)
+            is_logged = (step + 1) % config.log_every == 0 or is_last or is_measured
+            is_due = (step + 1) % config.checkpoint_every == 0
+            if is_logged or is_due or num_stopped or device.type == "cpu":
+                before = counts["skipped_steps"]
+                counts |= {name: int(number) for name, number in zip(SKIPPED, (num_skipped, in_a_row), strict=True)}
+                if (number := counts["skipped_steps"] - before) > 0:
+                    what = "loss or the gradient is" if number == 1 else f"losses or gradients of {number} steps are"
+                    console.warn(f"step {step + 1}: the {what} not finite; skipped")
+                if (bad := counts["skipped_in_a_row"]) > config.max_skipped_steps or (is_last and bad):
+                    what = f"losses or gradients of the {bad} steps up to {step + 1} are not finite"
+                    raise ToolkitError(f"{what}; {last_good(run)}: lower base_lr, or look at the images")
+
+            # Log.
+            if is_logged:
+                means = averaged(outputs | teacher_figures(targets), accelerator)
+                losses = read_scalars(means)
                 figures = {
                     **counts,
                     "samples": sizes.images_until(step + 1),
                     "epoch": sizes.images_until(step + 1) / len(images),
                     "batch_size": sizes.at(step),
-                    **{name: float(value) for name, value in means.items() if value.ndim == 0},
-                    **weighted_losses(means, config),
+                    **losses,
+                    **weighted_losses(losses, config),
                     **rates._asdict(),
-                    **{f"grad_norm_{part}": float(norm) for part, norm in norms.items()},
-                    **health_figures(means),
+                    **read_scalars({f"grad_norm_{part}": norm for part, norm in norms.items()}),
+                    **health_figures(means, with_rank=is_last or (step + 1) % RANK_STEPS < config.log_every),
                     **throughput.figures(),
                     "peak_memory_mib": peak_memory_mib(device),
                 }
@@ -213,8 +227,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             advance(1, progress_note(figures))
 
             # Save; not while gradients are bad, for then the weights may be.
-            is_due = (step + 1) % config.checkpoint_every == 0 and not counts["skipped_in_a_row"]
-            if is_due or is_last or num_stopped:
+            if (is_due and not counts["skipped_in_a_row"]) or is_last or num_stopped:
                 save(run, optimizer, full_model, counts)
                 accelerator.wait_for_everyone()
             if num_stopped and not is_last:

@@ -305,8 +305,12 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
     in_shards = sharding(os.environ) is not None
     if in_shards and "WORLD_SIZE" not in os.environ:
         raise ToolkitError("FSDP is asked for with one process alone; start several with --num-processes or torchrun")
-    if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    has_gpu = torch.cuda.is_available()
+    if config.mixed_precision == "bf16" and has_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ToolkitError("this GPU has no bfloat16; set mixed_precision=no")
+    if has_gpu and torch.cuda.get_device_capability() >= (8, 0):
+        torch.set_float32_matmul_precision("high")
+        console.say("products of float32 matrices are computed in TF32")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # without it Accelerate ignores torchrun on a machine without GPU

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinov2_toolkit.models import cpu
 from dinov2_toolkit.models.cpu import HAS_ONEDNN, in_halves, in_threads, linear, runs_in_halves
+from dinov2_toolkit.models.selected import selected_patches
 from dinov2_toolkit.models.vit import VisionTransformer
 
 SHAPES = [(1,), (7,), (300,), (2, 5)]
@@ -92,7 +93,7 @@ def test_selected_tokens_take_torchs_layers_since_their_number_changes(monkeypat
     for num_selected in (1, 4, 9):
         selected = torch.zeros(5, 16, dtype=torch.bool)
         selected[0, :num_selected] = True
-        backbone.forward_selected([images], [None], [selected])
+        backbone.forward_selected([images], [None], [selected_patches(selected)])
     assert rows_seen == {5 * 17}
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.block import Ffn
+from dinov2_toolkit.models.selected import selected_patches
 from dinov2_toolkit.models.vit import ARCHITECTURES, Features, VisionTransformer, build_vit
 
 
@@ -221,7 +222,7 @@ def test_selected_tokens_are_those_of_a_whole_pass(drop_path: float) -> None:
     torch.manual_seed(1)  # both passes drop the same sequences
     whole = backbone.forward_features(images, masks)
     torch.manual_seed(1)
-    parts = backbone.forward_selected(images, masks, selected)
+    parts = backbone.forward_selected(images, masks, [None if it is None else selected_patches(it) for it in selected])
     for features, (cls_tokens, patch_tokens), wanted in zip(whole, parts, selected, strict=True):
         torch.testing.assert_close(cls_tokens, features.cls_token)
         expected = features.patch_tokens[:0, 0] if wanted is None else features.patch_tokens[wanted]

@@ -219,13 +219,16 @@ def test_a_run_starts_from_another_with_its_position_embedding_resampled(
         build_model(settings("arch=vit_huge"))
 
 
-def test_the_processes_divide_the_masks_of_a_step() -> None:
-    config = settings()
-    whole = make_masks(3, 8, config, 0, 1).view(2, 8, 9)
-    halves = [make_masks(3, 8, config, rank, 2).view(2, 4, 9) for rank in range(2)]
-    assert torch.equal(torch.stack(halves, dim=2).view(2, 8, 9), whole)
-    assert whole.any(2).sum() == 8
-    assert not torch.equal(make_masks(4, 8, config, 0, 1).view(2, 8, 9), whole)
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_any_number_of_processes_divides_the_masks_of_a_step(num_processes: int) -> None:
+    config, samples = settings("global_crop_size_px=28"), np.arange(24, 32)
+    whole = make_masks(samples, config).reshape(2, 8, 49)
+    for rank in range(num_processes):
+        part = make_masks(samples[rank::num_processes], config).reshape(2, -1, 49)
+        assert (part == whole[:, rank::num_processes]).all()
+    assert (whole.any(2).sum(0) == 1).all()  # one of the two views of each image
+    assert (make_masks(samples + 8, config).reshape(2, 8, 49) != whole).any()
+    assert (make_masks(samples, settings("global_crop_size_px=28", "seed=1")).reshape(2, 8, 49) != whole).any()
 
 
 def test_two_processes_give_the_loss_of_one_and_stop_at_a_signal_with_exit_code_75(

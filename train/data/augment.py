@@ -9,6 +9,7 @@ side of a crop. Crops are view-major: (V * B, C, S, S), all first views first.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from ...models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from .. import counter_rng
+from ..transfer import copied
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as Pillow's
 BLUR_RADIUS_PX = 4  # the released code's kernel is 9 wide at every crop size
+CHUNK_BYTES = 256 << 20  # chosen: of images in float32, resized together
 CROP_ATTEMPTS = 10  # draws of area and aspect before the central crop, as in torchvision's RandomResizedCrop
 ASPECT = (3 / 4, 4 / 3)  # of a crop, width over height, as in RandomResizedCrop
 JITTERS = ("brightness", "contrast", "saturation", "hue")
@@ -122,6 +125,46 @@ def _random_boxes(
     return np.stack([top, left, height, width], axis=-1).astype(np.int64)
 
 
+class PlacedCrops(NamedTuple):
+    """`Crops` on a device, with the numbers (n,) of the crops among V * B that each operation changes."""
+
+    boxes: Tensor  # (V, B, 4) float32
+    flip: Tensor  # (V, B)
+    factors: Tensor  # (V * B, 4)
+    gray: Tensor
+    blurred: Tensor
+    blur_sigma_px: Tensor  # (n,), of the blurred ones
+    solarized: Tensor
+    mean: Tensor  # (C,), or (1,)
+    std: Tensor
+    jitters: list[Tensor]  # of each turn, those that brightness, contrast, saturation and hue change in it
+    chunks: list[Tensor]  # the images that are resized together
+
+
+def placed_crops(
+    crops: Crops, mean: Sequence[float], std: Sequence[float], channels: int, device: torch.device
+) -> PlacedCrops:
+    """Return crops of images of so many channels on a device, by one copy; all sizes are known on the host."""
+    blurred = np.flatnonzero(crops.blur_sigma_px)
+    order = np.where(crops.jitter[..., None], crops.order, -1).reshape(-1, 4)  # (V, B, 4) -> (V * B, 4)
+    jitters = [np.flatnonzero(order[:, turn] == which) for turn in range(4) for which in range(len(JITTERS))]
+    arrays = [
+        crops.boxes.astype(np.float32),
+        crops.flip,
+        crops.factors.reshape(-1, 4).astype(np.float32),
+        np.flatnonzero(crops.gray),
+        blurred,
+        crops.blur_sigma_px.ravel()[blurred].astype(np.float32),
+        np.flatnonzero(crops.solarize),
+        np.asarray(mean, dtype=np.float32),
+        np.asarray(std, dtype=np.float32),
+    ]
+    placed = copied([*arrays, *jitters, *resize_chunks(crops, channels)], device)
+    boxes, flip, factors, gray, blurred_rows, sigma_px, solarized, means, stds = placed[: len(arrays)]
+    jitter_rows, chunks = placed[len(arrays) : len(arrays) + len(jitters)], placed[len(arrays) + len(jitters) :]
+    return PlacedCrops(boxes, flip, factors, gray, blurred_rows, sigma_px, solarized, means, stds, jitter_rows, chunks)
+
+
 def apply_crops(
     images: Tensor, crops: Crops, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Tensor:
@@ -137,50 +180,82 @@ def apply_crops(
         to one mean, so that the channels keep their relations; solarize inverts each.
     """
     channels = images.shape[3]
-    pixels = resized_crops(images, crops).clamp_(0, 1)
-    _jitter_(pixels, crops)
-    rows = _where(crops.gray, pixels.device)
-    if channels == 3 and len(rows):
-        pixels[rows] = luma(pixels[rows]).expand(-1, 3, -1, -1)
-    _blur_(pixels, crops.blur_sigma_px)
-    rows = _where(crops.solarize, pixels.device)
-    if len(rows):
-        chosen = pixels[rows]
-        pixels[rows] = torch.where(chosen >= 128 / 255, 1 - chosen, chosen)
+    placed = placed_crops(crops, mean, std, channels, images.device)
+    pixels = resized_crops(images, crops, placed).clamp_(0, 1)
+    _jitter_(pixels, placed)
+    if channels == 3 and len(placed.gray):
+        pixels[placed.gray] = luma(pixels[placed.gray]).expand(-1, 3, -1, -1)
+    _blur_(pixels, placed)
+    if len(placed.solarized):
+        chosen = pixels[placed.solarized]
+        pixels[placed.solarized] = torch.where(chosen >= 128 / 255, 1 - chosen, chosen)
     shape = (1, -1, 1, 1)
-    return pixels.sub_(pixels.new_tensor(mean).view(shape)).div_(pixels.new_tensor(std).view(shape))
+    return pixels.sub_(placed.mean.view(shape)).div_(placed.std.view(shape))
 
 
-def resized_crops(images: Tensor, crops: Crops) -> Tensor:
+def resize_chunks(crops: Crops, channels: int) -> list[NDArray[np.int64]]:
+    """Return the images that are resized together: all, or images of like shape while they take CHUNK_BYTES at most.
+
+    Together they take as much memory as if each were as high as the highest and as wide as the widest.
+    """
+    heights, widths = _extents(crops)
+
+    def num_bytes(part: NDArray[np.int64]) -> int:
+        return int(4 * channels * len(part) * heights[part].max() * widths[part].max())
+
+    everything = np.arange(len(heights))
+    if num_bytes(everything) <= CHUNK_BYTES:
+        return [everything]
+    order, chunks, start = np.argsort(heights / widths, kind="stable"), [], 0
+    for end in range(1, len(order)):
+        if num_bytes(order[start : end + 1]) > CHUNK_BYTES:
+            chunks.append(order[start:end])
+            start = end
+    return [*chunks, order[start:]]
+
+
+def _extents(crops: Crops) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (B,) how many rows and how many columns of each image its crops lie in."""
+    top, left, height, width = np.moveaxis(crops.boxes, -1, 0)
+    return (top + height).max(0), (left + width).max(0)
+
+
+def resized_crops(images: Tensor, crops: Crops, placed: PlacedCrops | None = None) -> Tensor:
     """Cut each box out, resize it to S x S and mirror it where asked.
 
     Equal to `F.interpolate(crop, S, mode="bicubic", antialias=True)` (and to Pillow's BICUBIC before it rounds), but as
     two matrix products with one pair of weight matrices an image, whose columns outside the box are zero.
     From (B, H, W, C) uint8 or uint16 to (V * B, C, S, S) float32 in [0, 1], save for bicubic's overshoot.
     """
-    batch, height, width, channels = images.shape
-    num_views, size = crops.boxes.shape[0], crops.size_px
-    # Scaling by 1/255, or 1/65535, goes into the smaller matrix.
-    rows = resize_weights(crops.boxes[..., 0], crops.boxes[..., 2], height, size, images.device)
-    rows /= torch.iinfo(images.dtype).max
-    columns = resize_weights(crops.boxes[..., 1], crops.boxes[..., 3], width, size, images.device, crops.flip)
-    lines = images.reshape(batch, height, width * channels).float()
-    resized = lines.new_empty(num_views, batch, channels * size, size)
-    for view in range(num_views):
-        squeezed = torch.bmm(rows[view], lines)  # (B, S, H) @ (B, H, W * C)
-        squeezed = squeezed.view(batch, size, width, channels).permute(0, 3, 1, 2)  # -> (B, C, S, W)
-        squeezed = squeezed.reshape(batch, channels * size, width)
-        torch.bmm(squeezed, columns[view].transpose(1, 2), out=resized[view])  # (B, C * S, W) @ (B, W, S)
+    channels, size = images.shape[3], crops.size_px
+    placed = placed or placed_crops(crops, (0.0,), (1.0,), channels, images.device)
+    num_views, batch = crops.flip.shape
+    resized = torch.empty(num_views, batch, channels * size, size, device=images.device)
+    heights, widths = _extents(crops)
+    for host_rows, rows in zip(resize_chunks(crops, channels), placed.chunks, strict=True):
+        height, width = int(heights[host_rows].max()), int(widths[host_rows].max())
+        is_all = len(placed.chunks) == 1
+        part = images[:, :height, :width] if is_all else images[rows, :height, :width]
+        lines = part.reshape(len(rows), height, width * channels).float()
+        boxes = placed.boxes if is_all else placed.boxes[:, rows]
+        flip = placed.flip if is_all else placed.flip[:, rows]
+        # Scaling by 1/255, or 1/65535, goes into the smaller matrix.
+        down = resize_weights(boxes[..., 0], boxes[..., 2], height, size).div_(torch.iinfo(images.dtype).max)
+        across = resize_weights(boxes[..., 1], boxes[..., 3], width, size, flip)
+        for view in range(num_views):
+            squeezed = torch.bmm(down[view], lines)  # (b, S, H) @ (b, H, W * C)
+            squeezed = squeezed.view(len(rows), size, width, channels).permute(0, 3, 1, 2)  # -> (b, C, S, W)
+            squeezed = squeezed.reshape(len(rows), channels * size, width)
+            columns = across[view].transpose(1, 2)  # (b, W, S)
+            if is_all:
+                torch.bmm(squeezed, columns, out=resized[view])
+            else:
+                resized[view].index_copy_(0, rows, torch.bmm(squeezed, columns))
     return resized.view(num_views * batch, channels, size, size)
 
 
 def resize_weights(
-    starts: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    canvas_px: int,
-    size_px: int,
-    device: torch.device | str = "cpu",
-    mirror: NDArray[np.bool_] | None = None,
+    starts: Tensor, lengths: Tensor, canvas_px: int, size_px: int, mirror: Tensor | None = None
 ) -> Tensor:
     """Return the weights by which an antialiased bicubic resize reads one axis of each crop.
 
@@ -195,52 +270,47 @@ def resize_weights(
 
     Source: Pillow's Resample.c (Keys' cubic with a = -0.5, stretched by the scale when shrinking).
     """
-    scale = lengths[..., None] / size_px
-    centers = starts[..., None] + (np.arange(size_px) + 0.5) * scale - 0.5  # in pixel indices
+    device = starts.device
+    starts, lengths = starts[..., None, None], lengths[..., None, None]
+    scale = lengths.double() / size_px
+    steps = torch.arange(size_px, dtype=torch.float64, device=device)[:, None] + 0.5
     if mirror is not None:
-        centers = np.where(mirror[..., None], centers[..., ::-1], centers)
-    whole = np.floor(centers)  # subtracted apart, so that float32 holds the distance to 1e-7 at any position
-    stretch = 1 / np.maximum(scale, 1.0)
-
-    def tensor(values: NDArray[np.float64] | NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(values).to(device, torch.float32)[..., None]
-
+        steps = torch.where(mirror[..., None, None], size_px - steps, steps)
+    centers = starts + steps * scale - 0.5  # (..., size_px, 1) in pixel indices
+    whole = centers.floor()  # subtracted apart, so that float32 holds the distance to 1e-7 at any position
+    stretch = (1 / scale.clamp(min=1)).float()
     positions = torch.arange(canvas_px, dtype=torch.float32, device=device)
-    distance = (positions - tensor(whole)).sub_(tensor(centers - whole)).mul_(tensor(stretch)).abs_()
+    distance = (positions - whole.float()).sub_((centers - whole).float()).mul_(stretch).abs_()
     # Keys' cubic for a = -0.5 without cases: u^2 (u - 1) / 2 + s^2 (1 - 2 s), u = max(2 - t, 0), s = max(1 - t, 0).
     inner = (1 - distance).clamp_(min=0)
     outer = distance.neg_().add_(2).clamp_(min=0)
     weights = outer.square().mul_(outer.sub_(1)).mul_(0.5)
     weights.addcmul_(inner.square(), inner.mul_(-2).add_(1))
-    ends = starts + lengths
-    inside = (positions >= tensor(starts[..., None])) & (positions < tensor(ends[..., None]))
-    weights.mul_(inside)
+    weights.mul_((positions >= starts) & (positions < starts + lengths))
     return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 
-def _jitter_(pixels: Tensor, crops: Crops) -> None:
+def _jitter_(pixels: Tensor, placed: PlacedCrops) -> None:
     """Apply brightness, contrast, saturation and hue in place, each crop in its own order. Values stay in [0, 1]."""
     color = pixels.shape[1] == 3
-    order = np.where(crops.jitter[..., None], crops.order, -1).reshape(-1, 4)  # (V, B, 4) -> (V * B, 4)
-    factors = torch.from_numpy(crops.factors.reshape(-1, 4)).to(pixels.device, torch.float32)
-    for turn in range(4):
-        for which, name in enumerate(JITTERS):
-            rows = _where(order[:, turn] == which, pixels.device)
-            if not len(rows) or (not color and name in ("saturation", "hue")):
-                continue
-            chosen = pixels[rows]
-            factor = factors[rows, which].view(-1, 1, 1, 1)
-            match name:
-                case "brightness":
-                    chosen.mul_(factor)
-                case "contrast":
-                    gray = luma(chosen) if color else chosen.mean(dim=1, keepdim=True)
-                    chosen = torch.lerp(gray.mean(dim=(2, 3), keepdim=True), chosen, factor)
-                case "saturation":
-                    chosen = torch.lerp(luma(chosen), chosen, factor)
-                case "hue":
-                    chosen = shift_hue(chosen, factor)
-            pixels[rows] = chosen.clamp_(0, 1)
+    for number, rows in enumerate(placed.jitters):
+        which = number % len(JITTERS)
+        name = JITTERS[which]
+        if not len(rows) or (not color and name in ("saturation", "hue")):
+            continue
+        chosen = pixels[rows]
+        factor = placed.factors[rows, which].view(-1, 1, 1, 1)
+        match name:
+            case "brightness":
+                chosen.mul_(factor)
+            case "contrast":
+                gray = luma(chosen) if color else chosen.mean(dim=1, keepdim=True)
+                chosen = torch.lerp(gray.mean(dim=(2, 3), keepdim=True), chosen, factor)
+            case "saturation":
+                chosen = torch.lerp(luma(chosen), chosen, factor)
+            case "hue":
+                chosen = shift_hue(chosen, factor)
+        pixels[rows] = chosen.clamp_(0, 1)
 
 
 def luma(pixels: Tensor) -> Tensor:
@@ -261,19 +331,16 @@ def shift_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     from_green_or_blue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     sextant = torch.where(value == red, (green - blue) / safe, from_green_or_blue)
     sextant += 6 * turns[:, 0]
-    offsets = pixels.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
+    offsets = torch.arange(5, 0, -2, device=pixels.device).view(1, 3, 1, 1)
     k = (sextant[:, None] + offsets).remainder_(6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def _blur_(pixels: Tensor, sigma_px: NDArray[np.float64]) -> None:
-    """Blur the crops whose sigma is above 0, in place: a Gaussian of at most 9 x 9 pixels, mirrored at the border."""
-    rows = _where(sigma_px > 0, pixels.device)
-    if not len(rows):
-        return
-    sigma = torch.from_numpy(sigma_px.ravel()).to(pixels.device, torch.float32)[rows]
-    weights = blur_weights(sigma, pixels.shape[-1])[:, None]  # (n, 1, S, S)
-    pixels[rows] = weights @ pixels[rows] @ weights.transpose(2, 3)
+def _blur_(pixels: Tensor, placed: PlacedCrops) -> None:
+    """Blur some crops in place: a Gaussian of at most 9 x 9 pixels, mirrored at the border."""
+    if len(placed.blurred):
+        weights = blur_weights(placed.blur_sigma_px, pixels.shape[-1])[:, None]  # (n, 1, S, S)
+        pixels[placed.blurred] = weights @ pixels[placed.blurred] @ weights.transpose(2, 3)
 
 
 def blur_weights(sigma_px: Tensor, size_px: int) -> Tensor:
@@ -288,8 +355,3 @@ def blur_weights(sigma_px: Tensor, size_px: int) -> Tensor:
     weights = kernel.new_zeros(len(kernel), size_px, size_px)
     index = sources.expand(len(kernel), -1, -1)
     return weights.scatter_add_(2, index, kernel[:, None].expand_as(index))
-
-
-def _where(chosen: NDArray[np.bool_], device: torch.device) -> Tensor:
-    """Return the indices of the chosen crops among V * B, on `device`."""
-    return torch.from_numpy(np.flatnonzero(chosen)).to(device)

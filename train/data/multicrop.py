@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from .. import counter_rng
 from ..config import TrainConfig
 from .augment import ViewSettings, apply_crops, draw_crops
 from .images import Batch
-from .masking import block_masks
+from .masking import step_masks
 
 
 def decoded_side_px(config: TrainConfig) -> int:
@@ -56,18 +56,18 @@ def view_settings(config: TrainConfig) -> tuple[ViewSettings, ViewSettings | Non
 
 
 def make_views(
-    batch: Batch, config: TrainConfig, step: int, device: torch.device, process: int = 0, num_processes: int = 1
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return a batch's global crops (2 B, C, S, S), local crops or None, and masks (2 B, N), on the device.
+    batch: Batch, config: TrainConfig, device: torch.device
+) -> tuple[Tensor, Tensor | None, NDArray[np.bool_]]:
+    """Return a batch's global crops (2 B, C, S, S) and local crops, or None, on the device, and its masks (2 B, N).
 
-    Crops are view-major: all first views, then all second views.
+    Crops and masks are view-major: all first views, then all second views.
     """
     pixels = batch.images.to(device, non_blocking=True)
     global_views, local_views = view_settings(config)
     return (
         make_crops(batch, pixels, config.seed, "global crops", global_views),
         make_crops(batch, pixels, config.seed, "local crops", local_views) if local_views else None,
-        make_masks(step, num_processes * len(batch.samples), config, process, num_processes).to(device),
+        make_masks(batch.samples, config),
     )
 
 
@@ -77,11 +77,7 @@ def make_crops(batch: Batch, pixels: Tensor, seed: int, purpose: str, views: Vie
     return apply_crops(pixels, crops, views.mean, views.std)
 
 
-def make_masks(step: int, batch_size: int, config: TrainConfig, process: int, num_processes: int) -> Tensor:
-    """Return this process's masks (2 B, N) of a step: drawn for the global batch, so that all processes agree."""
-    generator = np.random.default_rng(counter_rng.derived_seed(config.seed, "masks", step))
+def make_masks(samples: NDArray[np.int64], config: TrainConfig) -> NDArray[np.bool_]:
+    """Return the masks (2 B, N) of samples (B,), view-major; a sample's are the same whatever its batch and process."""
     side = config.global_crop_size_px // config.patch_size
-    probability, ratio = config.mask_probability, config.mask_ratio
-    masks = block_masks(2 * batch_size, (side, side), generator, probability=probability, ratio=ratio)
-    views = masks.reshape(2, batch_size, side * side)[:, process::num_processes]
-    return torch.from_numpy(views.reshape(-1, side * side))
+    return step_masks(config.seed, samples, (side, side), config.mask_probability, config.mask_ratio)

@@ -60,15 +60,13 @@ def preview_rows(images: ImageSet, config: TrainConfig, num_images: int) -> Iter
         bit_depth=config.bit_depth,
         limits=config.limits,
     )
-    for step, batch in zip(steps, batches, strict=True):
-        yield from _rows(batch, step, config)
+    for batch in batches:
+        yield from _rows(batch, config)
 
 
-def _rows(batch: Batch, step: int, config: TrainConfig) -> list[list[list[Tile]]]:
-    """Return the tiles of each of the first images of a step: itself, its global crops, its local ones."""
-    size = max(batch_sizes(config.batch_size).at(step), len(batch.samples))
-    masks = make_masks(step, size, config, 0, 1)
-    masks = masks.view(2, size, -1)[:, : len(batch.samples)].flatten(0, 1)  # (2 size, N) -> (2 B, N)
+def _rows(batch: Batch, config: TrainConfig) -> list[list[list[Tile]]]:
+    """Return the tiles of each image of a batch: itself, its global crops, its local ones."""
+    masks = torch.from_numpy(make_masks(batch.samples, config))
     global_views, local_views = view_settings(config)
     global_crops = make_crops(batch, batch.images, config.seed, "global crops", global_views)
     local_crops = make_crops(batch, batch.images, config.seed, "local crops", local_views) if local_views else None

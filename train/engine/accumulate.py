@@ -89,7 +89,9 @@ def _accumulate(
     outputs, num_views = [], 2
     for number, batch in enumerate(batches):
         if len(batch.cls_targets) != num_views:
-            cpu.give_back_freed_memory(batch.masks.device)  # tensors of other sizes do not fit in the holes it left
+            cpu.give_back_freed_memory(
+                batch.global_crops.device
+            )  # tensors of other sizes do not fit in the holes it left
         num_views = len(batch.cls_targets)
         with nullcontext() if is_sharded or batch is batches[-1] else accelerator.no_sync(wrapped):
             part_seed = derived_seed(seed, "part", number)
@@ -110,7 +112,7 @@ def microbatch_backward(
         backward(outputs["total"])
         return {name: value.detach() for name, value in outputs.items()}
 
-    if len(batch.cls_targets) == 2 and cpu.runs_in_halves(batch.masks.device):
+    if len(batch.cls_targets) == 2 and cpu.runs_in_halves(batch.global_crops.device):
         return sum_outputs(cpu.in_threads(run, split_by_view(batch, seed)))
     return run(batch)
 
@@ -125,12 +127,12 @@ def sum_outputs(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def weighted_losses(losses: Mapping[str, Tensor], config: TrainConfig) -> dict[str, float]:
+def weighted_losses(losses: Mapping[str, float], config: TrainConfig) -> dict[str, float]:
     """Return each loss, of several students NAME_loss, times its weight as `LOSS_weighted`; the sum is the total."""
     weights = dict.fromkeys(("dino_local", "dino_global", "cls_local", "cls_global"), config.dino_weight)
     weights |= {"ibot": config.ibot_weight, "patch": config.ibot_weight, "koleo": config.koleo_weight}
     return {
-        f"{name}_weighted": weight * float(value)
+        f"{name}_weighted": weight * value
         for name, value in losses.items()
         for loss, weight in weights.items()
         if name == loss or name.endswith(f"_{loss}")

@@ -13,6 +13,7 @@ from ...models.head import ProjectionHead
 from ...models.vit import VisionTransformer, build_vit
 from ...models.weights import load_backbone, load_heads
 from ..config import TrainConfig
+from ..objective.masks import Padding
 from ..objective.ssl_model import LossSettings, SSLModel
 
 
@@ -56,7 +57,15 @@ def build_model(config: TrainConfig, init_from: str | None = None) -> SSLModel:
     }
     if init_from is not None:
         initialise(backbone, heads, init_from)
-    return SSLModel(backbone, **heads, centering=config.centering, losses=loss_settings(config))
+    # On a GPU, and where blocks are compiled, shapes must not change from step to step.
+    padding = Padding(config.mask_probability * sum(config.mask_ratio) / 2, config.mask_ratio[1])
+    return SSLModel(
+        backbone,
+        **heads,
+        centering=config.centering,
+        losses=loss_settings(config),
+        padding=padding if config.compile or torch.cuda.is_available() else None,
+    )
 
 
 def loss_settings(config: TrainConfig) -> LossSettings:

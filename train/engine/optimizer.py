@@ -1,12 +1,14 @@
 """AdamW with the recipe's parameter groups, a step's rates for them, and gradient clipping per network."""
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...models.vit import VisionTransformer
+from ..objective.losses import all_reduce_max
 from .fsdp import full_tensor
 
 
@@ -88,6 +90,19 @@ def apply_schedules(
             rate = backbone_lr
         group["lr"] = rate * group["lr_multiplier"]
         group["weight_decay"] = weight_decay * group["wd_multiplier"]
+
+
+def step_unless(is_skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take the optimizer's step where `is_skipped`, a scalar on the device, is 0; the host does not wait for it."""
+    # What fused AdamW reads on the device, as under torch's GradScaler. Accelerate wraps the optimizer.
+    vars(getattr(optimizer, "optimizer", optimizer))["found_inf"] = is_skipped
+    optimizer.step()
+
+
+def not_finite(values: Iterable[Tensor]) -> Tensor:
+    """Return 1.0 where one of some scalars, of any process, is not finite, else 0.0, as a scalar on their device."""
+    is_bad = torch.stack([value.float() for value in values]).isfinite().logical_not().any()
+    return all_reduce_max(is_bad.float())
 
 
 def clip_gradients(networks: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:

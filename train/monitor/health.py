@@ -14,6 +14,7 @@ from ..objective.micro_batch import MicroBatch
 UNIFORM_SHARE = 0.99  # of the largest entropy ln K; chosen: healthy runs sharpen well below it within their first steps
 MIN_PERPLEXITY = 2.0  # prototypes in use; chosen: below it nearly all images share one
 MIN_FEATURE_STD = 0.05  # of a possible 1; chosen: below it all class tokens point nearly the same way
+RANK_STEPS = 100  # between two RankMe; chosen: its eigenvalues take as long as some layers
 PATIENCE_STEPS = 100  # chosen: a collapse is warned of when it lasts, since every run starts with all features alike
 
 
@@ -28,14 +29,14 @@ def teacher_figures(step: MicroBatch) -> dict[str, Tensor]:
     return {"teacher_cls_probs": probs.mean(0), "teacher_entropy": torch.special.entr(probs).sum(1).mean()}
 
 
-def health_figures(outputs: Mapping[str, Tensor]) -> dict[str, float]:
+def health_figures(outputs: Mapping[str, Tensor], *, with_rank: bool = True) -> dict[str, float]:
     """Return the figures of one step from `[NAME_]student_cls_tokens` (B, D) and the output of `teacher_figures`.
 
     Returns:
         `teacher_entropy` in nats; `teacher_kl_to_uniform` = ln K - entropy, 0 when all prototypes are equally likely;
         `prototype_perplexity` in [1, K], the number of prototypes that the batch uses; `rank_me` in [1, min(B, D)], the
-        effective rank of the class tokens; `feature_std` in [0, 1], 0 when they are all alike. The first three only
-        where the teacher has prototypes.
+        effective rank of the class tokens, where it is asked for; `feature_std` in [0, 1], 0 when they are all alike.
+        The first three only where the teacher has prototypes.
 
     Source: RankMe, Garrido et al. 2023, eq. 1.
     """
@@ -51,15 +52,22 @@ def health_figures(outputs: Mapping[str, Tensor]) -> dict[str, float]:
     for name, tokens in outputs.items():
         student, is_tokens, _ = name.partition("student_cls_tokens")
         if is_tokens:
-            figures |= {f"{student}rank_me": rank_me(tokens), f"{student}feature_std": feature_std(tokens)}
+            figures |= {f"{student}rank_me": rank_me(tokens)} if with_rank else {}
+            figures |= {f"{student}feature_std": feature_std(tokens)}
     return figures
 
 
 def rank_me(tokens: Tensor) -> float:
-    """Return the effective rank of tokens (B, D): exp of the entropy of their normalised singular values."""
+    """Return the effective rank of tokens (B, D): exp of the entropy of their normalised singular values.
+
+    They are the roots of the eigenvalues of the Gram matrix, much cheaper than a decomposition of the tokens. In
+    float64, where eigenvalues that are 0 come out below 1e-15 of the largest: as roots they add nothing either.
+    """
     if not tokens.isfinite().all():
         return math.nan
-    singular_values = torch.linalg.svdvals(tokens.float())
+    rows = tokens.double() if len(tokens) <= tokens.shape[1] else tokens.double().T
+    with torch.autocast(tokens.device.type, enabled=False):
+        singular_values = torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0).sqrt()
     shares = singular_values / singular_values.sum().clamp(min=1e-12)
     return float(torch.special.entr(shares).sum().exp())
 

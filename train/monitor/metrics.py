@@ -6,12 +6,13 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -130,12 +131,30 @@ def progress_note(figures: Mapping[str, float]) -> str:
     return note[: max(0, shutil.get_terminal_size().columns - BAR_COLUMNS)] if sys.stderr.isatty() else note
 
 
-def summed(numbers: list[int], accelerator: Accelerator) -> list[int]:
-    """Return the sums of some numbers over the processes; all of them must call it."""
-    if accelerator.num_processes == 1:
-        return numbers
-    total: Tensor = accelerator.reduce(torch.tensor(numbers, device=accelerator.device), reduction="sum")
-    return [int(number) for number in total]
+def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """Return a group of all processes for numbers of the host, None where there is one process; all must call it."""
+    return dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+
+def started_sum(numbers: list[int], group: dist.ProcessGroup | None) -> Callable[[], list[int]]:
+    """Begin to sum some numbers of the host over a `host_group`; return what waits for the sums, not for a GPU."""
+    if group is None:
+        return lambda: numbers
+    total = torch.tensor(numbers)
+    work = dist.all_reduce(total, group=group, async_op=True)
+
+    def sums() -> list[int]:
+        work.wait()
+        return [int(number) for number in total]
+
+    return sums
+
+
+def read_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the scalars among some tensors of one device, read at once."""
+    scalars = {name: value for name, value in values.items() if value.ndim == 0}
+    numbers = torch.stack([value.double() for value in scalars.values()]).tolist()
+    return dict(zip(scalars, numbers, strict=True))
 
 
 def peak_memory_mib(device: torch.device) -> float:

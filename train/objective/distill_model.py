@@ -6,12 +6,14 @@ Shapes as in `micro_batch`.
 import copy
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ...models.head import ProjectionHead
 from ...models.vit import Features, VisionTransformer
 from .frozen_teacher import FrozenTeacher
 from .losses import sinkhorn_knopp
+from .masks import every_patch
 from .micro_batch import MicroBatch, whole_step
 from .networks import TeacherNetworks, backbone_of, head_logits
 from .ssl_model import PAPER_LOSSES, LossSettings, microbatch_losses
@@ -44,18 +46,19 @@ class DistillModel(nn.Module):
 
     @torch.no_grad()
     def teacher_targets(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, *, teacher_temp: float
+        self, global_crops: Tensor, local_crops: Tensor | None, masks: ArrayLike, *, teacher_temp: float
     ) -> MicroBatch:
         """Return a step's crops with the frozen teacher's probabilities for them (arguments as in SSLModel).
 
-        `masks` (2 B, N) only tells how many patch tokens there are.
+        `masks` only tells how many patch tokens there are.
         """
         with torch.inference_mode():
             features: Features = self.frozen(global_crops, backbone_of(self.student).patch_size)
             logits = head_logits(self.frozen.networks, features.cls_token, features.patch_tokens.flatten(0, 1))
         # Outside inference mode, since backward needs the probabilities.
         cls_probs, patch_probs = (sinkhorn_knopp(rows, teacher_temp) for rows in logits)
-        return whole_step(global_crops, local_crops, torch.ones_like(masks), cls_probs, patch_probs)
+        masks_of_all = every_patch(masks, global_crops.device)
+        return whole_step(global_crops, local_crops, masks_of_all, cls_probs, patch_probs)
 
     def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Return the losses of a step from `teacher_targets`, or of a part of it, as SSLModel's forward does."""

@@ -7,11 +7,13 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ...models.vit import Features, VisionTransformer
 from .frozen_teacher import FrozenTeacher
 from .losses import all_reduce_sum
+from .masks import every_patch
 from .micro_batch import MicroBatch, whole_step
 from .networks import TeacherNetworks, backbone_of
 from .ssl_model import PAPER_LOSSES, LossSettings, koleo_of_views
@@ -42,18 +44,18 @@ class FeatureDistillModel(nn.Module):
 
     @torch.no_grad()
     def teacher_targets(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, *, teacher_temp: float
+        self, global_crops: Tensor, local_crops: Tensor | None, masks: ArrayLike, *, teacher_temp: float
     ) -> MicroBatch:
         """Return a step's crops with the frozen teacher's standardised tokens of the global ones.
 
-        `masks` (2 B, N) only tells how many patch tokens there are; `teacher_temp` is for teachers with prototypes.
+        `masks` only tells how many patch tokens there are; `teacher_temp` is for teachers with prototypes.
         """
         with torch.inference_mode():
             features: Features = self.frozen(global_crops, backbone_of(self.student).patch_size)
         # Outside inference mode, since backward needs the targets.
         cls_tokens, patch_tokens = standardise(features.cls_token), standardise(features.patch_tokens.flatten(0, 1))
-        every_patch = torch.ones_like(masks)
-        return whole_step(global_crops, local_crops, every_patch, cls_tokens, patch_tokens, are_probs=False)
+        masks_of_all = every_patch(masks, global_crops.device)
+        return whole_step(global_crops, local_crops, masks_of_all, cls_tokens, patch_tokens, are_probs=False)
 
     def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Return the losses of a step from `teacher_targets`, or of a part of it; those of the parts add up.
@@ -92,7 +94,7 @@ class FeatureDistillModel(nn.Module):
 def standardise(tokens: Tensor) -> Tensor:
     """Return tokens (rows, K) with mean 0 and deviation 1 of each channel over all processes' rows, in float32."""
     rows = tokens.float()
-    num_rows = all_reduce_sum(torch.tensor(float(len(rows)), device=rows.device))
+    num_rows = all_reduce_sum(rows.new_full((), len(rows)))
     centred = rows - all_reduce_sum(rows.sum(0)) / num_rows
     variance = all_reduce_sum(centred.square().sum(0)) / num_rows
     return centred / variance.sqrt().clamp(min=MIN_STD)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ...errors import ToolkitError
 
-CHUNK_ROWS = 256  # rows of logits that are in float32 at a time; chosen: 128 MB at 131,072 prototypes
+# Rows of logits that are in float32 at a time; chosen. On a CPU few fit in its cache; on a GPU launches count.
+CHUNK_ROWS = 256  # 128 MB at 131,072 prototypes
+GPU_CHUNK_BYTES = 1 << 30
 MIN_KOLEO_DISTANCE = 1e-6  # chosen: well above the rounding of unit vectors in float32 (about 1e-7)
 MIN_SINKHORN_WEIGHT = 1e-18  # chosen: keeps K / weight finite in float32 for any K
 
@@ -70,7 +72,10 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunks(logits: Tensor) -> list[tuple[int, slice]]:
-    slices = [slice(start, start + CHUNK_ROWS) for start in range(0, logits.shape[1], CHUNK_ROWS)]
+    num_rows = CHUNK_ROWS
+    if logits.device.type != "cpu":
+        num_rows = max(CHUNK_ROWS, GPU_CHUNK_BYTES // (4 * logits.shape[2]))
+    slices = [slice(start, start + num_rows) for start in range(0, logits.shape[1], num_rows)]
     return [(view, rows) for view in range(len(logits)) for rows in slices]
 
 
@@ -96,20 +101,20 @@ def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: fl
     return cross_entropy(student_logits, teacher_probs.sum(0), student_temp=student_temp).mean(1).sum()
 
 
-def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, *, student_temp: float = 0.1) -> Tensor:
+def ibot_loss(
+    student_logits: Tensor, teacher_probs: Tensor, weights: Tensor, num_crops: int, *, student_temp: float = 0.1
+) -> Tensor:
     """Return the cross-entropy of masked patches, averaged within each crop, then over all crops, the unmasked as 0.
 
     Args:
         student_logits: (M, K), the masked patches crop by crop, in the order `patch_tokens[masks]` gives.
         teacher_probs: (M, K), of the same patches.
-        masks: (crops, N) bool with M True in all.
+        weights: (M,), 1 / the masked patches of its crop; 0 for rows that do not count.
 
     Source: iBOT objective, section 4 of Oquab et al. 2023; Zhou et al. 2022.
     """
     losses = cross_entropy(student_logits[None], teacher_probs, student_temp=student_temp)[0]  # (M,)
-    num_masked = masks.sum(1)
-    weights = torch.repeat_interleave(1 / num_masked.float(), num_masked, output_size=len(losses))  # (crops,) -> (M,)
-    return (losses * weights).sum() / len(masks)
+    return (losses * weights).sum() / num_crops
 
 
 class _Gathered(torch.autograd.Function):
@@ -154,13 +159,15 @@ def koleo_loss(features: Tensor, *, gather: bool = False) -> Tensor:
             similarities = normed @ everyone.T
             similarities[:, first : first + len(normed)].fill_diagonal_(-torch.inf)
             nearest = similarities.argmax(1)
-        distances = torch.linalg.vector_norm(normed - everyone[nearest] + 1e-8, dim=1)
+        distances = torch.linalg.vector_norm(normed - everyone.index_select(0, nearest) + 1e-8, dim=1)
         loss: Tensor = -(distances.clamp(min=MIN_KOLEO_DISTANCE) + 1e-8).log().mean()
         return loss
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, temperature: float, *, num_iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(
+    logits: Tensor, temperature: float, is_row: Tensor | None = None, *, num_iterations: int = 3
+) -> Tensor:
     """Return teacher probabilities whose prototypes are used about equally over all processes' rows.
 
     Alternates between giving every prototype the same mass over all rows of all processes and every row the mass 1.
@@ -169,9 +176,10 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, *, num_iterations: int = 
     Args:
         logits: (rows, K), any floating dtype.
         temperature: of the teacher; 0.04 to 0.07 in the paper.
+        is_row: (rows,) 1 for a row and 0 for padding; None: there is none.
 
     Returns:
-        (rows, K) float32; each row sums to 1.
+        (rows, K) float32; each row sums to 1, padding to 0.
 
     Source: section 4 of Oquab et al. 2023; Caron et al. 2020 (SwAV). The matrix is kept as
     diag(row_weights) exp(z - row maximum) diag(prototype_weights), so an iteration reads it twice and writes nothing,
@@ -184,11 +192,12 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, *, num_iterations: int = 
         scores.sub_(row_max[:, None]).exp_()
         # The lone -inf stands for a process without rows, which must take part in the collectives all the same.
         global_max = all_reduce_max(torch.cat([row_max, row_max.new_full((1,), -torch.inf)]).amax())
-        row_weights = (row_max - global_max).exp_().clamp_(min=MIN_SINKHORN_WEIGHT)
+        counts = torch.ones_like(row_max) if is_row is None else is_row
+        row_weights = (row_max - global_max).exp_().clamp_(min=MIN_SINKHORN_WEIGHT).mul_(counts)
         smallest = torch.finfo(torch.float32).tiny
         for _ in range(num_iterations):
             prototype_weights = 1 / all_reduce_sum(row_weights @ scores).clamp_(min=smallest)  # (K,)
-            row_weights = 1 / (scores @ prototype_weights).clamp_(min=smallest)  # (rows,)
+            row_weights = counts / (scores @ prototype_weights).clamp_(min=smallest)  # (rows,)
         return scores.mul_(prototype_weights).mul_(row_weights[:, None])
 
 
@@ -199,13 +208,14 @@ def softmax_center(logits: Tensor, center: Tensor, temperature: float) -> Tensor
 
 
 @torch.no_grad()
-def updated_center(center: Tensor, logits: Tensor, *, momentum: float = 0.9) -> Tensor:
+def updated_center(center: Tensor, logits: Tensor, is_row: Tensor | None = None, *, momentum: float = 0.9) -> Tensor:
     """Return the center (1, K) moved towards the mean of all processes' logits (rows, K); unmoved if there are none.
 
-    The mean is over rows; the official code averages the processes' means, which weighs a process with few masked
-    patches more.
+    The mean is over rows, those alone where `is_row` (rows,) is 1; the official code averages the processes' means,
+    which weighs a process with few masked patches more.
     """
-    total = all_reduce_sum(logits.float().sum(0, keepdim=True))
-    num_rows = all_reduce_sum(torch.tensor(float(len(logits)), device=logits.device))
+    rows = logits.float() if is_row is None else logits.float() * is_row[:, None]
+    total = all_reduce_sum(rows.sum(0, keepdim=True))
+    num_rows = all_reduce_sum(rows.new_full((), len(rows)) if is_row is None else is_row.sum())
     moved = center * momentum + total / num_rows.clamp(min=1) * (1 - momentum)
     return torch.where(num_rows > 0, moved, center)

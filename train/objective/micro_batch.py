@@ -7,7 +7,7 @@ memory; then KoLeo compares only those.
 
 Shapes: B images of a step (b of a micro-batch), 2 global and L local crops of each (V global ones in a micro-batch);
 crops are view-major (all first views, then all second views). N patch tokens of a global crop, M of all that the iBOT
-loss reads, K prototypes.
+loss reads, with the padding of `Masks`; K prototypes.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..counter_rng import derived_seed
+from .masks import Masks
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class MicroBatch:
 
     global_crops: Tensor  # (V b, C, H, W), V from 0 to 2
     local_crops: Tensor | None  # (L b, C, h, w), or some of the L views
-    masks: Tensor  # (V b, N) bool, True where the iBOT loss reads
+    masks: Masks  # of the V b global crops: where the iBOT loss reads
     cls_targets: Tensor  # (V, b, K), probabilities: of the other global crop of the image; features: of the same one
     cls_target_sum: Tensor  # (b, K), over the two global crops: the target of the local crops
-    patch_targets: Tensor  # (M, K), of the patches under the masks, crop by crop
+    patch_targets: Tensor  # (M, K), of the patches under the masks, crop by crop; of padding, zeros or any
     num_pairs: int  # of a student's and a teacher's view in the whole step: 2 L + 2
     loss_weight: float = 1.0  # share of the step's images, b / B
     are_probs: bool = True  # targets over prototypes; False: features, K numbers each
@@ -45,16 +46,17 @@ class MicroBatch:
         return self.num_pairs // 2 - 1
 
     @property
-    def crops(self) -> list[tuple[Tensor, Tensor | None]]:
+    def crops(self) -> list[tuple[Tensor, Masks | None]]:
         """Return the crops of each size that there are, global ones first and with their masks."""
         local_crops = [] if self.local_crops is None else [self.local_crops]
-        return [(crops, self.masks) for crops in [self.global_crops] if len(crops)] + [(it, None) for it in local_crops]
+        with_masks: list[tuple[Tensor, Masks | None]] = [(it, self.masks) for it in [self.global_crops] if len(it)]
+        return with_masks + [(it, None) for it in local_crops]
 
 
 def whole_step(
     global_crops: Tensor,
     local_crops: Tensor | None,
-    masks: Tensor,
+    masks: Masks,
     cls_targets: Tensor,
     patch_targets: Tensor,
     *,
@@ -119,17 +121,19 @@ def _local_halves(batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
 
 def _select(batch: MicroBatch, views: slice, images: slice, local_crops: Tensor | None) -> MicroBatch:
     """Return the global crops of some views and images with their targets, and the given local crops."""
-    is_selected = torch.zeros(batch.cls_targets.shape[:2], dtype=torch.bool, device=batch.masks.device)  # (V, b)
-    is_selected[views, images] = True
     cls_target_sum = batch.cls_target_sum[images]
+    first, last, _ = images.indices(batch.num_images)
+    every_view = range(len(batch.cls_targets))
+    starts = [view * batch.num_images for view in every_view[views]]
+    crops = [range(start + first, start + last) for start in starts] or [range(0)]
     return replace(
         batch,
         global_crops=_cut(batch, batch.global_crops, views, images),
         local_crops=local_crops,
-        masks=_cut(batch, batch.masks, views, images),
+        masks=batch.masks.of_crops(crops),
         cls_targets=batch.cls_targets[views, images],
         cls_target_sum=cls_target_sum,
-        patch_targets=batch.patch_targets[torch.repeat_interleave(is_selected.flatten(), batch.masks.sum(1))],
+        patch_targets=batch.masks.rows_of(batch.patch_targets, crops),
         loss_weight=batch.loss_weight * len(cls_target_sum) / batch.num_images,
     )
 

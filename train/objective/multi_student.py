@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from .distill_model import DistillModel
@@ -30,7 +31,7 @@ class MultiStudent(nn.Module):
         self.frozen = next(iter(models.values())).frozen
 
     def teacher_targets(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, *, teacher_temp: float
+        self, global_crops: Tensor, local_crops: Tensor | None, masks: ArrayLike, *, teacher_temp: float
     ) -> MicroBatch:
         """Return a step's crops with the frozen teacher's targets, which are the same for every student."""
         first = next(iter(self.models.values()))

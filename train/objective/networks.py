@@ -40,7 +40,18 @@ def head_logits(networks: nn.ModuleDict, cls_tokens: Tensor, patch_tokens: Tenso
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.ModuleDict, student: nn.ModuleDict, momentum: float) -> None:
-    """Move every weight of the teacher to momentum * teacher + (1 - momentum) * student."""
+def update_teacher(
+    teacher: nn.ModuleDict, student: nn.ModuleDict, momentum: float, is_skipped: Tensor | None = None
+) -> None:
+    """Move every weight of the teacher to momentum * teacher + (1 - momentum) * student.
+
+    Where `is_skipped`, a scalar on the device, is 1, the teacher stays as it is.
+    """
     for name, network in teacher.items():
-        torch._foreach_lerp_(list(network.parameters()), list(student[name].parameters()), 1 - momentum)
+        weights: list[Tensor] = list(network.parameters())
+        targets: list[Tensor] = list(student[name].parameters())
+        if is_skipped is None:
+            torch._foreach_lerp_(weights, targets, 1 - momentum)
+        else:
+            share = (1 - momentum) * (1 - is_skipped)
+            torch._foreach_lerp_(weights, targets, [share] * len(weights))

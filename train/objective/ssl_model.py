@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ...models import cpu
 from ...models.head import ProjectionHead
 from ...models.vit import VisionTransformer
 from .losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, updated_center
+from .masks import Padding, placed_masks
 from .micro_batch import MicroBatch, whole_step
 from .networks import TeacherNetworks, backbone_of, head_logits
 
@@ -43,6 +45,7 @@ class SSLModel(nn.Module):
     Args:
         backbone, dino_head: the student's; both become part of this module.
         ibot_head: a head of its own for patches (untied heads), or None to share `dino_head`.
+        padding: makes the number of rows the same at every step, whatever the masks; None on CPUs.
     """
 
     dino_center: Tensor
@@ -56,6 +59,7 @@ class SSLModel(nn.Module):
         *,
         centering: Centering = "sinkhorn_knopp",
         losses: LossSettings = PAPER_LOSSES,
+        padding: Padding | None = None,
     ) -> None:
         super().__init__()
         networks: dict[str, nn.Module] = {"backbone": backbone, "dino_head": dino_head}
@@ -65,43 +69,57 @@ class SSLModel(nn.Module):
         self.teacher = TeacherNetworks(copy.deepcopy(networks))
         self.centering: Centering = centering
         self.losses = losses
+        self.padding = padding
         # Buffers, so that checkpoints hold them; they stay 0 under Sinkhorn-Knopp.
         self.register_buffer("dino_center", torch.zeros(1, dino_head.num_prototypes))
         self.register_buffer("ibot_center", torch.zeros(1, (ibot_head or dino_head).num_prototypes))
 
     @torch.no_grad()
     def teacher_targets(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, *, teacher_temp: float
+        self, global_crops: Tensor, local_crops: Tensor | None, masks: ArrayLike, *, teacher_temp: float
     ) -> MicroBatch:
         """Return a step's crops with the teacher's probabilities for them.
 
         Args:
             global_crops: (2 B, C, H, W), first views then second views.
             local_crops: (L B, C, h, w), view by view likewise, or None.
-            masks: (2 B, N) bool, True where the student sees the mask token and the iBOT loss reads.
+            masks: (2 B, N) bool in main memory, True where the student sees the mask token and the iBOT loss reads.
             teacher_temp: temperature of the teacher's probabilities.
         """
+        placed = placed_masks(masks, global_crops.device, self.padding)
+        num_crops = len(global_crops)
 
-        def teacher_logits(crops: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-            [(cls_tokens, patch_tokens)] = backbone_of(self.teacher).forward_selected([crops], [None], [masks])
+        def teacher_logits(crops: range) -> tuple[Tensor, Tensor]:
+            selected = (placed if len(crops) == num_crops else placed.of_crops([crops])).selected
+            images = global_crops[crops.start : crops.stop]
+            [(cls_tokens, patch_tokens)] = backbone_of(self.teacher).forward_selected([images], [None], [selected])
             return head_logits(self.teacher, cls_tokens, patch_tokens)
 
-        cls_logits, patch_logits = cpu.in_halves(teacher_logits, global_crops, masks)
+        if cpu.runs_in_halves(global_crops.device) and self.padding is None:
+            halves = [range(num_crops // 2), range(num_crops // 2, num_crops)]
+            parts = zip(*cpu.in_threads(teacher_logits, halves), strict=True)
+            cls_logits, patch_logits = (torch.cat(rows) for rows in parts)
+        else:
+            cls_logits, patch_logits = teacher_logits(range(num_crops))
+        is_row = placed.is_row
         if self.centering == "sinkhorn_knopp":
-            cls_probs, patch_probs = (sinkhorn_knopp(logits, teacher_temp) for logits in (cls_logits, patch_logits))
+            cls_probs = sinkhorn_knopp(cls_logits, teacher_temp)
+            patch_probs = sinkhorn_knopp(patch_logits, teacher_temp, is_row)
         else:
             cls_probs = softmax_center(cls_logits, self.dino_center, teacher_temp)
             patch_probs = softmax_center(patch_logits, self.ibot_center, teacher_temp)
             if self.training:
                 self.dino_center.copy_(updated_center(self.dino_center, cls_logits))
-                self.ibot_center.copy_(updated_center(self.ibot_center, patch_logits))
-        return whole_step(global_crops, local_crops, masks, cls_probs, patch_probs)
+                self.ibot_center.copy_(updated_center(self.ibot_center, patch_logits, is_row))
+        return whole_step(global_crops, local_crops, placed, cls_probs, patch_probs)
 
     def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Return the losses of a step from `teacher_targets`, or of a part of it, as `microbatch_losses` names them."""
         # One packed pass over all crop sizes; the last block and the heads only for the tokens that a loss reads.
         crops, masks = zip(*batch.crops, strict=True)
-        tokens = backbone_of(self.student).forward_selected(crops, masks, masks, batch.generator)
+        is_masked = [None if part is None else part.is_masked for part in masks]
+        selected = [None if part is None else part.selected for part in masks]
+        tokens = backbone_of(self.student).forward_selected(crops, is_masked, selected, batch.generator)
         cls_tokens = torch.cat([cls_tokens for cls_tokens, _ in tokens])
         cls_logits, patch_logits = head_logits(self.student, cls_tokens, tokens[0][1])
         return microbatch_losses(batch, cls_logits, patch_logits, cls_tokens[: len(batch.global_crops)], self.losses)
@@ -141,7 +159,8 @@ def microbatch_losses(
             for view, probs in zip(global_views, batch.cls_targets, strict=True)
         ]
         losses["dino_global"] = batch.loss_weight * torch.stack(pairs).sum() / batch.num_pairs
-        patch_loss = ibot_loss(patch_logits, batch.patch_targets, batch.masks, student_temp=temp)
+        masks = batch.masks
+        patch_loss = ibot_loss(patch_logits, batch.patch_targets, masks.weights, len(masks.counts), student_temp=temp)
         losses["ibot"] = batch.loss_weight * num_views / 2 * patch_loss
         losses["koleo"] = batch.loss_weight * koleo_of_views(cls_tokens, num_views, settings)
     losses["total"] = (

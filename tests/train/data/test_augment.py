@@ -2,6 +2,7 @@ import colorsys
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -44,6 +45,23 @@ def one_crop(**changes: object) -> Crops:
         solarize=no,
     )
     return replace(crops, **changes)  # type: ignore[arg-type]
+
+
+def placed(crops: Crops) -> augment.PlacedCrops:
+    return augment.placed_crops(crops, (0.0,), (1.0,), 3, torch.device("cpu"))
+
+
+def test_images_resized_a_few_at_a_time_are_those_resized_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, sizes = canvas((400, 20), (20, 400), (60, 50), (390, 22), (25, 380), (9, 9))
+    crops = augment.draw_crops(0, "x", np.arange(6), sizes, GLOBAL)
+    assert len(augment.resize_chunks(crops, 3)) == 1
+    together = augment.apply_crops(images, crops)
+    monkeypatch.setattr(augment, "CHUNK_BYTES", 4 * 3 * 2 * 400 * 22)
+    chunks = [set(chunk.tolist()) for chunk in augment.resize_chunks(crops, 3)]
+    assert len(chunks) > 1 and not any(chunk & {0, 3} and chunk & {1, 4} for chunk in chunks)  # high ones, wide ones
+    torch.testing.assert_close(augment.apply_crops(images, crops), together)
+    deep = torch.from_numpy(images.numpy().astype(np.uint16) * np.uint16(257))
+    torch.testing.assert_close(augment.apply_crops(deep, crops), together, atol=1e-4, rtol=0)
 
 
 def test_crops_equal_torch_and_pillow_antialiased_bicubic() -> None:
@@ -146,7 +164,7 @@ def test_jitter_follows_the_drawn_order() -> None:
         ([2, 3, 1, 0], brightness(contrast(saturation(pixels)))),
     ):
         got = pixels.clone()
-        augment._jitter_(got, one_crop(jitter=yes, factors=factors, order=np.array([[order]])))
+        augment._jitter_(got, placed(one_crop(jitter=yes, factors=factors, order=np.array([[order]]))))
         torch.testing.assert_close(got, wanted)
 
 
@@ -155,7 +173,8 @@ def test_blur_equals_a_reflected_convolution() -> None:
     for size, radius in ((9, 4), (3, 2)):
         crop = pixels[:, :, :size, :size].contiguous()
         blurred = crop.clone()
-        augment._blur_(blurred, np.array([[1.5, 0.0]]))
+        two = one_crop(blur_sigma_px=np.array([[1.5, 0.0]]), boxes=np.zeros((1, 2, 4), np.int64))
+        augment._blur_(blurred, placed(two))
         kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / 1.5) ** 2)
         kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
         padded = F.pad(crop[:1], (radius,) * 4, mode="reflect")

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from dinov2_toolkit.train.data.masking import block_mask, block_masks
+from dinov2_toolkit.train.data.masking import block_mask, block_masks, step_masks
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -62,3 +63,35 @@ def test_masks_are_a_function_of_the_generator_alone() -> None:
     first, again, other = (block_masks(16, (7, 7), generator(seed)) for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def masks_of(samples: NDArray[np.int64], probability: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
+    """Masks (2, B, N) of samples on a grid of 14 x 14."""
+    return step_masks(seed, samples, (14, 14), probability, (0.1, 0.5)).reshape(2, len(samples), 196)
+
+
+def test_a_sample_has_the_same_masks_in_any_batch() -> None:
+    whole = masks_of(np.arange(100, 140))
+    for part in (slice(7, 8), slice(0, 40, 4), slice(10, 30)):
+        assert (masks_of(np.arange(100, 140)[part]) == whole[:, part]).all()
+    assert (masks_of(np.arange(100, 140), seed=1) != whole).any()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 8, 64])
+def test_the_masks_of_a_process_are_half_of_its_crops_with_ratios_all_over_the_range(num_processes: int) -> None:
+    counts = masks_of(np.arange(64) * num_processes).sum(2)  # (2, 64)
+    assert ((counts > 0).sum(0) == 1).all()
+    ratios = counts.max(0) / 196
+    assert 0.09 < ratios.min() < 0.13 and 0.47 < ratios.max() < 0.5
+    assert ratios.mean() == pytest.approx(0.3, abs=0.03)
+    assert np.histogram(ratios, 4, (0.095, 0.5))[0].min() >= 10
+    assert 24 <= (counts[0] > 0).sum() <= 40  # neither view is always the masked one
+
+
+def test_other_probabilities_mask_that_share_of_the_crops() -> None:
+    for probability in (0.0, 0.2, 0.8, 1.0):
+        masked = masks_of(np.arange(1000), probability).any(2)
+        assert masked.mean() == pytest.approx(probability, abs=0.005)
+    both = masks_of(np.arange(1000), 1.0).sum(2) / 196
+    assert both.mean(1) == pytest.approx([0.3, 0.3], abs=0.01)
+    assert np.abs(both[0] - both[1]).min() > 0.19  # half of the range apart

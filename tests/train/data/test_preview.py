@@ -42,7 +42,7 @@ def test_a_row_holds_an_image_and_all_crops_of_it(manifest: Path) -> None:
     config = settings(*CHANGES, "jitter=0", "mask_probability=0", "solarize=[0, 0, 0]")
     uris = pq.read_table(manifest)
     (batch,) = read_batches(image_set(uris), seed=0, batches=[range(4)], short_side_px=24)
-    rows = _rows(batch, 0, config)
+    rows = _rows(batch, config)
     assert [[len(group) for group in row] for row in rows] == [[1, 2, 3]] * 4
     for (whole,), global_crops, local_crops in rows:
         grey = np.asarray(whole.image)[0, 0, 0]
