@@ -102,19 +102,28 @@ def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: fl
 
 
 def ibot_loss(
-    student_logits: Tensor, teacher_probs: Tensor, weights: Tensor, num_crops: int, *, student_temp: float = 0.1
+    student_logits: Tensor,
+    teacher_probs: Tensor,
+    masks: Tensor,
+    *,
+    student_temp: float = 0.1,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the cross-entropy of masked patches, averaged within each crop, then over all crops, the unmasked as 0.
 
     Args:
         student_logits: (M, K), the masked patches crop by crop, in the order `patch_tokens[masks]` gives.
         teacher_probs: (M, K), of the same patches.
-        weights: (M,), 1 / the masked patches of its crop; 0 for rows that do not count.
+        masks: (crops, N) bool with M True in all.
+        weights: (M,), 1 / the masked patches of its crop; 0 for rows beyond those of the masks. None: by the masks.
 
     Source: iBOT objective, section 4 of Oquab et al. 2023; Zhou et al. 2022.
     """
     losses = cross_entropy(student_logits[None], teacher_probs, student_temp=student_temp)[0]  # (M,)
-    return (losses * weights).sum() / num_crops
+    if weights is None:
+        num_masked = masks.sum(1)
+        weights = torch.repeat_interleave(1 / num_masked.float(), num_masked, output_size=len(losses))
+    return (losses * weights).sum() / len(masks)
 
 
 class _Gathered(torch.autograd.Function):

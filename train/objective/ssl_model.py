@@ -160,7 +160,9 @@ def microbatch_losses(
         ]
         losses["dino_global"] = batch.loss_weight * torch.stack(pairs).sum() / batch.num_pairs
         masks = batch.masks
-        patch_loss = ibot_loss(patch_logits, batch.patch_targets, masks.weights, len(masks.counts), student_temp=temp)
+        patch_loss = ibot_loss(
+            patch_logits, batch.patch_targets, masks.is_masked, student_temp=temp, weights=masks.weights
+        )
         losses["ibot"] = batch.loss_weight * num_views / 2 * patch_loss
         losses["koleo"] = batch.loss_weight * koleo_of_views(cls_tokens, num_views, settings)
     losses["total"] = (
