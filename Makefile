@@ -1,5 +1,5 @@
 # Everything runs in .venv, which is created when there is none and updated when pyproject.toml changes.
-.PHONY: demo test lint check soak clean
+.PHONY: demo test lint check audit unreached soak clean
 PYTHON ?= python3
 HOURS ?= 0.05
 
@@ -29,6 +29,14 @@ lint: .venv/installed  ## ruff, formatting, types
 	.venv/bin/mypy
 
 check: lint test
+
+audit: .venv/installed  ## known vulnerabilities of what is installed; asks pypi.org
+	.venv/bin/pip install --quiet --upgrade pip
+	.venv/bin/pip-audit --skip-editable
+
+unreached: .venv/installed  ## error lines that no fast test reaches (half an hour)
+	.venv/bin/pytest -q -n auto --dist worksteal --cov --cov-report=
+	.venv/bin/python tests/unreached.py
 
 clean:
 	rm -rf .venv build dist *.egg-info examples/out

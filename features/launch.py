@@ -168,7 +168,7 @@ def launch(num_processes: int, kept: Callable[[], str] = lambda: KEPT) -> None:
             signal.signal(number, pass_on)
         for rank in range(num_processes):
             processes.append(
-                subprocess.Popen(
+                subprocess.Popen(  # noqa: S603  # this command
                     [sys.executable, "-m", "dinov2_toolkit", *sys.argv[1:]],
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdin=None if rank == 0 else subprocess.DEVNULL,

@@ -97,9 +97,9 @@ def limit_findings() -> Iterator[Finding]:
     to_do = f"ulimit -n {FEW_FILES}" if files < FEW_FILES else ""
     yield Finding("open files", f"at most {files:,}", to_do, figures={"limit": files})
 
-    if (shared := Path("/dev/shm")).is_dir():
+    if (shared := Path("/dev/shm")).is_dir():  # noqa: S108  # only looked at
         room = shutil.disk_usage(shared)
-        found = f"/dev/shm has {room.free / GIB:.1f} GiB free of {room.total / GIB:.1f}; only several GPUs need it"
+        found = f"{shared} has {room.free / GIB:.1f} GiB free of {room.total / GIB:.1f}; only several GPUs need it"
         yield Finding("shared memory", found, figures={"free_bytes": room.free, "total_bytes": room.total})
 
 

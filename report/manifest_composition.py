@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..store.manifest import Manifest
-from .manifest_rows import KEY, Asking, Row, asking, images
+from .manifest_rows import Asking, Row, asking, images
 
 LABELS = 24  # chosen: labels with a bar of their own; the others are one together
 REST = "all others"
@@ -66,13 +66,14 @@ def read_cluster_composition(clustered: Manifest, level: int, manifests: Mapping
     """Return the same for the clusters of a level, in which `clustered` has the images of all."""
     column = f"cluster_{level}"
     with asking(clustered=images(clustered, ("image_id", "uri"), [column])) as ask:
-        ask.keep("clusters", f"select {KEY} as key, any_value({column}) as cluster from clustered group by key")
+        clusters = f"any_value({column}) as cluster"
+        ask.keep("clusters", f"select image_key(image_id, uri) as key, {clusters} from clustered group by key")  # noqa: S608  # a column of ours
         ask.connection.execute("create temp table counts (name varchar, label varchar, num bigint)")
         for name, manifest in manifests.items():
             ask.connection.register("given", images(manifest, ("image_id", "uri")))
             ask.connection.execute(
                 "insert into counts select $name, cluster::varchar, count(*)"
-                f" from given left join clusters on clusters.key = {KEY} group by cluster",
+                " from given left join clusters on clusters.key = image_key(image_id, uri) group by cluster",
                 {"name": name},
             )
         return _composition(ask, manifests)
@@ -113,7 +114,7 @@ def read_overlaps(manifests: Mapping[str, Manifest]) -> dict[tuple[str, str], in
         for place, manifest in enumerate(manifests.values()):
             ask.connection.register("given", images(manifest, ("image_id", "uri")))
             ask.connection.execute(
-                f"insert into members select distinct {KEY}, $bit from given",
+                "insert into members select distinct image_key(image_id, uri), $bit from given",
                 {"bit": 1 << place},
             )
         masks = ask(

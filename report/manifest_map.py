@@ -12,7 +12,7 @@ from ..features.page.document import Section
 from ..store import catalog, tables
 from ..store.manifest import Manifest, open_manifest
 from .manifest_flow import Stage
-from .manifest_rows import KEY, asking, images, opened, quoted, stored
+from .manifest_rows import asking, images, opened, quoted, stored
 
 POINTS, THUMBNAILS = 20_000, 800  # chosen: less than a megabyte of a page
 LEFT_OUT = ("thumbnail", "neighbors")  # of the map's columns
@@ -50,13 +50,14 @@ def _with_selections(manifest: Manifest, selections: Mapping[str, Manifest], pat
         ask.connection.execute("create temp table members (key uhugeint, name varchar)")
         for name, selection in selections.items():
             ask.connection.register("given", images(selection, ("image_id", "uri")))
-            ask.connection.execute(f"insert into members select distinct {KEY}, $name from given", {"name": name})
+            members = "insert into members select distinct image_key(image_id, uri), $name from given"
+            ask.connection.execute(members, {"name": name})
         ask.keep("selected", "select key, string_agg(name, ' and ' order by name) as names from members group by key")
         columns = ", ".join(f"map.{quoted(name)}" for name in names)
         marked = ask.connection.sql(f"""
             select {columns}, coalesce(names, 'none') as {quoted(SELECTED)}
-            from map left join selected on selected.key = {KEY} order by image_id, uri
-        """).to_arrow_reader(tables.BATCH_ROWS)
+            from map left join selected on selected.key = image_key(image_id, uri) order by image_id, uri
+        """).to_arrow_reader(tables.BATCH_ROWS)  # noqa: S608  # names are quoted
         with pq.ParquetWriter(path, marked.schema) as writer:
             for batch in marked:
                 writer.write_batch(batch)

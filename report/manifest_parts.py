@@ -75,12 +75,14 @@ def _templates() -> Any:
 
 def groups(entries: Sequence[Entry]) -> Markup:
     """Return images, each with others beside it."""
-    return Markup(_templates().groups(entries))
+    made: Markup = _templates().groups(entries)
+    return made
 
 
 def strips(rows: Sequence[Strip]) -> Markup:
     """Return strips of small images, one below the other."""
-    return Markup(_templates().strips(rows))
+    made: Markup = _templates().strips(rows)
+    return made
 
 
 def flow(stages: Sequence[Stage]) -> Markup:
@@ -103,7 +105,8 @@ def flow(stages: Sequence[Stage]) -> Markup:
                 "is_given": stage.is_given,
             }
         )
-    return Markup(_templates().flow(steps))
+    made: Markup = _templates().flow(steps)
+    return made
 
 
 def _few(changes: Sequence[Change]) -> Sequence[Change]:

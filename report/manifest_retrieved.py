@@ -64,7 +64,7 @@ def read_retrieved(selection: Manifest, seed: int) -> Retrieved:
         for number, manifest in enumerate(each for each in found if each is not None):
             ask.connection.register("given", images(manifest, ("image_id", "uri", "label")))
             ask.connection.execute(
-                f"{'insert into queries' if number else 'create temp table queries as'} select * from given"
+                "insert into queries from given" if number else "create temp table queries as from given"
             )
         if len(missing) == len(given):
             ask.keep(
@@ -75,15 +75,16 @@ def read_retrieved(selection: Manifest, seed: int) -> Retrieved:
         ((num_queries,),) = (row.values() for row in ask("select count(*) from by_query"))
         brought = ask("select num, count(*) as queries from by_query group by num order by num")
         similarities = ask(
-            f"""
+            """
             with bounds as (select min(similarity) as least, max(similarity) as most from retrieved),
-            width as (select least, greatest(most - least, 1e-6) / {BINS} as width from bounds),
+            width as (select least, greatest(most - least, 1e-6) / $bins as width from bounds),
             binned as (
-                select least, width, least(floor((similarity - least) / width), {BINS - 1}) as bin from retrieved, width
+                select least, width, least(floor((similarity - least) / width), $bins - 1) as bin from retrieved, width
             )
             select least + bin * width as low, least + (bin + 1) * width as high, count(*) as num from binned
             group by all order by low
-            """
+            """,
+            bins=BINS,
         )
         chosen = ask(
             "select *, false as is_least from by_query where num > 0 "

@@ -16,7 +16,7 @@ from ..store.manifest import Manifest, Provenance, Source, open_manifest, remove
 from .lineage import locate
 
 Row = dict[str, Any]
-KEY = "md5_number(concat_ws(chr(0), image_id, uri))"  # of an image, in SQL
+KEY = "create macro image_key(image_id, uri) as md5_number(concat_ws(chr(0), image_id, uri))"
 IMAGE_COLUMNS = ("image_id", "uri", "width", "height", "label")
 
 
@@ -24,6 +24,7 @@ IMAGE_COLUMNS = ("image_id", "uri", "width", "height", "label")
 def asking(**rows: pa.RecordBatchReader) -> Iterator["Asking"]:
     """Open a database with streams under their names; each can be read once."""
     with tables.connect() as connection:
+        connection.execute(KEY)
         for name, reader in rows.items():
             connection.register(name, reader)
         yield Asking(connection)

@@ -133,7 +133,7 @@ def _wait_for(path: Path, folder: int) -> None:
 def _pause(path: Path, pause_s: float, deadline: float) -> float:
     if time.monotonic() > deadline:
         raise ToolkitError(f"{path} is in use by another process; end it and try again")
-    time.sleep(pause_s * (0.5 + random.random()))
+    time.sleep(pause_s * (0.5 + random.random()))  # noqa: S311  # no secret
     return min(2 * pause_s, 0.5)
 
 
@@ -192,7 +192,7 @@ def layout(connection: duckdb.DuckDBPyConnection, path: Path) -> int:
         done = connection.execute("select coalesce(max(number), 0) from migrations").fetchall()[0][0]
     if done > len(MIGRATIONS):
         what = f"the catalog {path} has layout {done}, and this toolkit knows up to {len(MIGRATIONS)}"
-        raise ToolkitError(f"{what}; update the toolkit, or set DINOV2_CATALOG to another")
+        raise ToolkitError(f"{what}; set DINOV2_CATALOG to another, or update the toolkit")
     return done
 
 

@@ -7,13 +7,13 @@ behind; the next one that writes into that folder removes it.
 import errno
 import os
 import re
+import secrets
 import shutil
 import socket
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +30,6 @@ HOST = re.sub(r"\W", "_", socket.gethostname(), flags=re.ASCII)[:64]
 TEMPORARY = re.compile(r"\.dinov2-(\w+)-(\d+)-\d+\.tmp")
 ABANDONED_S = 7 * 24 * 3600.0  # chosen: nobody writes for a week without touching the file
 
-_numbers = count()
 _swept: set[Path] = set()  # folders, by this process
 
 
@@ -101,8 +100,8 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def temporary_name() -> str:
-    """Return a name that no other file has, and by which it is removed when this process is killed."""
-    return f".dinov2-{HOST}-{os.getpid()}-{next(_numbers)}.tmp"
+    """Return a name that nobody can guess, and by which it is removed when this process is killed."""
+    return f".dinov2-{HOST}-{os.getpid()}-{secrets.randbits(64)}.tmp"
 
 
 def is_temporary(name: str) -> bool:

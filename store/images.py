@@ -149,8 +149,6 @@ def decode_sized(
             full_size = turned.size  # some formats know their size only after loading
         elif is_swapped:
             full_size = full_size[::-1]
-        if 0 in full_size:
-            raise UnreadableImage("no pixels")
         return _flatten(turned, mode), full_size
 
 

@@ -159,8 +159,6 @@ def _page(image: Image.Image) -> Values:
         page = page.convert("L")
     elif page.mode in ("P", "PA"):
         page = page.convert("RGBA" if page.has_transparency_data else "RGB")
-    if 0 in page.size:
-        raise UnreadableImage("no pixels")
     values: Values = _sixteen_bits(page) if page.mode.startswith(("I", "F")) else np.asarray(page)
     return values.reshape(page.height, page.width, -1)
 

@@ -156,7 +156,9 @@ class TrainConfig(CostConfig):
             if len(numbers := getattr(self, name)) not in (0, self.in_chans):
                 raise ToolkitError(f"{name} has {len(numbers)} numbers; give {self.in_chans}, one a channel, or []")
         if self.separate_heads and not self.ibot_weight:
-            raise ToolkitError("separate_heads is true but ibot_weight is 0: the second head would learn nothing")
+            raise ToolkitError(
+                "separate_heads is true but ibot_weight is 0: the second head would learn nothing; set one of them"
+            )
 
 
 Config = TypeVar("Config", bound=TrainConfig)

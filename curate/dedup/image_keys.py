@@ -108,12 +108,15 @@ def first_with_same_key(keys: Keys, num: int, memory: int | None, reference: Seq
     with tables.connect(memory) as connection:
         connection.register("given", _numbered(keys))
         connection.execute("create table images as select * from given where key is not null")
-        others = "images"
+        others = "create temp view others as from images"
         if reference is not None:
             connection.register("reference", _numbered(chain.from_iterable(reference)))
-            others = "reference semi join images using (key)"
-        first = f"select key, min(row) as first from {others} group by key"
-        found = connection.sql(f"select row, first from images join ({first}) using (key)")
+            others = "create temp view others as from reference semi join images using (key)"
+        connection.execute(others)
+        found = connection.sql(
+            "with firsts as (select key, min(row) as first from others group by key) "
+            "select row, first from images join firsts using (key)"
+        )
         for batch in found.to_arrow_reader(tables.BATCH_ROWS):
             result[batch.column("row").to_numpy()] = batch.column("first").to_numpy()
     return result

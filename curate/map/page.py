@@ -126,7 +126,8 @@ def map_part(
     }
     packed = base64.b64encode(gzip.compress(json.dumps(data).encode(), mtime=0)).decode()
     module: Any = environment().from_string(_asset("map.html")).module
-    return Markup(module.map(packed, _about(manifest.num_rows, len(rows), len(pictured)), manifest.path.name))
+    drawn: Markup = module.map(packed, _about(manifest.num_rows, len(rows), len(pictured)), manifest.path.name)
+    return drawn
 
 
 def _about(num_rows: int, num_points: int, num_pictures: int) -> str:

@@ -33,8 +33,9 @@ def identity_of(queries: Sequence[EmbeddedImages], pool: EmbeddedImages) -> Iden
         )
         connection.register("pool", tables.stream(schema, _keys(pool, 0)))
         for name, numbers in (("query", of_queries), ("pool", of_pool)):
-            matched = connection.sql(f"""
-                select place, number from {name} as row join image
+            connection.execute(f"create or replace temp view asked as from {name}")
+            matched = connection.sql("""
+                select place, number from asked as row join image
                 on row.image_id is not distinct from image.image_id and row.uri is not distinct from image.uri
             """)
             for batch in matched.to_arrow_reader(tables.BATCH_ROWS):

@@ -17,7 +17,8 @@ NOTHING = "–"  # for a value that there is not
 
 def _macro(name: str, *values: object) -> Markup:
     module: Any = environment().get_template("parts.html").module
-    return Markup(getattr(module, name)(*values))
+    made: Markup = getattr(module, name)(*values)
+    return made
 
 
 def text(words: str) -> Markup:

@@ -241,7 +241,7 @@ def test_a_newer_layout_is_refused_and_kept(tmp_path: Path) -> None:
     with catalog.connect() as connection:
         connection.execute("insert into migrations values (99, now()::timestamp)")
     before = catalog_path().read_bytes()
-    with pytest.raises(ToolkitError, match=f"has layout 99, and this toolkit knows up to {len(MIGRATIONS)}; update"):
+    with pytest.raises(ToolkitError, match=f"has layout 99, and this toolkit knows up to {len(MIGRATIONS)}; set"):
         catalog.artifacts()
     assert catalog_path().read_bytes() == before
 
