@@ -17,6 +17,7 @@ from ..store import catalog, tables
 from ..store.artifact import Options, Result, check_manifest_name, make
 from ..store.manifest import IMAGE_FIELDS, Manifest, ManifestWriter, Provenance, Source, embedding_field
 
+UNEVEN = "the vectors of the answer differ in length; select from manifests of one model"
 CATALOG_TABLES = ("artifacts", "inputs", "metrics", "newest")
 
 
@@ -95,6 +96,8 @@ def _write_answer(
     first = next(rows, pa.schema(fields).empty_table())
     with ManifestWriter(path, list(first.schema), provenance) as writer:
         for table in chain([first], rows):
+            if table.schema.types != first.schema.types:
+                raise ToolkitError(UNEVEN)
             writer.write(table)
         writer.set_figures(rows=writer.num_rows)
     console.say(f"{path}: {writer.num_rows:,} rows")
@@ -131,7 +134,7 @@ def _with_fixed_vectors(table: pa.Table, sources: list[Manifest]) -> pa.Table:
         raise ToolkitError(f"`embedding` of the answer is {vectors.type}, not lists of floats; name it otherwise")
     lengths = pc.unique(pc.list_value_length(vectors)).to_pylist()  # None: a row without a vector
     if len(lengths) != 1 or not lengths[0]:
-        raise ToolkitError("the vectors of the answer differ in length; select from manifests of one model")
+        raise ToolkitError(UNEVEN)
     field = embedding_field(lengths[0], (kinds[0] if kinds else vectors.type).value_type)
     return table.set_column(table.column_names.index("embedding"), field, vectors.cast(field.type))
 

@@ -254,11 +254,10 @@ def open_manifest(path: Path) -> Manifest:
     try:
         with pq.ParquetFile(path) as file:
             metadata, schema = file.metadata, file.schema_arrow
+        names = schema.names
     except (pa.ArrowInvalid, OSError) as problem:
         reason = str(problem).splitlines()[0]
         raise ToolkitError(f"{path} is not a readable Parquet file ({reason}); name a manifest") from None
-    try:
-        names = schema.names
     except UnicodeDecodeError as problem:
         raise ToolkitError(f"{path} has a column whose name is not UTF-8 ({problem.object!r}); rename it") from None
     if twice := next((name for name in names if names.count(name) > 1), None):

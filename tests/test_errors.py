@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dinov2_toolkit.curate.cluster.table import checked_table_path
 from dinov2_toolkit.curate.dedup.representative import Keep, _scores
@@ -41,6 +42,7 @@ from dinov2_toolkit.store.manifest import open_manifest
 from dinov2_toolkit.store.places import catalog_path
 from dinov2_toolkit.store.vectors import open_vectors
 from dinov2_toolkit.tests.embedded import write_embeddings
+from dinov2_toolkit.tests.models.test_weights import to_hugging_face
 from dinov2_toolkit.tests.train.small_run import settings
 from dinov2_toolkit.train.config import TrainConfig
 from dinov2_toolkit.train.engine import parallelize
@@ -103,7 +105,7 @@ def test_images_of_which_none_can_be_read() -> None:
     with error(r"no image of .*broken can be read, first .*a/0\.png \(not an image of a known format\); check them"):
         probe(broken("broken"), "broken", "s.parquet", ProbeSettings(models=("pixels",), methods=("knn",)), Options())
     with error("none of the 2 query images can be read; name others"):
-        pool = write_embeddings(Path("p.parquet"), np.ones((3, 768), np.float32))
+        pool = Path(vectors("p.parquet", 768))
         draw_neighbors("broken", "n.png", NeighborSettings(pool=pool, model="pixels"), Options())
 
 
@@ -125,9 +127,10 @@ def test_embeddings_of_other_lengths() -> None:
     train, test = vectors("a.parquet", 2, label=labels), vectors("b.parquet", 3, label=labels)
     with error("train embeddings have 2 numbers and test embeddings 3; embed both by the same model"):
         probe(train, test, "s.parquet", ProbeSettings(methods=("knn",)), Options())
-    lists = "select uri, embedding::float[] as embedding from"
-    with error("the vectors of the answer differ in length; select from manifests of one model"):
-        sql(f"{lists} 'a.parquet' union all {lists} 'b.parquet'", "c.parquet", False, False)
+    both = " union all ".join(f"select uri, embedding::float[] as embedding from '{name}'" for name in (train, test))
+    for query in (both, f"{both} order by uri"):  # in batches of equal length, and in one
+        with error("the vectors of the answer differ in length; select from manifests of one model"):
+            sql(query, "c.parquet", False, False)
 
 
 def test_images() -> None:
@@ -188,6 +191,7 @@ for start in (join_group, lambda: start_processes(settings(), (), Path("run"))):
 
 def test_a_launcher_whose_processes_do_not_find_each_other() -> None:
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29499"}
+    environment |= {"PMI_SIZE": "1"}  # as under mpirun, which counts
     done = subprocess.run([sys.executable, "-c", LAUNCHED], env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
         "2 processes were launched, but 1 found one another; start them by --num-processes or torchrun",
@@ -199,18 +203,18 @@ def test_models(tmp_path: Path) -> None:
     with error(r"heads is not whole: only .*; name another file"):
         inferred_head_settings({"mlp.0.weight": torch.zeros(2, 2)}, "heads")
     backbone = VisionTransformer(patch_size=7, embed_dim=64, depth=1, num_heads=1, img_size=14)
-    torch.save(backbone.state_dict(), "pytorch_model.bin")
+    save_file(to_hugging_face(backbone.state_dict()), "model.safetensors")
     Path("config.json").write_text(json.dumps({"num_attention_heads": 1, "dinov2_toolkit": {"colour": 3}}))
     with error(r"the config.json of .* is not as we write it \(.*colour"):
-        load_model(".", 0)
+        load_model(".")
     Path("config.json").write_text(json.dumps({"num_attention_heads": 1}))
     Path("preprocessor_config.json").write_text(json.dumps({"crop_size": 14}))
     with error("preprocessor_config.json lacks crop_size.height, .*; correct it, or remove it for the released"):
-        load_model(".", 0)
+        load_model(".")
     processor = {"crop_size": {"height": 14}, "size": {"shortest_edge": 14}, "image_mean": [0.5], "image_std": [0.5]}
     Path("preprocessor_config.json").write_text(json.dumps(processor))
     with error(r"\. takes 3 channels, but has means of 1; correct mean and std"):
-        load_model(".", 0)
+        load_model(".")
 
 
 def test_outputs_and_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,9 +245,8 @@ def test_outputs_and_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_a_report_does_not_take_alone() -> None:
-    removed = pq.read_table(write_embeddings(Path("a.parquet"), np.ones((1, 2), np.float32)))
-    metadata = {key: value.replace(b'"embeddings"', b'"removed"') for key, value in removed.schema.metadata.items()}
-    pq.write_table(removed.replace_schema_metadata(metadata), "b.parquet")
+    made = write_embeddings(Path("a.parquet"), np.ones((1, 2), np.float32)).read_bytes()
+    Path("b.parquet").write_bytes(made.replace(b'"kind": "embeddings"', b'"kind": "removed"   '))
     with error(r"b\.parquet lists removed rows; name the manifest beside it"):
         open_targets(["b.parquet"])
 
@@ -256,10 +259,8 @@ def test_manifests() -> None:
     Path("n.parquet").write_bytes(plain.getvalue().replace(b"colour", b"c\xfflour"))
     with error(r"n\.parquet has a column whose name is not UTF-8 \(b'c\\xfflour'\); rename it"):
         open_manifest(Path("n.parquet"))
-    ours = pq.read_table(write_embeddings(Path("a.parquet"), np.ones((1, 2), np.float32)))
-    newer = {key: value.replace(b'"format": 1', b'"format": 99') for key, value in ours.schema.metadata.items()}
-    assert newer != ours.schema.metadata
-    pq.write_table(ours.replace_schema_metadata(newer), "f.parquet")
+    made = write_embeddings(Path("a.parquet"), np.ones((1, 2), np.float32)).read_bytes()
+    Path("f.parquet").write_bytes(made.replace(b'"format": 1', b'"format": 9'))
     with error(r"f\.parquet was written by a newer toolkit \(.*\); update this one"):
         open_manifest(Path("f.parquet"))
 

@@ -57,7 +57,7 @@ def forward_backward(
                 "set sequential_views=true, activation_checkpointing=full, or a smaller arch"
             )
         if accelerator.num_processes > 1:  # the others wait for gradients that will not come
-            raise ToolkitError(
+            raise ToolkitError(  # pragma: no cover  # needs several GPUs
                 f"the GPU of process {accelerator.process_index} has too little memory for {size} images at a time; "
                 f"set micro_batch_size={smaller}"
             )
