@@ -172,7 +172,7 @@ class VisionTransformer(nn.Module):
         groups = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
         packed = torch.cat([tokens.flatten(0, 1) for tokens in embedded])
         # While it trains under autocast, the residual stream is in half precision; norms and parameters are not.
-        if self.training and torch.is_autocast_enabled(packed.device.type):
+        if self.training and not packed.is_meta and torch.is_autocast_enabled(packed.device.type):
             packed = packed.to(torch.get_autocast_dtype(packed.device.type))
         return packed, groups
 
