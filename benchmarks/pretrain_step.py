@@ -5,7 +5,7 @@
 A timed step = student and teacher forward, losses, backward, clipping, AdamW, EMA. Crops and masks are made between
 the steps, outside the timer, because training makes them ahead. The result is the median step. Ends with one JSON
 line. Defaults: ViT-S/16, 2 x 224 + 8 x 96 px, 8,192 prototypes, one shared head, softmax centering, float32,
-2 threads, drop path 0.3, KoLeo 0.1.
+2 threads, drop path 0.3, KoLeo 0.1; views and checkpointing as the recipe `vits16-1gpu` sets them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dinov2_toolkit.models.block import ActivationCheckpointing
 from dinov2_toolkit.models.cpu import keep_freed_memory
-from dinov2_toolkit.train.config import TrainConfig
+from dinov2_toolkit.train.config import TrainConfig, resolve
 from dinov2_toolkit.train.data.masking import block_masks
 from dinov2_toolkit.train.engine.accumulate import forward_backward
 from dinov2_toolkit.train.engine.build import build_model
@@ -55,10 +55,15 @@ def parse_arguments() -> argparse.Namespace:
     for flag, default in NUMBERS.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--drop-path", type=float, default=0.3, help="default 0.3")
+    recipe = resolve(TrainConfig, "vits16-1gpu")
     parser.add_argument(
-        "--sequential-views", action="store_true", help="local crops in two halves, then each global view"
+        "--sequential-views",
+        action=argparse.BooleanOptionalAction,
+        default=recipe.sequential_views,
+        help="local crops in two halves, then each global view",
     )
-    parser.add_argument("--activation-checkpointing", choices=get_args(ActivationCheckpointing), default="none")
+    kinds = get_args(ActivationCheckpointing)
+    parser.add_argument("--activation-checkpointing", choices=kinds, default=recipe.activation_checkpointing)
     parser.add_argument("--separate-head", action="store_true", help="separate heads for class and patch tokens")
     parser.add_argument("--centering", choices=["centering", "sinkhorn_knopp"], default="centering")
     return parser.parse_args()

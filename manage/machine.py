@@ -15,7 +15,7 @@ from typing import Any  # of values that came as JSON
 from ..cores import cgroup_quota
 from ..errors import ToolkitError
 from ..store.files import temporary_name
-from ..store.memory import SHARE, cgroup_values, machine_memory
+from ..store.memory import SHARE, free_memory, machine_memory
 from ..store.places import cache_path, catalog_path, weights_folder
 
 GIB = 1 << 30
@@ -88,7 +88,7 @@ def limit_findings() -> Iterator[Finding]:
         to_do = f"set OMP_NUM_THREADS={cores} instead of {asked}: threads wait for each other"
     yield Finding("cores", found, to_do, figures={"usable": cores, "granted": granted})
 
-    total, free = machine_memory(), _free_memory()
+    total, free = machine_memory(), free_memory()
     found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}; a step takes {total / SHARE / GIB:.1f} unless --memory"
     to_do = "end other processes, or give a smaller --memory" if free < total / SHARE else ""
     yield Finding("memory", found, to_do, figures={"total_bytes": total, "free_bytes": free})
@@ -101,18 +101,6 @@ def limit_findings() -> Iterator[Finding]:
         room = shutil.disk_usage(shared)
         found = f"{shared} has {room.free / GIB:.1f} GiB free of {room.total / GIB:.1f}; only several GPUs need it"
         yield Finding("shared memory", found, figures={"free_bytes": room.free, "total_bytes": room.total})
-
-
-def _free_memory() -> int:
-    """Return the bytes that are free, in the container too where there is one."""
-    free = machine_memory()
-    used = cgroup_values("memory", "memory.current", "memory.usage_in_bytes")
-    if used and used[0].isdigit():
-        free = max(free - int(used[0]), 0)
-    with suppress(OSError):
-        if available := re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text()):
-            free = min(int(available[1]) * 1_024, free)
-    return free
 
 
 def folder_findings() -> Iterator[Finding]:

@@ -7,6 +7,7 @@ Source: Oquab et al. 2023 (DINOv2), Darcet et al. 2023 (registers), github.com/f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -141,9 +142,9 @@ class VisionTransformer(nn.Module):
         if self.pos_embed_offset:
             offset = self.pos_embed_offset
             scale = ((rows + offset) / self.pos_grid, (columns + offset) / self.pos_grid)
-            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=self.pos_embed_antialias)
+            grid = _bicubic(grid, self.pos_embed_antialias, scale_factor=scale)
         else:
-            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=self.pos_embed_antialias)
+            grid = _bicubic(grid, self.pos_embed_antialias, size=(rows, columns))
         # (1, D, rows, columns) -> (1, rows * columns, D)
         return torch.cat([stored[:, :1], grid.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
 
@@ -345,3 +346,21 @@ def build_vit(
         pos_embed_antialias=pos_embed_antialias,
         pos_embed_offset=pos_embed_offset,
     )
+
+
+def _bicubic(
+    grid: Tensor,
+    antialias: bool,
+    *,
+    size: tuple[int, int] | None = None,
+    scale_factor: tuple[float, float] | None = None,
+) -> Tensor:
+    """Resize (1, D, H, W). Where torch is to be deterministic, by a matrix: its own gradient on a GPU is not."""
+    resize = partial(F.interpolate, size=size, scale_factor=scale_factor, mode="bicubic", antialias=antialias)
+    if not torch.are_deterministic_algorithms_enabled():
+        return resize(grid)
+    height, width = grid.shape[2:]
+    with torch.autocast(grid.device.type, enabled=False):
+        one_hot = torch.eye(height * width, device=grid.device).view(-1, 1, height, width)
+        weights = resize(one_hot)  # (H W, 1, rows, columns)
+        return (grid.flatten(2) @ weights.flatten(1)).view(*grid.shape[:2], *weights.shape[2:])

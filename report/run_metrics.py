@@ -73,6 +73,10 @@ SCHEDULES = {
 }
 COST = {
     "images_per_s": Figure("Images per second"),
+    "tflop_per_s": Figure(
+        "Operations per second, in 1e12", "Of all processes; those the step needs, not those done twice."
+    ),
+    "mfu": Figure("Model FLOP utilisation", "Of the operations per second that the makers state for these GPUs."),
     "data_wait": Figure("Share of time spent waiting for data", "Healthy: near 0; else add workers or faster disks."),
     "peak_memory_mib": Figure("Peak memory, MiB", "The most held so far."),
 }

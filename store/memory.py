@@ -50,3 +50,15 @@ def cgroup_values(controller: str, name: str, old_name: str) -> list[str]:
                 if folder.is_relative_to(root) and (file := folder / (old_name if controllers else name)).is_file():
                     values.append(file.read_text().strip())
     return values
+
+
+def free_memory() -> int:
+    """Return the bytes that are free, in the container too where there is one."""
+    free = machine_memory()
+    used = cgroup_values("memory", "memory.current", "memory.usage_in_bytes")
+    if used and used[0].isdigit():
+        free = max(free - int(used[0]), 0)
+    with suppress(OSError):
+        if available := re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text()):
+            free = min(int(available[1]) * 1_024, free)
+    return free

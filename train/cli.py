@@ -44,6 +44,16 @@ EvalTest = Annotated[
     str | None,
     option(INPUT, "Labelled images, classified every eval_every steps; `knn` in the metrics.", metavar="MANIFEST"),
 ]
+EvalShare = Annotated[
+    float | None,
+    option(
+        INPUT,
+        "Instead, classify this share of MANIFEST's labelled images by the others.",
+        metavar="SHARE",
+        min=0.0,
+        max=0.9,
+    ),
+]
 Track = Annotated[
     list[str] | None,
     option(OUTPUT, "Send the metrics to tensorboard, wandb, mlflow, ... as well; repeatable.", metavar="NAME"),
@@ -51,6 +61,9 @@ Track = Annotated[
 Preview = Annotated[
     str | None,
     option(OUTPUT, "First draw crops and masks of a dozen images; with --dry-run only that.", metavar="FILE.png"),
+]
+Profile = Annotated[
+    int, option(OUTPUT, "Write a torch trace of that many steps into the run folder.", metavar="STEPS", min=0)
 ]
 
 
@@ -66,9 +79,11 @@ def pretrain(
     ] = None,
     eval_train: EvalTrain = None,
     eval_test: EvalTest = None,
+    eval_share: EvalShare = None,
     resume: Resume = False,
     track: Track = None,
     preview: Preview = None,
+    profile: Profile = 0,
     num_processes: Processes = 1,
     seed: Seed = None,
     *,
@@ -81,7 +96,7 @@ def pretrain(
     from .run import LaunchOptions, MonitorOptions
 
     config = command_config(TrainConfig, output, recipe, assignments or [], resume=resume, seed=seed)
-    monitor = MonitorOptions(eval_train, eval_test, tuple(track or ()), preview)
+    monitor = MonitorOptions(eval_train, eval_test, eval_share, tuple(track or ()), preview, profile)
     launch: LaunchOptions = {"resume": resume, "num_processes": num_processes, "monitor": monitor}
     result = run(manifest, output, config, shared, init_from=init_from, **launch)
     return result if prints_result() else None
@@ -105,9 +120,11 @@ def distill(
     assignments: Assignments = None,
     eval_train: EvalTrain = None,
     eval_test: EvalTest = None,
+    eval_share: EvalShare = None,
     resume: Resume = False,
     track: Track = None,
     preview: Preview = None,
+    profile: Profile = 0,
     num_processes: Processes = 1,
     seed: Seed = None,
     *,
@@ -122,7 +139,7 @@ def distill(
     config = distill_config(
         output, teacher, arch or [], recipe, assignments or [], objective=objective, resume=resume, seed=seed
     )
-    monitor = MonitorOptions(eval_train, eval_test, tuple(track or ()), preview)
+    monitor = MonitorOptions(eval_train, eval_test, eval_share, tuple(track or ()), preview, profile)
     launch: LaunchOptions = {"resume": resume, "num_processes": num_processes, "monitor": monitor}
     result = run(manifest, output, config, shared, teacher=teacher, **launch)
     return result if prints_result() else None

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .. import console
 from ..errors import ToolkitError, nearest
@@ -40,8 +40,12 @@ class CostConfig:
     max_image_bytes: int = DEFAULT_LIMITS.max_image_bytes  # and larger files,
     image_timeout: float = DEFAULT_LIMITS.image_timeout  # and what takes more seconds to decode
     log_every: int = 10
-    eval_every: int = 1000  # steps between two k-NN on the labelled images of --eval-train and --eval-test
+    eval_every: int = 1000  # steps between two k-NN on labelled images (--eval-train and --eval-test, or --eval-share)
+    # End after so many k-NN in a row without a better one, with the model of the best; 0: never.
+    early_stop: int = 0
     compile: bool = False  # torch.compile of each block but the last; rounds otherwise, as another machine does
+    # Bit for bit on GPUs too, where sums have no fixed order otherwise; slower. On a CPU every run is.
+    deterministic: bool = False
 
     @property
     def limits(self) -> Limits:
@@ -135,14 +139,15 @@ class TrainConfig(CostConfig):
     layerwise_decay: float = 0.9
     patch_embed_lr_mult: float = 0.2
     freeze_last_layer_steps: int = 1250
-    freeze_backbone_steps: int = 0  # in which only the heads are trained, when the backbone has other weights
+    # In which only the heads are trained, when the backbone has other weights; its own warm-up follows them.
+    freeze_backbone_steps: int = 0
     max_skipped_steps: int = 10  # in a row with a gradient that is not finite; one more ends the run
     mixed_precision: Literal["no", "bf16"] = "bf16"
 
     # Less memory for more time. They change only which random numbers stochastic depth draws, and that KoLeo compares
     # the images of a micro-batch.
     sequential_views: bool = False  # half of the local crops, the others, each global view: a third of the memory
-    micro_batch_size: int = 0  # images of a process at a time; 0 = all
+    micro_batch_size: int | Literal["auto"] = 0  # images of a process at a time; 0 = all; auto: as memory allows
     # What backward computes again instead of keeping it; selective: norms, activations and short attention.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
@@ -163,7 +168,7 @@ class TrainConfig(CostConfig):
 
 Config = TypeVar("Config", bound=TrainConfig)
 
-# Lengths of schedules: whatever sets `steps` scales those that it does not set itself.
+# Lengths of schedules. A recipe states its own; where steps are set over a recipe, those not set beside them scale.
 SCHEDULE_KEYS = ("warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps", "freeze_backbone_steps")
 
 
@@ -174,6 +179,7 @@ def resolve(
     environment: Mapping[str, str] = {},
     flags: Mapping[str, object] = {},
     assignments: Sequence[str] = (),
+    scale_schedules: bool = True,
 ) -> Config:
     """Return the settings of a run: defaults < recipe < DINOV2_KEY in the environment < flags < key=value.
 
@@ -181,6 +187,7 @@ def resolve(
         recipe: the name of a recipe that ships with the toolkit, a TOML file, or None for the defaults alone.
         environment: such as `os.environ`; other variables are ignored.
         assignments: "key=value" texts.
+        scale_schedules: whether `steps` set over the recipe scale its schedules; not where a run goes on for longer.
 
     Raises:
         ToolkitError: for an unknown recipe or key (with the nearest right name), or a value of the wrong type.
@@ -193,14 +200,19 @@ def resolve(
         flags,
         dict(_assignment(text) for text in assignments),
     ]
-    for layer in map(with_present_settings, layers):
+    for number, layer in enumerate(map(with_present_settings, layers)):
         for name in layer:
             if name not in types:
                 near = difflib.get_close_matches(name, types, n=1, cutoff=0.0)
                 raise ToolkitError(f"unknown setting {name!r}; the nearest known one is {near[0]!r}")
         typed: dict[str, Any] = {name: _typed(name, value, types[name]) for name, value in layer.items()}
         check_ranges(typed)
-        if "steps" in typed:
+        if "steps" in typed and number == 0:
+            for name in SCHEDULE_KEYS:
+                if name not in typed and values[name] > typed["steps"]:
+                    what = f"{name}, by default {values[name]:,}, is more than the {typed['steps']:,} steps"
+                    raise ToolkitError(f"{what} of recipe {recipe}; state it there too")
+        elif "steps" in typed and scale_schedules:
             values |= {name: round(values[name] * typed["steps"] / values["steps"]) for name in SCHEDULE_KEYS}
         values |= typed
     return kind(**values)
@@ -218,12 +230,20 @@ def command_config(
     flags: Mapping[str, object] = {},
 ) -> Config:
     """Return the settings of a command, as `resolve` does; the recipe is `given_recipe` or else `default_recipe`."""
+    goes_on = recipe is None and resume  # from the run's own settings: its warm-ups, which may be over, stay
     recipe = given_recipe(output, recipe, resume)
     if recipe is None and prints_result():
         console.say(f"no --recipe: taking {default_recipe}")
     if seed is not None:
         flags = {**flags, "seed": seed}
-    return resolve(kind, recipe=recipe or default_recipe, environment=os.environ, flags=flags, assignments=assignments)
+    return resolve(
+        kind,
+        recipe=recipe or default_recipe,
+        environment=os.environ,
+        flags=flags,
+        assignments=assignments,
+        scale_schedules=recipe is None or not goes_on,
+    )
 
 
 def given_recipe(output: str, recipe: str | None, resume: bool) -> str | None:
@@ -287,7 +307,7 @@ def _converted(value: object, kind: object) -> object:
         return value
     if kind is float and type(value) is int:
         return float(value)
-    if isinstance(kind, UnionType):
+    if origin in (Union, UnionType):
         return value if type(value) in kinds else _converted(value, kinds[-1])
     if origin is tuple and isinstance(value, list | tuple):
         kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
@@ -299,8 +319,9 @@ def _wanted(kind: object) -> str:
     kinds = get_args(kind)
     if get_origin(kind) is Literal:
         return f"choose one of {', '.join(map(str, kinds))}"
-    if isinstance(kind, UnionType):
-        return "it must be a whole number, or a list like [[0, 256], [100000, 512]]"
+    if get_origin(kind) in (Union, UnionType):
+        other = "auto" if get_origin(kinds[-1]) is Literal else "a list like [[0, 256], [100000, 512]]"
+        return f"it must be a whole number, or {other}"
     if kinds:
         return f"it must be {'a list of' if kinds[-1] is ... else len(kinds)} numbers, like [0.5, 0.25]"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -172,7 +172,8 @@ def _load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
 def _finish_run_folder(output: Path, student: str, config: DistillConfig) -> None:
     """Complete a student's run folder with its settings, metrics and provenance; touch its model if all is there."""
     folder = output / student
-    if read_run_provenance(folder) is not None:
+    there = read_run_provenance(folder)
+    if there is not None and there.parameters.get("steps") == config.steps:  # else a run that went on
         os.utime(folder / MODEL_JSON)
         return
     provenance = read_run_provenance(output)

@@ -31,7 +31,9 @@ from .engine.accumulate import forward_backward, weighted_losses
 from .engine.build import build_model
 from .engine.checkpoint import (
     TrainedModel,
+    checkpoint_of,
     checkpoints,
+    copy_teacher,
     first_not_finite,
     load_checkpoint,
     newest_whole,
@@ -42,10 +44,17 @@ from .engine.checkpoint import (
 from .engine.fsdp import full_optimizer_state, trained_state
 from .engine.optimizer import apply_schedules, clip_gradients, not_finite, step_unless
 from .engine.parallelize import prepare
-from .engine.schedules import batch_sizes, last_layer_lr, linear_then_constant, scaled_lr, warmup_then_cosine
+from .engine.schedules import (
+    batch_sizes,
+    last_layer_lr,
+    linear_then_constant,
+    scaled_lr,
+    thawing_lr,
+    warmup_then_cosine,
+)
+from .monitor.estimate import throughput_of
 from .monitor.health import PATIENCE_STEPS, RANK_STEPS, collapse_reason, health_figures, teacher_figures
 from .monitor.metrics import (
-    Throughput,
     append_metrics,
     averaged,
     host_group,
@@ -57,7 +66,8 @@ from .monitor.metrics import (
     started_sum,
     write_metrics_table,
 )
-from .monitor.online_knn import knn_figures
+from .monitor.online_knn import BestKnn, knn_figures
+from .monitor.trace import traced
 from .objective.networks import update_teacher
 from .run import CHECKPOINTS, LaunchOptions, Run, run_training
 
@@ -102,8 +112,9 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
 
     # Resume from the latest checkpoint.
     counts = {"step": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "replaced_images": 0}
-    counts["micro_batch_size"] = config.micro_batch_size
-    saved = Group(process, num_processes).decide(lambda: newest_whole(run.folder / CHECKPOINTS, config.steps))
+    processes = Group(process, num_processes)
+    counts["micro_batch_size"] = run.micro_batch_size
+    saved = processes.decide(lambda: newest_whole(run.folder / CHECKPOINTS, config.steps))
     if saved is not None:
         counts |= load_checkpoint(saved, model, optimizer)
         console.say(f"resuming at step {counts['step']:,} of {config.steps:,}")
@@ -111,8 +122,11 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
         rewind_metrics(run.folder, counts["step"])
         if counts["step"]:  # a kill right after a checkpoint left the table of the one before
             write_metrics_table(run.folder, replace(run.provenance, kind="metrics"))
-        prune_checkpoints(run.folder / CHECKPOINTS, config.keep_checkpoints)
+    best = BestKnn(read_metrics(run.folder))
+    if is_main:
+        prune_checkpoints(run.folder / CHECKPOINTS, config.keep_checkpoints, best.step)
     first_step = counts["step"]
+    has_stalled = processes.decide(lambda: best.has_stalled(config.early_stop))  # when it was killed
 
     sizes = batch_sizes(config.batch_size)
     batches = read_batches(
@@ -133,16 +147,22 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
     group = host_group(accelerator)
     # Counted on the device, so that no step waits for it.
     num_skipped, in_a_row = (torch.full((), float(counts[name]), device=device) for name in SKIPPED)
-    heap, throughput = cpu.TidyHeap(device), Throughput()
-    with caught_signals("step") as signals, console.progress("training", config.steps - first_step, "steps") as advance:
-        for step in range(first_step, config.steps):
+    heap, throughput = cpu.TidyHeap(device), throughput_of(config, model, device, num_processes)
+    with (
+        caught_signals("step") as signals,
+        console.progress("training", config.steps - first_step, "steps") as advance,
+        traced(run.folder, run.profile if is_main else 0, first_step) as end_of_step,
+    ):
+        for step in range(first_step, first_step if has_stalled else config.steps):
             rates = rates_at(step, config)
             apply_schedules(
                 optimizer,
                 lr=rates.lr,
                 last_layer_lr=last_layer_lr(step, rates.lr, freeze_steps=config.freeze_last_layer_steps),
                 weight_decay=rates.weight_decay,
-                backbone_lr=0.0 if step < config.freeze_backbone_steps else rates.lr,
+                backbone_lr=thawing_lr(
+                    step, rates.lr, freeze_steps=config.freeze_backbone_steps, warmup_steps=config.warmup_steps
+                ),
             )
 
             # Data.
@@ -178,9 +198,10 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             counts["replaced_images"] += num_replaced
             throughput.num_images += sizes.at(step)
             heap.after_step()
+            end_of_step()
 
             # Is it time to log, to save, to end? Then read how many steps were skipped; on a CPU at every step.
-            is_last = step + 1 == config.steps
+            is_last, is_best = step + 1 == config.steps, False
             is_measured = labelled is not None and ((step + 1) % config.eval_every == 0 or is_last)
             is_logged = (step + 1) % config.log_every == 0 or is_last or is_measured
             is_due = (step + 1) % config.checkpoint_every == 0
@@ -218,6 +239,8 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
                     collapse_since = None
                 if is_measured and labelled is not None:
                     figures |= knn_figures(full_model(), labelled, config)
+                    is_best = processes.decide(partial(best.add, figures))
+                    has_stalled = processes.decide(lambda: best.has_stalled(config.early_stop))
                 if is_main:
                     append_metrics(run.folder, figures)
                 accelerator.log(figures, step=step + 1)
@@ -227,15 +250,26 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             advance(1, progress_note(figures))
 
             # Save; not while gradients are bad, for then the weights may be.
-            if (is_due and not counts["skipped_in_a_row"]) or is_last or num_stopped:
-                save(run, optimizer, full_model, counts)
+            if (is_due and not counts["skipped_in_a_row"]) or is_last or num_stopped or is_best or has_stalled:
+                save(run, optimizer, full_model, counts, best.step)
                 accelerator.wait_for_everyone()
+            if has_stalled:
+                break
             if num_stopped and not is_last:
                 raise Stopped(f"stopped at step {step + 1:,} of {config.steps:,}, all saved; resume with --resume")
     if (finished := full_model()) is not None:
         if (name := first_not_finite(trained_state(finished))) is not None:
             raise ToolkitError(f"the weights {name} are not finite after the last step; {last_good(run)}")
-        save_teacher(run.folder, finished, preprocess_of(config))
+        if best.step is not None:
+            of_best = checkpoint_of(run.folder / CHECKPOINTS, best.step)
+            console.say(f"best k-NN {best.accuracy:.3f}: {of_best}")
+        if has_stalled:
+            console.say(
+                f"step {counts['step']:,}: no better k-NN {best.num_since} times; the model is that of the best"
+            )
+            copy_teacher(of_best, run.folder)
+        else:
+            save_teacher(run.folder, finished, preprocess_of(config))
     return figures
 
 
@@ -269,12 +303,17 @@ def rates_at(step: int, config: TrainConfig) -> Rates:
 
 
 def save(
-    run: Run, optimizer: Optimizer, full_model: Callable[[], TrainedModel | None], counts: Mapping[str, int]
+    run: Run,
+    optimizer: Optimizer,
+    full_model: Callable[[], TrainedModel | None],
+    counts: Mapping[str, int],
+    best_step: int | None,
 ) -> None:
     """Write a checkpoint and `metrics.parquet`. All processes must call it; the main one writes."""
     model = full_model()
     optimizer_state = full_optimizer_state(optimizer, wanted=model is not None)
     if model is not None:
         preprocess, keep = preprocess_of(run.config), run.config.keep_checkpoints
-        save_checkpoint(run.folder / CHECKPOINTS, model, optimizer_state, counts, preprocess, keep=keep)
+        folder = run.folder / CHECKPOINTS
+        save_checkpoint(folder, model, optimizer_state, counts, preprocess, keep=keep, best_step=best_step)
         write_metrics_table(run.folder, replace(run.provenance, kind="metrics"))

@@ -18,6 +18,7 @@ RANGES: dict[str, str] = {
     "image_timeout": "[1, 1e9]",
     "log_every": "[1, 1e12]",
     "eval_every": "[1, 1e12]",
+    "early_stop": "[0, 1e6]",
     "steps": "[1, 1e9]",
     "batch_size": "[1, 1e8]",
     "seed": "[-9e18, 9e18]",
@@ -99,6 +100,8 @@ def is_within(number: float, interval: str) -> bool:
 
 def _numbers(value: object) -> list[float]:
     """Return the numbers of a setting; of a batch that grows, its sizes."""
+    if isinstance(value, str):
+        return []  # auto
     items: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
     return [item[-1] if isinstance(item, list | tuple) else item for item in items]
 

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from .. import console
 from ..errors import ToolkitError
+from ..features.extract.extract import best_device
 from ..features.launch import Group, adopt_slurm, is_launched, launch, needs_others, prints_result
 from ..models.cpu import keep_freed_memory
 from ..models.saved import MODEL_JSON, TEACHER_FILE
@@ -47,9 +48,9 @@ from .engine.fsdp import sharding
 from .engine.parallelize import check_compiler
 from .engine.schedules import batch_sizes, scaled_lr
 from .launch import STATUS, check_launch, status_kept
-from .monitor.estimate import say_cost
+from .monitor.estimate import fitted, free_bytes_of, say_cost, say_memory
 from .monitor.metrics import METRICS_FILE, METRICS_TABLE, peak_memory_mib, read_metrics
-from .monitor.online_knn import LabelledSets, labelled_sets
+from .monitor.online_knn import LabelledSets, held_out, labelled_sets
 from .monitor.trackers import check_trackers, tracked
 
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
@@ -64,12 +65,23 @@ class MonitorOptions:
 
     eval_train: str | None = None  # labelled images that vote in the k-NN of a run's features
     eval_test: str | None = None  # those whose class is predicted
+    eval_share: float | None = None  # of the labels of the images to train on, which are predicted by the others
     track: tuple[str, ...] = ()  # trackers that get the metrics
     preview: str | None = None  # a PNG of crops and masks
+    profile: int = 0  # steps to trace
 
-    def check(self) -> LabelledSets | None:
-        """Return the labelled images, if any are given; raise ToolkitError for options that cannot be followed."""
+    def check(self, manifest: Path, seed: int) -> LabelledSets | None:
+        """Return the labelled images, if any are given; raise ToolkitError for options that cannot be followed.
+
+        `manifest` has the images to train on, and `seed` draws some of its labels under `eval_share`.
+        """
         check_trackers(self.track)
+        if self.eval_share is not None:
+            if self.eval_train is not None or self.eval_test is not None:
+                raise ToolkitError(
+                    "--eval-share takes the manifest's own labels; leave --eval-train and --eval-test out"
+                )
+            return held_out(str(manifest), self.eval_share, seed)
         if self.eval_train is not None and self.eval_test is not None:
             return labelled_sets(self.eval_train, self.eval_test)
         if self.eval_train != self.eval_test:
@@ -97,6 +109,8 @@ class Run:
     provenance: Provenance
     images: ImageSet
     labelled: LabelledSets | None  # for the k-NN while it trains
+    profile: int = 0  # steps to trace
+    micro_batch_size: int = 0  # images of a process at a time, to begin with; 0 = all
 
 
 def run_training(
@@ -136,12 +150,16 @@ def run_training(
         console.say(f"no manifest given: taking {manifest_path}")
     manifest = open_manifest(manifest_path)
     images = image_set(read_images(manifest, options.limit))
-    labelled = monitor.check()
+    labelled = monitor.check(manifest_path, config.seed)
+    if config.early_stop and labelled is None:
+        raise ToolkitError(
+            f"early_stop={config.early_stop} goes by the k-NN; give --eval-train and --eval-test, or --eval-share"
+        )
     sharding(os.environ)  # raises where Accelerate's settings cannot be followed
     if config.compile:
         check_compiler(os.environ)
     provenance = run_provenance(command, config, options, (manifest.source("images"), *sources))
-    run = Run(Path(output), config, provenance, images, labelled)
+    run = Run(Path(output), config, provenance, images, labelled, monitor.profile)
     check_not_input(run.folder, provenance)
     if monitor.preview is not None and prints_result():
         draw_preview(monitor.preview, images, config, provenance, options)
@@ -163,10 +181,17 @@ def run_training(
     is_main, processes = accelerator.is_main_process, Group(accelerator.process_index, accelerator.num_processes)
     if processes.decide(lambda: is_finished(run, options, resume)):
         return finished_result(output)
+    base_bytes = held_bytes(run, accelerator.device)  # before the model
     torch.manual_seed(derived_seed(config.seed, "weights", 0))
     model = build()
+    free_bytes = free_bytes_of(accelerator.device, base_bytes, accelerator.num_processes)
+    fitting = fitted(config, model, accelerator.num_processes, base_bytes, free_bytes)
     if is_main:
         describe(run, model, accelerator.num_processes)
+        say_memory(fitting, model, accelerator.num_processes, base_bytes, free_bytes)
+    # The same in all processes, whatever each has free.
+    smallest = accelerator.gather(torch.tensor([int(fitting.micro_batch_size)], device=accelerator.device)).min()
+    run = replace(run, micro_batch_size=int(smallest))
     recording: AbstractContextManager[list[Provenance]] = recorded(run.folder) if is_main else nullcontext([])
     with own_folder(run, options) if is_main else nullcontext():
         accelerator.wait_for_everyone()
@@ -210,6 +235,10 @@ def is_finished(run: Run, options: Options, resume: bool) -> bool:
         raise ToolkitError(f"{folder} exists and is no run folder; choose another -o")
     if options.force:
         return False
+    if resume and goes_on(there, run.provenance):
+        if not checkpoints(folder / CHECKPOINTS):
+            raise ToolkitError(f"{folder} has no checkpoint to go on from; choose another -o, or --force to start over")
+        return False
     if not there.same_work(run.provenance):
         raise ToolkitError(
             f"{folder} was made differently ({difference(there, run.provenance)}); choose another -o, "
@@ -227,6 +256,13 @@ def is_finished(run: Run, options: Options, resume: bool) -> bool:
             f"{folder} holds an unfinished run ({saved[-1].name}); resume with --resume, or --force to start over"
         )
     return False
+
+
+def goes_on(there: Provenance, wanted: Provenance) -> bool:
+    """Tell whether `wanted` is the run that is there, but for more steps."""
+    steps = there.parameters.get("steps"), wanted.parameters.get("steps")
+    is_longer = isinstance(steps[0], int) and isinstance(steps[1], int) and steps[0] < steps[1]
+    return is_longer and replace(there, parameters={**there.parameters, "steps": steps[1]}).same_work(wanted)
 
 
 def _is_unbegun(folder: Path) -> bool:
@@ -258,6 +294,7 @@ def own_folder(run: Run, options: Options) -> Iterator[None]:
             if entry.name in WRITTEN or (entry / MODEL_JSON).is_file():
                 remove(entry)
         sweep(run.folder)
+        (run.folder / MODEL_JSON).unlink(missing_ok=True)  # of a finished run that goes on: its checkpoint has it too
         # The settings first: a run that is resumed without --recipe takes them from there.
         write_config(run.config, run.folder / CONFIG_FILE)
         write_run_provenance(run.folder, run.provenance)
@@ -272,7 +309,7 @@ def kept_steps(folder: Path) -> str:
 
 def check_batch(config: TrainConfig, num_processes: int) -> None:
     """Raise ToolkitError when a batch cannot be shared out evenly, at least two images to each process."""
-    micro_batch_size = config.micro_batch_size
+    micro_batch_size = 0 if config.micro_batch_size == "auto" else config.micro_batch_size
     for size in batch_sizes(config.batch_size).sizes:
         if size % num_processes or size < 2 * num_processes:
             raise ToolkitError(
@@ -300,6 +337,8 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
         ToolkitError: if the launcher's processes do not find one another, or the batch cannot be shared out among them.
     """
     keep_freed_memory()
+    if config.deterministic:
+        compute_deterministically()
     adopt_slurm(os.environ)
     check_launch(os.environ)
     in_shards = sharding(os.environ) is not None
@@ -332,6 +371,14 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
     return accelerator
 
 
+def compute_deterministically() -> None:
+    """Have this process add up in a fixed order on GPUs too, or raise where torch cannot; before it uses a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+    torch.backends.cudnn.benchmark = False  # which would choose an algorithm by its time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads any
+    torch.use_deterministic_algorithms(True)
+
+
 def describe(run: Run, model: TrainedModel, num_processes: int) -> None:
     """Say what a run trains on what, and for how long."""
     config, num_images = run.config, len(run.images)
@@ -352,13 +399,22 @@ def describe(run: Run, model: TrainedModel, num_processes: int) -> None:
 
 def describe_cost(run: Run, build: Callable[[], TrainedModel], num_processes: int) -> None:
     """Say what a run would train, and what time and memory it would take."""
-    config, images = run.config, run.images
-    base_mib = peak_memory_mib(torch.device("cpu"))  # before torch loads what a meta device needs
+    device = best_device()
+    base_bytes = held_bytes(run, device)  # before torch loads what a meta device needs
     with torch.device("meta"):
         model = build()
     describe(run, model, num_processes)
+    free_bytes = free_bytes_of(device, base_bytes, num_processes)
+    config = fitted(run.config, model, num_processes, base_bytes, free_bytes)
+    say_cost(config, model, num_processes, base_bytes)
+
+
+def held_bytes(run: Run, device: torch.device) -> float:
+    """Return what this process holds without a model, and with the images it keeps decoded; 0 where a GPU trains."""
+    if device.type == "cuda":
+        return 0.0
+    config, images = run.config, run.images
     num_seen = min(len(images), batch_sizes(config.batch_size).images_until(config.steps))
     side_px = decoded_side_px(config)
     decoded = num_seen * decoded_bytes(images, side_px, config.in_chans, config.bit_depth, config.limits)
-    cache_bytes = min(config.cache_mib << 20, decoded)
-    say_cost(config, model, num_processes, base_mib * 2**20 + cache_bytes)
+    return peak_memory_mib(device) * 2**20 + min(config.cache_mib << 20, decoded)

@@ -240,6 +240,22 @@ def test_a_position_grid_of_the_offset_kind_samples_by_the_scale_factor() -> Non
     torch.testing.assert_close(row, torch.tensor(expected))
 
 
+@pytest.mark.parametrize(("antialias", "offset"), [(False, 0.1), (True, 0.0)])
+def test_the_deterministic_resize_of_the_position_grid_is_the_same(antialias: bool, offset: float) -> None:
+    backbone = tiny_vit()
+    backbone.pos_embed_antialias, backbone.pos_embed_offset = antialias, offset
+    found = []
+    for is_deterministic in (False, True):
+        torch.use_deterministic_algorithms(is_deterministic)
+        try:
+            position = backbone.interpolated_pos_embed(3, 2)
+            (gradient,) = torch.autograd.grad((position * position.detach()).sum(), backbone.pos_embed)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        found.append((position, gradient))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
 def cubic_weights(position: float) -> list[tuple[int, float]]:
     """Return the four neighbours of a position and their weights in torch's bicubic kernel (a = -0.75)."""
 

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -7,7 +8,15 @@ import pytest
 
 from dinov2_toolkit import train
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.train.config import TrainConfig, read_recipe, resolve, write_config
+from dinov2_toolkit.train.config import (
+    RECIPES,
+    SCHEDULE_KEYS,
+    CostConfig,
+    TrainConfig,
+    read_recipe,
+    resolve,
+    write_config,
+)
 from dinov2_toolkit.train.distill import DistillConfig
 from dinov2_toolkit.train.ranges import RANGES, RISING, bounds
 
@@ -84,6 +93,8 @@ def test_values_from_texts_get_the_type_of_their_key() -> None:
         ("mask_ratio=[0.5, 0.1]", "mask_ratio is [0.5, 0.1]; its first number must not be above its second"),
         (f"steps={10**400}", "; it must be at least 1 and at most 1e+09"),
         (f"base_lr={10**400}", "; it must be a number"),
+        ("micro_batch_size=half", "micro_batch_size is 'half'; it must be a whole number, or auto"),
+        ("micro_batch_size=-1", "micro_batch_size is -1; it must be at least 0"),
         ("steps", "--set 'steps' is not key=value"),
         ("steps=0", "steps is 0; it must be at least 1"),
         ("local_crop_size_px=50", "local_crop_size_px 50 is not a multiple of patch_size 16; change one"),
@@ -167,6 +178,125 @@ def test_setting_the_steps_alone_scales_the_schedule_and_keeps_what_is_set_besid
     config = settings("vitl16-short", assignments=["steps=1250", "warmup_steps=7"])
     assert (config.warmup_steps, config.teacher_temp_warmup_steps) == (7, 375)
     assert settings("vitl16-short", assignments=["warmup_steps=7"]).warmup_steps == 7
+
+
+def test_a_recipe_states_its_schedules_and_one_longer_than_the_run_is_an_error(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("steps = 250_000\n")
+    assert settings(str(recipe)).warmup_steps == 12_500
+    assert settings(str(recipe), assignments=["steps=25_000"]).warmup_steps == 1250
+    recipe.write_text("steps = 5000\n")
+    with pytest.raises(ToolkitError, match="warmup_steps, by default 12,500, is more than the 5,000 steps of recipe"):
+        settings(str(recipe))
+
+
+# What the released code sets, in this toolkit's keys: an "epoch" is 1250 iterations, the batch that of all GPUs, and
+# the blur what its code does. Source: facebookresearch/dinov2 at b8931f7, dinov2/configs/ssl_default_config.yaml,
+# train/vitl16_short.yaml, train/vitl14.yaml, train/vitg14.yaml, data/augmentations.py.
+EPOCH = 1250
+RELEASED_SHORT: dict[str, object] = {
+    "arch": "vit_large",
+    "patch_size": 16,
+    "ffn": "mlp",
+    "num_register_tokens": 0,
+    "layer_scale": 1e-5,
+    "drop_path": 0.3,
+    "pos_embed_antialias": False,
+    "pos_embed_offset": 0.1,
+    "steps": 100 * EPOCH,
+    "batch_size": 32 * 64,
+    "separate_heads": False,
+    "num_prototypes": 65_536,
+    "bottleneck_dim": 256,
+    "hidden_dim": 2048,
+    "global_crop_size_px": 224,
+    "global_crop_scale": (0.32, 1.0),
+    "num_local_crops": 8,
+    "local_crop_size_px": 96,
+    "local_crop_scale": (0.05, 0.32),
+    "flip": 0.5,
+    "jitter": 0.8,
+    "jitter_strength": (0.4, 0.4, 0.2, 0.1),
+    "grayscale": 0.2,
+    "blur": (0.0, 0.9, 0.5),
+    "blur_sigma_px": (0.1, 2.0),
+    "solarize": (0.0, 0.2, 0.0),
+    "mask_probability": 0.5,
+    "mask_ratio": (0.1, 0.5),
+    "dino_weight": 1.0,
+    "ibot_weight": 1.0,
+    "koleo_weight": 0.1,
+    "koleo_distributed": False,
+    "centering": "softmax_center",
+    "student_temp": 0.1,
+    "teacher_temp": (0.04, 0.07),
+    "teacher_temp_warmup_steps": 30 * EPOCH,
+    "momentum": (0.992, 1.0),
+    "base_lr": 0.004,
+    "hold_lr": False,
+    "min_lr": 1e-6,
+    "warmup_steps": 10 * EPOCH,
+    "weight_decay": (0.04, 0.4),
+    "clip_grad_norm": 3.0,
+    "layerwise_decay": 0.9,
+    "patch_embed_lr_mult": 0.2,
+    "freeze_last_layer_steps": 1 * EPOCH,
+    "freeze_backbone_steps": 0,
+    "in_chans": 3,
+    "bit_depth": 8,
+    "pixel_mean": (),
+    "pixel_std": (),
+    "depth": 0,
+    "embed_dim": 0,
+    "num_heads": 0,
+    "checkpoint_every": 3 * EPOCH,
+    "keep_checkpoints": 3,
+    "micro_batch_size": 0,
+}
+RELEASED_LARGE = RELEASED_SHORT | {
+    "patch_size": 14,
+    "ffn": "swiglu",
+    "drop_path": 0.4,
+    "steps": 500 * EPOCH,
+    "batch_size": 96 * 32,
+    "separate_heads": True,
+    "num_prototypes": 131_072,
+    "bottleneck_dim": 384,
+    "ibot_num_prototypes": 131_072,
+    "ibot_bottleneck_dim": 256,
+    "local_crop_size_px": 98,
+    "centering": "sinkhorn_knopp",
+    "momentum": (0.994, 1.0),
+    "base_lr": 2e-4,
+    "warmup_steps": 80 * EPOCH,
+    "weight_decay": (0.04, 0.2),
+    "layerwise_decay": 1.0,
+}
+OWN_KEYS = {  # which the released code has not, or whose value says nothing about the result
+    *(field.name for field in fields(CostConfig)),
+    *("seed", "crop_ratio", "max_skipped_steps", "mixed_precision", "sequential_views", "activation_checkpointing"),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "released"),
+    [
+        ("vitl16-short", RELEASED_SHORT),
+        ("vitl14", RELEASED_LARGE),
+        ("vitg14", RELEASED_LARGE | {"arch": "vit_giant2", "batch_size": 256 * 12}),
+    ],
+)
+def test_a_released_recipe_has_the_released_values_key_by_key(recipe: str, released: dict[str, object]) -> None:
+    resolved = asdict(settings(recipe))
+    assert {name: resolved[name] for name in released} == released
+    not_compared = resolved.keys() - released.keys() - OWN_KEYS
+    assert not_compared <= {"ibot_num_prototypes", "ibot_bottleneck_dim"}  # which count with separate heads only
+
+
+def test_every_recipe_for_its_own_number_of_steps_states_its_schedules() -> None:
+    for path in RECIPES.glob("*.toml"):
+        stated = read_recipe(path.stem)
+        assert stated["steps"] == TrainConfig.steps or {*SCHEDULE_KEYS} - stated.keys() <= {"freeze_backbone_steps"}
 
 
 def test_the_written_config_repeats_the_run(tmp_path: Path) -> None:

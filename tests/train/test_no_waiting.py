@@ -112,7 +112,7 @@ def test_a_step_asks_for_no_value_forward_or_backward(case: str, dtype: torch.dt
                 accelerator,
                 seed=0,
                 sequential_views=config.sequential_views,
-                micro_batch_size=config.micro_batch_size,
+                micro_batch_size=int(config.micro_batch_size),
                 smallest=2,
             )
         norms = clip_gradients(model.student, 3.0)

@@ -20,14 +20,14 @@ from dinov2_toolkit.store.artifact import Options, Result
 from dinov2_toolkit.store.lock import held, is_held
 from dinov2_toolkit.tests.train.small_run import SETTINGS, noise_images, repeatable_metrics, settings
 from dinov2_toolkit.train import pretrain as module
-from dinov2_toolkit.train.config import TrainConfig, resolve
+from dinov2_toolkit.train.config import TrainConfig, command_config, resolve
 from dinov2_toolkit.train.data.multicrop import make_masks
 from dinov2_toolkit.train.engine.build import build_model
 from dinov2_toolkit.train.engine.checkpoint import checkpoints
 from dinov2_toolkit.train.engine.schedules import scaled_lr
 from dinov2_toolkit.train.launch import read_status
 from dinov2_toolkit.train.monitor.metrics import append_metrics, read_metrics
-from dinov2_toolkit.train.pretrain import pretrain
+from dinov2_toolkit.train.pretrain import pretrain, rates_at
 from dinov2_toolkit.train.run import LOCK
 
 
@@ -169,6 +169,57 @@ def test_a_finished_run_is_up_to_date_and_others_are_not_overwritten(
     with pytest.raises(ToolkitError, match="a is what the step reads; choose another -o"):
         pretrain(manifest, a, settings("steps=2"), Options(force=True), init_from=a)
     assert (manifest.parent / "a" / "teacher.safetensors").exists()
+
+
+def test_a_finished_run_goes_on_for_more_steps_and_keeps_its_warm_ups(
+    manifest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = manifest.parent / "a"
+
+    def go_on(steps: int) -> None:
+        config = command_config(TrainConfig, str(folder), None, [f"steps={steps}"], resume=True, seed=None)
+        assert (config.warmup_steps, config.teacher_temp_warmup_steps) == (2, 3)
+        pretrain(manifest, str(folder), config, Options(), resume=True)
+
+    run(manifest, "a", "steps=4")
+    first = read_metrics(folder)
+    with pytest.raises(ToolkitError, match="steps 4, now 7"):
+        run(manifest, "a", "steps=7")
+    monkeypatch.setattr(module, "append_metrics", stopping_at(5))
+    with pytest.raises(Stopped, match="stopped at step 6 of 7"):
+        go_on(7)
+    monkeypatch.undo()
+    assert not (folder / "model.json").exists()  # or it would pass for the finished one
+    go_on(7)
+    assert "resuming at step 4 of 7" in capsys.readouterr().err
+    longer = read_metrics(folder)
+    assert [line["step"] for line in longer] == [1, 2, 3, 4, 5, 6, 7] and longer[0]["total"] == first[0]["total"]
+    assert longer[4]["lr"] == rates_at(4, settings("steps=7", "warmup_steps=2")).lr > first[3]["lr"]
+    assert (folder / "model.json").exists()
+    newest = (folder / "model.json").stat().st_mtime_ns
+    go_on(7)
+    assert "up to date" in capsys.readouterr().err and (folder / "model.json").stat().st_mtime_ns > newest
+    with pytest.raises(ToolkitError, match="steps 7, now 5"):
+        go_on(5)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ToolkitError, match="no checkpoint to go on from"):
+        go_on(9)
+    assert load_backbone(folder).depth == 2
+
+
+def test_deterministic_runs_are_equal_and_have_what_gpus_need_for_it(
+    manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        for name in ("a", "b"):
+            run(manifest, name, "deterministic=true", "steps=3")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert repeatable_metrics(manifest.parent / "a") == repeatable_metrics(manifest.parent / "b")
+    run(manifest, "a", "steps=3")  # changes no result but by rounding: still up to date
 
 
 def test_a_folder_that_is_no_run_is_never_touched(manifest: Path) -> None:

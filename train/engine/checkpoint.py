@@ -17,6 +17,7 @@ of the seed and the number of samples seen (see counter_rng.py).
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b, file_digest
@@ -33,7 +34,7 @@ from ...errors import ToolkitError
 from ...models.head import ProjectionHead
 from ...models.preprocess import Preprocess
 from ...models.saved import MODEL_JSON, TEACHER_FILE, full_disk_said, save_model, save_students
-from ...store.files import flush, remove, temporary_beside
+from ...store.files import flush, remove, replacing, temporary_beside
 from ...store.json_text import json_object
 from ..objective.distill_model import DistillModel
 from ..objective.feature_distill_model import FeatureDistillModel
@@ -69,6 +70,7 @@ def save_checkpoint(
     preprocess: Preprocess,
     *,
     keep: int,
+    best_step: int | None = None,
 ) -> Path:
     """Write a checkpoint, flush it, rename it into place, and remove all but the last `keep`; return its folder.
 
@@ -80,8 +82,9 @@ def save_checkpoint(
         optimizer_state: the state_dict of the student's optimizer, with full tensors.
         state: the loop's counts; `step`, the number of steps done, names the checkpoint.
         preprocess: how images are prepared for the teacher.
+        best_step: the step of a checkpoint that is not removed.
     """
-    final = folder / f"step-{state['step']:07d}"
+    final = checkpoint_of(folder, state["step"])
     if not final.exists():
         tensors = trained_state(model)
         if (name := first_not_finite(tensors)) is not None:
@@ -102,17 +105,37 @@ def save_checkpoint(
     for damaged in folder.glob(f"{DAMAGED}step-*"):
         if damaged.name <= f"{DAMAGED}{final.name}":
             remove(damaged)
-    prune_checkpoints(folder, keep)
+    prune_checkpoints(folder, keep, best_step)
     return final
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the last `keep`; one that is half removed is no longer called a checkpoint."""
+def prune_checkpoints(folder: Path, keep: int, best_step: int | None = None) -> None:
+    """Remove all checkpoints but the last `keep` and that of the best step.
+
+    One that is half removed is no longer called a checkpoint.
+    """
     for leftover in folder.glob(".step-*"):  # of a killed process of an earlier version
         remove(leftover)
     for old in checkpoints(folder)[:-keep]:
+        if best_step is not None and old == checkpoint_of(folder, best_step):
+            continue
         with temporary_beside(old) as temporary:
             os.rename(old, temporary)
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint, whether it is there or not."""
+    return folder / f"step-{step:07d}"
+
+
+def copy_teacher(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint's teacher to a model folder, as `save_teacher` would write it there."""
+    paths = [path for name in (TEACHER_FILE, MODEL_JSON) for path in checkpoint.rglob(name)]
+    for path in sorted(
+        paths, key=lambda path: (path.name == MODEL_JSON, -len(path.parts))
+    ):  # the outer model.json last
+        with replacing(folder / path.relative_to(checkpoint)) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -37,6 +37,13 @@ def last_layer_lr(step: int, lr: float, *, freeze_steps: int) -> float:
     return 0.0 if step < freeze_steps else lr
 
 
+def thawing_lr(step: int, lr: float, *, freeze_steps: int, warmup_steps: int) -> float:
+    """Return the learning rate of a backbone that is frozen at first: 0, then a warm-up of its own to `lr`."""
+    if step < freeze_steps:
+        return 0.0
+    return linear_then_constant(step - freeze_steps, start=0.0, final=lr, num_steps=warmup_steps if freeze_steps else 0)
+
+
 def scaled_lr(base_lr: float, batch_size: int) -> float:
     """Return the peak learning rate for a global batch: base_lr * sqrt(batch_size / 1024)."""
     return base_lr * math.sqrt(batch_size / 1024)

@@ -81,9 +81,15 @@ def averaged(outputs: Mapping[str, Tensor], accelerator: Accelerator) -> dict[st
 
 
 class Throughput:
-    """Clock of the steps since the last logged one."""
+    """Clock of the steps since the last logged one.
 
-    def __init__(self) -> None:
+    Args:
+        flop_per_image: of a training step (`estimate.flop_per_image`).
+        peak_flops: the operations a second that the devices of all processes can do; None where that is not known.
+    """
+
+    def __init__(self, flop_per_image: float = 0.0, peak_flops: float | None = None) -> None:
+        self._flop_per_image, self._peak_flops = flop_per_image, peak_flops
         self.restart()
 
     def restart(self) -> None:
@@ -98,9 +104,18 @@ class Throughput:
         self.wait_s += time.monotonic() - start
 
     def figures(self) -> dict[str, float]:
-        """Return images per second, and the share of the time that was spent waiting."""
+        """Return images and operations per second, the model FLOP utilisation where the peak is known, and the share of
+        the time that was spent waiting.
+
+        Model FLOP utilisation (`mfu`, 0 to 1) counts the operations that the step needs, not those that activation
+        checkpointing does again. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+        """
         seconds = time.monotonic() - self.start
-        return {"images_per_s": self.num_images / seconds, "data_wait": self.wait_s / seconds}
+        flops = self._flop_per_image * self.num_images / seconds
+        figures = {"images_per_s": self.num_images / seconds, "tflop_per_s": flops / 1e12}
+        if self._peak_flops is not None:
+            figures["mfu"] = flops / self._peak_flops
+        return figures | {"data_wait": self.wait_s / seconds}
 
 
 def progress_note(figures: Mapping[str, float]) -> str:
@@ -115,6 +130,8 @@ def progress_note(figures: Mapping[str, float]) -> str:
         ("images {:,.0f}", "samples"),
         ("lr {:.2e}", "lr"),
         ("{:,.0f} images/s", "images_per_s"),
+        ("{:,.3g} TFLOP/s", "tflop_per_s"),
+        ("MFU {:.1%}", "mfu"),
         ("data wait {:.0%}", "data_wait"),
         ("memory {:,.0f} MiB", "peak_memory_mib"),
         ("entropy {:.2f}", "teacher_entropy"),

@@ -1,5 +1,6 @@
 """k-NN accuracy of a run's features on labelled images while it trains; the training never sees the labels."""
 
+from collections.abc import Iterable, Mapping
 from contextlib import closing, nullcontext
 from typing import NamedTuple
 
@@ -17,11 +18,40 @@ from ...store.manifest import Source
 from ...store.sources import entries, open_source
 from ...store.vectors import Float32
 from ..config import TrainConfig
+from ..counter_rng import derived_seed
 from ..data.multicrop import preprocess_of
 from ..engine.checkpoint import TrainedModel
 
 K = 20  # neighbours; the protocol's temperature of 0.07 is in `features.knn`
+MAX_HELD_OUT = 20_000  # labelled images of --eval-share; chosen
 BATCH_SIZE = 64  # images of a forward pass; chosen
+
+
+class BestKnn:
+    """The best k-NN accuracy of a run so far, from the figures of its logged steps; of several students their mean."""
+
+    def __init__(self, rows: Iterable[Mapping[str, float]]) -> None:
+        self.step: int | None = None
+        self.accuracy = 0.0
+        self.num_since = 0  # k-NN that were not better
+        for row in rows:
+            self.add(row)
+
+    def add(self, figures: Mapping[str, float]) -> bool:
+        """Take in a step's figures; tell whether its k-NN is better than all before."""
+        found = [value for name, value in figures.items() if name == "knn" or name.endswith("_knn")]
+        if not found:
+            return False
+        accuracy = sum(found) / len(found)
+        if self.step is not None and accuracy <= self.accuracy:
+            self.num_since += 1
+            return False
+        self.step, self.accuracy, self.num_since = int(figures["step"]), accuracy, 0
+        return True
+
+    def has_stalled(self, early_stop: int) -> bool:
+        """Tell whether so many k-NN in a row were not better; 0 means never."""
+        return 0 < early_stop <= self.num_since
 
 
 class LabelledImages(NamedTuple):
@@ -43,6 +73,27 @@ def labelled_sets(train: str, test: str) -> LabelledSets:
     voting, tested = _labelled("--eval-train", train), _labelled("--eval-test", test)
     if len(labels := set(voting.labels.tolist())) < 2:
         raise ToolkitError(f"all labels of --eval-train {train} are {min(labels)!r}; k-NN needs two classes or more")
+    return voting, tested
+
+
+def held_out(manifest: str, share: float, seed: int) -> LabelledSets:
+    """Return a manifest's labelled images, a random share of them as those whose class is predicted by the others.
+
+    At most 20,000 images in all, so that a k-NN takes minutes whatever the manifest.
+
+    Raises:
+        ToolkitError: if it has no labels, or the images that vote are all of one class.
+    """
+    images = _labelled("--eval-share needs labels:", manifest)
+    order = np.random.default_rng(derived_seed(seed, "held out", 0)).permutation(len(images.uris))[:MAX_HELD_OUT]
+    num_tested = max(1, round(share * len(order)))
+    tested, voting = (
+        LabelledImages([images.uris[row] for row in rows], images.labels[rows])
+        for rows in (np.sort(order[:num_tested]), np.sort(order[num_tested:]))
+    )
+    if len(labels := set(voting.labels.tolist())) < 2:
+        what = f"besides the held-out ones all labels of {manifest} are {sorted(labels)}"
+        raise ToolkitError(f"--eval-share {share:g}: {what}; k-NN needs two classes or more")
     return voting, tested
 
 
@@ -92,5 +143,5 @@ def _features(model: FeatureModel, images: LabelledImages, num_workers: int) -> 
         row, reason = failures[0]
         console.warn(f"k-NN: {len(failures):,} images left out, first {images.uris[row]} ({reason})")
     if not rows:
-        raise ToolkitError(f"no labelled image can be read, first {images.uris[0]}; check --eval-train and --eval-test")
+        raise ToolkitError(f"no labelled image can be read, first {images.uris[0]}; check the --eval options")
     return np.concatenate(features), images.labels[rows]

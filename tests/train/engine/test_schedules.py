@@ -5,6 +5,7 @@ from dinov2_toolkit.train.engine.schedules import (
     last_layer_lr,
     linear_then_constant,
     scaled_lr,
+    thawing_lr,
     warmup_then_cosine,
 )
 
@@ -61,3 +62,9 @@ def test_a_batch_that_grows_does_so_with_the_images_seen() -> None:
 def test_one_batch_size_is_a_schedule_of_one_stage() -> None:
     sizes = batch_sizes(5)
     assert (sizes.at(0), sizes.at(10**9), sizes.images_until(7)) == (5, 5, 35)
+
+
+def test_a_frozen_backbone_warms_up_from_where_it_is_unfrozen() -> None:
+    rates = [thawing_lr(step, 0.4, freeze_steps=3, warmup_steps=5) for step in range(10)]
+    assert rates == pytest.approx([0, 0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert [thawing_lr(step, 0.4, freeze_steps=0, warmup_steps=5) for step in range(3)] == [0.4] * 3

@@ -1,4 +1,6 @@
 import re
+import weakref
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
@@ -10,17 +12,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2_toolkit.models import cpu
 from dinov2_toolkit.models.block import KEPT_OPS, ActivationCheckpointing
 from dinov2_toolkit.models.cpu import GROWTH
-from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
-from dinov2_toolkit.train.config import TrainConfig, resolve
+from dinov2_toolkit.tests.train.small_run import noise_images
+from dinov2_toolkit.train import run
+from dinov2_toolkit.train.config import RECIPES, TrainConfig, resolve
+from dinov2_toolkit.train.engine.accumulate import microbatch_backward
 from dinov2_toolkit.train.engine.build import build_model
-from dinov2_toolkit.train.monitor.estimate import _kept_bytes, crops_of, flop_per_image, memory_bytes
-from dinov2_toolkit.train.objective.micro_batch import MicroBatch
+from dinov2_toolkit.train.engine.optimizer import build_optimizer
+from dinov2_toolkit.train.monitor.estimate import (
+    GPU_ALLOCATOR,
+    GPU_CONTEXT_BYTES,
+    _kept_bytes,
+    crops_of,
+    fitted,
+    flop_per_image,
+    memory_bytes,
+)
+from dinov2_toolkit.train.monitor.metrics import read_metrics
+from dinov2_toolkit.train.objective.micro_batch import MicroBatch, split_microbatches
 from dinov2_toolkit.train.objective.ssl_model import SSLModel
 from dinov2_toolkit.train.pretrain import pretrain
 
@@ -101,12 +116,70 @@ def test_estimated_activations_of_a_block_are_those_that_autograd_saves(change: 
     def estimated_bytes(depth: int) -> float:
         config = settings(change, f"depth={depth}")
         model = build_model(config)
-        backbone = model.student["backbone"]
-        assert isinstance(backbone, VisionTransformer)
-        return IMAGES * _kept_bytes(config, backbone, list(crops_of(config, is_masked=True)), True)
+        return IMAGES * _kept_bytes(config, model.student, list(crops_of(config, is_masked=True)), True)
 
     wanted = (saved_bytes(6) - saved_bytes(4)) / 2
     assert (estimated_bytes(6) - estimated_bytes(4)) / 2 == pytest.approx(wanted, rel=0.07)
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The bytes of all tensors that are alive, and the most there were."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            self.known.add(storage)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self.remove, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+
+    def remove(self, num_bytes: int) -> None:
+        self.live -= num_bytes
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return output
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["mixed_precision=bf16", "drop_path=0.2"],
+        ["mixed_precision=bf16", "sequential_views=true"],
+        ["mixed_precision=bf16", "activation_checkpointing=selective"],
+        ["mixed_precision=no", "centering=sinkhorn_knopp"],
+    ],
+    ids=" ".join,
+)
+def test_the_estimated_memory_of_a_step_is_that_of_its_tensors(
+    changes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "ENABLED", False)  # as on a GPU
+    config = settings(*changes, f"batch_size={IMAGES}", "num_prototypes=4096")
+    model = build_model(config).train()
+    optimizer = build_optimizer(model.student)
+    for _ in range(2):  # the optimizer makes its moments in the first step
+        moments = [moment for state in optimizer.state.values() for moment in state.values()]
+        with LiveBytes([*model.parameters(), *model.buffers(), *moments]) as bytes_of:
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                step = step_of(model)
+                for batch in split_microbatches(step, sequential_views=config.sequential_views):
+                    microbatch_backward(model, batch, Tensor.backward, seed=0)
+            optimizer.step()
+        optimizer.zero_grad()
+        del step, batch
+    estimated = (memory_bytes(config, model, 1, 0.0) - GPU_CONTEXT_BYTES) / GPU_ALLOCATOR
+    assert estimated == pytest.approx(bytes_of.peak, rel=0.12)
 
 
 def test_memory_grows_with_the_batch_and_shrinks_with_micro_batches() -> None:
@@ -120,6 +193,49 @@ def test_memory_grows_with_the_batch_and_shrinks_with_micro_batches() -> None:
     assert memory("micro_batch_size=8") < whole
     assert memory("sequential_views=true") < whole
     assert memory("activation_checkpointing=full") < memory("activation_checkpointing=selective") < whole
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_fits_the_hardware_that_its_header_states(path: Path) -> None:
+    stated = re.search(r"^# Hardware: +(\d+) x (\d+) GB", path.read_text(), re.MULTILINE)
+    assert stated is not None, "its header states no `Hardware: N x M GB`"
+    num_processes, memory = int(stated[1]), int(stated[2]) * 2**30
+    config = resolve(TrainConfig, path.stem)
+    base_bytes = 0.0
+    if path.stem == "tiny":  # on a CPU: what the process holds, and all the images that it may keep
+        base_bytes = (300 << 20) + (config.cache_mib << 20)
+    with torch.device("meta"):
+        model = build_model(config)
+    assert memory_bytes(config, model, num_processes, base_bytes) < 0.9 * memory
+
+
+def test_an_automatic_micro_batch_is_the_largest_that_fits_with_a_tenth_to_spare() -> None:
+    config = settings("batch_size=32", "micro_batch_size=auto")
+    model = build_model(config)
+
+    def memory(size: int) -> float:
+        return memory_bytes(settings("batch_size=32", f"micro_batch_size={size}"), model, 1, 0.0)
+
+    assert fitted(settings("batch_size=32"), model, 1, 0.0, 0.0).micro_batch_size == 0  # not asked for
+    assert fitted(config, model, 1, 0.0, memory(32) / 0.89).micro_batch_size == 32
+    assert fitted(config, model, 1, 0.0, memory(32)).micro_batch_size == 16
+    assert fitted(config, model, 1, 0.0, memory(8) / 0.89).micro_batch_size == 8
+    assert fitted(config, model, 1, 0.0, 0.0).micro_batch_size == 2  # KoLeo needs two
+
+
+def test_a_run_says_its_memory_beside_what_is_free_and_takes_an_automatic_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["batch_size=8", "steps=2", "micro_batch_size=auto", "log_every=1"]
+    manifest = noise_images(tmp_path)
+    pretrain(manifest, str(tmp_path / "a"), settings(*changes), Options())
+    assert re.search(r"memory: about [\d,]+ MiB a process at the peak, [\d,]+ MiB free", capsys.readouterr().err)
+    assert read_metrics(tmp_path / "a")[-1]["micro_batch_size"] == 8
+    monkeypatch.setattr(run, "free_bytes_of", lambda *_: 0.0)
+    pretrain(manifest, str(tmp_path / "b"), settings(*changes), Options())
+    assert "0 MiB free; set sequential_views=true" in capsys.readouterr().err
+    assert read_metrics(tmp_path / "b")[-1]["micro_batch_size"] == 2
+    assert resolve(TrainConfig, str(tmp_path / "b" / "config.toml")) == settings(*changes)
 
 
 def test_a_dry_run_says_flop_memory_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

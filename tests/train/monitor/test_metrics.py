@@ -1,4 +1,32 @@
-from dinov2_toolkit.train.monitor.metrics import progress_note
+import time
+
+import pytest
+
+from dinov2_toolkit.train.monitor.estimate import peak_flops
+from dinov2_toolkit.train.monitor.metrics import Throughput, progress_note
+
+
+def test_utilisation_is_the_operations_a_second_over_what_the_devices_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = Throughput(flop_per_image=1e12, peak_flops=2 * 312e12)
+    clock.num_images = 1000
+    with clock.waiting():
+        now += 1
+    now += 4
+    figures = {"images_per_s": 200, "tflop_per_s": 200, "mfu": 200 / 624, "data_wait": 0.2}
+    assert clock.figures() == pytest.approx(figures)
+    assert "200 images/s, 200 TFLOP/s, MFU 32.1%, data wait 20%" in progress_note(figures)
+    clock = Throughput(flop_per_image=1e9)
+    clock.num_images, now = 30, now + 2
+    assert clock.figures() == pytest.approx({"images_per_s": 15, "tflop_per_s": 0.015, "data_wait": 0})
+
+
+def test_the_peak_is_that_of_the_gpu_by_its_name() -> None:
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA A10", "NVIDIA L40S")
+    assert [peak_flops(name, "bf16") for name in names] == [989e12, 756e12, 312e12, 125e12, 362e12]
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "no") == 156e12
+    assert peak_flops("NVIDIA A10G", "bf16") is None and peak_flops("cpu", "no") is None
 
 
 def test_the_progress_line_shows_every_figure_of_health() -> None:
