@@ -247,9 +247,9 @@ def _kept_bytes(config: TrainConfig, student: nn.ModuleDict, crops: list[Crops],
         case "none":
             per_block = keep * (whole + updates)
         case "selective":
-            per_block = keep * (4 * dim + number * (6 * dim + _feed_forward(backbone)[0].out_features) + updates)
+            per_block = keep * (number * (7 * dim + _feed_forward(backbone)[0].out_features) + updates)
         case "full":
-            per_block = 4 * dim
+            per_block = number * dim
     tokens, read = sum(kind.tokens for kind in crops), sum(kind.read for kind in crops)
     last = keep * ((4 + 3 * number) * dim * tokens + (whole + updates) * read) if is_masked else per_block * tokens
     return tokens * per_block * (backbone.depth - 1) + last
@@ -265,7 +265,7 @@ def _backward_bytes(config: TrainConfig, student: nn.ModuleDict, crops: list[Cro
     logits = 0 if head is None else 2 * number * head.num_prototypes * read
     again = 2 if config.activation_checkpointing == "full" else 1
     block = tokens * (
-        (1 - config.drop_path) * again * _whole_block_bytes(config, backbone) + 2 * 4 * backbone.embed_dim
+        (1 - config.drop_path) * again * _whole_block_bytes(config, backbone) + 2 * number * backbone.embed_dim
     )
     return max(logits, block)
 
