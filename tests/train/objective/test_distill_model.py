@@ -229,10 +229,10 @@ def test_stopped_and_resumed_equals_uninterrupted(manifest: Path, teacher_run: P
 
 def test_the_recipe_is_the_teachers_own_unless_given(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(
-        "steps = 7\npatch_size = 4\nglobal_crop_size_px = 12\nlocal_crop_size_px = 8\n"
+        "steps = 200_000\npatch_size = 4\nglobal_crop_size_px = 12\nlocal_crop_size_px = 8\n"
     )
     made = distill_config("out", str(tmp_path), ["vit_small"], None, ["batch_size=6"], resume=False, seed=3)
-    assert (made.arch, made.steps, made.batch_size, made.seed, made.drop_path) == ("vit_small", 7, 6, 3, 0.0)
+    assert (made.arch, made.steps, made.batch_size, made.seed, made.drop_path) == ("vit_small", 200_000, 6, 3, 0.0)
     assert (made.objective, made.momentum) == ("heads", (0.99, 0.99))
     made = distill_config("out", str(tmp_path), [], "tiny", [], objective="features", resume=False, seed=None)
     assert (made.arch, made.objective) == ("vit_tiny", "features")
