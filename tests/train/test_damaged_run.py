@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.store import catalog
@@ -191,8 +192,8 @@ def test_weights_that_are_not_finite_are_never_saved_or_finished(
 ) -> None:
     update = networks.update_teacher
 
-    def spoiled(teacher: torch.nn.ModuleDict, student: torch.nn.ModuleDict, momentum: float) -> None:
-        update(teacher, student, momentum)
+    def spoiled(teacher: nn.ModuleDict, student: nn.ModuleDict, momentum: float, skipped: Tensor) -> None:
+        update(teacher, student, momentum, skipped)
         if momentum > 0.994:  # from the third step
             with torch.no_grad():
                 next(iter(student.parameters()))[..., 0] = torch.nan
