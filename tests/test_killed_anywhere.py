@@ -8,6 +8,8 @@ import importlib
 import multiprocessing
 import os
 import pkgutil
+import re
+import resource
 import shutil
 import signal
 import sys
@@ -84,6 +86,7 @@ EARLIER = {  # what was done before
 }
 GONE = {"gc": ("both.parquet",), "rebuild": (".dinov2/catalog.duckdb",)}  # and removed
 CLOCKS = ("provenance.json", "status.json", "checksums.json")  # of runs
+FULL = ("embed", "dedup by pixels", "cluster", "map page", "export", "export to hf", "pca", "pretrain")
 FAST = ("embed", "cluster", "export")  # one boundary in eight; all of all commands are slow
 
 
@@ -128,6 +131,7 @@ def ended(command: str, kill_before: int | None = None, limited: Callable[[], ob
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.stderr = open(2, "w", closefd=False)  # not what pytest captures
         torch.set_num_threads(1)
         if kill_before is not None:
             _count_changes(kill_before)
@@ -203,9 +207,17 @@ def reset(work: Path) -> None:
     shutil.copytree(work.parent / "pristine", work, dirs_exist_ok=True)
 
 
-def assert_kills_do_not_show(work: Path, name: str, step: int) -> int:
-    """Kill a command before every `step`-th change; return how often it was killed."""
-    command = COMMANDS[name]
+State = tuple[dict[str, bytes | None], list[tuple[str, str]], bool]
+
+
+def state() -> State:
+    """Return what a command has left: files, rows of the catalog, and whether anything is cached."""
+    assert leftovers() == []
+    return snapshot(), known(), bool(cached())
+
+
+def undisturbed(work: Path, name: str) -> tuple[dict[str, bytes | None], State]:
+    """Run a command without a kill; return what stood before, which `reset` brings back, and what it left."""
     for earlier in EARLIER.get(name, ()):
         assert ended(earlier) == 0, Path("said").read_text()
     for gone in GONE.get(name, ()):
@@ -213,26 +225,39 @@ def assert_kills_do_not_show(work: Path, name: str, step: int) -> int:
     shutil.rmtree(work.parent / "pristine")
     shutil.copytree(work, work.parent / "pristine")
     before = snapshot()
-    assert ended(command) == 0, Path("said").read_text()
-    expected, rows, has_cached = snapshot(), known(), bool(cached())
-    assert leftovers() == []
-    num_killed, at = 0, 1
-    while True:
-        reset(work)
-        if ended(command, kill_before=at) != -signal.SIGKILL:
-            return num_killed
+    assert ended(COMMANDS[name]) == 0, Path("said").read_text()
+    expected = state()
+    reset(work)
+    return before, expected
+
+
+def assert_old_or_new(before: dict[str, bytes | None], expected: State) -> None:
+    """Check that every visible file, but those of a run, is the one before or the one of the whole command."""
+    now = {path: content for path, content in snapshot().items() if "/." not in f"/{path}"}
+    half = [path for path, content in now.items() if content not in (before.get(path, b"-"), expected[0].get(path))]
+    gone = [path for path in before if path not in now]
+    assert [path for path in half + gone if not path.startswith("runs")] == []
+
+
+def assert_ends_as_undisturbed(name: str, expected: State) -> None:
+    """Run a command again after its kill, and compare what it leaves."""
+    assert ended(COMMANDS[name]) == 0, Path("said").read_text()
+    (files, rows, has_cached), found = expected, state()
+    assert found[0].keys() == files.keys(), found[0].keys() ^ files.keys()
+    assert [path for path in files if found[0][path] != files[path]] == []
+    assert found[1:] == (rows, has_cached)
+
+
+def assert_kills_do_not_show(work: Path, name: str, step: int) -> int:
+    """Kill a command before every `step`-th change; return how often it was killed."""
+    before, expected = undisturbed(work, name)
+    num_killed = 0
+    while ended(COMMANDS[name], kill_before=1 + num_killed * step) == -signal.SIGKILL:
         num_killed += 1
-        now = {path: content for path, content in snapshot().items() if "/." not in f"/{path}"}
-        half = [path for path, content in now.items() if content not in (before.get(path, b"-"), expected.get(path))]
-        assert [path for path in half if not path.startswith("runs")] == [], at
-        assert [path for path in before if path not in now and not path.startswith("runs")] == [], at
-        assert ended(command) == 0, (at, Path("said").read_text())
-        found = snapshot()
-        assert found.keys() == expected.keys(), (at, found.keys() ^ expected.keys())
-        assert [path for path in found if found[path] != expected[path]] == [], at
-        assert leftovers() == [], at
-        assert (known(), bool(cached())) == (rows, has_cached), at
-        at += step
+        assert_old_or_new(before, expected)
+        assert_ends_as_undisturbed(name, expected)
+        reset(work)
+    return num_killed
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -246,3 +271,33 @@ def test_a_command_killed_at_any_change_ends_at_its_next_run_as_undisturbed(work
     num_killed = assert_kills_do_not_show(work, name, step=1)
     print(f"{name}: killed {num_killed} times")  # -rP shows it
     assert num_killed >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("largest_file", [500, 3_000, 20_000, 100_000])
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_is_one_line_and_the_next_run_ends_as_undisturbed(work: Path, name: str, largest_file: int) -> None:
+    """The kernel refuses to write past that many bytes of any file: of outputs, the cache, checkpoints, the catalog."""
+    before, expected = undisturbed(work, name)
+    limits = (largest_file, largest_file)
+    code, said = ended(COMMANDS[name], limited=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)), Path("said")
+    assert code == 1 or largest_file > 3_000, code
+    if code == 1:
+        assert re.fullmatch("error: .*(File too large|no space left|not in the catalog).*\n", said.read_text())
+    assert_old_or_new(before, expected)
+    assert_ends_as_undisturbed(name, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_too_little_memory_is_one_line_and_the_next_run_ends_as_undisturbed(work: Path, name: str) -> None:
+    before, expected = undisturbed(work, name)
+
+    def little_memory() -> None:
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + (400 << 20), in_use + (400 << 20)))
+
+    if ended(COMMANDS[name], limited=little_memory) != 0:
+        assert re.fullmatch("error: .*(emory|thread).*\n", Path("said").read_text())
+    assert_old_or_new(before, expected)
+    assert_ends_as_undisturbed(name, expected)
