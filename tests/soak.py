@@ -209,9 +209,15 @@ def state() -> dict[str, object]:
         name = str(path)
         if any(mark in name for mark in UNFINISHED) or (name.endswith(".lock") and path.name != ".lock"):
             found[f"left behind: {name}"] = True
-        elif path.is_file() and path.parts[0] != ".dinov2":
+        elif path.is_file() and path.parts[0] != ".dinov2" and not is_earlier(path):
             found[name] = content(path)
     return found
+
+
+def is_earlier(path: Path) -> bool:
+    """Tell whether a file is of a checkpoint before the last: a signal adds one, in the place of an older one."""
+    steps = [folder for folder in path.parents if folder.name.startswith("step-")]
+    return bool(steps) and steps[0] != max(steps[0].parent.glob("step-*"))
 
 
 def content(path: Path) -> object:

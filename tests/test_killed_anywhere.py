@@ -85,7 +85,7 @@ EARLIER = {  # what was done before
     "pretrain anew": (f"train pretrain pool.parquet -o runs/x --recipe tiny {SETTINGS}",),
 }
 GONE = {"gc": ("both.parquet",), "rebuild": (".dinov2/catalog.duckdb",)}  # and removed
-CLOCKS = ("provenance.json", "status.json", "checksums.json")  # of runs
+CLOCKS = ("provenance.json", "checksums.json")  # of runs
 FULL = ("embed", "dedup by pixels", "cluster", "map page", "export", "export to hf", "pca", "pretrain")
 FAST = ("embed", "cluster", "export")  # one boundary in eight; all of all commands are slow
 
@@ -274,7 +274,7 @@ def test_a_command_killed_at_any_change_ends_at_its_next_run_as_undisturbed(work
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("largest_file", [500, 3_000, 20_000, 100_000])
+@pytest.mark.parametrize("largest_file", [3_000, 20_000])
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_disk_is_one_line_and_the_next_run_ends_as_undisturbed(work: Path, name: str, largest_file: int) -> None:
     """The kernel refuses to write past that many bytes of any file: of outputs, the cache, checkpoints, the catalog."""

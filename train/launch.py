@@ -16,6 +16,7 @@ from ..store.files import write_text
 from ..store.json_text import json_object
 
 STATUS = "status.json"
+DONE = json.dumps({"exit_code": 0})  # its text when the run is done
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
@@ -62,7 +63,7 @@ def status_kept(run_folder: Path) -> Iterator[None]:
             raise SystemExit(code) from None
         raise
     if is_main:
-        write_text(status, json.dumps({"exit_code": 0}))
+        write_text(status, DONE)
 
 
 def read_status(run_folder: Path) -> dict[str, object]:

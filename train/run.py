@@ -34,7 +34,7 @@ from ..store.artifact import (
     recorded,
     write_run_provenance,
 )
-from ..store.files import TEMPORARY, remove, sweep
+from ..store.files import TEMPORARY, remove, sweep, write_text
 from ..store.image_columns import read_images
 from ..store.lock import held
 from ..store.manifest import Provenance, Source, open_manifest
@@ -47,7 +47,7 @@ from .engine.checkpoint import TrainedModel, checkpoints
 from .engine.fsdp import sharding
 from .engine.parallelize import check_compiler
 from .engine.schedules import batch_sizes, scaled_lr
-from .launch import STATUS, check_launch, status_kept
+from .launch import DONE, STATUS, check_launch, status_kept
 from .monitor.estimate import fitted, free_bytes_of, say_cost, say_memory
 from .monitor.metrics import METRICS_FILE, METRICS_TABLE, peak_memory_mib, read_metrics
 from .monitor.online_knn import LabelledSets, held_out, labelled_sets
@@ -273,13 +273,17 @@ def _is_unbegun(folder: Path) -> bool:
 
 
 def complete_record(folder: Path, provenance: Provenance) -> None:
-    """Enter a finished run in the catalog where a kill after its last file kept it out."""
+    """Complete what a kill after the last file of a finished run kept out: catalog, status; remove its leftovers."""
     if not provenance.content_id:
         metrics = read_metrics(folder)
         content_id = model_content_id(folder)
         provenance = replace(provenance, figures=dict(metrics[-1]) if metrics else {}, content_id=content_id)
         write_run_provenance(folder, provenance)
     record_missing({folder: provenance})
+    sweep(folder)
+    status = folder / STATUS
+    if not status.is_file() or status.read_bytes() != DONE.encode():
+        write_text(status, DONE)
 
 
 @contextmanager
@@ -291,7 +295,8 @@ def own_folder(run: Run, options: Options) -> Iterator[None]:
     run.folder.mkdir(parents=True, exist_ok=True)
     with held(run.folder / LOCK, f"training into {run.folder}"):
         for entry in run.folder.iterdir() if options.force else ():
-            if entry.name in WRITTEN or (entry / MODEL_JSON).is_file():
+            # Its provenance stays until the new one replaces it: without it the folder would be no run's after a kill.
+            if entry.name != RUN_PROVENANCE and (entry.name in WRITTEN or (entry / MODEL_JSON).is_file()):
                 remove(entry)
         sweep(run.folder)
         (run.folder / MODEL_JSON).unlink(missing_ok=True)  # of a finished run that goes on: its checkpoint has it too

@@ -34,7 +34,7 @@ from ...errors import ToolkitError
 from ...models.head import ProjectionHead
 from ...models.preprocess import Preprocess
 from ...models.saved import MODEL_JSON, TEACHER_FILE, full_disk_said, save_model, save_students
-from ...store.files import flush, remove, replacing, temporary_beside
+from ...store.files import flush, remove, replacing, sweep, temporary_beside
 from ...store.json_text import json_object
 from ..objective.distill_model import DistillModel
 from ..objective.feature_distill_model import FeatureDistillModel
@@ -116,6 +116,8 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None = None) -> 
     """
     for leftover in folder.glob(".step-*"):  # of a killed process of an earlier version
         remove(leftover)
+    if folder.is_dir():
+        sweep(folder)  # of one that was killed while it removed its last
     for old in checkpoints(folder)[:-keep]:
         if best_step is not None and old == checkpoint_of(folder, best_step):
             continue
