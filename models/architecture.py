@@ -143,7 +143,8 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -
     if found:
         raise ToolkitError(f"{name} does not fit: {found}. Name weights of this architecture")
     copies = {key: tensors[key].detach().to(torch.float32, copy=True) for key in expected}
-    if broken := [key for key, tensor in copies.items() if not torch.isfinite(tensor.sum())]:  # NaN and infinity stay
+    # In a sum NaN and infinity stay. Tensors of the meta device have no numbers.
+    if broken := [key for key, tensor in copies.items() if not (tensor.is_meta or tensor.sum().isfinite())]:
         raise ToolkitError(f"{name} holds numbers that are not finite ({listed(broken)}); fetch or train it again")
     module.load_state_dict(copies, assign=True)
 

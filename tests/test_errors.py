@@ -301,5 +301,5 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         labelled_sets("pictures/a", "pictures")
     backbone = VisionTransformer(patch_size=7, embed_dim=64, depth=1, num_heads=1, img_size=14)
     sets = labelled_sets("pictures", "pictures")
-    with error(r"no labelled image can be read, first .*; check --eval-train and --eval-test"):
+    with error(r"no labelled image can be read, first .*; check the --eval options"):
         knn_accuracy(backbone, sets, Preprocess(14, 1.0, (0.5,) * 3, (0.5,) * 3), num_workers=1)
