@@ -51,12 +51,13 @@ def known_paths() -> Path:
 
 
 @contextmanager
-def connect(read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+def connect(read_only: bool = False, problem: duckdb.Error | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open the catalog for one short transaction; a broken one is made again first, from the files that it knew.
 
-    Raises ToolkitError when it cannot be opened, or stays in use by another process.
+    `problem` is what was met in it while it was open. Raises ToolkitError when it cannot be opened, or stays in use by
+    another process.
     """
-    with opened(catalog_path(), read_only=read_only) as (connection, is_broken):
+    with opened(catalog_path(), read_only=read_only, problem=problem) as (connection, is_broken):
         if is_broken:
             _enter_known(connection)
         connection.execute("begin transaction")
@@ -102,8 +103,12 @@ def check() -> None:
 def record(output: Path, provenance: Provenance, duration_s: float | None, *, at: datetime | None = None) -> None:
     """Enter an artifact with its inputs; numbers among its figures become its metrics. `at` is now by default."""
     row = _row(output, provenance, duration_s, at or datetime.now())
-    with connect() as connection:
-        _enter(connection, row, provenance)
+    try:
+        with connect() as connection:
+            _enter(connection, row, provenance)
+    except duckdb.Error as problem:  # of blocks that are read when a row is entered, and not before
+        with connect(problem=problem) as connection:
+            _enter(connection, row, provenance)
 
 
 def _row(output: Path, provenance: Provenance, duration_s: float | None, at: datetime) -> dict[str, object]:

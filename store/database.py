@@ -72,11 +72,13 @@ class Broken(Exception):
 
 
 @contextmanager
-def opened(path: Path, *, read_only: bool = False) -> Iterator[tuple[duckdb.DuckDBPyConnection, bool]]:
+def opened(
+    path: Path, *, read_only: bool = False, problem: duckdb.Error | None = None
+) -> Iterator[tuple[duckdb.DuckDBPyConnection, bool]]:
     """Open a catalog, made when missing; yield it, and whether it is empty because the file there was broken.
 
     The broken file is renamed, never removed; one that was never a database stays. Only `read_only` opens a file that
-    may not be written, and finds an empty catalog where there is none.
+    may not be written, and finds an empty catalog where there is none. `problem` is what was met in an open catalog.
 
     Raises ToolkitError when it cannot be opened, stays in use by another process, comes from a newer toolkit, or is
     another database.
@@ -91,8 +93,10 @@ def opened(path: Path, *, read_only: bool = False) -> Iterator[tuple[duckdb.Duck
         _wait_for(path, folder)
         is_broken = False
         try:
+            if problem is not None:
+                raise translated(path, problem)
             connection = _connect(path, read_only)
-        except Broken as problem:
+        except Broken as reason:
             if path.suffix != ".duckdb" and path.read_bytes()[8:12] != MAGIC:
                 raise ToolkitError(f"{path} is no catalog; set DINOV2_CATALOG to another, or move it away") from None
             aside = path.with_name(f"{path.name}.broken-{datetime.now():%Y%m%d-%H%M%S-%f}")
@@ -100,7 +104,7 @@ def opened(path: Path, *, read_only: bool = False) -> Iterator[tuple[duckdb.Duck
             if wal.exists():
                 wal.rename(f"{aside}.wal")
             path.rename(aside)
-            console.warn(f"the catalog {path} was broken ({problem}); it is now {aside}, and a new one is made")
+            console.warn(f"the catalog {path} was broken ({reason}); it is now {aside}, and a new one is made")
             connection, is_broken = _connect(path, False), True
         with closing(connection):
             yield connection, is_broken

@@ -348,7 +348,7 @@ def provenance_from(values: Any, path: Path) -> Provenance:
         values = dict(values)
         for key, kind in FIELD_TYPES.items():
             value = values.get(key, NOT_WRITTEN.get(key))
-            if type(value) is not kind:
+            if type(value) is not kind or (isinstance(value, str) and "\0" in value):
                 raise TypeError
         if values["format"] > FORMAT_VERSION:
             raise ToolkitError(f"{path} was written by a newer toolkit ({values['version']}); update this one")

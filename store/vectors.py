@@ -162,8 +162,7 @@ def locate_vectors(
         return manifest, np.arange(num_rows, dtype=np.int64)
     wanted = _base_of(manifest)
     if wanted is None:
-        columns = ", ".join(manifest.names())
-        raise ToolkitError(f"{manifest.path} has no embeddings (columns: {columns}); run `dinov2 curate embed` on it")
+        raise _without_embeddings(manifest)
     base = _open_base(manifest, wanted)
     rows = _rows_of(manifest, base, num_rows)
     if rows.null_count:
@@ -278,10 +277,17 @@ def _mapped_array(manifest: Manifest) -> Stored:
     return array
 
 
+def _without_embeddings(manifest: Manifest) -> ToolkitError:
+    columns = ", ".join(manifest.names())
+    return ToolkitError(f"{manifest.path} has no embeddings (columns: {columns}); run `dinov2 curate embed` on it")
+
+
 def _dimension(manifest: Manifest) -> tuple[int, np.dtype[np.float16] | np.dtype[np.float32]]:
     """Return D and the type that vectors are decoded to: half precision stays, all else becomes float32."""
     if manifest.num_rows == 0:
         raise ToolkitError(f"{manifest.path} has no rows; there is nothing to compare")
+    if "embedding" not in manifest.names():
+        raise _without_embeddings(manifest)
     kind = manifest.schema.field("embedding").type
     if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         raise ToolkitError(f"the `embedding` column of {manifest.path} is {kind}; it must be a list of floats")

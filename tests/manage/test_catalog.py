@@ -213,6 +213,15 @@ def test_a_broken_catalog_is_set_aside_and_made_again(
     assert aside.read_bytes() == broken and str(aside) in said
 
 
+def test_whatever_block_is_damaged_a_new_row_is_entered(tmp_path: Path) -> None:
+    pool = make(tmp_path / "pool.parquet")
+    whole = catalog_path().read_bytes()
+    for start in range(12_288, len(whole), 262_144):  # blocks behind the headers; some are read for a new row alone
+        catalog_path().write_bytes(whole[: start + 100] + bytes(100) + whole[start + 200 :])
+        make(tmp_path / "unique.parquet", "curate dedup", "selection", inputs=(pool,), num_rows=2)
+        assert {Path(artifact.path).name for artifact in catalog.artifacts()} == {"pool.parquet", "unique.parquet"}
+
+
 def test_a_broken_list_of_paths_costs_only_its_broken_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "pool.parquet")
     path = catalog_path()

@@ -68,6 +68,7 @@ def test_a_whole_provenance_is_read(tmp_path: Path) -> None:
         ("version", 1),
         ("figures", []),
         ("content_id", 7),
+        ("content_id", "\0"),
     ],
 )
 def test_a_wrong_value_of_the_provenance_is_named(tmp_path: Path, key: str, value: Any) -> None:

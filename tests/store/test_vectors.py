@@ -140,6 +140,13 @@ def test_a_manifest_without_embeddings_is_an_error(tmp_path: Path) -> None:
         open_vectors(open_manifest(tmp_path / "a.parquet"))
 
 
+def test_a_base_without_embeddings_is_an_error(tmp_path: Path) -> None:
+    base = tmp_path / "base.parquet"
+    pq.write_table(pa.table({"image_id": ["id0"], "uri": ["/id0"]}), base)
+    with pytest.raises(ToolkitError, match=r"base.parquet has no embeddings \(columns: image_id, uri\); run"):
+        open_vectors(open_manifest(select(tmp_path / "s.parquet", base, [0])))
+
+
 def test_included_queries_have_no_row(tmp_path: Path) -> None:
     base = foreign(tmp_path / "base.parquet", [[1, 2], [3, 4]])
     with pytest.raises(ToolkitError, match="1 rows of .* have no vector"):
