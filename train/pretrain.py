@@ -52,7 +52,7 @@ from .engine.schedules import (
     thawing_lr,
     warmup_then_cosine,
 )
-from .monitor.estimate import throughput_of
+from .monitor.flop import throughput_of
 from .monitor.health import PATIENCE_STEPS, RANK_STEPS, collapse_reason, health_figures, teacher_figures
 from .monitor.metrics import (
     append_metrics,

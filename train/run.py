@@ -48,7 +48,8 @@ from .engine.fsdp import sharding
 from .engine.parallelize import check_compiler
 from .engine.schedules import batch_sizes, scaled_lr
 from .launch import DONE, STATUS, check_launch, status_kept
-from .monitor.estimate import fitted, free_bytes_of, say_cost, say_memory
+from .monitor.estimate import say_cost
+from .monitor.memory import fitted, free_bytes_of, say_memory
 from .monitor.metrics import METRICS_FILE, METRICS_TABLE, peak_memory_mib, read_metrics
 from .monitor.online_knn import LabelledSets, held_out, labelled_sets
 from .monitor.trackers import check_trackers, tracked

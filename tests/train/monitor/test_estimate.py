@@ -25,13 +25,12 @@ from dinov2_toolkit.train.config import RECIPES, TrainConfig, resolve
 from dinov2_toolkit.train.engine.accumulate import microbatch_backward
 from dinov2_toolkit.train.engine.build import build_model
 from dinov2_toolkit.train.engine.optimizer import build_optimizer
-from dinov2_toolkit.train.monitor.estimate import (
+from dinov2_toolkit.train.monitor.flop import crops_of, flop_per_image
+from dinov2_toolkit.train.monitor.memory import (
     GPU_ALLOCATOR,
     GPU_CONTEXT_BYTES,
     _kept_bytes,
-    crops_of,
     fitted,
-    flop_per_image,
     memory_bytes,
 )
 from dinov2_toolkit.train.monitor.metrics import read_metrics

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from dinov2_toolkit.train.monitor.estimate import peak_flops
+from dinov2_toolkit.train.monitor.flop import peak_flops
 from dinov2_toolkit.train.monitor.metrics import Throughput, progress_note
 
 
