@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .. import console
-from ..errors import ToolkitError
+from ..errors import ToolkitError, nearest
 from ..features.image_workers import Read
 from ..store.image_columns import absolute_uris, column_uris, read_images, row_uris
 from ..store.images import UnreadableImage, opened
@@ -44,7 +44,8 @@ def open_masked_split(role: str, name: str, column: str, limit: int | None) -> M
     manifest = open_manifest(Path(name))
     if column not in manifest.names():
         present = ", ".join(manifest.names())
-        raise ToolkitError(f"{name} has no column {column!r} with masks (columns: {present}); name another by --masks")
+        what = f"{name} has no column {column!r} with masks{nearest(column, manifest.names())}"
+        raise ToolkitError(f"{what}; it has {present}; name another by --masks")
     images = read_images(manifest, limit).column("uri").to_pylist()
     rows = zip(images, _mask_uris(manifest, column, limit), strict=True)
     pairs = [(image, mask) for image, mask in rows if image is not None and mask is not None]

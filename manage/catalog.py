@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
-from ..errors import ToolkitError
+from ..errors import ToolkitError, nearest
 from ..store import catalog
 from ..store.artifact import FILE_PROVENANCE, RUN_PROVENANCE, provenance_at
 from ..store.cache import cached
@@ -26,7 +26,7 @@ def list_artifacts(kind: str | None, as_json: bool) -> None:
     known = catalog.artifacts()
     kinds = list(dict.fromkeys((*catalog.KINDS, *(artifact.kind for artifact in known))))
     if kind is not None and kind not in kinds:
-        raise ToolkitError(f"--kind {kind}: there is no such kind; give {', '.join(kinds)}")
+        raise ToolkitError(f"--kind {kind}: there is no such kind{nearest(kind, kinds)}; give {', '.join(kinds)}")
     found = [artifact for artifact in known if kind in (None, artifact.kind)]
     if as_json:
         print(json.dumps({"rows": [_plain(artifact) for artifact in found]}))

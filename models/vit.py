@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ToolkitError
+from ..errors import ToolkitError, nearest
 from .block import Block, Ffn, Groups, normed, split
 from .selected import SelectedPatches, selection
 
@@ -330,7 +330,8 @@ def build_vit(
         ToolkitError: if there is no such architecture.
     """
     if arch not in ARCHITECTURES:
-        raise ToolkitError(f"no architecture named {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
+        near = nearest(arch, ARCHITECTURES)
+        raise ToolkitError(f"no architecture named {arch!r}{near}; choose one of {', '.join(ARCHITECTURES)}")
     chosen = ARCHITECTURES[arch]
     return VisionTransformer(
         patch_size=patch_size,

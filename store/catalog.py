@@ -14,7 +14,7 @@ from pathlib import Path
 import duckdb
 
 from .. import console
-from ..errors import ToolkitError
+from ..errors import ToolkitError, nearest
 from .database import opened
 from .files import write_text
 from .manifest import Provenance, Source, open_manifest
@@ -170,7 +170,9 @@ def find(name: str) -> Artifact:
     by_name = [artifact for artifact in known if Path(artifact.path).name in (name, f"{name}.parquet")]
     if found := by_path or by_name:
         return found[0]
-    raise ToolkitError(f"the catalog {catalog_path()} has no {name!r}; see `dinov2 catalog list`")
+    paths = [Path(artifact.path) for artifact in known]
+    near = nearest(Path(name).name, [name for path in paths for name in (path.name, path.stem)])
+    raise ToolkitError(f"the catalog {catalog_path()} has no {name!r}{near}; see `dinov2 catalog list`")
 
 
 def inputs() -> dict[int, list[Source]]:

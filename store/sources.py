@@ -115,7 +115,8 @@ def check_labels(labels: str, sources: list[ImageSource]) -> None:
         return
     column = _label_column(labels)
     if not column:
-        raise ToolkitError(f"--labels {labels!r} is unknown; use folder, none or column:NAME")
+        near = nearest(labels, ("folder", "none", "column:NAME"))
+        raise ToolkitError(f"--labels {labels!r} is unknown{near}; use folder, none or column:NAME")
     for source in sources:
         if source.manifest is None:
             raise ToolkitError(f"--labels {labels} needs Parquet files, but {source.path} is none; use folder or none")

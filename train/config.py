@@ -294,7 +294,7 @@ def _typed(name: str, value: object, kind: object) -> object:
     try:
         return _converted(value, kind)
     except (TypeError, ValueError, OverflowError):
-        raise ToolkitError(f"{name} is {value!r}; {_wanted(kind)}") from None
+        raise ToolkitError(f"{name} is {value!r}{_near(value, kind)}; {_wanted(kind)}") from None
 
 
 def _converted(value: object, kind: object) -> object:
@@ -313,6 +313,10 @@ def _converted(value: object, kind: object) -> object:
         kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
         return tuple(_converted(item, item_kind) for item, item_kind in zip(value, kinds, strict=True))
     raise TypeError
+
+
+def _near(value: object, kind: object) -> str:
+    return nearest(value, map(str, get_args(kind))) if isinstance(value, str) and get_origin(kind) is Literal else ""
 
 
 def _wanted(kind: object) -> str:

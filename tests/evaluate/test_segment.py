@@ -190,7 +190,7 @@ def test_what_segmentation_needs_is_said_in_one_line() -> None:
     asked = ProbeSettings(("pixels",), ("segment",))
     with pytest.raises(ToolkitError, match="'pixels' has no patch tokens, which segmentation needs"):
         probe(train, train, "scores.parquet", asked, Options())
-    with pytest.raises(ToolkitError, match=r"no column 'annotation' with masks \(columns: uri, mask\)"):
-        probe(train, train, "scores.parquet", ProbeSettings(("run",), ("segment",), masks="annotation"), Options())
+    with pytest.raises(ToolkitError, match="no column 'masks' with masks .did you mean 'mask'..; it has uri, mask;"):
+        probe(train, train, "scores.parquet", ProbeSettings(("run",), ("segment",), masks="masks"), Options())
     with pytest.raises(ToolkitError, match="--train train is no Parquet file"):
         probe("train", train, "scores.parquet", ProbeSettings(("run",), ("segment",)), Options())

@@ -60,8 +60,8 @@ def test_an_artifact_is_found_by_path_and_by_name(tmp_path: Path) -> None:
         assert (artifact.kind, artifact.rows, artifact.role, artifact.model) == ("embeddings", 1, "pool", "model-1")
         assert json.loads(artifact.parameters) == {"model": "pixels"}
     assert catalog.metrics_of(artifact) == [("entropy", 0.5)]
-    with pytest.raises(ToolkitError, match="has no 'other'"):
-        catalog.find("other")
+    with pytest.raises(ToolkitError, match="has no .poool. .did you mean .pool...; see"):
+        catalog.find("poool")
 
 
 def test_recording_the_same_contents_again_keeps_one_row(tmp_path: Path) -> None:
@@ -297,8 +297,10 @@ def test_a_name_in_the_cloud_is_a_file_here(tmp_path: Path, monkeypatch: pytest.
 def test_an_unknown_kind_names_the_kinds(tmp_path: Path) -> None:
     make(tmp_path / "pool.parquet")
     commands.list_artifacts("run", as_json=False)
-    with pytest.raises(ToolkitError, match="--kind foo: there is no such kind; give images, embeddings, selection"):
-        commands.list_artifacts("foo", as_json=False)
+    with pytest.raises(
+        ToolkitError, match=r"--kind embedding: there is no such kind \(did you mean 'embeddings'\?\); give"
+    ):
+        commands.list_artifacts("embedding", as_json=False)
 
 
 def test_lineage_opens_everything_once_and_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -289,5 +289,7 @@ def test_sizes_that_do_not_fit_are_one_line_errors() -> None:
         VisionTransformer(patch_size=4, embed_dim=10, depth=1, num_heads=3, img_size=16)
     with pytest.raises(ToolkitError, match="image size 30 is not a multiple of patch size 4; use 28"):
         VisionTransformer(patch_size=4, embed_dim=12, depth=1, num_heads=3, img_size=30)
-    with pytest.raises(ToolkitError, match="no architecture named 'vit_smal'; choose one of vit_tiny, vit_small"):
+    with pytest.raises(
+        ToolkitError, match="no architecture named 'vit_smal' .did you mean 'vit_small'..; choose one of"
+    ):
         build_vit("vit_smal")

@@ -77,6 +77,7 @@ def test_values_from_texts_get_the_type_of_their_key() -> None:
         ("separate_heads=1", "separate_heads is 1; it must be true or false"),
         ("mask_ratio=0.3", "mask_ratio is 0.3; it must be 2 numbers"),
         ("ffn=relu", "ffn is 'relu'; choose one of mlp, swiglu"),
+        ("ffn=swiglue", "ffn is 'swiglue' (did you mean 'swiglu'?); choose one of mlp, swiglu"),
         ("bit_depth=12", "bit_depth is 12; choose one of 8, 16"),
         ("bit_depth=16.0", "bit_depth is 16.0; choose one of 8, 16"),
         ("in_chans=0", "in_chans is 0; it must be at least 1"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from ...errors import ToolkitError
+from ...errors import ToolkitError, nearest
 from ..config import TrainConfig
 
 PROJECT = "dinov2"  # what a tracker shows the runs under
@@ -20,7 +20,8 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raise ToolkitError for a tracker that is unknown, or whose package is missing (Accelerate would say nothing)."""
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise ToolkitError(f"--track {name} is unknown; choose from {', '.join(LOGGER_TYPE_TO_CLASS)}")
+            near = nearest(name, LOGGER_TYPE_TO_CLASS)
+            raise ToolkitError(f"--track {name} is unknown{near}; choose from {', '.join(LOGGER_TYPE_TO_CLASS)}")
         if find_spec(name) is None:
             package = name.replace("_", "-")
             raise ToolkitError(f"--track {name} needs a package that is not installed; pip install {package}")
