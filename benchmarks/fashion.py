@@ -27,8 +27,8 @@ from dinov2_toolkit.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Prepro
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.train.config import TrainConfig, resolve
-from dinov2_toolkit.train.data.images import Batch
 from dinov2_toolkit.train.data.multicrop import make_crops, view_settings
+from dinov2_toolkit.train.data.packed import packed
 from dinov2_toolkit.train.engine.build import build_backbone
 from dinov2_toolkit.train.engine.schedules import batch_sizes
 
@@ -50,16 +50,14 @@ def supervise(config: TrainConfig, split: Split, seconds: float) -> tuple[Vision
     assert isinstance(config.batch_size, int), "the recipe's batch is one number"
     size, targets = config.batch_size, torch.from_numpy(labels.astype(np.int64))
     rng, start, seen = np.random.default_rng(config.seed), time.monotonic(), 0
-    sides = np.full((size, 2), images.shape[1])
     with console.progress("with labels", 1000, "thousandths") as advance:
         done = 0
         while (elapsed := (time.monotonic() - start) / seconds) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = SUPERVISED_LR * min(20 * elapsed, 0.5 + 0.5 * math.cos(math.pi * elapsed))
             rows = rng.choice(len(images), size, replace=False)
-            pixels = torch.from_numpy(images[rows])[..., None].expand(-1, -1, -1, 3)
-            batch = Batch(pixels, sides, np.arange(seen, seen + size), 0)
-            crops = make_crops(batch, pixels, config.seed, "with labels", views)
+            batch = packed(list(np.repeat(images[rows][..., None], 3, axis=3)))
+            crops = make_crops(batch, np.arange(seen, seen + size), config.seed, "with labels", views)
             loss = F.cross_entropy(head(backbone.forward_features(crops).cls_token), targets[rows].repeat(2))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

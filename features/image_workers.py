@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from mmap import mmap
 from multiprocessing.connection import Connection
 from queue import LifoQueue
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -31,7 +31,17 @@ START_S = 60.0  # chosen: for which a worker may take to start, on a busy machin
 MAX_STARTS = 5  # of a worker that ends before it begins with an image
 
 R = TypeVar("R")
-Read = Callable[[Sequence[str]], list[R | UnreadableImage]]
+Take = Callable[[int, R], None]
+
+
+class Read(Protocol[R]):
+    """Returns what became of each image.
+
+    With `take`, the arrays of what it returns lie in memory that later calls overwrite. Before that, `take` gets the
+    position and the result of each image that can be read.
+    """
+
+    def __call__(self, uris: Sequence[str], take: Take[R] | None = None) -> list[R | UnreadableImage]: ...
 
 
 @contextmanager
@@ -54,11 +64,11 @@ def image_workers(
     for worker in workers:
         idle.put(worker)
 
-    def read(uris: Sequence[str]) -> list[R | UnreadableImage]:
+    def read(uris: Sequence[str], take: Take[R] | None = None) -> list[R | UnreadableImage]:
         items = [_sent(uri, limits) for uri in uris]  # before a process is taken, which meanwhile reads others
         worker = idle.get()
         try:
-            return worker.read(items)
+            return worker.read(items, take)
         finally:
             idle.put(worker)
 
@@ -110,7 +120,9 @@ class Worker(Generic[R]):
         self._index, self._waited_s = NO_ITEM, 0.0  # which item it is at, and for how long
         self._reason: str | None = None  # why it was ended
 
-    def read(self, items: Sequence[str | bytes | UnreadableImage]) -> list[R | UnreadableImage]:
+    def read(
+        self, items: Sequence[str | bytes | UnreadableImage], take: Take[R] | None = None
+    ) -> list[R | UnreadableImage]:
         """Return what became of every image, given by its name or its bytes; of what is unreadable already, itself."""
         results: dict[int, R | UnreadableImage] = {}
         left: list[tuple[int, str | bytes]] = []  # position and item
@@ -124,7 +136,7 @@ class Worker(Generic[R]):
         with self._lock:
             while left:
                 try:
-                    found = self._ask([item for _, item in left])
+                    found = self._ask([item for _, item in left], in_place=take is not None)
                     results.update(zip((position for position, _ in left), found, strict=True))
                     break
                 except _LostError as lost:
@@ -142,10 +154,17 @@ class Worker(Generic[R]):
                         continue
                     reason = "its decoder crashed, or took more memory than there is"
                     results[position] = UnreadableImage(lost.reason or reason)
+            if take is not None:
+                for position, result in results.items():
+                    if not isinstance(result, UnreadableImage):
+                        take(position, result)
         return [results[position] for position in range(len(items))]
 
-    def _ask(self, items: list[str | bytes]) -> list[R | UnreadableImage]:
-        """Have the process read some images; raise _LostError when it dies, or is at one of them for too long."""
+    def _ask(self, items: list[str | bytes], *, in_place: bool) -> list[R | UnreadableImage]:
+        """Have the process read some images; raise _LostError when it dies, or is at one of them for too long.
+
+        In place, arrays stay in the memory that it writes to.
+        """
         if self._is_closed:
             raise CancelledError
         if self._process is None:
@@ -171,7 +190,8 @@ class Worker(Generic[R]):
             self._time(False)
             room.give(claimed)
         head, places = pickle.loads(message)  # noqa: S301  # of a process of ours, with our rights
-        arrays = [np.frombuffer(self._memory, np.uint8, size, start).copy() for start, size in places]
+        arrays = [np.frombuffer(self._memory, np.uint8, size, start) for start, size in places]
+        arrays = arrays if in_place else [array.copy() for array in arrays]
         found: list[R | UnreadableImage] = pickle.loads(head, buffers=arrays)  # noqa: S301  # likewise
         return found
 

@@ -7,6 +7,7 @@ Shapes: B images of this process's batch, 2 global and L local crops of each, N 
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,8 @@ from ..store.manifest import Source
 from .config import TrainConfig
 from .counter_rng import derived_seed
 from .data.images import read_batches
-from .data.multicrop import decoded_side_px, make_views, preprocess_of
+from .data.loader import load_views
+from .data.multicrop import decoded_side_px, preprocess_of
 from .engine.accumulate import forward_backward, weighted_losses
 from .engine.build import build_model
 from .engine.checkpoint import (
@@ -141,6 +143,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
         in_chans=config.in_chans,
         bit_depth=config.bit_depth,
         limits=config.limits,
+        is_pinned=device.type == "cuda",
     )
     figures = (read_metrics(run.folder) or [{}])[-1]
     collapse_since: int | None = None
@@ -152,6 +155,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
         caught_signals("step") as signals,
         console.progress("training", config.steps - first_step, "steps") as advance,
         traced(run.folder, run.profile if is_main else 0, first_step) as end_of_step,
+        closing(load_views(batches, config, device)) as views,
     ):
         for step in range(first_step, first_step if has_stalled else config.steps):
             rates = rates_at(step, config)
@@ -167,9 +171,8 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
 
             # Data.
             with throughput.waiting():
-                batch = next(batches)
-            events = started_sum([bool(signals), batch.num_replaced], group)
-            global_crops, local_crops, masks = make_views(batch, config, device)
+                global_crops, local_crops, masks, num_replaced = next(views)
+            events = started_sum([bool(signals), num_replaced], group)
 
             # Teacher targets.
             with accelerator.autocast():
@@ -248,6 +251,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
                     accelerator.wait_for_everyone()
                 throughput.restart()
             advance(1, progress_note(figures))
+            del global_crops, local_crops, targets, outputs  # of the next step's crops two batches are in memory
 
             # Save; not while gradients are bad, for then the weights may be.
             if (is_due and not counts["skipped_in_a_row"]) or is_last or num_stopped or is_best or has_stalled:

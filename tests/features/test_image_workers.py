@@ -96,6 +96,20 @@ def test_pixels_come_whole_through_shared_memory_and_beside_it(
             found[:] = 0  # our own
 
 
+def test_pixels_may_be_taken_where_they_lie(written: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHARED_BYTES", 12_288)
+    uris = written("array 1000", "crash", "array 10", "array 4000")
+    taken: dict[int, np.ndarray] = {}
+    with image_workers(bad_decoders.behave, 1) as read:
+        for some, wanted in ((uris[:3], {0: 1000, 2: 10}), (uris[3:], {0: 4000})):  # the last beside the shared memory
+            found = read(some, lambda number, array: taken.update({number: np.array(array)}))
+            assert {number: len(array) for number, array in taken.items()} == wanted
+            for array in taken.values():
+                np.testing.assert_array_equal(array, np.arange(len(array)))
+            assert all(isinstance(one, UnreadableImage) == (number not in wanted) for number, one in enumerate(found))
+            taken.clear()
+
+
 def test_an_image_a_worker_died_of_once_is_tried_again(tmp_path: Path) -> None:
     """As when the machine ran out of memory for another program's sake."""
     (tmp_path / "slow").write_text("sleep 1")

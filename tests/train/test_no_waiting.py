@@ -18,6 +18,7 @@ from dinov2_toolkit.models import cpu
 from dinov2_toolkit.train.config import TrainConfig, resolve
 from dinov2_toolkit.train.data.images import Batch
 from dinov2_toolkit.train.data.multicrop import make_masks, make_views
+from dinov2_toolkit.train.data.packed import packed
 from dinov2_toolkit.train.engine.accumulate import forward_backward
 from dinov2_toolkit.train.engine.build import build_model
 from dinov2_toolkit.train.engine.optimizer import (
@@ -69,11 +70,10 @@ def crops(config: TrainConfig) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def batch_of(config: TrainConfig) -> Batch:
+def batch_of_images() -> Batch:
     """Images of several sizes in main memory."""
-    sizes = np.array([[300, 200], [40, 400], [500, 60], [64, 64]] * (NUM_IMAGES // 4))
-    images = torch.zeros(NUM_IMAGES, 500, 400, 3, dtype=torch.uint8)
-    return Batch(images, sizes, np.arange(NUM_IMAGES), 0)
+    sizes = [(300, 200), (40, 400), (500, 60), (64, 64)] * (NUM_IMAGES // 4)
+    return Batch(packed([np.zeros((*size, 3), np.uint8) for size in sizes]), np.arange(NUM_IMAGES), 0)
 
 
 class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -127,16 +127,16 @@ def test_a_step_asks_for_no_value_forward_or_backward(case: str, dtype: torch.dt
 
 def test_a_step_copies_pixels_and_at_most_four_small_tables_to_the_device() -> None:
     config, device = settings("the recipe"), torch.device("meta")
-    batch = batch_of(config)
+    batch = batch_of_images()
     with Copies() as copies:
         torch.zeros(3).to(device)
         assert copies.sizes == [12]  # it is seen
         copies.sizes.clear()
-        global_crops, local_crops, masks = make_views(batch, config, device)
+        global_crops, local_crops, masks, _ = make_views(batch, config, device)
         placed = placed_masks(masks, device, Padding(0.15, 0.5))
     assert local_crops is not None
     assert {global_crops.device.type, local_crops.device.type, placed.patches.device.type} == {"meta"}
-    pixels = batch.images.numel()
+    pixels = batch.images.data.numel()
     assert copies.sizes.count(pixels) == 1
     tables = [size for size in copies.sizes if size != pixels]
     assert 0 < len(tables) <= MAX_COPIES and max(tables) < 300 * 1024

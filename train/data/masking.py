@@ -48,8 +48,8 @@ def step_masks(
     counts = np.where(is_masked, (num_patches * share).astype(np.int64), 0).ravel()
     crops = np.concatenate([2 * samples, 2 * samples + 1])
 
-    def numbers(tries: int, slots: int) -> Floats:
-        return counter_rng.uniform(seed, f"mask blocks {tries}", crops, slots)
+    def numbers(tries: int, slots: int, chosen: NDArray[np.int64]) -> Floats:
+        return counter_rng.uniform(seed, f"mask blocks {tries}", crops[chosen], slots)
 
     return exact_masks(grid, counts, numbers)
 
@@ -86,37 +86,42 @@ def block_masks(
     edges = np.linspace(*ratio, num_masked_crops + 1)
     counts = np.zeros(num_crops, dtype=np.int64)
     counts[:num_masked_crops] = grid[0] * grid[1] * generator.uniform(edges[:-1], edges[1:])
-    masks = exact_masks(grid, counts, lambda _, slots: generator.random((num_crops, slots)))
+    masks = exact_masks(grid, counts, lambda _, slots, chosen: generator.random((num_crops, slots))[chosen])
     generator.shuffle(masks)
     return masks
 
 
 def block_mask(grid: tuple[int, int], num_masked: int, generator: np.random.Generator) -> Masks:
     """Return one mask (rows, columns) of exactly `num_masked` patches, in blocks as far as they fit."""
-    masks = exact_masks(grid, np.array([num_masked]), lambda _, slots: generator.random((1, slots)))
+    masks = exact_masks(grid, np.array([num_masked]), lambda _, slots, chosen: generator.random((1, slots))[chosen])
     return masks.reshape(grid)
 
 
-def exact_masks(grid: tuple[int, int], counts: NDArray[np.int64], numbers: Callable[[int, int], Floats]) -> Masks:
+def exact_masks(
+    grid: tuple[int, int], counts: NDArray[np.int64], numbers: Callable[[int, int, NDArray[np.int64]], Floats]
+) -> Masks:
     """Return masks (C, N) of exactly `counts` (C,) patches each, in blocks as far as they fit.
 
     A block has between 4 patches and the number still missing, at most half the grid, and adds at least one. After ten
     blocks in a row that do not fit, single patches are added. All crops draw their next block at once.
 
     Args:
-        numbers: returns random numbers (C, slots) in [0, 1), others for every first argument.
+        numbers: of (tries, slots, crops) returns random numbers in [0, 1), so many for each of these crops; others for
+            every number of tries.
     """
     rows, columns = grid
-    num_crops, num_patches = len(counts), rows * columns
-    masks = np.zeros((num_crops, rows, columns), dtype=bool)
-    num_missing, failures = counts.copy(), np.zeros(num_crops, dtype=np.int64)
+    num_patches = rows * columns
+    flat = np.zeros((len(counts), num_patches), dtype=bool)
+    crops = np.flatnonzero(counts)  # what follows is of these
+    masks = np.zeros((len(crops), rows, columns), dtype=bool)
+    num_missing, failures = counts[crops], np.zeros(len(crops), dtype=np.int64)
     row, column = np.arange(rows), np.arange(columns)
     log_aspects = np.log(BLOCK_ASPECT)
-    draws, tries = np.empty((num_crops, DRAWN_TRIES, 4)), 0
-    open_crops = np.flatnonzero(num_missing)
+    draws, tries = np.empty((len(crops), DRAWN_TRIES, 4)), 0
+    open_crops = np.arange(len(crops))
     while len(open_crops):
         if tries % DRAWN_TRIES == 0:
-            draws = numbers(tries, 4 * DRAWN_TRIES).reshape(num_crops, DRAWN_TRIES, 4)
+            draws[open_crops] = numbers(tries, 4 * DRAWN_TRIES, crops[open_crops]).reshape(-1, DRAWN_TRIES, 4)
         area_share, aspect_share, top_share, left_share = draws[open_crops, tries % DRAWN_TRIES].T
         tries += 1
         room = np.minimum(num_missing[open_crops], num_patches // 2)
@@ -134,9 +139,11 @@ def exact_masks(grid: tuple[int, int], counts: NDArray[np.int64], numbers: Calla
         num_missing[open_crops] -= np.where(fits, num_new, 0)
         failures[open_crops] = np.where(fits, 0, failures[open_crops] + 1)
         open_crops = open_crops[(num_missing[open_crops] > 0) & (failures[open_crops] < MAX_TRIES)]
-    flat = masks.reshape(num_crops, num_patches)
-    if num_missing.any():
+    flat[crops] = masks.reshape(len(crops), num_patches)
+    short = np.flatnonzero(num_missing)
+    if len(short):
         # The free patches with the smallest random keys, as many as are missing.
-        keys = np.where(flat, 2.0, numbers(-1, num_patches))
-        flat |= keys.argsort(axis=1).argsort(axis=1) < num_missing[:, None]
+        crops = crops[short]
+        keys = np.where(flat[crops], 2.0, numbers(-1, num_patches, crops))
+        flat[crops] |= keys.argsort(axis=1).argsort(axis=1) < num_missing[short, None]
     return flat

@@ -1,6 +1,7 @@
 """What a step shows the model of its batch of B images: crops of side S, and masks of N patches, by the settings."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from ...models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from ..config import TrainConfig
-from .augment import ViewSettings, apply_crops, draw_crops
+from .augment import apply_crops
+from .crops import ViewSettings, draw_crops
 from .images import Batch
 from .masking import step_masks
+from .packed import PackedImages
 
 
 def decoded_side_px(config: TrainConfig) -> int:
@@ -55,26 +58,33 @@ def view_settings(config: TrainConfig) -> tuple[ViewSettings, ViewSettings | Non
     )
 
 
-def make_views(
-    batch: Batch, config: TrainConfig, device: torch.device
-) -> tuple[Tensor, Tensor | None, NDArray[np.bool_]]:
-    """Return a batch's global crops (2 B, C, S, S) and local crops, or None, on the device, and its masks (2 B, N).
+class Views(NamedTuple):
+    """What a step shows the model. Crops and masks are view-major: all first views, then all second views."""
 
-    Crops and masks are view-major: all first views, then all second views.
-    """
-    pixels = batch.images.to(device, non_blocking=True)
+    global_crops: Tensor  # (2 B, C, S, S), on the device
+    local_crops: Tensor | None
+    masks: NDArray[np.bool_]  # (2 B, N), on the host, True = masked
+    num_replaced: int  # images that could not be read
+
+
+def make_views(batch: Batch, config: TrainConfig, device: torch.device) -> Views:
+    """Return a batch's crops, made on the device, and its masks."""
+    images = batch.images.on(device)
     global_views, local_views = view_settings(config)
-    return (
-        make_crops(batch, pixels, config.seed, "global crops", global_views),
-        make_crops(batch, pixels, config.seed, "local crops", local_views) if local_views else None,
+    return Views(
+        make_crops(images, batch.samples, config.seed, "global crops", global_views),
+        make_crops(images, batch.samples, config.seed, "local crops", local_views) if local_views else None,
         make_masks(batch.samples, config),
+        batch.num_replaced,
     )
 
 
-def make_crops(batch: Batch, pixels: Tensor, seed: int, purpose: str, views: ViewSettings) -> Tensor:
-    """Return a batch's crops of one size, (views * B, C, S, S) view-major, from its pixels on their device."""
-    crops = draw_crops(seed, purpose, batch.samples, batch.sizes, views)
-    return apply_crops(pixels, crops, views.mean, views.std)
+def make_crops(
+    images: PackedImages, samples: NDArray[np.int64], seed: int, purpose: str, views: ViewSettings
+) -> Tensor:
+    """Return the crops of one size of samples (B,), (views * B, C, S, S) view-major, on the device of their images."""
+    crops = draw_crops(seed, purpose, samples, images.sizes, views)
+    return apply_crops(images, crops, views.mean, views.std)
 
 
 def make_masks(samples: NDArray[np.int64], config: TrainConfig) -> NDArray[np.bool_]:

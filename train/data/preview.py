@@ -68,17 +68,18 @@ def _rows(batch: Batch, config: TrainConfig) -> list[list[list[Tile]]]:
     """Return the tiles of each image of a batch: itself, its global crops, its local ones."""
     masks = torch.from_numpy(make_masks(batch.samples, config))
     global_views, local_views = view_settings(config)
-    global_crops = make_crops(batch, batch.images, config.seed, "global crops", global_views)
-    local_crops = make_crops(batch, batch.images, config.seed, "local crops", local_views) if local_views else None
+    drawn = batch.images, batch.samples, config.seed
+    global_crops = make_crops(*drawn, "global crops", global_views)
+    local_crops = make_crops(*drawn, "local crops", local_views) if local_views else None
     views = [_masked(_pixels(global_crops, config), masks, config.patch_size)]
     views += [] if local_crops is None else [_pixels(local_crops, config)]
     groups = [crops.view(-1, len(batch.samples), *crops.shape[1:]) for crops in views]  # (V * B, ...) -> (V, B, ...)
     return [
         [
-            [Tile(shown(batch.images[number, :height, :width].numpy()))],
+            [Tile(shown(batch.images.image(number).numpy()))],
             *([Tile(_as_image(view[number])) for view in group] for group in groups),
         ]
-        for number, (height, width) in enumerate(batch.sizes)
+        for number in range(len(batch.samples))
     ]
 
 

@@ -141,4 +141,4 @@ def throughput_of(config: TrainConfig, model: TrainedModel, device: torch.device
     flop = flop_per_image(replace(config, activation_checkpointing="none"), model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak = peak_flops(name, config.mixed_precision)
-    return Throughput(flop, None if peak is None else num_processes * peak)
+    return Throughput(flop, None if peak is None else num_processes * peak, device)

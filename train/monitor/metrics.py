@@ -86,22 +86,47 @@ class Throughput:
     Args:
         flop_per_image: of a training step (`estimate.flop_per_image`).
         peak_flops: the operations a second that the devices of all processes can do; None where that is not known.
+        device: if that is a GPU, waiting is the time for which it has nothing else to do.
     """
 
-    def __init__(self, flop_per_image: float = 0.0, peak_flops: float | None = None) -> None:
+    def __init__(
+        self,
+        flop_per_image: float = 0.0,
+        peak_flops: float | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self._flop_per_image, self._peak_flops = flop_per_image, peak_flops
+        self._is_gpu = device is not None and device.type == "cuda"
         self.restart()
 
     def restart(self) -> None:
         """Count from now on."""
         self.start, self.wait_s, self.num_images = time.monotonic(), 0.0, 0
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time of the block as waiting for data."""
-        start = time.monotonic()
+        """Count the time of the block as waiting for data: on a GPU, from when it is done with what was asked before to
+        when it goes on with what is asked next.
+        """
+        if self._is_gpu:  # pragma: no cover  # needs a GPU
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            yield
+            end.record()
+            self._waits.append((start, end))
+            return
+        before = time.monotonic()
         yield
-        self.wait_s += time.monotonic() - start
+        self.wait_s += time.monotonic() - before
+
+    def _waited_s(self) -> float:
+        """Return the seconds of waiting; the GPU is asked for them, and has to be done with the last."""
+        for start, end in self._waits:  # pragma: no cover  # needs a GPU
+            end.synchronize()
+            self.wait_s += start.elapsed_time(end) / 1000
+        self._waits.clear()
+        return self.wait_s
 
     def figures(self) -> dict[str, float]:
         """Return images and operations per second, the model FLOP utilisation where the peak is known, and the share of
@@ -115,7 +140,7 @@ class Throughput:
         figures = {"images_per_s": self.num_images / seconds, "tflop_per_s": flops / 1e12}
         if self._peak_flops is not None:
             figures["mfu"] = flops / self._peak_flops
-        return figures | {"data_wait": self.wait_s / seconds}
+        return figures | {"data_wait": self._waited_s() / seconds}
 
 
 def progress_note(figures: Mapping[str, float]) -> str:

@@ -1,9 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from dinov2_toolkit.errors import ToolkitError
@@ -17,6 +19,7 @@ from dinov2_toolkit.train.data.images import (
     image_set,
     read_batches,
 )
+from dinov2_toolkit.train.data.packed import Buffer, packed
 from dinov2_toolkit.train.data.pixels import decode_pixels
 
 SIZES = [(12, 9), (7, 14), (10, 10), (5, 6), (16, 8)]  # width, height
@@ -32,20 +35,24 @@ def write_images(folder: Path, num_images: int) -> ImageSet:
     return image_set(pa.table({"uri": uris}))
 
 
-def batches(images: ImageSet, samples: range = range(0, 24), **settings: Any) -> list[Batch]:
-    return list(
-        read_batches(
-            images,
-            seed=3,
-            batches=[samples[start : start + 4] for start in range(0, len(samples), 4)],
-            short_side_px=100,
-            **settings,
-        )
+def batches(images: ImageSet, samples: range = range(0, 24), size: int = 4, **settings: Any) -> list[Batch]:
+    """Batches with images of their own; those that are read hold until the next one."""
+    read = read_batches(
+        images,
+        seed=3,
+        batches=[samples[start : start + size] for start in range(0, len(samples), size)],
+        short_side_px=100,
+        **settings,
     )
+    return [replace(batch, images=packed(pixels(batch))) for batch in read]
+
+
+def pixels(batch: Batch) -> list[np.ndarray]:
+    return [batch.images.image(number).numpy().copy() for number in range(len(batch.samples))]
 
 
 def reds(batch: Batch) -> list[int]:
-    return [int(value) for value in batch.images[:, 0, 0, 0]]
+    return [int(image[0, 0, 0]) for image in pixels(batch)]
 
 
 def test_every_pass_sees_each_image_once_in_another_order() -> None:
@@ -76,28 +83,39 @@ def test_weights_and_uris_that_make_no_sense_are_refused() -> None:
         image_set(pa.table({"uri": ["a", "b"], "weight": [1.0, -1.0]}))
 
 
-def test_batches_hold_the_images_of_their_samples_on_one_canvas(tmp_path: Path) -> None:
+def test_batches_hold_the_images_of_their_samples(tmp_path: Path) -> None:
     images = write_images(tmp_path, 10)
     for number, batch in enumerate(batches(images)):
         assert batch.samples.tolist() == list(range(4 * number, 4 * number + 4))
         rows = drawn_rows(images, 3, batch.samples).tolist()
-        assert reds(batch) == rows
-        for image, size, row in zip(batch.images, batch.sizes, rows, strict=True):
+        for image, size, row in zip(pixels(batch), batch.images.sizes, rows, strict=True):
             width, height = SIZES[row % len(SIZES)]
-            assert size.tolist() == [height, width]
-            assert (image[:height, :width, 0] == row).all()
-            assert image[height:].sum() == 0 and image[:, width:].sum() == 0
-        assert tuple(batch.images.shape[1:3]) == tuple(batch.sizes.max(0))
+            assert image.shape == (height, width, 3) and size.tolist() == [height, width]
+            assert (image == np.array([row, 0, 0])).all()
+
+
+def test_an_image_takes_its_own_memory_and_no_more(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(32)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", {0: (400, 100), 1: (100, 400)}.get(number, (100, 100))).save(path)
+    images = image_set(pa.table({"uri": list(map(str, paths))}))
+    (batch,) = read_batches(images, seed=0, batches=[range(32)], short_side_px=100)
+    assert 38 * 30_000 <= len(batch.images.data) < 42 * 30_000  # on a canvas for all it would be 512
 
 
 def test_neither_workers_nor_the_cache_nor_a_restart_change_a_batch(tmp_path: Path) -> None:
     images = write_images(tmp_path, 10)
     (tmp_path / "4.png").write_bytes(b"broken")
     wanted = batches(images)
-    for workers, cache in ((1, 0), (3, 0), (0, 10**6), (3, 10**6), (3, 1000)):
+    for workers, cache in ((1, 0), (2, 0), (4, 0), (0, 10**6), (3, 10**6), (3, 1000)):
         got = batches(images, num_workers=workers, cache_bytes=cache)
-        assert [reds(batch) for batch in got] == [reds(batch) for batch in wanted]
+        assert [[image.tolist() for image in pixels(batch)] for batch in got] == [
+            [image.tolist() for image in pixels(batch)] for batch in wanted
+        ]
         assert [batch.num_replaced for batch in got] == [batch.num_replaced for batch in wanted]
+    assert [reds(batch) for batch in batches(images, size=12, num_workers=2)] == [
+        [red for batch in wanted[start : start + 3] for red in reds(batch)] for start in (0, 3)
+    ]
     later = batches(images, samples=range(12, 24), num_workers=2)
     assert [reds(batch) for batch in later] == [reds(batch) for batch in wanted[3:]]
 
@@ -177,3 +195,20 @@ def test_kept_pixels_come_back_until_there_is_no_room(dtype: type[np.uint8] | ty
     for row, image in enumerate(images[:3]):
         np.testing.assert_array_equal(cache.pixels(10 * row), image)
         assert cache.pixels(10 * row).dtype == dtype
+
+
+def test_a_buffer_takes_images_before_and_after_it_has_room() -> None:
+    rng, buffer = np.random.default_rng(0), Buffer()
+    for shapes in ([(3, 5, 3), (7, 2, 3)], [(2, 2, 3)], [(3, 5, 3), (9, 9, 3), (1, 40, 3)]):
+        images = [rng.integers(0, 256, shape, np.uint8) for shape in shapes]
+        found = buffer.packed([buffer.add(image) for image in images], 3, torch.uint8)
+        for number, image in enumerate(images):
+            np.testing.assert_array_equal(found.image(number).numpy(), image)
+        assert found.starts[-1] + images[-1].nbytes + 3 * found.sizes[:, 1].max() <= len(found.data) + 63
+        buffer.clear()
+
+
+def test_a_later_batch_takes_the_memory_of_an_earlier_one(tmp_path: Path) -> None:
+    images = write_images(tmp_path, 10)
+    read = read_batches(images, seed=3, batches=[range(4)] * 12, short_side_px=100, num_workers=2)
+    assert len({batch.images.data.data_ptr() for batch in read}) <= 4  # two ahead, one that is read, one at hand
