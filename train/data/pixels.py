@@ -7,7 +7,7 @@ from ...store.images import Values
 from ...store.limits import DEFAULT_LIMITS, Limits
 from ...store.pixels import decode_picture, values_of
 
-MAX_ASPECT = 4  # chosen: every image of a batch takes as much memory as the longest
+MAX_ASPECT = 4  # chosen: images of like shape are resized together, and crops of longer ones would show little
 
 
 def decode_pixels(
