@@ -194,18 +194,28 @@ class Block(nn.Module):
         tokens: Tensor,
         groups: Groups,
         selections: list[Selection] | None = None,
-        generator: torch.Generator | None = None,
+        subsets: list[DropPathSubset] | None = None,
     ) -> Tensor:
         """Return the tokens (T, D) after this block, or only the selected ones of each group (R, D), for less work.
 
-        Stochastic depth draws from `generator`, or from torch's own.
+        Args:
+            subsets: from `drop_path_subsets`; None: drawn here while training.
         """
-        subsets = None
-        if self.training and self.drop_path > 0.0:
-            subsets = [sample_drop_path(groups, self.drop_path, tokens, generator) for _ in range(2)]
+        subsets = subsets or self.drop_path_subsets(tokens, groups, None)
         if selections is None:
             return self._run(self._forward, tokens, groups, subsets)
         return self._run(self._forward_selected, tokens, groups, selections, subsets)
+
+    def drop_path_subsets(
+        self, tokens: Tensor, groups: Groups, generator: torch.Generator | None
+    ) -> list[DropPathSubset] | None:
+        """Draw the sequences that each branch is computed for while training; None where that is all.
+
+        With a generator this is not part of what torch.compile compiles, which takes torch's own alone.
+        """
+        if not self.training or self.drop_path == 0.0:
+            return None
+        return [sample_drop_path(groups, self.drop_path, tokens, generator) for _ in range(2)]
 
     def _run(self, forward: Callable[..., Tensor], *arguments: object) -> Tensor:
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():

@@ -243,10 +243,11 @@ class VisionTransformer(nn.Module):
             num_patches = group[1] - 1 - self.num_register_tokens
             selections.append(selection(patches, group, num_patches=num_patches, start=start, device=tokens.device))
             start += group[0] * group[1]
-        *first_blocks, last_block = self.blocks
-        for block in first_blocks:
-            tokens = block(tokens, groups, None, generator)
-        rows = normed(self.norm, last_block(tokens, groups, selections, generator))  # (R, D)
+        for number, block in enumerate(self.blocks, start=1):
+            assert isinstance(block, Block)
+            subsets = None if generator is None else block.drop_path_subsets(tokens, groups, generator)
+            tokens = block(tokens, groups, selections if number == self.depth else None, subsets)
+        rows = normed(self.norm, tokens)  # (R, D)
         parts = torch.split(rows, [len(chosen.rows) for chosen in selections])
         return [(part[:sequences], part[sequences:]) for part, (sequences, _) in zip(parts, groups, strict=True)]
 

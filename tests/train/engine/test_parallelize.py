@@ -10,6 +10,7 @@ from dinov2_toolkit.models.block import ActivationCheckpointing, Block
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.train.config import COST_KEYS, TrainConfig
+from dinov2_toolkit.train.engine.accumulate import microbatch_backward
 from dinov2_toolkit.train.engine.parallelize import check_compiler, compile_blocks, prepare
 from dinov2_toolkit.train.objective.distill_model import DistillModel
 from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
@@ -52,6 +53,20 @@ def test_compiled_blocks_have_the_losses_gradients_and_names_of_others(checkpoin
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5 * max(1.0, float(value.abs().max())))
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_the_halves_of_a_step_on_a_cpu() -> None:
+    losses = []
+    for compiled in (False, True):
+        model = small_model()
+        if compiled:
+            compile_blocks(model)
+        torch.manual_seed(1)
+        masks, crops = torch.rand(10, 4) < 0.3, (torch.randn(10, 3, 8, 8), torch.randn(15, 3, 4, 4))
+        batch = model.teacher_targets(*crops, masks, teacher_temp=0.1)
+        losses.append(microbatch_backward(model, batch, Tensor.backward, seed=0)["total"])
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
 
 
 def test_compile_compiles_every_block_but_the_last() -> None:
