@@ -84,15 +84,12 @@ def decode_mask(data: bytes) -> Mask:
         return values.astype(np.uint8)
 
 
-def read_mask(read: Read[Mask], uri: str, image_uri: str, width: int, height: int) -> Mask:
-    """Return what `read`, workers of `decode_mask`, makes of the mask of an image.
-
-    Raises ToolkitError when it cannot be read, or has another size than its image.
-    """
+def read_mask(read: Read[Mask], uri: str, width: int, height: int) -> Mask | UnreadableImage:
+    """Return what `read`, workers of `decode_mask`, makes of an image's mask; one of another size is unreadable."""
     (mask,) = read([uri])
     if isinstance(mask, UnreadableImage):
-        raise ToolkitError(f"the mask {uri} of {image_uri} cannot be read: {mask.reason}; correct the row")
+        return UnreadableImage(f"the mask {uri} cannot be read: {mask.reason}")
     if mask.shape != (height, width):
-        sizes = f"{mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_uri} {width} x {height}"
-        raise ToolkitError(f"the mask {uri} is {sizes}; make masks of their image's size")
+        sizes = f"{mask.shape[1]} x {mask.shape[0]} pixels, but its image {width} x {height}"
+        return UnreadableImage(f"the mask {uri} is {sizes}")
     return mask

@@ -20,9 +20,10 @@ from ..errors import ToolkitError
 from ..features.extract.extract import FeatureModel, best_device, with_choice
 from ..features.extract.tokens import TokenChoice
 from ..features.extract.windows import MAX_ASPECT
-from ..features.image_workers import image_workers
+from ..features.image_workers import Read, image_workers
 from ..models.vit import VisionTransformer
 from ..store.cache import open_cache
+from ..store.images import UnreadableImage
 from ..store.vectors import Float64, Int64
 from .labelled import extract_split
 from .masks import IGNORE, Mask, MaskedSplit, decode_mask, read_mask
@@ -59,7 +60,7 @@ def measure_segment(
     between patches. The tokens of the training images are computed once. Pixels of value 255 are ignored; the mean is
     over the classes that stand in the test masks or are predicted.
 
-    Raises ToolkitError when the model has no patch tokens, masks do not suit their images or name a single class.
+    Raises ToolkitError when the model has no patch tokens, no mask suits its image, or they name a single class.
     Source: the linear segmentation of DINOv2 (Oquab et al. 2023, section 7.4), optimised as DINOv3's published
     configuration says (AdamW, decay 1e-3, warm-up, cosine), but without augmentation, and with fewer, larger steps.
     """
@@ -116,14 +117,32 @@ def _on_disk(sample: Sample, file: IO[bytes]) -> Sample:
 
 
 def _samples(model: FeatureModel, split: MaskedSplit, batch_size: int, num_workers: int | None) -> Iterator[Sample]:
-    """Yield the tokens and mask of every image of a split that can be read."""
+    """Yield the tokens and mask of every image of a split; a warning says which are left out.
+
+    Raises ToolkitError when all are.
+    """
+    num_read, left_out = 0, list[tuple[str, str]]()  # an image and its reason
     with image_workers(decode_mask, 1) as read:
         for batch in extract_split(model, split, batch_size, num_workers):
             for index, facts, tokens in zip(batch.indices, batch.facts, batch.patches, strict=True):
-                uri, size = split.uris[index], (facts.width, facts.height)
-                if max(size) > MAX_ASPECT * min(size):
-                    raise ToolkitError(f"{uri} is {facts.width} x {facts.height} pixels, too long; cut it to pieces")
-                yield Sample(tokens.half(), read_mask(read, split.mask_uris[index], uri, *size))
+                mask = _mask(read, split.mask_uris[index], facts.width, facts.height)
+                if isinstance(mask, UnreadableImage):
+                    left_out.append((split.uris[index], mask.reason))
+                    continue
+                num_read += 1
+                yield Sample(tokens.half(), mask)
+    if left_out:
+        (uri, reason), role = left_out[0], split.source.role
+        if not num_read:
+            raise ToolkitError(f"no image of {split.source.path} has a mask to use, first {uri} ({reason}); check them")
+        console.warn(f"{role}: {len(left_out):,} images left out for their masks, first {uri} ({reason})")
+
+
+def _mask(read: Read[Mask], uri: str, width: int, height: int) -> Mask | UnreadableImage:
+    """Return the mask of an image, or why there is none to use."""
+    if max(width, height) > MAX_ASPECT * min(width, height):  # its features are of its middle alone
+        return UnreadableImage(f"it is {width} x {height} pixels, too long; cut it to pieces")
+    return read_mask(read, uri, width, height)
 
 
 def _classes(samples: list[Sample], train: MaskedSplit) -> Int64:

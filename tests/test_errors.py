@@ -24,6 +24,8 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.evaluate.masks import decode_mask, open_masked_split
 from dinov2_toolkit.evaluate.match import MatchSettings, draw_match
 from dinov2_toolkit.evaluate.neighbors import NeighborSettings, draw_neighbors
+from dinov2_toolkit.evaluate.pca import draw_pca
+from dinov2_toolkit.evaluate.pictures import PictureSettings
 from dinov2_toolkit.evaluate.probe import ProbeSettings, probe
 from dinov2_toolkit.features import image_server, image_workers
 from dinov2_toolkit.features.extract.reading import Reading, load
@@ -31,6 +33,7 @@ from dinov2_toolkit.manage import catalog as catalog_commands
 from dinov2_toolkit.manage.query import sql
 from dinov2_toolkit.models.architecture import inferred_head_settings
 from dinov2_toolkit.models.preprocess import Preprocess
+from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_model
 from dinov2_toolkit.report.targets import open_targets
@@ -109,6 +112,21 @@ def test_images_of_which_none_can_be_read() -> None:
         draw_neighbors("broken", "n.png", NeighborSettings(pool=pool, model="pixels"), Options())
 
 
+def test_features_that_overflow() -> None:
+    model = VisionTransformer(patch_size=4, embed_dim=12, depth=1, num_heads=3, img_size=28)
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.tensor([3e38, -3e38] * 6))  # finite, and its products are not
+    save_model(Path("run"), backbone=model, heads={}, preprocess=Preprocess(28, 1.0, (0.5,) * 3, (0.25,) * 3))
+    for label in "ab":
+        Path("photos", label).mkdir(parents=True)
+        pixels = np.random.default_rng(ord(label)).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"photos/{label}/0.png")
+    with error("features of .*run are not finite, first near .*0.png; name another --model"):
+        probe("photos", "photos", "scores.parquet", ProbeSettings(("run",), ("knn",)), Options())
+    with error("the patch tokens of .*run are not finite; name another --model"):
+        draw_pca(["photos/a/0.png", "photos/b/0.png"], "pca.png", PictureSettings("run"), Options())
+
+
 def test_pictures_of_manifests_that_lack_something() -> None:
     pool = Path(vectors("pool.parquet", 2))
     other = vectors("other.parquet", 3)
@@ -147,7 +165,7 @@ class Exits:
     """A function that ends the process which unpickles it."""
 
     def __reduce__(self) -> Any:
-        return os._exit, (3,)
+        return exec, ("import os; os._exit(3)",)
 
     def __call__(self, data: bytes) -> None:
         raise AssertionError

@@ -126,8 +126,8 @@ def test_queries_that_are_gone_must_be_named(drawn: Drawn) -> None:
         draw_neighbors("curated.parquet", "other.png", NeighborSettings(queries=pool), Options())
 
 
-@pytest.mark.parametrize(("name", "values"), [("rank", ["first"]), ("similarity", [[0.5]]), ("query_id", [[b"x"]])])
-def test_columns_of_a_selection_that_are_something_else_are_named(name: str, values: list[Any]) -> None:
+def curated_with(name: str, values: list[Any]) -> str:
+    """A selection of one image for one query, with something else in one of its columns."""
     queries, pool = embedded("queries", [10], "queries"), embedded("pool", [0, 15])
     retrieve_images(queries, pool, "curated.parquet", RetrieveSettings(k=1), Options())
     table, metadata = pq.read_table("curated.parquet"), pq.read_metadata("curated.parquet").metadata
@@ -136,8 +136,22 @@ def test_columns_of_a_selection_that_are_something_else_are_named(name: str, val
     with pq.ParquetWriter("curated.parquet", changed.schema) as writer:
         writer.write_table(changed)
         writer.add_key_value_metadata({RESULT_KEY: metadata[RESULT_KEY.encode()]})
+    return "curated.parquet"
+
+
+@pytest.mark.parametrize(("name", "values"), [("rank", ["first"]), ("similarity", [[0.5]]), ("query_id", [[b"x"]])])
+def test_columns_of_a_selection_that_are_something_else_are_named(name: str, values: list[Any]) -> None:
+    curated = curated_with(name, values)
     with pytest.raises(ToolkitError, match=rf"the `{name}` column of curated.parquet is .* and cannot be read as"):
-        draw_neighbors("curated.parquet", "sheet.png", NeighborSettings(), Options())
+        draw_neighbors(curated, "sheet.png", NeighborSettings(), Options())
+
+
+def test_a_selection_without_chosen_images_has_nothing_to_show() -> None:
+    curated = curated_with("rank", [0])  # that of queries that were included
+    with pytest.raises(
+        ToolkitError, match=r"no row of curated\.parquet was chosen for a query; make it by `dinov2 cur"
+    ):
+        draw_neighbors(curated, "sheet.png", NeighborSettings(), Options())
 
 
 def test_vectors_of_two_models_are_not_compared() -> None:

@@ -20,6 +20,7 @@ from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.store.artifact import Options
+from dinov2_toolkit.store.images import UnreadableImage
 
 COLOURS = np.array([(40, 60, 160), (200, 40, 40), (220, 200, 60)])
 
@@ -127,15 +128,33 @@ def test_random_pixels_of_a_tile_get_the_logits_of_the_whole_map() -> None:
     torch.testing.assert_close(here[:, inside], whole[:, down[inside], across[inside]], rtol=1e-4, atol=1e-5)
 
 
-def test_masks_of_another_size_are_an_error() -> None:
-    train, test = draw("train", 3, seed=0), draw("test", 3, seed=1)
+def test_images_without_a_mask_to_use_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = draw("train", 4, seed=0), draw("test", 4, seed=1, sizes=((32, 32), (32, 48), (32, 32), (32, 260)))
+    Path("train/3.mask.png").write_bytes(b"no picture")
     Image.new("L", (30, 32)).save("test/1.mask.png")
-    with pytest.raises(ToolkitError, match=r"1\.mask\.png is 30 x 32 pixels, but its image .*1\.png 48 x 32;"):
-        measure(train, test)
-    assert not Path("scores.parquet").exists()
+    measure(train, test)
+    scores = pq.read_table("scores.parquet").to_pylist()
+    assert {(row["num_train"], row["num_test"]) for row in scores} == {(3, 2)}
+    said = capsys.readouterr().err
+    assert "train: 1 images left out for their masks, first" in said and "cannot be read: not an image of" in said
+    assert "test: 2 images left out for their masks, first" in said
+    assert "1.mask.png is 30 x 32 pixels, but its image 48 x 32)" in said
+    Image.new("L", (30, 32)).save("test/0.mask.png")
+    Image.new("L", (30, 32)).save("test/2.mask.png")
+    with pytest.raises(
+        ToolkitError, match=r"no image of .*test\.parquet has a mask to use, first .*0\.png \(the mask .*"
+    ):
+        measure(train, test, "other.parquet")
+    assert not Path("other.parquet").exists()
 
 
-def test_masks_in_colour_or_gone_are_an_error() -> None:
+def test_a_long_image_has_no_tokens_for_all_of_its_mask() -> None:
+    with image_workers(decode_mask, 1) as workers:
+        found = segment._mask(workers, "gone.png", 32, 257)
+    assert isinstance(found, UnreadableImage) and found.reason == "it is 32 x 257 pixels, too long; cut it to pieces"
+
+
+def test_masks_in_colour_or_gone_cannot_be_read() -> None:
     Image.new("RGB", (4, 4)).save("colour.png")
     Image.new("RGB", (4, 4)).save("colour.eps")  # which Pillow reads by starting Ghostscript
     for name, why in [
@@ -143,13 +162,14 @@ def test_masks_in_colour_or_gone_are_an_error() -> None:
         ("colour.eps", "not an image of a known format"),
         ("gone.png", "no such file"),
     ]:
-        with pytest.raises(ToolkitError, match=f"the mask {name} of image cannot be read: {why}; correct the row"):
-            read(name, 4)
+        found = read(name, 4)
+        assert isinstance(found, UnreadableImage)
+        assert found.reason.startswith(f"the mask {name} cannot be read: {why}")
 
 
-def read(name: str, side: int) -> np.ndarray:
+def read(name: str, side: int) -> np.ndarray | UnreadableImage:
     with image_workers(decode_mask, 1) as workers:
-        return read_mask(workers, name, "image", side, side)
+        return read_mask(workers, name, side, side)
 
 
 def test_palette_masks_count_by_number_and_16_bit_ones_by_value() -> None:
@@ -160,8 +180,8 @@ def test_palette_masks_count_by_number_and_16_bit_ones_by_value() -> None:
     for name in ("palette.png", "deep.png"):
         np.testing.assert_array_equal(read(name, 2), numbers)
     Image.fromarray(numbers.astype(np.uint16) * 7).save("deep.png")
-    with pytest.raises(ToolkitError, match="holds the value 1785; classes are 0 to 254"):
-        read("deep.png", 2)
+    found = read("deep.png", 2)
+    assert isinstance(found, UnreadableImage) and "holds the value 1785; classes are 0 to 254" in found.reason
 
 
 def test_rows_without_a_mask_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:

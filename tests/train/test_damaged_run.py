@@ -205,6 +205,12 @@ def test_weights_that_are_not_finite_are_never_saved_or_finished(
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-0000002"]
     assert not (run / "model.json").exists() and catalog.artifacts("kind = 'run'") == []
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000002"]
+    # Nor where the last checkpoint is from a version that did not look.
+    monkeypatch.setattr(checkpoint, "first_not_finite", lambda tensors: None)
+    with pytest.raises(ToolkitError, match="are not finite after the last step; the last good checkpoint is"):
+        changes = ("max_skipped_steps=9", "momentum=[0.992, 1.0]", "steps=3", "keep_checkpoints=1")
+        pretrain(images, str(tmp_path / "other"), settings(*changes), Options())
+    assert not (tmp_path / "other" / "model.json").exists()
 
 
 def test_a_run_whose_last_losses_are_not_finite_is_no_success(whole: Path, tmp_path: Path) -> None:
