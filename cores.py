@@ -5,6 +5,7 @@ Torch, FAISS, Arrow and NumPy's BLAS take as many threads as OMP_NUM_THREADS say
 
 import math
 import os
+import re
 import sys
 
 from .store.memory import cgroup_values
@@ -49,11 +50,17 @@ def usable_cores() -> int:
     """Return on how many cores this process may compute: its share of those of the machine, at most --threads."""
     every = os.cpu_count() or 1
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # of our launcher and torchrun
+    local = _leading_number("LOCAL_WORLD_SIZE")  # of our launcher and torchrun
     if bound == every:  # srun often binds each process to cores of its own
-        local = max(local, int(os.environ.get("SLURM_NTASKS_PER_NODE") or 1))
+        local = max(local, _leading_number("SLURM_NTASKS_PER_NODE"))  # such as 4(x2): on each of two nodes
     count = max(1, int(min(bound, cgroup_quota()) // local))
     return count if _asked is None else min(count, _asked)
+
+
+def _leading_number(variable: str) -> int:
+    """Return the number that an environment variable begins with, 1 where there is none or it is 0."""
+    digits = re.match(r"[0-9]*", os.environ.get(variable, ""))
+    return max(1, int(digits[0])) if digits and digits[0] else 1
 
 
 def cgroup_quota() -> float:

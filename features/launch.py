@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from .. import console, cores
 from .. import process as own_process
 from ..errors import Stopped, ToolkitError
 from ..process import LAUNCHER, SIGNALS, Handler, is_main_process, set_handler, take_first_signal
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LOST = re.compile(  # in the errors of torch
     "Connection (closed|reset) by peer|gloo/transport|Broken pipe|process exited|ncclRemoteError|Timed out waiting"
@@ -36,6 +39,7 @@ class Group:
 
     rank: int = 0
     count: int = 1
+    host: "ProcessGroup | None" = None  # by which they exchange what lies in main memory; None: torch's default one
 
     @property
     def is_first(self) -> bool:
@@ -44,27 +48,41 @@ class Group:
 
     def decide(self, decision: Callable[[], T]) -> T:
         """Return in every process what the first one decides; where it raises an error, the others just end."""
-        from accelerate.utils import broadcast_object_list
-
         decided: list[tuple[T] | None] = [None]
         try:
             if self.is_first:
                 decided = [(decision(),)]
         finally:
             if self.count > 1:
+                from torch.distributed import broadcast_object_list
+
                 with needs_others():
-                    broadcast_object_list(decided)
+                    broadcast_object_list(decided, group=self.host)
         if decided[0] is None:
             raise SystemExit(1)
         return decided[0][0]
 
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, by rank, in all of them."""
+        if self.count == 1:
+            return [value]
+        from torch.distributed import all_gather_object
+
+        values: list[T] = [value] * self.count
+        with needs_others():
+            all_gather_object(values, value, group=self.host)
+        return values
+
     def wait(self) -> None:
         """Wait until all processes are here. Raises Stopped when one of them has ended."""
         if self.count > 1:
-            from accelerate import PartialState
+            from torch.distributed import barrier
 
             with needs_others():
-                PartialState().wait_for_everyone()
+                barrier(group=self.host)
+
+
+ALONE = Group()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..store.lock import is_held
 from ..train.config import TrainConfig
 from ..train.launch import read_status
 from ..train.monitor.health import collapse_reason
-from ..train.run import LOCK
+from ..train.run_folder import LOCK
 from .lineage import lineage
 from .run_metrics import (
     BAND,

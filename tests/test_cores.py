@@ -65,6 +65,17 @@ def test_processes_that_srun_has_bound_to_cores_do_not_share_these(monkeypatch: 
     assert usable_cores() == 4
 
 
+@pytest.mark.parametrize(("text", "expected"), [("4(x2)", 4), ("2,1", 8), ("x", 16), ("", 16), ("0", 16), ("-2", 16)])
+def test_numbers_of_processes_may_have_words_after_them(
+    text: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, every=16, bound=16)
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.setenv(name, text)
+        assert usable_cores() == expected
+        monkeypatch.delenv(name)
+
+
 def test_the_option_bounds_cores_and_is_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, every=16, bound=16)
     cores.use_threads(3)

@@ -50,7 +50,7 @@ from dinov2_toolkit.tests.train.small_run import settings
 from dinov2_toolkit.train.config import TrainConfig
 from dinov2_toolkit.train.engine import parallelize
 from dinov2_toolkit.train.monitor.online_knn import knn_accuracy, labelled_sets
-from dinov2_toolkit.train.run import check_batch
+from dinov2_toolkit.train.processes import check_batch
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +197,7 @@ LAUNCHED = """
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.launch import join_group
 from dinov2_toolkit.tests.train.small_run import settings
-from dinov2_toolkit.train.run import start_processes
+from dinov2_toolkit.train.processes import start_processes
 from pathlib import Path
 for start in (join_group, lambda: start_processes(settings(), (), Path("run"))):
     try:

@@ -92,13 +92,15 @@ def pretrain(
     """Train a vision transformer by DINOv2's objective, from nothing or from other weights."""
     from ..features.launch import prints_result
     from .config import TrainConfig, command_config
+    from .launch import ending_together
     from .pretrain import pretrain as run
     from .run import LaunchOptions, MonitorOptions
 
-    config = command_config(TrainConfig, output, recipe, assignments or [], resume=resume, seed=seed)
-    monitor = MonitorOptions(eval_train, eval_test, eval_share, tuple(track or ()), preview, profile)
-    launch: LaunchOptions = {"resume": resume, "num_processes": num_processes, "monitor": monitor}
-    result = run(manifest, output, config, shared, init_from=init_from, **launch)
+    with ending_together():
+        config = command_config(TrainConfig, output, recipe, assignments or [], resume=resume, seed=seed)
+        monitor = MonitorOptions(eval_train, eval_test, eval_share, tuple(track or ()), preview, profile)
+        launch: LaunchOptions = {"resume": resume, "num_processes": num_processes, "monitor": monitor}
+        result = run(manifest, output, config, shared, init_from=init_from, **launch)
     return result if prints_result() else None
 
 
@@ -134,12 +136,14 @@ def distill(
     from ..features.launch import prints_result
     from .distill import distill as run
     from .distill import distill_config
+    from .launch import ending_together
     from .run import LaunchOptions, MonitorOptions
 
-    config = distill_config(
-        output, teacher, arch or [], recipe, assignments or [], objective=objective, resume=resume, seed=seed
-    )
-    monitor = MonitorOptions(eval_train, eval_test, eval_share, tuple(track or ()), preview, profile)
-    launch: LaunchOptions = {"resume": resume, "num_processes": num_processes, "monitor": monitor}
-    result = run(manifest, output, config, shared, teacher=teacher, **launch)
+    with ending_together():
+        config = distill_config(
+            output, teacher, arch or [], recipe, assignments or [], objective=objective, resume=resume, seed=seed
+        )
+        monitor = MonitorOptions(eval_train, eval_test, eval_share, tuple(track or ()), preview, profile)
+        launch: LaunchOptions = {"resume": resume, "num_processes": num_processes, "monitor": monitor}
+        result = run(manifest, output, config, shared, teacher=teacher, **launch)
     return result if prints_result() else None

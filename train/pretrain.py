@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .. import console
 from ..errors import Stopped, ToolkitError
-from ..features.launch import Group, caught_signals
+from ..features.launch import caught_signals
 from ..models import cpu
 from ..models.weights import model_content_id
 from ..store.artifact import Options, Result
@@ -59,7 +59,6 @@ from .monitor.health import PATIENCE_STEPS, RANK_STEPS, collapse_reason, health_
 from .monitor.metrics import (
     append_metrics,
     averaged,
-    host_group,
     peak_memory_mib,
     progress_note,
     read_metrics,
@@ -71,7 +70,8 @@ from .monitor.metrics import (
 from .monitor.online_knn import BestKnn, knn_figures
 from .monitor.trace import traced
 from .objective.networks import update_teacher
-from .run import CHECKPOINTS, LaunchOptions, Run, run_training
+from .run import LaunchOptions, Run, run_training
+from .run_folder import CHECKPOINTS
 
 SKIPPED = "skipped_steps", "skipped_in_a_row"  # counts of steps whose loss or gradient was not finite
 
@@ -108,23 +108,23 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
         ToolkitError: if the gradients of too many steps in a row are not finite.
     """
     config, images, labelled = run.config, run.images, run.labelled
-    num_processes, process, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    is_main = accelerator.is_main_process
+    processes, device = run.processes, accelerator.device
+    num_processes, process, is_main = processes.count, processes.rank, processes.is_first
     wrapped, optimizer, full_model = prepare(model.train(), config, accelerator)
 
     # Resume from the latest checkpoint.
     counts = {"step": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "replaced_images": 0}
-    processes = Group(process, num_processes)
     counts["micro_batch_size"] = run.micro_batch_size
-    saved = processes.decide(lambda: newest_whole(run.folder / CHECKPOINTS, config.steps))
+    saved = processes.decide(lambda: newest_whole(run.folder / CHECKPOINTS, config.steps))  # on the main one's disk
     if saved is not None:
-        counts |= load_checkpoint(saved, model, optimizer)
+        counts |= load_checkpoint(saved, model, optimizer, processes)
         console.say(f"resuming at step {counts['step']:,} of {config.steps:,}")
     if is_main:
         rewind_metrics(run.folder, counts["step"])
         if counts["step"]:  # a kill right after a checkpoint left the table of the one before
             write_metrics_table(run.folder, replace(run.provenance, kind="metrics"))
-    best = BestKnn(read_metrics(run.folder))
+    rows = processes.decide(lambda: read_metrics(run.folder))
+    best, figures = BestKnn(rows), (rows or [{}])[-1]
     if is_main:
         prune_checkpoints(run.folder / CHECKPOINTS, config.keep_checkpoints, best.step)
     first_step = counts["step"]
@@ -145,9 +145,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
         limits=config.limits,
         is_pinned=device.type == "cuda",
     )
-    figures = (read_metrics(run.folder) or [{}])[-1]
     collapse_since: int | None = None
-    group = host_group(accelerator)
     # Counted on the device, so that no step waits for it.
     num_skipped, in_a_row = (torch.full((), float(counts[name]), device=device) for name in SKIPPED)
     heap, throughput = cpu.TidyHeap(device), throughput_of(config, model, device, num_processes)
@@ -172,7 +170,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             # Data.
             with throughput.waiting():
                 global_crops, local_crops, masks, num_replaced = next(views)
-            events = started_sum([bool(signals), num_replaced], group)
+            events = started_sum([bool(signals), num_replaced], processes)
 
             # Teacher targets.
             with accelerator.autocast():
@@ -240,15 +238,13 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
                 if collapse_since is not None and step - collapse_since >= PATIENCE_STEPS:
                     console.warn(f"step {step + 1}: {reason}")
                     collapse_since = None
-                if is_measured and labelled is not None:
-                    figures |= knn_figures(full_model(), labelled, config)
+                if is_measured and labelled is not None and (whole := full_model(True)) is not None:
+                    figures |= knn_figures(whole, labelled, config, processes)
                     is_best = processes.decide(partial(best.add, figures))
                     has_stalled = processes.decide(lambda: best.has_stalled(config.early_stop))
                 if is_main:
                     append_metrics(run.folder, figures)
                 accelerator.log(figures, step=step + 1)
-                if is_measured:
-                    accelerator.wait_for_everyone()
                 throughput.restart()
             advance(1, progress_note(figures))
             del global_crops, local_crops, targets, outputs  # of the next step's crops two batches are in memory
@@ -256,12 +252,12 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             # Save; not while gradients are bad, for then the weights may be.
             if (is_due and not counts["skipped_in_a_row"]) or is_last or num_stopped or is_best or has_stalled:
                 save(run, optimizer, full_model, counts, best.step)
-                accelerator.wait_for_everyone()
+                processes.wait()
             if has_stalled:
                 break
             if num_stopped and not is_last:
                 raise Stopped(f"stopped at step {step + 1:,} of {config.steps:,}, all saved; resume with --resume")
-    if (finished := full_model()) is not None:
+    if (finished := full_model(is_main)) is not None:
         if (name := first_not_finite(trained_state(finished))) is not None:
             raise ToolkitError(f"the weights {name} are not finite after the last step; {last_good(run)}")
         if best.step is not None:
@@ -309,12 +305,12 @@ def rates_at(step: int, config: TrainConfig) -> Rates:
 def save(
     run: Run,
     optimizer: Optimizer,
-    full_model: Callable[[], TrainedModel | None],
+    full_model: Callable[[bool], TrainedModel | None],
     counts: Mapping[str, int],
     best_step: int | None,
 ) -> None:
     """Write a checkpoint and `metrics.parquet`. All processes must call it; the main one writes."""
-    model = full_model()
+    model = full_model(run.processes.is_first)
     optimizer_state = full_optimizer_state(optimizer, wanted=model is not None)
     if model is not None:
         preprocess, keep = preprocess_of(run.config), run.config.keep_checkpoints

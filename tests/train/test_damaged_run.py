@@ -16,7 +16,7 @@ from dinov2_toolkit.store import catalog
 from dinov2_toolkit.store.artifact import Options, read_run_provenance
 from dinov2_toolkit.tests.train.small_run import CLOCK, noise_images, repeatable_metrics, settings
 from dinov2_toolkit.train import pretrain as loop
-from dinov2_toolkit.train import run as around
+from dinov2_toolkit.train import run_folder as around
 from dinov2_toolkit.train.config import CONFIG_FILE
 from dinov2_toolkit.train.engine import checkpoint
 from dinov2_toolkit.train.engine.checkpoint import CHECKSUMS_FILE, DAMAGED, FILES, checkpoints

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,13 +14,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import dinov2_toolkit
-from dinov2_toolkit.errors import Stopped
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.tests.train import small_run
+from dinov2_toolkit.tests.train.pair import ended, started_pair
 from dinov2_toolkit.tests.train.small_run import CLOCK, noise_images, repeatable_metrics, settings
 from dinov2_toolkit.train.monitor.metrics import read_metrics
 from dinov2_toolkit.train.pretrain import pretrain
@@ -110,33 +108,7 @@ def test_killed_twenty_times_and_resumed_equals_uninterrupted_bit_for_bit_with_a
 
 def forked_pair(manifest: Path, folder: Path, steps: int) -> list[BaseProcess]:
     """Start a run of two processes as torchrun does."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
-
-    def rank(number: int) -> None:
-        os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
-        AcceleratorState._reset_state(reset_partial_state=True)  # of what ran in the parent
-        try:
-            run(manifest, folder, 0, steps)
-        except Stopped:
-            sys.exit(75)
-
-    context = multiprocessing.get_context("fork")
-    pair: list[BaseProcess] = [context.Process(target=rank, args=(number,)) for number in range(2)]
-    for process in pair:
-        process.start()
-    return pair
-
-
-def ended(pair: list[BaseProcess], patience_s: float) -> list[int | None]:
-    """Wait for processes, end those that are still there, and return the exit codes."""
-    deadline = time.monotonic() + patience_s
-    for process in pair:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-        process.join()
-    return [process.exitcode for process in pair]
+    return started_pair(lambda rank: run(manifest, folder, 0, steps), manifest.parent)
 
 
 def assert_killed_pair_equals_whole(manifest: Path, num_kills: int, steps: int) -> None:

@@ -1,10 +1,12 @@
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from dinov2_toolkit.errors import Stopped, ToolkitError
-from dinov2_toolkit.train.launch import check_launch, read_status, status_kept
+from dinov2_toolkit.tests.train.pair import ended, said, started_pair
+from dinov2_toolkit.train.launch import check_launch, ending_together, errors_left, read_status, status_kept
 
 
 def test_the_status_file_carries_the_exit_code(tmp_path: Path) -> None:
@@ -19,18 +21,43 @@ def test_the_status_file_carries_the_exit_code(tmp_path: Path) -> None:
     assert read_status(tmp_path) == {"exit_code": 1, "message": "bad"}
 
 
-def test_other_processes_end_as_the_main_one_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ToolkitError), status_kept(tmp_path):
-        raise ToolkitError("bad")
-    monkeypatch.setenv("RANK", "1")
-    problems: list[tuple[Stopped | ToolkitError, int]] = [(Stopped("at step 3"), 75), (ToolkitError("bad"), 1)]
-    for problem, code in problems:
-        with pytest.raises(SystemExit) as ended, status_kept(tmp_path):
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_process_ends_the_other_wherever_it_is_and_is_said_once(tmp_path: Path, failing: int) -> None:
+    def work(rank: int) -> None:
+        with ending_together(), status_kept(tmp_path), errors_left():
+            if rank == failing:
+                raise ToolkitError(f"bad disk of {rank}")
+            time.sleep(60)
+
+    assert ended(started_pair(work, tmp_path), 20) == [1, 1]
+    assert said(tmp_path) == [f"error: bad disk of {failing}"]
+    assert read_status(tmp_path) == {"exit_code": 1, "message": f"bad disk of {failing}"}
+
+
+def test_an_error_of_all_and_an_unexpected_one_and_a_stop_are_said_once_too(tmp_path: Path) -> None:
+    def work(problem: Exception) -> None:
+        with ending_together(), status_kept(tmp_path), errors_left():
             raise problem
-        assert ended.value.code == code
-    with pytest.raises(ToolkitError, match="of its own"), status_kept(tmp_path):
-        raise ToolkitError("of its own")
-    assert read_status(tmp_path) == {"exit_code": 1, "message": "bad"}
+
+    assert ended(started_pair(lambda rank: work(ToolkitError("bad images")), tmp_path), 20) == [1, 1]
+    assert said(tmp_path) == ["error: bad images"]
+    assert ended(started_pair(lambda rank: work(Stopped("at step 3")), tmp_path), 20) == [75, 75]
+    assert said(tmp_path) == ["at step 3"] and read_status(tmp_path) == {"exit_code": 75, "message": "at step 3"}
+    assert ended(started_pair(lambda rank: work(LookupError("no\nkey")), tmp_path), 20) == [1, 1]
+    assert read_status(tmp_path) == {"exit_code": 1, "message": "LookupError: no key"}
+    assert said(tmp_path).count("LookupError: no") == 1  # of one traceback
+
+
+def test_an_error_before_the_first_process_is_there_is_known_to_it(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        time.sleep(2 * (1 - rank))
+        with ending_together():
+            if rank == 1:
+                raise ToolkitError("no such file")
+            time.sleep(60)
+
+    assert ended(started_pair(work, tmp_path), 20) == [1, 1]
+    assert said(tmp_path) == ["error: no such file"]
 
 
 def test_launches_that_accelerate_would_silently_misunderstand_are_errors() -> None:

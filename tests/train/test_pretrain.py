@@ -28,7 +28,7 @@ from dinov2_toolkit.train.engine.schedules import scaled_lr
 from dinov2_toolkit.train.launch import read_status
 from dinov2_toolkit.train.monitor.metrics import append_metrics, read_metrics
 from dinov2_toolkit.train.pretrain import pretrain, rates_at
-from dinov2_toolkit.train.run import LOCK
+from dinov2_toolkit.train.run_folder import LOCK
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,11 @@ import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from ... import console
 from ...errors import ToolkitError
+from ...features.launch import ALONE, Group
 from ...models.head import ProjectionHead
 from ...models.preprocess import Preprocess
 from ...models.saved import MODEL_JSON, TEACHER_FILE, full_disk_said, save_model, save_students
@@ -212,16 +215,48 @@ def _digest(path: Path) -> str:
         return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
-def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def load_checkpoint(
+    path: Path, model: TrainedModel, optimizer: torch.optim.Optimizer, processes: Group = ALONE
+) -> dict[str, int]:
     """Load a checkpoint into the model and the optimizer, sharded or not, and return its state.
+
+    The first process reads `path` and sends it to the others, whose disks need not have it.
 
     Raises:
         ToolkitError: if it was made by another model.
     """
+    own = trained_state(model)
+    tensors, moments = dict[str, Tensor](), dict[int, dict[str, Tensor]]()
+
+    def read() -> tuple[list[str], list[int], Any, dict[str, int]]:
+        tensors.update(_weights(path, own))
+        saved = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        moments.update(saved["state"])
+        return list(tensors), list(moments), saved["param_groups"], json.loads((path / STATE_FILE).read_text())
+
+    names, numbers, param_groups, state = processes.decide(read)
+    placed = {}
+    for name in names:
+        value: Tensor = processes.decide(partial(tensors.__getitem__, name))
+        placed[name] = placed_like(value, own[name])
+    model.load_state_dict(placed, strict=False)  # compared when read; a frozen teacher is not in it
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number in numbers:  # AdamW's averages are placed as their weight
+        weight = weights[number]
+        entries: dict[str, Tensor] = processes.decide(partial(moments.__getitem__, number))
+        moments[number] = {
+            name: placed_like(value, weight) if value.shape == weight.shape else value
+            for name, value in entries.items()
+        }
+    optimizer.load_state_dict({"state": moments, "param_groups": param_groups})
+    return state
+
+
+def _weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors by name; raise ToolkitError where they are not those of `own`."""
     tensors = load_file(path / BUFFERS_FILE)
     for side, file in (("student", STUDENT_FILE), ("teacher", TEACHER_FILE)):
         tensors |= {f"{side}.{name}": value for name, value in load_file(path / file).items()}
-    own = trained_state(model)
     wanted, found = ({name: tuple(value.shape) for name, value in state.items()} for state in (own, tensors))
     if wanted != found:
         name = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -229,13 +264,4 @@ def load_checkpoint(path: Path, model: TrainedModel, optimizer: torch.optim.Opti
             f"checkpoint {path} is of another model: {name} is {found.get(name, 'missing')}, wanted "
             f"{wanted.get(name, 'missing')}; resume with the run's own config.toml"
         )
-    placed = {name: placed_like(value, own[name]) for name, value in tensors.items()}
-    model.load_state_dict(placed, strict=False)  # compared above; a frozen teacher is not in it
-    saved = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    for number, entries in saved["state"].items():  # AdamW's averages are placed as their weight
-        weight = weights[number]
-        entries |= {name: placed_like(value, weight) for name, value in entries.items() if value.shape == weight.shape}
-    optimizer.load_state_dict(saved)
-    state: dict[str, int] = json.loads((path / STATE_FILE).read_text())
-    return state
+    return tensors

@@ -22,14 +22,14 @@ COMPILED_SHAPES = 64  # chosen: kinds of batch that a block is compiled for befo
 
 def prepare(
     model: TrainedModel, config: TrainConfig, accelerator: Accelerator
-) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], TrainedModel | None]]:
+) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[bool], TrainedModel | None]]:
     """Return the module to call forward on, the student's optimizer, and a function that returns the full model.
 
-    Where Accelerate's settings ask for FSDP2, `model` is sharded in place. All processes must call that function; it
-    returns None in all but the main one.
+    Where Accelerate's settings ask for FSDP2, `model` is sharded in place. All processes must call that function, with
+    whether they want the model; it returns None in those that do not.
     """
     settings = sharding(os.environ)
-    is_main, device = accelerator.is_main_process, accelerator.device
+    device = accelerator.device
     empty = None if settings is None else meta_copy(model)
     if config.compile:
         compile_blocks(model)
@@ -41,9 +41,9 @@ def prepare(
     )
     if empty is None:
         wrapped, optimizer = accelerator.prepare(model, optimizer)
-        return wrapped, optimizer, lambda: model if is_main else None
+        return wrapped, optimizer, lambda wanted: model if wanted else None
     wrapped = accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone, and no DDP
-    return wrapped, optimizer, lambda: full_model(model, empty, wanted=is_main)
+    return wrapped, optimizer, lambda wanted: full_model(model, empty, wanted=wanted)
 
 
 def compile_blocks(model: TrainedModel) -> None:

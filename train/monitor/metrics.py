@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ... import console
+from ...features.launch import Group
 from ...store.files import check_regular, write_text
 from ...store.json_text import json_object
 from ...store.manifest import ManifestWriter, Provenance
@@ -173,17 +174,12 @@ def progress_note(figures: Mapping[str, float]) -> str:
     return note[: max(0, shutil.get_terminal_size().columns - BAR_COLUMNS)] if sys.stderr.isatty() else note
 
 
-def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """Return a group of all processes for numbers of the host, None where there is one process; all must call it."""
-    return dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-
-
-def started_sum(numbers: list[int], group: dist.ProcessGroup | None) -> Callable[[], list[int]]:
-    """Begin to sum some numbers of the host over a `host_group`; return what waits for the sums, not for a GPU."""
-    if group is None:
+def started_sum(numbers: list[int], processes: Group) -> Callable[[], list[int]]:
+    """Begin to sum some numbers of the host over all processes; return what waits for the sums, not for a GPU."""
+    if processes.count == 1:
         return lambda: numbers
     total = torch.tensor(numbers)
-    work = dist.all_reduce(total, group=group, async_op=True)
+    work = dist.all_reduce(total, group=processes.host, async_op=True)
 
     def sums() -> list[int]:
         work.wait()

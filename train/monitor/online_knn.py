@@ -12,6 +12,7 @@ from ... import console
 from ...errors import ToolkitError
 from ...features.extract.extract import FeatureModel, extract
 from ...features.knn import knn_predictions
+from ...features.launch import ALONE, Group
 from ...models.preprocess import Preprocess
 from ...models.vit import VisionTransformer
 from ...store.manifest import Source
@@ -105,43 +106,87 @@ def _labelled(option: str, name: str) -> LabelledImages:
     return LabelledImages([uri for uri, _ in images], np.array([label for _, label in images]))
 
 
-def knn_figures(model: TrainedModel | None, sets: LabelledSets, config: TrainConfig) -> dict[str, float]:
+def knn_figures(
+    model: TrainedModel, sets: LabelledSets, config: TrainConfig, processes: Group = ALONE
+) -> dict[str, float]:
     """Return `knn`, the k-NN accuracy of the teacher's class tokens, 0 to 1; of several students `NAME_knn` of each.
 
-    Empty without a model, as in all processes but the main one.
+    The same in all processes, which must all call it with the same model, and share the work.
     """
-    parts = {} if model is None else dict(model.teacher.items())
-    backbones = {name: part for name, part in parts.items() if isinstance(part, VisionTransformer)}
+    backbones = {name: part for name, part in model.teacher.items() if isinstance(part, VisionTransformer)}
     preprocess, num_workers = preprocess_of(config), config.num_workers
     # Blocks are compiled for the batches of training, not for these.
     with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
         return {
-            name.removesuffix("backbone") + "knn": knn_accuracy(part, sets, preprocess, num_workers=num_workers)
+            name.removesuffix("backbone") + "knn": knn_accuracy(
+                part, sets, preprocess, num_workers=num_workers, processes=processes
+            )
             for name, part in backbones.items()
         }
 
 
-def knn_accuracy(backbone: VisionTransformer, sets: LabelledSets, preprocess: Preprocess, *, num_workers: int) -> float:
-    """Return the share of test images, 0 to 1, whose class the 20 nearest training images vote for by class tokens."""
+def knn_accuracy(
+    backbone: VisionTransformer,
+    sets: LabelledSets,
+    preprocess: Preprocess,
+    *,
+    num_workers: int,
+    processes: Group = ALONE,
+) -> float:
+    """Return the share of test images, 0 to 1, whose class the 20 nearest training images vote for by class tokens.
+
+    Each process computes the features of its share of both, and predicts its share of the test images. Batches are the
+    same whatever the number of processes, and so is the result, bit for bit on CPUs.
+    """
     model = FeatureModel(Source("model", "teacher", ""), backbone.embed_dim, preprocess, backbone)
-    (train_features, train_labels), (test_features, test_labels) = (_features(model, it, num_workers) for it in sets)
-    names, train_classes = np.unique(train_labels, return_inverse=True)
-    k = min(K, len(train_classes))
-    predictions = knn_predictions(train_features, train_classes, test_features, (k,))[k]
-    return float((names[predictions[:, 0]] == test_labels).mean())
+    voting, tested = sets
+    shares = processes.gather(_features(model, voting, num_workers, processes))
+    rows = np.concatenate([share.rows for share in shares])
+    order = np.argsort(rows)
+    train_features = np.concatenate([share.features for share in shares])[order]
+    _say_unreadable(voting, len(rows), [it for share in shares for it in share.unreadable], processes)
+    names, train_classes = np.unique(voting.labels[rows[order]], return_inverse=True)
+
+    own = _features(model, tested, num_workers, processes)
+    num_right = 0
+    if len(own.rows):
+        k = min(K, len(train_classes))
+        predictions = knn_predictions(train_features, train_classes, own.features, (k,))[k]
+        num_right = int((names[predictions[:, 0]] == tested.labels[own.rows]).sum())
+    results = processes.gather((num_right, len(own.rows), own.unreadable))
+    num_tested = sum(number for _, number, _ in results)
+    _say_unreadable(tested, num_tested, [it for *_, unreadable in results for it in unreadable], processes)
+    return sum(right for right, *_ in results) / num_tested
 
 
-def _features(model: FeatureModel, images: LabelledImages, num_workers: int) -> tuple[Float32, NDArray[np.str_]]:
-    """Return the features (n, D) and labels (n,) of the images that can be read."""
-    features, rows, failures = [np.empty((0, model.dim), np.float32)], [], []
-    with closing(extract(model, images.uris, batch_size=BATCH_SIZE, num_workers=max(1, num_workers))) as batches:
-        for batch in batches:
-            features.append(batch.features.numpy())
-            rows += batch.indices
-            failures += batch.failures
-    if failures:
-        row, reason = failures[0]
-        console.warn(f"k-NN: {len(failures):,} images left out, first {images.uris[row]} ({reason})")
-    if not rows:
+class _Share(NamedTuple):
+    """A process's share of some images."""
+
+    features: Float32  # (n, D) of those that can be read
+    rows: NDArray[np.int64]  # (n,)
+    unreadable: list[tuple[int, str]]  # the others, and why
+
+
+def _features(model: FeatureModel, images: LabelledImages, num_workers: int, processes: Group) -> _Share:
+    """Return the features of this process's share of the images: every so many-th batch."""
+    rows = np.arange(len(images.uris))
+    batches = np.split(rows, rows[BATCH_SIZE::BATCH_SIZE])[processes.rank :: processes.count]
+    own = np.concatenate([rows[:0], *batches])
+    # None ends a batch, also where an image of it cannot be read.
+    uris = [uri for batch in batches for uri in [*(images.uris[row] for row in batch), None]]
+    features, indices, unreadable = [np.empty((0, model.dim), np.float32)], list[int](), list[tuple[int, str]]()
+    with closing(extract(model, uris, batch_size=BATCH_SIZE, num_workers=max(1, num_workers))) as found:
+        for part in found:
+            features.append(part.features.numpy())
+            indices += part.indices
+            unreadable += [(int(own[index]), reason) for index, reason in part.failures]
+    return _Share(np.concatenate(features), own[indices], unreadable)
+
+
+def _say_unreadable(images: LabelledImages, num_read: int, unreadable: list[tuple[int, str]], processes: Group) -> None:
+    """Warn of images that cannot be read; raise ToolkitError where none can."""
+    if unreadable and processes.is_first:
+        row, reason = min(unreadable)
+        console.warn(f"k-NN: {len(unreadable):,} images left out, first {images.uris[row]} ({reason})")
+    if not num_read:
         raise ToolkitError(f"no labelled image can be read, first {images.uris[0]}; check the --eval options")
-    return np.concatenate(features), images.labels[rows]

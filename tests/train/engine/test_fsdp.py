@@ -34,7 +34,7 @@ from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
 from dinov2_toolkit.train.objective.multi_student import MultiStudent
 from dinov2_toolkit.train.objective.networks import update_teacher
 from dinov2_toolkit.train.objective.ssl_model import SSLModel
-from dinov2_toolkit.train.run import start_processes
+from dinov2_toolkit.train.processes import start_processes
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 SETTINGS = [
@@ -174,7 +174,7 @@ def train_three_steps(build: Callable[[], TrainedModel], accelerator: Accelerato
             results[f"loss {step}"] = accelerator.reduce(losses["total"].detach(), reduction="mean")
             results |= {f"norm {step} {name}": norm for name, norm in norms.items()}
         state = full_optimizer_state(optimizer, wanted=accelerator.is_main_process)
-        whole = full_model()
+        whole = full_model(accelerator.is_main_process)
         assert (whole is None) != accelerator.is_main_process
         if whole is not None:
             preprocess = Preprocess(8, 1.0, (0.5,) * 3, (0.5,) * 3)
