@@ -43,7 +43,7 @@ class CostConfig:
     eval_every: int = 1000  # steps between two k-NN on labelled images (--eval-train and --eval-test, or --eval-share)
     # End after so many k-NN in a row without a better one, with the model of the best; 0: never.
     early_stop: int = 0
-    compile: bool = False  # torch.compile of each block but the last; rounds otherwise, as another machine does
+    compile: bool = False  # torch.compile of blocks, heads and losses; rounds otherwise, as another machine does
     # Bit for bit on GPUs too, where sums have no fixed order otherwise; slower. On a CPU every run is.
     deterministic: bool = False
 

@@ -49,7 +49,7 @@ def check_launch(environment: Mapping[str, str]) -> None:
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise ToolkitError(f"ACCELERATE_USE_{name} is set, which this training does not know; use DDP or FSDP")
-    # It would compile the whole model, whose last block has other shapes every step.
+    # It would compile the whole model at once, which takes the longer the deeper it is, and not what the teacher does.
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise ToolkitError("ACCELERATE_DYNAMO_BACKEND is set; set it to no, and compile by --set compile=true")
 

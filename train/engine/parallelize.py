@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from ...errors import ToolkitError
-from ...models.vit import VisionTransformer
+from ...models.block import Block
+from ...models.head import ProjectionHead
 from ..config import TrainConfig
+from ..objective.losses import COMPILED_SHAPES
 from .checkpoint import TrainedModel
 from .fsdp import full_model, meta_copy, shard, sharding
 from .optimizer import build_optimizer
-
-COMPILED_SHAPES = 64  # chosen: kinds of batch that a block is compiled for before it is an error
 
 
 def prepare(
@@ -32,7 +32,7 @@ def prepare(
     device = accelerator.device
     empty = None if settings is None else meta_copy(model)
     if config.compile:
-        compile_blocks(model)
+        compile_networks(model)
     if settings is not None:
         model.to(device)
         shard(model.student, model.teacher, device, keep_gathered=not settings.reshard_after_forward)
@@ -46,16 +46,15 @@ def prepare(
     return wrapped, optimizer, lambda wanted: full_model(model, empty, wanted=wanted)
 
 
-def compile_blocks(model: TrainedModel) -> None:
-    """Have every block but the last of all backbones compiled, by itself and in place, when it first runs.
+def compile_networks(model: TrainedModel) -> None:
+    """Have every block of all backbones and every head compiled, by itself and in place, when it first runs.
 
-    All blocks of a backbone share what is compiled, for each kind of batch. The last block's shapes depend on how many
-    patches are masked. A distillation's frozen teacher is one of the backbones.
+    All blocks of a backbone share what is compiled, for each kind of batch; the last one, which computes selected
+    tokens alone, has its own. A distillation's frozen teacher is one of the networks.
     """
     for part in model.modules():
-        if isinstance(part, VisionTransformer):
-            for block in part.blocks[:-1]:
-                block.compile(dynamic=False, fullgraph=True, recompile_limit=COMPILED_SHAPES)
+        if isinstance(part, Block | ProjectionHead):
+            part.compile(dynamic=False, fullgraph=True, recompile_limit=COMPILED_SHAPES)
 
 
 def check_compiler(environment: Mapping[str, str]) -> None:

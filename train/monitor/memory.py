@@ -95,17 +95,18 @@ def _augmentation_bytes(config: TrainConfig) -> float:
 
 
 def _teacher_bytes(config: TrainConfig, model: TrainedModel, crops: Crops) -> float:
-    """Return the bytes of an image at the peak of the teacher's pass: one block, or logits and Sinkhorn's scores.
+    """Return the bytes of an image at the peak of the teacher's pass: one block, or the logits.
 
-    A block has the tokens, their norms and the feed-forward before and after its activation; of logits there are the
-    product, itself in float32, and the scores over them.
+    A block has the tokens, their norms and the feed-forward before and after its activation. Logits are in float32, on
+    a CPU there are those of two halves beside the whole; a centre and softmax need one more matrix.
     """
     networks = model.teacher if isinstance(model, SSLModel) else model.frozen.networks
     backbone, number = backbone_of(networks), _number_bytes(config)
     hidden = feed_forward(backbone)[0].out_features
     block = crops.tokens * ((3 * 4 + 2 * number) * backbone.embed_dim + 2 * number * hidden)
     head = head_of(networks)
-    return max(block, 0 if head is None else crops.read * head.num_prototypes * (number + 2 * 4))
+    matrices = 2 if config.centering == "sinkhorn_knopp" else 3
+    return max(block, 0 if head is None else crops.read * head.num_prototypes * matrices * 4)
 
 
 def _target_bytes(crops: Crops, student: nn.ModuleDict) -> float:

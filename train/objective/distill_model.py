@@ -4,6 +4,7 @@ Shapes as in `micro_batch`.
 """
 
 import copy
+from functools import partial
 
 import torch
 from numpy.typing import ArrayLike
@@ -52,11 +53,10 @@ class DistillModel(nn.Module):
 
         `masks` only tells how many patch tokens there are.
         """
-        with torch.inference_mode():
-            features: Features = self.frozen(global_crops, backbone_of(self.student).patch_size)
-            logits = head_logits(self.frozen.networks, features.cls_token, features.patch_tokens.flatten(0, 1))
-        # Outside inference mode, since backward needs the probabilities.
-        cls_probs, patch_probs = (sinkhorn_knopp(rows, teacher_temp) for rows in logits)
+        features: Features = self.frozen(global_crops, backbone_of(self.student).patch_size)
+        logits = head_logits(self.frozen.networks, features.cls_token, features.patch_tokens.flatten(0, 1))
+        balanced = partial(sinkhorn_knopp, overwrite_logits=True, is_compiled=self.losses.compile)
+        cls_probs, patch_probs = (balanced(rows, teacher_temp) for rows in logits)
         masks_of_all = every_patch(masks, global_crops.device)
         return whole_step(global_crops, local_crops, masks_of_all, cls_probs, patch_probs)
 

@@ -5,6 +5,10 @@ Functions that look at all processes' rows do so through `all_reduce_sum` and `a
 Source: Oquab et al. 2023 (DINOv2), section 4; github.com/facebookresearch/dinov2 (dinov2/loss).
 """
 
+from collections.abc import Callable
+from functools import cache
+from typing import ParamSpec, TypeVar
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,9 +16,14 @@ from torch import Tensor
 
 from ...errors import ToolkitError
 
-# Rows of logits that are in float32 at a time; chosen. On a CPU few fit in its cache; on a GPU launches count.
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Rows of logits that are in float32 at a time where nothing is compiled; chosen. On a CPU few fit in its cache; on a
+# GPU launches count. Compiled, no row of logits is ever written in float32.
 CHUNK_ROWS = 256  # 128 MB at 131,072 prototypes
 GPU_CHUNK_BYTES = 1 << 30
+COMPILED_SHAPES = 64  # chosen: kinds of batch that a function or a block is compiled for before it is an error
 MIN_KOLEO_DISTANCE = 1e-6  # chosen: well above the rounding of unit vectors in float32 (about 1e-7)
 MIN_SINKHORN_WEIGHT = 1e-18  # chosen: keeps K / weight finite in float32 for any K
 
@@ -37,41 +46,50 @@ def _all_reduced(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     return x
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of V views of student logits against the same targets, a few rows in float32 at a time.
+@cache
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function of tensors compiled, for each of their shapes: on a GPU its passes over them become few."""
+    limit = {"recompile_limit": COMPILED_SHAPES}
+    result: Callable[P, R] = torch.compile(function, dynamic=False, fullgraph=True, **limit)  # type: ignore[call-overload]  # its stubs lack the limit
+    return result
 
-    Autograd by itself would keep a float32 copy of the logits and make two more matrices of their size going back.
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of V views of student logits against the same targets, without a float32 copy of the logits.
+
+    Autograd by itself would keep one and make two more matrices of their size going back.
     """
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, logits: Tensor, targets: Tensor, temperature: float
+        ctx: torch.autograd.function.FunctionCtx, logits: Tensor, targets: Tensor, temperature: float, is_compiled: bool
     ) -> Tensor:
         losses = torch.empty(logits.shape[:2], dtype=torch.float32, device=logits.device)  # (V, B)
         log_normalisers = torch.empty_like(losses)
-        for view, rows in _chunks(logits):
-            scaled, target = logits[view, rows].float() / temperature, targets[rows].float()
-            log_normaliser = scaled.logsumexp(-1)
-            log_normalisers[view, rows] = log_normaliser
-            losses[view, rows] = log_normaliser * target.sum(-1) - (scaled * target).sum(-1)
+        write = compiled(_write_losses) if is_compiled else _write_losses
+        for part in _parts(logits, is_compiled):
+            write(losses[part], log_normalisers[part], logits[part], targets[part[1]], temperature)
         ctx.save_for_backward(logits, targets, log_normalisers)
-        ctx.temperature = temperature  # type: ignore[attr-defined]  # the place torch gives for what is no tensor
+        ctx.temperature, ctx.is_compiled = temperature, is_compiled  # type: ignore[attr-defined]  # what is no tensor
         return losses
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_losses: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
         logits, targets, log_normalisers = ctx.saved_tensors  # type: ignore[attr-defined]
         temperature: float = ctx.temperature  # type: ignore[attr-defined]
+        is_compiled: bool = ctx.is_compiled  # type: ignore[attr-defined]
         grad = torch.empty_like(logits)
-        for view, rows in _chunks(logits):
-            target = targets[rows].float()
-            probs = (logits[view, rows].float() / temperature - log_normalisers[view, rows, None]).exp_()
-            step = probs.mul_(target.sum(-1, keepdim=True)).sub_(target)
-            grad[view, rows] = step.mul_(grad_losses[view, rows, None] / temperature).to(grad.dtype)
-        return grad, None, None
+        write = compiled(_write_gradient) if is_compiled else _write_gradient
+        for part in _parts(logits, is_compiled):
+            factors = grad_losses[part] / temperature
+            write(grad[part], logits[part], targets[part[1]], log_normalisers[part], factors, temperature)
+        return grad, None, None, None
 
 
-def _chunks(logits: Tensor) -> list[tuple[int, slice]]:
+def _parts(logits: Tensor, is_compiled: bool) -> list[tuple[int | slice, slice]]:
+    """Return which views and rows of logits (V, B, K) are computed at a time."""
+    if is_compiled:
+        return [(slice(None), slice(None))]
     num_rows = CHUNK_ROWS
     if logits.device.type != "cpu":
         num_rows = max(CHUNK_ROWS, GPU_CHUNK_BYTES // (4 * logits.shape[2]))
@@ -79,26 +97,52 @@ def _chunks(logits: Tensor) -> list[tuple[int, slice]]:
     return [(view, rows) for view in range(len(logits)) for rows in slices]
 
 
-def cross_entropy(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: float) -> Tensor:
+def _write_losses(losses: Tensor, log_normalisers: Tensor, logits: Tensor, targets: Tensor, temperature: float) -> None:
+    """Write the losses of some rows, and the logarithms of their softmax's denominators, (..., rows) each."""
+    scaled, probs = logits.float() / temperature, targets.float()
+    log_normalisers.copy_(scaled.logsumexp(-1))
+    losses.copy_(log_normalisers * probs.sum(-1) - (scaled * probs).sum(-1))
+
+
+def _write_gradient(
+    grad: Tensor, logits: Tensor, targets: Tensor, log_normalisers: Tensor, factors: Tensor, temperature: float
+) -> None:
+    """Write the gradient (..., rows, K) of some rows of logits, times a factor a row."""
+    probs = targets.float()
+    softmax = (logits.float() / temperature - log_normalisers[..., None]).exp_()
+    step = softmax.mul_(probs.sum(-1, keepdim=True)).sub_(probs)
+    grad.copy_(step.mul_(factors[..., None]))
+
+
+def cross_entropy(
+    student_logits: Tensor, teacher_probs: Tensor, *, student_temp: float, is_compiled: bool = False
+) -> Tensor:
     """Return -sum_k p_k log softmax(z / student_temp)_k for each row: (V, B, K), (B, K) -> (V, B), float32.
 
     Gradient flows to the logits only. Targets need not sum to 1: a sum of two teachers' rows gives the sum of losses.
+    `is_compiled` has torch compile it, for each new shape.
     """
-    losses: Tensor = _CrossEntropy.apply(student_logits, teacher_probs.detach(), student_temp)  # type: ignore[no-untyped-call]
+    targets = teacher_probs.detach()
+    losses: Tensor = _CrossEntropy.apply(student_logits, targets, student_temp, is_compiled)  # type: ignore[no-untyped-call]
     return losses
 
 
-def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temp: float = 0.1) -> Tensor:
+def dino_loss(
+    student_logits: Tensor, teacher_probs: Tensor, *, student_temp: float = 0.1, is_compiled: bool = False
+) -> Tensor:
     """Return the batch-mean cross-entropy of every pair of a student view and a teacher view, summed over the pairs.
 
     Args:
         student_logits: (V, B, K), row b of each view from image b.
         teacher_probs: (teacher views, B, K), rows that sum to 1.
+        student_temp, is_compiled: as in `cross_entropy`.
 
     Source: DINO objective, section 4 of Oquab et al. 2023. Dividing by the number of pairs is left to the caller.
     """
     # Cross-entropy is linear in the target: one pass over the sum of the teachers serves all pairs of a view.
-    return cross_entropy(student_logits, teacher_probs.sum(0), student_temp=student_temp).mean(1).sum()
+    targets = teacher_probs.sum(0)
+    losses = cross_entropy(student_logits, targets, student_temp=student_temp, is_compiled=is_compiled)
+    return losses.mean(1).sum()
 
 
 def ibot_loss(
@@ -108,6 +152,7 @@ def ibot_loss(
     *,
     student_temp: float = 0.1,
     weights: Tensor | None = None,
+    is_compiled: bool = False,
 ) -> Tensor:
     """Return the cross-entropy of masked patches, averaged within each crop, then over all crops, the unmasked as 0.
 
@@ -115,11 +160,13 @@ def ibot_loss(
         student_logits: (M, K), the masked patches crop by crop, in the order `patch_tokens[masks]` gives.
         teacher_probs: (M, K), of the same patches.
         masks: (crops, N) bool with M True in all.
+        student_temp, is_compiled: as in `cross_entropy`.
         weights: (M,), 1 / the masked patches of its crop; 0 for rows beyond those of the masks. None: by the masks.
 
     Source: iBOT objective, section 4 of Oquab et al. 2023; Zhou et al. 2022.
     """
-    losses = cross_entropy(student_logits[None], teacher_probs, student_temp=student_temp)[0]  # (M,)
+    one_view = student_logits[None]
+    losses = cross_entropy(one_view, teacher_probs, student_temp=student_temp, is_compiled=is_compiled)[0]  # (M,)
     if weights is None:
         num_masked = masks.sum(1)
         weights = torch.repeat_interleave(1 / num_masked.float(), num_masked, output_size=len(losses))
@@ -175,7 +222,13 @@ def koleo_loss(features: Tensor, *, gather: bool = False) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn_knopp(
-    logits: Tensor, temperature: float, is_row: Tensor | None = None, *, num_iterations: int = 3
+    logits: Tensor,
+    temperature: float,
+    is_row: Tensor | None = None,
+    *,
+    num_iterations: int = 3,
+    overwrite_logits: bool = False,
+    is_compiled: bool = False,
 ) -> Tensor:
     """Return teacher probabilities whose prototypes are used about equally over all processes' rows.
 
@@ -186,6 +239,8 @@ def sinkhorn_knopp(
         logits: (rows, K), any floating dtype.
         temperature: of the teacher; 0.04 to 0.07 in the paper.
         is_row: (rows,) 1 for a row and 0 for padding; None: there is none.
+        overwrite_logits: the result may take the logits' memory, which saves a matrix of their size.
+        is_compiled: have torch compile what runs over the whole matrix beside products, for each new shape.
 
     Returns:
         (rows, K) float32; each row sums to 1, padding to 0.
@@ -196,9 +251,9 @@ def sinkhorn_knopp(
     """
     # Autocast would turn the matrix products to half precision.
     with torch.autocast(logits.device.type, enabled=False):
-        scores = logits.float() / temperature
-        row_max = scores.amax(1)  # (rows,)
-        scores.sub_(row_max[:, None]).exp_()
+        scores = logits.to(torch.float32, copy=not overwrite_logits)
+        divisor = scores.new_full((), temperature)  # as a number it would be compiled in, and it changes
+        row_max = (compiled(_exponentials_) if is_compiled else _exponentials_)(scores, divisor)  # (rows,)
         # The lone -inf stands for a process without rows, which must take part in the collectives all the same.
         global_max = all_reduce_max(torch.cat([row_max, row_max.new_full((1,), -torch.inf)]).amax())
         counts = torch.ones_like(row_max) if is_row is None else is_row
@@ -207,7 +262,19 @@ def sinkhorn_knopp(
         for _ in range(num_iterations):
             prototype_weights = 1 / all_reduce_sum(row_weights @ scores).clamp_(min=smallest)  # (K,)
             row_weights = counts / (scores @ prototype_weights).clamp_(min=smallest)  # (rows,)
-        return scores.mul_(prototype_weights).mul_(row_weights[:, None])
+        (compiled(_weight_) if is_compiled else _weight_)(scores, prototype_weights, row_weights)
+        return scores
+
+
+def _exponentials_(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Replace z (rows, K) by exp(z / temperature - row maximum) and return the maxima (rows,)."""
+    row_max = logits.div_(temperature).amax(1)
+    logits.sub_(row_max[:, None]).exp_()
+    return row_max
+
+
+def _weight_(scores: Tensor, prototype_weights: Tensor, row_weights: Tensor) -> None:
+    scores.mul_(prototype_weights).mul_(row_weights[:, None])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Shapes as in `micro_batch`; D is embed_dim.
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -31,6 +32,7 @@ class LossSettings:
     ibot_weight: float = 1.0  # of the patch tokens' loss
     koleo_weight: float = 0.1
     koleo_distributed: bool = False  # KoLeo compares the images of all processes, not only of one
+    compile: bool = False  # what runs over all prototypes, as `cross_entropy` and `sinkhorn_knopp` say
 
 
 PAPER_LOSSES = LossSettings()
@@ -103,8 +105,9 @@ class SSLModel(nn.Module):
             cls_logits, patch_logits = teacher_logits(range(num_crops))
         is_row = placed.is_row
         if self.centering == "sinkhorn_knopp":
-            cls_probs = sinkhorn_knopp(cls_logits, teacher_temp)
-            patch_probs = sinkhorn_knopp(patch_logits, teacher_temp, is_row)
+            balanced = partial(sinkhorn_knopp, overwrite_logits=True, is_compiled=self.losses.compile)
+            cls_probs = balanced(cls_logits, teacher_temp)
+            patch_probs = balanced(patch_logits, teacher_temp, is_row)
         else:
             cls_probs = softmax_center(cls_logits, self.dino_center, teacher_temp)
             patch_probs = softmax_center(patch_logits, self.ibot_center, teacher_temp)
@@ -149,19 +152,23 @@ def microbatch_losses(
     global_views, local_views = torch.split(views, [num_views, len(views) - num_views])
     zero = cls_logits.new_zeros((), dtype=torch.float32)
     losses = {"dino_local": zero, "dino_global": zero, "ibot": zero, "koleo": zero}
-    temp = settings.student_temp
+    pair_losses = partial(dino_loss, student_temp=settings.student_temp, is_compiled=settings.compile)
     if len(local_views):
-        local_loss = dino_loss(local_views, batch.cls_target_sum[None], student_temp=temp)
+        local_loss = pair_losses(local_views, batch.cls_target_sum[None])
         losses["dino_local"] = batch.loss_weight * local_loss / batch.num_pairs
     if num_views:
         pairs = [
-            dino_loss(view[None], probs[None], student_temp=temp)
-            for view, probs in zip(global_views, batch.cls_targets, strict=True)
+            pair_losses(view[None], probs[None]) for view, probs in zip(global_views, batch.cls_targets, strict=True)
         ]
         losses["dino_global"] = batch.loss_weight * torch.stack(pairs).sum() / batch.num_pairs
         masks = batch.masks
         patch_loss = ibot_loss(
-            patch_logits, batch.patch_targets, masks.is_masked, student_temp=temp, weights=masks.weights
+            patch_logits,
+            batch.patch_targets,
+            masks.is_masked,
+            student_temp=settings.student_temp,
+            weights=masks.weights,
+            is_compiled=settings.compile,
         )
         losses["ibot"] = batch.loss_weight * num_views / 2 * patch_loss
         losses["koleo"] = batch.loss_weight * koleo_of_views(cls_tokens, num_views, settings)

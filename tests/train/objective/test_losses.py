@@ -41,13 +41,16 @@ def textbook_sinkhorn_knopp(logits: Tensor, temperature: float, num_iterations: 
 
 # Cross-entropy
 
+COMPILED = [False, pytest.param(True, marks=pytest.mark.slow)]
 
-def test_cross_entropy_and_its_gradient_are_those_of_log_softmax() -> None:
+
+@pytest.mark.parametrize("is_compiled", COMPILED)
+def test_cross_entropy_and_its_gradient_are_those_of_log_softmax(is_compiled: bool) -> None:
     torch.manual_seed(0)
     num_rows = CHUNK_ROWS + 3  # more than one chunk
     logits = torch.randn(2, num_rows, 7, requires_grad=True)
     targets, weights = probabilities(num_rows, 7), torch.rand(2, num_rows)
-    losses = cross_entropy(logits, targets, student_temp=0.3)
+    losses = cross_entropy(logits, targets, student_temp=0.3, is_compiled=is_compiled)
     torch.autograd.backward((losses * weights).sum())
     plain = logits.detach().clone().requires_grad_()
     expected = -(targets * (plain / 0.3).log_softmax(-1)).sum(-1)
@@ -56,13 +59,38 @@ def test_cross_entropy_and_its_gradient_are_those_of_log_softmax() -> None:
     torch.testing.assert_close(logits.grad, plain.grad)
 
 
-def test_cross_entropy_of_half_precision_logits_is_computed_in_float32() -> None:
-    logits = torch.randn(1, 4, 50).bfloat16().requires_grad_()
-    losses = cross_entropy(logits, probabilities(4, 50), student_temp=0.1)
+@pytest.mark.parametrize("is_compiled", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cross_entropy_of_half_precision_logits_is_computed_in_float32(dtype: torch.dtype, is_compiled: bool) -> None:
+    logits = torch.randn(1, 4, 50).to(dtype).requires_grad_()
+    losses = cross_entropy(logits, probabilities(4, 50), student_temp=0.1, is_compiled=is_compiled)
     expected = -(probabilities(4, 50) * (logits.detach().float() / 0.1).log_softmax(-1)).sum(-1)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-5)
     torch.autograd.backward(losses.sum())
-    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
+    plain = logits.detach().float().requires_grad_()
+    torch.autograd.backward(cross_entropy(plain, probabilities(4, 50), student_temp=0.1).sum())
+    assert logits.grad is not None and plain.grad is not None and logits.grad.dtype == dtype
+    assert torch.equal(logits.grad, plain.grad.to(dtype)) or is_compiled
+    torch.testing.assert_close(logits.grad, plain.grad.to(dtype), rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_the_losses_and_targets_of_a_cpu_without_a_second_matrix_of_logits() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 700, 8192).bfloat16(), torch.randn(700, 8192).clamp(-1, 1)
+    targets = sinkhorn_knopp(teacher, 0.07)
+    plain = logits.clone().requires_grad_()
+    torch.autograd.backward(cross_entropy(plain, targets, student_temp=0.1).mean())
+    placed, scores = logits.cuda().requires_grad_(), teacher.cuda()
+    before = torch.cuda.memory_allocated()
+    found = sinkhorn_knopp(scores, 0.07, overwrite_logits=True, is_compiled=True)
+    torch.testing.assert_close(found.cpu(), targets, rtol=1e-4, atol=1e-8)
+    torch.autograd.backward(cross_entropy(placed, found, student_temp=0.1, is_compiled=True).mean())
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * logits.nbytes  # the gradient
+    assert placed.grad is not None and plain.grad is not None
+    torch.testing.assert_close(placed.grad.cpu(), plain.grad, rtol=0.01, atol=1e-8)
 
 
 # DINO and iBOT
@@ -147,10 +175,18 @@ def test_koleo_of_one_image_is_refused() -> None:
 # Teacher probabilities
 
 
-def test_sinkhorn_knopp_equals_the_textbook() -> None:
+@pytest.mark.parametrize("is_compiled", COMPILED)
+def test_sinkhorn_knopp_equals_the_textbook(is_compiled: bool) -> None:
     logits = torch.randn(12, 30, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     expected = textbook_sinkhorn_knopp(logits, 0.05).float()
-    torch.testing.assert_close(sinkhorn_knopp(logits, 0.05), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(sinkhorn_knopp(logits, 0.05, is_compiled=is_compiled), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_sinkhorn_knopp_takes_the_memory_of_logits_that_nobody_needs() -> None:
+    logits = torch.randn(12, 30)
+    expected = sinkhorn_knopp(logits, 0.1)
+    found = sinkhorn_knopp(logits, 0.1, overwrite_logits=True)
+    assert torch.equal(found, expected) and found.data_ptr() == logits.data_ptr()
 
 
 def test_sinkhorn_knopp_gives_rows_of_sum_1_and_prototypes_of_equal_mass() -> None:
