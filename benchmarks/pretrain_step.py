@@ -16,20 +16,13 @@ import sys
 import time
 from typing import get_args
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
+from dinov2_toolkit.benchmarks.step import random_batch, training_step
 from dinov2_toolkit.models.block import ActivationCheckpointing
 from dinov2_toolkit.models.cpu import keep_freed_memory
 from dinov2_toolkit.train.config import TrainConfig, resolve
-from dinov2_toolkit.train.data.masking import block_masks
-from dinov2_toolkit.train.engine.accumulate import forward_backward
-from dinov2_toolkit.train.engine.build import build_model
-from dinov2_toolkit.train.engine.optimizer import apply_schedules, build_optimizer, clip_gradients
-from dinov2_toolkit.train.objective.networks import update_teacher
-from dinov2_toolkit.train.objective.ssl_model import SSLModel
 
 NUMBERS = {
     "batch": 4,
@@ -69,31 +62,27 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(args: argparse.Namespace) -> SSLModel:
-    """Return the model with equal weights in student and teacher."""
-    config = TrainConfig(
+def settings(args: argparse.Namespace) -> TrainConfig:
+    """Return the recipe's keys that the command line stands for."""
+    return TrainConfig(
         patch_size=args.patch,
         depth=args.depth,
         embed_dim=args.dim,
         num_heads=args.heads,
         global_crop_size_px=args.global_size,
+        num_local_crops=args.local_crops,
         local_crop_size_px=args.local_size,
         drop_path=args.drop_path,
         separate_heads=args.separate_head,
         num_prototypes=args.prototypes,
         ibot_num_prototypes=args.prototypes,
         centering="softmax_center" if args.centering == "centering" else "sinkhorn_knopp",
+        sequential_views=args.sequential_views,
+        micro_batch_size=args.micro_batch,
         activation_checkpointing=args.activation_checkpointing,
+        mixed_precision="no",
+        seed=args.seed,
     )
-    return build_model(config).train()
-
-
-def make_batch(args: argparse.Namespace, generator: np.random.Generator) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return random global crops, local crops and masks."""
-    side = args.global_size // args.patch
-    local = torch.randn(args.local_crops * args.batch, 3, args.local_size, args.local_size)
-    masks = torch.from_numpy(block_masks(2 * args.batch, (side, side), generator))
-    return torch.randn(2 * args.batch, 3, args.global_size, args.global_size), local if len(local) else None, masks
 
 
 def main() -> None:
@@ -102,31 +91,15 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    generator = np.random.default_rng(args.seed)
-    model, accelerator = build(args), Accelerator(cpu=True)
-    optimizer = build_optimizer(model.student)
-    lr = 4e-3 * (args.batch / 1024) ** 0.5
-    apply_schedules(optimizer, lr=lr, last_layer_lr=lr, weight_decay=0.04)
+    config = settings(args)
+    step = training_step(config, Accelerator(cpu=True), args.batch)
     losses, seconds = [], []
     for number in range(args.warmup + args.steps):
-        batch = make_batch(args, generator)
+        batch = random_batch(config, args.batch, torch.device("cpu"), number)
         start = time.perf_counter()
-        step = model.teacher_targets(*batch, teacher_temp=0.04)
-        outputs, _ = forward_backward(
-            model,
-            step,
-            accelerator,
-            seed=number,
-            sequential_views=args.sequential_views,
-            micro_batch_size=args.micro_batch,
-            smallest=2,
-        )
-        clip_gradients(model.student, 3.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        update_teacher(model.teacher, model.student, 0.992)
+        loss = step(batch)
         seconds.append(time.perf_counter() - start)
-        losses.append(float(outputs["total"]))
+        losses.append(float(loss))
         print(f"loss {losses[-1]:.4f}, {seconds[-1]:.3f} s", file=sys.stderr)
     step_s = statistics.median(seconds[args.warmup :])
     figures = {
