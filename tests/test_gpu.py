@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from dinov2_toolkit.store.vectors import Vectors
 from dinov2_toolkit.tests.train.small_run import SETTINGS, noise_images
 from dinov2_toolkit.train.config import TrainConfig, resolve
 from dinov2_toolkit.train.engine.build import build_model
-from dinov2_toolkit.train.engine.parallelize import compile_blocks
+from dinov2_toolkit.train.engine.parallelize import compile_networks
 from dinov2_toolkit.train.monitor.metrics import read_metrics
 from dinov2_toolkit.train.objective.masks import Padding
 from dinov2_toolkit.train.objective.ssl_model import SSLModel
@@ -235,7 +236,8 @@ def test_compiled_blocks_have_the_losses_and_gradients_of_others() -> None:
     model, batch = new_model(config).to(DEVICE), random_batch(config, NUM_IMAGES, DEVICE)
     model.padding = Padding(config.mask_probability * sum(config.mask_ratio) / 2, config.mask_ratio[1])
     wanted = losses_and_gradients(model, batch, DEVICE)
-    compile_blocks(model.train())
+    compile_networks(model.train())
+    model.losses = replace(model.losses, compile=True)
     losses = model(model.teacher_targets(*batch, teacher_temp=0.1))
     losses["total"].backward()
     found = {name: value for name, value in losses.items() if value.ndim == 0}

@@ -14,10 +14,12 @@ from ...models.cpu import GROWTH
 from ...models.vit import VisionTransformer
 from ...store.memory import free_memory
 from ..config import TrainConfig
+from ..data.augment import CHUNK_BYTES
 from ..data.multicrop import decoded_side_px
 from ..engine.accumulate import halved
 from ..engine.checkpoint import TrainedModel
 from ..engine.schedules import batch_sizes
+from ..objective.losses import GPU_CHUNK_BYTES
 from ..objective.networks import backbone_of
 from ..objective.ssl_model import SSLModel
 from .flop import Crops, crops_of, feed_forward, head_of, students
@@ -27,7 +29,7 @@ ALLOCATOR = 1.2  # measured on a CPU: resident memory over what tensors take
 GPU_ALLOCATOR = 1.1  # chosen, to be measured on GPUs: reserved memory over what tensors take
 GPU_CONTEXT_BYTES = 1 << 30  # chosen, to be measured: CUDA's context, cuBLAS's and NCCL's buffers
 SPARED = 0.9  # of the free memory is used under micro_batch_size=auto; chosen
-CANVAS_ASPECT = 2.0  # chosen: width over height of the pixels that a batch's images lie in
+IMAGE_ASPECT = 1.5  # chosen: the longer side of an image over the shorter, on average
 
 
 def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, base_bytes: float) -> float:
@@ -38,7 +40,7 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
 
     - all through the run: the weights, the teacher's and Adam's moments, the crops
     - at the same time the largest of these: augmentation, the teacher's pass, one micro-batch of the student's pass,
-      each with what is kept from the one before
+      each with what is kept from the one before; on a GPU augmentation beside any, for it makes the next step's crops
 
     Times what the allocator loses; on a CPU a tenth of everything, by which the process may grow (`cpu.TidyHeap`).
     Sharded weights (FSDP) take less than this.
@@ -52,21 +54,24 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     passes = [list(crops)]
     if config.sequential_views:
         passes = [[replace(crops[0], number=1)], [replace(crops[1], number=(crops[1].number + 1) // 2)]]
+    # Of an image; a CPU's parts are small.
+    chunk_bytes = 0.0 if base_bytes or config.compile else GPU_CHUNK_BYTES / micro_batch_size
     networks = students(model)
     targets = size * sum(_target_bytes(crops[0], student) for student in networks)
     student = micro_batch_size * max(
         sum(
-            _kept_bytes(config, student, kinds, is_masked) + _backward_bytes(config, student, kinds)
+            _kept_bytes(config, student, kinds, is_masked) + _backward_bytes(config, student, kinds, chunk_bytes)
             for student in networks
         )
         for kinds in passes
     )
     has_parts = config.sequential_views or micro_batch_size < size or config.activation_checkpointing == "full"
     of_step = _weight_bytes(config, model, keeps_gradients=has_parts or num_processes > 1) + inputs
-    stages = (size * _augmentation_bytes(config), size * _teacher_bytes(config, model, crops[0]), targets + student)
+    stages = size * _teacher_bytes(config, model, crops[0]), targets + student
+    augmentation = augmentation_bytes(config, size)
     if base_bytes:
-        return GROWTH * (base_bytes + FIRST_STEP_BYTES + ALLOCATOR * (of_step + max(stages)))
-    return GPU_CONTEXT_BYTES + GPU_ALLOCATOR * (of_step + max(stages))
+        return GROWTH * (base_bytes + FIRST_STEP_BYTES + ALLOCATOR * (of_step + max(augmentation, *stages)))
+    return GPU_CONTEXT_BYTES + GPU_ALLOCATOR * (of_step + max(stages) + inputs + augmentation)
 
 
 def _weight_bytes(config: TrainConfig, model: TrainedModel, *, keeps_gradients: bool) -> float:
@@ -83,15 +88,23 @@ def _weight_bytes(config: TrainConfig, model: TrainedModel, *, keeps_gradients: 
     return total
 
 
-def _augmentation_bytes(config: TrainConfig) -> float:
-    """Return the bytes of an image while its crops are cut: the decoded pixels, whole and squeezed along one axis.
+def augmentation_bytes(config: TrainConfig, num_images: int) -> float:
+    """Return the bytes that making a batch's crops takes beside them: the images, and the larger of two stages.
 
-    The canvas of a batch is as wide as its widest image; CANVAS_ASPECT is assumed.
+    Cutting turns a chunk of images to float32, squeezes it along one axis, twice, and has matrices of weights for both
+    axes, those of the longer one six times while they are made. Colours take the crops of one size about twice.
     """
-    height, side = decoded_side_px(config), config.global_crop_size_px
-    width = CANVAS_ASPECT * height
-    # In 8 bits, in float32, and squeezed twice; the colours of crops in a copy.
-    return config.in_chans * ((1 + 4) * height * width + 2 * 4 * side * width + 2 * 4 * side**2)
+    height = decoded_side_px(config)
+    width = IMAGE_ASPECT * height
+    pixels = config.in_chans * num_images * height * width
+    chunk = min(4 * pixels, CHUNK_BYTES)
+    in_chunk = chunk / (4 * config.in_chans * height * width)  # images
+    kinds = ((2, config.global_crop_size_px), (config.num_local_crops, config.local_crop_size_px))
+    stages = [2.0 * 4 * config.in_chans * num_images * views * side**2 for views, side in kinds]
+    for views, side in kinds:
+        weights = 4 * in_chunk * views * side * (height + 6 * width)
+        stages.append(chunk * (1 + 2 * side / height) + weights)
+    return config.bit_depth // 8 * pixels + max(stages)
 
 
 def _teacher_bytes(config: TrainConfig, model: TrainedModel, crops: Crops) -> float:
@@ -145,14 +158,16 @@ def _kept_bytes(config: TrainConfig, student: nn.ModuleDict, crops: list[Crops],
     return tokens * per_block * (backbone.depth - 1) + last
 
 
-def _backward_bytes(config: TrainConfig, student: nn.ModuleDict, crops: list[Crops]) -> float:
+def _backward_bytes(config: TrainConfig, student: nn.ModuleDict, crops: list[Crops], chunk_bytes: float) -> float:
     """Return the bytes of an image that backward needs besides: logits and their gradients, or later those of a block.
 
-    A block is there once more while backward passes it, twice where it is computed again.
+    A block is there once more while backward passes it, twice where it is computed again. Of the logits two copies of
+    at most `chunk_bytes` are in float32 at a time.
     """
     backbone, head, number = backbone_of(student), head_of(student), _number_bytes(config)
     tokens, read = sum(kind.tokens for kind in crops), sum(kind.read for kind in crops)
-    logits = 0 if head is None else 2 * number * head.num_prototypes * read
+    rows = 0 if head is None else head.num_prototypes * read
+    logits = 2 * number * rows + 2 * min(4 * rows, chunk_bytes)
     again = 2 if config.activation_checkpointing == "full" else 1
     block = tokens * (
         (1 - config.drop_path) * again * _whole_block_bytes(config, backbone) + 2 * number * backbone.embed_dim

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,14 +23,20 @@ from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.tests.train.small_run import noise_images
 from dinov2_toolkit.train import run
 from dinov2_toolkit.train.config import RECIPES, TrainConfig, resolve
+from dinov2_toolkit.train.data import augment
+from dinov2_toolkit.train.data.images import Batch
+from dinov2_toolkit.train.data.multicrop import decoded_side_px, make_views
+from dinov2_toolkit.train.data.packed import packed
 from dinov2_toolkit.train.engine.accumulate import microbatch_backward
 from dinov2_toolkit.train.engine.build import build_model
 from dinov2_toolkit.train.engine.optimizer import build_optimizer
+from dinov2_toolkit.train.monitor import memory
 from dinov2_toolkit.train.monitor.flop import crops_of, flop_per_image
 from dinov2_toolkit.train.monitor.memory import (
     GPU_ALLOCATOR,
     GPU_CONTEXT_BYTES,
     _kept_bytes,
+    augmentation_bytes,
     fitted,
     memory_bytes,
 )
@@ -177,21 +184,37 @@ def test_the_estimated_memory_of_a_step_is_that_of_its_tensors(
             optimizer.step()
         optimizer.zero_grad()
         del step, batch
-    estimated = (memory_bytes(config, model, 1, 0.0) - GPU_CONTEXT_BYTES) / GPU_ALLOCATOR
+    ahead = augmentation_bytes(config, IMAGES) + IMAGES * 4 * 3 * (2 * 64**2 + 4 * 32**2)  # the next step's crops
+    estimated = (memory_bytes(config, model, 1, 0.0) - GPU_CONTEXT_BYTES) / GPU_ALLOCATOR - ahead
     assert estimated == pytest.approx(bytes_of.peak, rel=0.12)
 
 
+@pytest.mark.parametrize("change", ["num_local_crops=4", "num_local_crops=8", "global_crop_size_px=128"])
+def test_the_estimated_memory_of_augmentation_is_that_of_its_tensors(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (augment, memory):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 20)
+    config, num_images = settings(change), 24
+    side = decoded_side_px(config)
+    images = packed([np.full((side, side * 3 // 2, 3), number, np.uint8) for number in range(num_images)])
+    with LiveBytes([images.data]) as bytes_of:
+        views = make_views(Batch(images, np.arange(num_images), 0), config, torch.device("cpu"))
+    crops = sum(part.nbytes for part in views[:2] if part is not None)
+    assert augmentation_bytes(config, num_images) == pytest.approx(bytes_of.peak - crops, rel=0.2)
+
+
 def test_memory_grows_with_the_batch_and_shrinks_with_micro_batches() -> None:
-    def memory(*changes: str) -> float:
+    def needed(*changes: str) -> float:
         config = settings("batch_size=32", *changes)
         with torch.device("meta"):
             return memory_bytes(config, build_model(config), 1, 0.0)
 
-    whole = memory()
-    assert memory("batch_size=64") > 1.8 * whole - memory("batch_size=2")
-    assert memory("micro_batch_size=8") < whole
-    assert memory("sequential_views=true") < whole
-    assert memory("activation_checkpointing=full") < memory("activation_checkpointing=selective") < whole
+    whole = needed()
+    assert needed("batch_size=64") > 1.8 * whole - needed("batch_size=2")
+    assert needed("micro_batch_size=8") < whole
+    assert needed("sequential_views=true") < whole
+    assert needed("activation_checkpointing=full") < needed("activation_checkpointing=selective") < whole
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
@@ -212,13 +235,13 @@ def test_an_automatic_micro_batch_is_the_largest_that_fits_with_a_tenth_to_spare
     config = settings("batch_size=32", "micro_batch_size=auto")
     model = build_model(config)
 
-    def memory(size: int) -> float:
+    def needed(size: int) -> float:
         return memory_bytes(settings("batch_size=32", f"micro_batch_size={size}"), model, 1, 0.0)
 
     assert fitted(settings("batch_size=32"), model, 1, 0.0, 0.0).micro_batch_size == 0  # not asked for
-    assert fitted(config, model, 1, 0.0, memory(32) / 0.89).micro_batch_size == 32
-    assert fitted(config, model, 1, 0.0, memory(32)).micro_batch_size == 16
-    assert fitted(config, model, 1, 0.0, memory(8) / 0.89).micro_batch_size == 8
+    assert fitted(config, model, 1, 0.0, needed(32) / 0.89).micro_batch_size == 32
+    assert fitted(config, model, 1, 0.0, needed(32)).micro_batch_size == 16
+    assert fitted(config, model, 1, 0.0, needed(8) / 0.89).micro_batch_size == 8
     assert fitted(config, model, 1, 0.0, 0.0).micro_batch_size == 2  # KoLeo needs two
 
 
