@@ -59,7 +59,7 @@ def gpu_findings(torch: dict[str, Any] | str, faiss: dict[str, Any] | str) -> It
         if gpu["free_bytes"] < gpu["total_bytes"] / 2:
             to_do = "others use it: end them, or choose another by CUDA_VISIBLE_DEVICES"
         if not gpu["bfloat16"]:
-            found, to_do = f"{found}, no bfloat16", "train with --set mixed_precision=no"
+            found += ", no bfloat16: models compute in float16"
         yield Finding(f"GPU {index}", found, to_do, figures=gpu)
     if torch["devices"] and isinstance(faiss, dict) and not faiss["gpus"]:
         yield Finding("FAISS on GPUs", "it finds none, and torch searches there", "pip install faiss-gpu")

@@ -142,7 +142,8 @@ class TrainConfig(CostConfig):
     # In which only the heads are trained, when the backbone has other weights; its own warm-up follows them.
     freeze_backbone_steps: int = 0
     max_skipped_steps: int = 10  # in a row with a gradient that is not finite; one more ends the run
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    # Of matrix products; bf16: fp16 on a GPU that has no bf16. fp16 scales the loss and skips steps that overflow.
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
 
     # Less memory for more time. They change only which random numbers stochastic depth draws, and that KoLeo compares
     # the images of a micro-batch.

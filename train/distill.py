@@ -23,6 +23,7 @@ from .config import CONFIG_FILE, TrainConfig, command_config, given_recipe, read
 from .counter_rng import derived_seed
 from .data.multicrop import preprocess_of
 from .engine.build import build_backbone, loss_settings
+from .engine.half_precision import HALF, supported
 from .monitor.metrics import METRICS_FILE, append_metrics, read_metrics, write_metrics_table
 from .objective.distill_model import DistillModel
 from .objective.feature_distill_model import FeatureDistillModel
@@ -142,7 +143,7 @@ def build_distill_model(config: DistillConfig, teacher: str) -> DistillModel | F
 
 
 def _load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
-    """Return the teacher, with its heads if the objective needs them, in bfloat16 where autocast makes it that."""
+    """Return the teacher, with its heads if the objective needs them, in what autocast computes in."""
     heads = load_heads(teacher) if config.objective == "heads" else {}
     if config.objective == "heads" and not heads:
         raise ToolkitError(
@@ -165,7 +166,7 @@ def _load_frozen_teacher(config: DistillConfig, teacher: str) -> FrozenTeacher:
         std=model.preprocess.std,
         crops_mean=crops.mean,
         crops_std=crops.std,
-        half=config.mixed_precision == "bf16",
+        half=HALF[supported(config.mixed_precision)],
     )
 
 

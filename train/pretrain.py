@@ -44,6 +44,7 @@ from .engine.checkpoint import (
     save_teacher,
 )
 from .engine.fsdp import full_optimizer_state, trained_state
+from .engine.half_precision import LossScale
 from .engine.optimizer import apply_schedules, clip_gradients, not_finite, step_unless
 from .engine.parallelize import prepare
 from .engine.schedules import (
@@ -148,6 +149,8 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
     collapse_since: int | None = None
     # Counted on the device, so that no step waits for it.
     num_skipped, in_a_row = (torch.full((), float(counts[name]), device=device) for name in SKIPPED)
+    loss_scale = LossScale(counts, device) if accelerator.mixed_precision == "fp16" else None
+    accelerator.scaler = loss_scale  # by which its backward multiplies the loss
     heap, throughput = cpu.TidyHeap(device), throughput_of(config, model, device, num_processes)
     with (
         caught_signals("step") as signals,
@@ -188,12 +191,15 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             )
 
             # Update. All processes skip a step or none.
+            if loss_scale is not None:
+                loss_scale.unscale(model.student)
             norms = clip_gradients(model.student, config.clip_grad_norm)
             is_bad = not_finite([outputs["total"], *norms.values()])
             step_unless(is_bad, optimizer)
             update_teacher(model.teacher, model.student, rates.momentum, is_bad)
             optimizer.zero_grad()
-            num_skipped, in_a_row = num_skipped + is_bad, (in_a_row + 1) * is_bad
+            is_lost = is_bad if loss_scale is None else loss_scale.update(is_bad, outputs["total"])
+            num_skipped, in_a_row = num_skipped + is_lost, (in_a_row + is_lost) * is_bad
             num_stopped, num_replaced = events()
             counts["step"] = step + 1
             counts["replaced_images"] += num_replaced
@@ -209,6 +215,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
             if is_logged or is_due or num_stopped or device.type == "cpu":
                 before = counts["skipped_steps"]
                 counts |= {name: int(number) for name, number in zip(SKIPPED, (num_skipped, in_a_row), strict=True)}
+                counts |= {} if loss_scale is None else loss_scale.counts()
                 if (number := counts["skipped_steps"] - before) > 0:
                     what = "loss or the gradient is" if number == 1 else f"losses or gradients of {number} steps are"
                     console.warn(f"step {step + 1}: the {what} not finite; skipped")

@@ -16,6 +16,7 @@ from ..features.launch import PATIENCE, Group, adopt_slurm
 from ..models.cpu import keep_freed_memory
 from .config import TrainConfig
 from .engine.fsdp import sharding
+from .engine.half_precision import supported
 from .engine.schedules import batch_sizes
 from .launch import check_launch
 
@@ -37,20 +38,22 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
     in_shards = sharding(os.environ) is not None
     if in_shards and "WORLD_SIZE" not in os.environ:
         raise ToolkitError("FSDP is asked for with one process alone; start several with --num-processes or torchrun")
-    has_gpu = torch.cuda.is_available()
-    if config.mixed_precision == "bf16" and has_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ToolkitError("this GPU has no bfloat16; set mixed_precision=no")  # pragma: no cover  # needs an old GPU
-    if has_gpu and torch.cuda.get_device_capability() >= (8, 0):
+    precision = supported(config.mixed_precision)
+    if precision != config.mixed_precision:  # pragma: no cover  # needs an old GPU
+        console.say(f"this GPU has no {config.mixed_precision}: training in {precision} with a scaled loss")
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         torch.set_float32_matmul_precision("high")
         console.say("products of float32 matrices are computed in TF32")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # without it Accelerate ignores torchrun on a machine without GPU
-        mixed_precision=config.mixed_precision,
+        mixed_precision=precision,
         log_with=list(track) or None,
         project_dir=run_folder,
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
+    # Its own scaler would be another for each shard; `LossScale` takes its place. And it leaves fp16 out on CPUs.
+    accelerator.scaler, accelerator.native_amp = None, precision != "no"
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise ToolkitError(
             f"the launcher started {os.environ['WORLD_SIZE']} processes and Accelerate sees "
@@ -62,7 +65,10 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
     if in_shards:
         console.say(f"FSDP2: weights in shards over {accelerator.num_processes} processes")
     host = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
-    return accelerator, Group(accelerator.process_index, accelerator.num_processes, host)
+    processes = Group(accelerator.process_index, accelerator.num_processes, host)
+    if len(found := set(processes.gather(precision))) > 1:
+        raise ToolkitError(f"the GPUs compute in {' and '.join(sorted(found))}; set mixed_precision=fp16 for all")
+    return accelerator, processes
 
 
 def compute_deterministically() -> None:

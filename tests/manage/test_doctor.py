@@ -107,7 +107,7 @@ def test_images_that_pillow_cannot_decode_here_are_a_warning() -> None:
             "ok GPU 0: H200, 100.0 GiB free of 139.0, CUDA 12, driver 570.1",
         ),
         ({"devices": [{**GPU, "free_bytes": 1}]}, "", {}, "warning GPU 0: .* others use it"),
-        ({"devices": [{**GPU, "bfloat16": False}]}, "", {}, "warning GPU 0: .*no bfloat16; .*mixed_precision=no"),
+        ({"devices": [{**GPU, "bfloat16": False}]}, "", {}, "ok GPU 0: .*no bfloat16: models compute in float16"),
         ({}, "", {}, "ok GPU: none, all runs on the CPU"),
         ({}, "570", {"CUDA_VISIBLE_DEVICES": ""}, "warning GPU: hidden by CUDA_VISIBLE_DEVICES; unset it"),
         ({"cuda": None}, "570", {}, "warning GPU: this torch was built without CUDA; install one for CUDA"),

@@ -21,6 +21,7 @@ from dinov2_toolkit.train.data.multicrop import make_masks, make_views
 from dinov2_toolkit.train.data.packed import packed
 from dinov2_toolkit.train.engine.accumulate import forward_backward
 from dinov2_toolkit.train.engine.build import build_model
+from dinov2_toolkit.train.engine.half_precision import LossScale
 from dinov2_toolkit.train.engine.optimizer import (
     apply_schedules,
     build_optimizer,
@@ -94,7 +95,8 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [("the recipe", torch.float32), *((case, torch.bfloat16) for case in CASES)]
+    ("case", "dtype"),
+    [("the recipe", torch.float32), ("the recipe", torch.float16), *((case, torch.bfloat16) for case in CASES)],
 )
 def test_a_step_asks_for_no_value_forward_or_backward(case: str, dtype: torch.dtype) -> None:
     config = settings(case)
@@ -104,7 +106,8 @@ def test_a_step_asks_for_no_value_forward_or_backward(case: str, dtype: torch.dt
     with mode:
         optimizer = build_optimizer(model.student)
         apply_schedules(optimizer, lr=1e-3, last_layer_lr=0.0, weight_decay=0.04)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), Copies() as copies:
+        accelerator.scaler = loss_scale = LossScale({}, torch.device("cpu")) if dtype == torch.float16 else None
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), Copies() as copies:
             step = model.teacher_targets(*crops(config), masks, teacher_temp=0.04)
             outputs, _ = forward_backward(
                 model,
@@ -115,10 +118,14 @@ def test_a_step_asks_for_no_value_forward_or_backward(case: str, dtype: torch.dt
                 micro_batch_size=int(config.micro_batch_size),
                 smallest=2,
             )
+        if loss_scale is not None:
+            loss_scale.unscale(model.student)
         norms = clip_gradients(model.student, 3.0)
         is_bad = not_finite([outputs["total"], *norms.values()])
         step_unless(is_bad, optimizer)
         update_teacher(model.teacher, model.student, 0.99, is_bad)
+        if loss_scale is not None:
+            loss_scale.update(is_bad, outputs["total"])
         assert copies.num_constants == 4  # the arrays of the masks
         assert all(weight.grad is not None for weight in model.student.parameters())
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):  # as any question would

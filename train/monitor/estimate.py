@@ -15,6 +15,7 @@ from ..data.multicrop import make_masks
 from ..engine.accumulate import microbatch_backward
 from ..engine.build import build_model
 from ..engine.checkpoint import TrainedModel
+from ..engine.half_precision import HALF, supported
 from ..engine.optimizer import build_optimizer
 from ..engine.schedules import batch_sizes
 from ..objective.micro_batch import split_microbatches
@@ -30,7 +31,8 @@ def measured_flops(config: TrainConfig, device: torch.device) -> float:
 
     Random crops and two blocks, everything else as in training, so that it takes seconds whatever the model's size.
     """
-    shallow = replace(config, depth=min(TRIAL_DEPTH, config.depth or TRIAL_DEPTH), activation_checkpointing="none")
+    depth, half = min(TRIAL_DEPTH, config.depth or TRIAL_DEPTH), HALF[supported(config.mixed_precision)]
+    shallow = replace(config, depth=depth, activation_checkpointing="none", compile=False)
     model = build_model(shallow).to(device).train()
     optimizer = build_optimizer(model.student)
     num_images = min(TRIAL_IMAGES, batch_sizes(config.batch_size).at(0))
@@ -42,7 +44,7 @@ def measured_flops(config: TrainConfig, device: torch.device) -> float:
     fastest = math.inf
     for _ in range(TRIAL_STEPS):
         start = _now(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        with torch.autocast(device.type, half, enabled=half is not None):
             step = model.teacher_targets(crops[0], crops[1] if len(crops[1]) else None, masks, teacher_temp=1.0)
             for batch in split_microbatches(step, sequential_views=config.sequential_views):
                 microbatch_backward(model, batch, Tensor.backward, seed=0)

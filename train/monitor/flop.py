@@ -132,7 +132,7 @@ def peak_flops(device_name: str, mixed_precision: str) -> float | None:
     """Return the operations a second that a GPU can do, None for an unknown one; float32 as TF32, half of bfloat16."""
     found = (peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name))
     peak = next(found, None)
-    return None if peak is None else peak * 1e12 / (1 if mixed_precision == "bf16" else 2)
+    return None if peak is None else peak * 1e12 / (2 if mixed_precision == "no" else 1)
 
 
 def throughput_of(config: TrainConfig, model: TrainedModel, device: torch.device, num_processes: int) -> Throughput:

@@ -78,12 +78,12 @@ def _weight_bytes(config: TrainConfig, model: TrainedModel, *, keeps_gradients: 
     """Return the bytes of all weights: a trained one has two moments, and perhaps its gradient all the time.
 
     Gradients stay from one micro-batch to the next, where backward computes blocks again, and as DDP's buckets;
-    otherwise they take the place of activations. Under bf16 autocast keeps a half copy of trained weights for backward.
+    otherwise they take the place of activations. Autocast keeps a half copy of trained weights for backward.
     """
     total = 0.0
     for weight in model.parameters():
         copies = 1 + 2 * weight.requires_grad + (weight.requires_grad and keeps_gradients)
-        half = 2 if weight.requires_grad and config.mixed_precision == "bf16" else 0
+        half = 2 if weight.requires_grad and config.mixed_precision != "no" else 0
         total += weight.numel() * (weight.element_size() * copies + half)
     return total
 
@@ -130,7 +130,7 @@ def _target_bytes(crops: Crops, student: nn.ModuleDict) -> float:
 
 def _number_bytes(config: TrainConfig) -> int:
     """Return the bytes of a number that enters or leaves a matrix product."""
-    return 2 if config.mixed_precision == "bf16" else 4
+    return 4 if config.mixed_precision == "no" else 2
 
 
 def _kept_bytes(config: TrainConfig, student: nn.ModuleDict, crops: list[Crops], is_masked: bool) -> float:

@@ -19,7 +19,8 @@ class FrozenTeacher(nn.Module):
         networks: `backbone`, and for the prototypes' objective `dino_head` and, when its heads are untied, `ibot_head`.
         mean, std: by which the teacher's images are normalised.
         crops_mean, crops_std: by which the student's crops are.
-        half: keep in bfloat16 the weights that autocast would convert at every step. The results stay the same.
+        half: what autocast computes in, if it does; the weights that it would convert at every step are kept in it. The
+            results stay the same.
     """
 
     scale: Tensor
@@ -33,7 +34,7 @@ class FrozenTeacher(nn.Module):
         std: Sequence[float] = IMAGENET_STD,
         crops_mean: Sequence[float] = IMAGENET_MEAN,
         crops_std: Sequence[float] = IMAGENET_STD,
-        half: bool = False,
+        half: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.networks = TeacherNetworks(networks)
@@ -42,10 +43,10 @@ class FrozenTeacher(nn.Module):
         )
         self.register_buffer("scale", own_std / their_std)
         self.register_buffer("shift", (own_mean - their_mean) / their_std)
-        if half:
+        if half is not None:
             for module in self.networks.modules():
                 if isinstance(module, nn.Linear | nn.Conv2d):
-                    module.to(torch.bfloat16)
+                    module.to(half)
 
     @property
     def backbone(self) -> VisionTransformer:

@@ -163,9 +163,9 @@ def test_a_teacher_kept_in_half_precision_has_bit_for_bit_the_features_under_aut
     parts = teacher(True)
     crops, masks = torch.randn(6, 3, 12, 12), torch.zeros(6, 9, dtype=torch.bool)
     targets = []
-    for half in (False, True):
+    for half in (None, torch.bfloat16):
         frozen = FrozenTeacher({name: copy.deepcopy(part) for name, part in parts.items()}, half=half)
-        assert frozen.backbone.patch_embed.proj.weight.dtype == (torch.bfloat16 if half else torch.float32)
+        assert frozen.backbone.patch_embed.proj.weight.dtype == (half or torch.float32)
         assert frozen.backbone.norm.weight.dtype == torch.float32
         with torch.autocast("cpu", dtype=torch.bfloat16):
             step = DistillModel(backbone(16), frozen).teacher_targets(crops, None, masks, teacher_temp=0.05)
