@@ -44,20 +44,19 @@ def training_step(config: TrainConfig, accelerator: Accelerator, num_images: int
     seeds = itertools.count()
 
     def step(batch: Batch) -> Tensor:
-        with accelerator.autocast():
-            targets = model.teacher_targets(*batch, teacher_temp=config.teacher_temp[0])
         micro_batch_size = int(config.micro_batch_size)
-        outputs, fitting = forward_backward(
+        with accelerator.autocast():
+            targets = model.teacher_targets(
+                *batch, teacher_temp=config.teacher_temp[0], micro_batch_size=micro_batch_size
+            )
+        outputs = forward_backward(
             wrapped,
             targets,
             accelerator,
             seed=next(seeds),
             sequential_views=config.sequential_views,
             micro_batch_size=micro_batch_size,
-            smallest=2,
         )
-        if fitting != micro_batch_size:
-            raise torch.OutOfMemoryError(f"{num_images} images do not fit at once")
         norms = clip_gradients(model.student, config.clip_grad_norm)
         is_bad = not_finite([outputs["total"], *norms.values()])
         step_unless(is_bad, optimizer)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,6 +72,21 @@ class Group:
         with needs_others():
             all_gather_object(values, value, group=self.host)
         return values
+
+    def started_sum(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Begin to sum some numbers over all processes; return what waits for the sums, not for a GPU."""
+        if self.count == 1:
+            return lambda: list(numbers)
+        import torch
+
+        total = torch.tensor(numbers, dtype=torch.int64)
+        work = torch.distributed.all_reduce(total, group=self.host, async_op=True)
+
+        def sums() -> list[int]:
+            work.wait()
+            return [int(number) for number in total]
+
+        return sums
 
     def wait(self) -> None:
         """Wait until all processes are here. Raises Stopped when one of them has ended."""

@@ -28,8 +28,8 @@ from .config import TrainConfig
 from .counter_rng import derived_seed
 from .data.images import read_batches
 from .data.loader import load_views
-from .data.multicrop import decoded_side_px, preprocess_of
-from .engine.accumulate import forward_backward, weighted_losses
+from .data.multicrop import Views, decoded_side_px, preprocess_of
+from .engine.accumulate import weighted_losses
 from .engine.build import build_model
 from .engine.checkpoint import (
     TrainedModel,
@@ -43,6 +43,7 @@ from .engine.checkpoint import (
     save_checkpoint,
     save_teacher,
 )
+from .engine.fitting import is_tried_first, step_that_fits
 from .engine.fsdp import full_optimizer_state, trained_state
 from .engine.half_precision import LossScale
 from .engine.optimizer import apply_schedules, clip_gradients, not_finite, step_unless
@@ -65,11 +66,11 @@ from .monitor.metrics import (
     read_metrics,
     read_scalars,
     rewind_metrics,
-    started_sum,
     write_metrics_table,
 )
 from .monitor.online_knn import BestKnn, knn_figures
 from .monitor.trace import traced
+from .objective.micro_batch import MicroBatch
 from .objective.networks import update_teacher
 from .run import LaunchOptions, Run, run_training
 from .run_folder import CHECKPOINTS
@@ -156,7 +157,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
         caught_signals("step") as signals,
         console.progress("training", config.steps - first_step, "steps") as advance,
         traced(run.folder, run.profile if is_main else 0, first_step) as end_of_step,
-        closing(load_views(batches, config, device)) as views,
+        closing(load_views(batches, config, device)) as batches_of_views,
     ):
         for step in range(first_step, first_step if has_stalled else config.steps):
             rates = rates_at(step, config)
@@ -172,22 +173,22 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
 
             # Data.
             with throughput.waiting():
-                global_crops, local_crops, masks, num_replaced = next(views)
-            events = started_sum([bool(signals), num_replaced], processes)
+                views = next(batches_of_views)
+            events = processes.started_sum([bool(signals), views.num_replaced])
 
-            # Teacher targets.
-            with accelerator.autocast():
-                targets = model.teacher_targets(global_crops, local_crops, masks, teacher_temp=rates.teacher_temp)
-
-            # Student forward and backward, in micro-batches whose gradients add up to the batch's.
-            outputs, counts["micro_batch_size"] = forward_backward(
+            # Teacher targets; student forward and backward, in micro-batches whose gradients add up to the batch's.
+            targets, outputs, counts["micro_batch_size"] = step_that_fits(
                 wrapped,
-                targets,
+                optimizer,
+                partial(step_of, model, views, rates.teacher_temp, accelerator),
                 accelerator,
+                processes,
+                config,
                 seed=derived_seed(config.seed, "drop path", step * num_processes + process),
-                sequential_views=config.sequential_views,
+                num_images=sizes.at(step) // num_processes,
                 micro_batch_size=counts["micro_batch_size"],
-                smallest=2 if config.koleo_weight else 1,
+                is_tried=is_tried_first(device) and (step == first_step or sizes.at(step) > sizes.at(step - 1)),
+                was_short=views.was_short,
             )
 
             # Update. All processes skip a step or none.
@@ -254,7 +255,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
                 accelerator.log(figures, step=step + 1)
                 throughput.restart()
             advance(1, progress_note(figures))
-            del global_crops, local_crops, targets, outputs  # of the next step's crops two batches are in memory
+            del views, targets, outputs  # of the next step's crops two batches are in memory
 
             # Save; not while gradients are bad, for then the weights may be.
             if (is_due and not counts["skipped_in_a_row"]) or is_last or num_stopped or is_best or has_stalled:
@@ -278,6 +279,26 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
         else:
             save_teacher(run.folder, finished, preprocess_of(config))
     return figures
+
+
+def step_of(
+    model: TrainedModel,
+    views: Views,
+    teacher_temp: float,
+    accelerator: Accelerator,
+    micro_batch_size: int,
+    before_exchange: Callable[[], None],
+) -> MicroBatch:
+    """Return a batch's crops with the teacher's targets for them (last arguments as in `teacher_targets`)."""
+    with accelerator.autocast():
+        return model.teacher_targets(
+            views.global_crops,
+            views.local_crops,
+            views.masks,
+            teacher_temp=teacher_temp,
+            micro_batch_size=micro_batch_size,
+            before_exchange=before_exchange,
+        )
 
 
 def last_good(run: Run) -> str:

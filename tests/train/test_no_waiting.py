@@ -109,14 +109,13 @@ def test_a_step_asks_for_no_value_forward_or_backward(case: str, dtype: torch.dt
         accelerator.scaler = loss_scale = LossScale({}, torch.device("cpu")) if dtype == torch.float16 else None
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), Copies() as copies:
             step = model.teacher_targets(*crops(config), masks, teacher_temp=0.04)
-            outputs, _ = forward_backward(
+            outputs = forward_backward(
                 model,
                 step,
                 accelerator,
                 seed=0,
                 sequential_views=config.sequential_views,
                 micro_batch_size=int(config.micro_batch_size),
-                smallest=2,
             )
         if loss_scale is not None:
             loss_scale.unscale(model.student)
@@ -139,7 +138,7 @@ def test_a_step_copies_pixels_and_at_most_four_small_tables_to_the_device() -> N
         torch.zeros(3).to(device)
         assert copies.sizes == [12]  # it is seen
         copies.sizes.clear()
-        global_crops, local_crops, masks, _ = make_views(batch, config, device)
+        global_crops, local_crops, masks, *_ = make_views(batch, config, device)
         placed = placed_masks(masks, device, Padding(0.15, 0.5))
     assert local_crops is not None
     assert {global_crops.device.type, local_crops.device.type, placed.patches.device.type} == {"meta"}

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from operator import itemgetter
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import TypeVar
 
 import torch
@@ -15,28 +16,54 @@ from .multicrop import Views, make_views
 Made = TypeVar("Made")
 
 
+@dataclass
+class _Made:
+    """What a thread has made of a batch, by an event of a GPU's stream; no views where memory ran out."""
+
+    batch: Batch
+    views: Views | None
+    end: torch.cuda.Event
+
+
 def load_views(
     batches: Generator[Batch, None, None], config: TrainConfig, device: torch.device
 ) -> Generator[Views, None, None]:
     """Yield the views of batches, which are closed at the end.
 
     On a CPU they are made when they are asked for, since a step takes all cores. For a GPU a thread copies the next
-    images and makes their crops while a step computes.
+    images and makes their crops while a step computes. Where memory runs out, they are made once more when they are
+    asked for, since the step before holds none then.
     """
+
+    def unless_short(batch: Batch) -> Views | None:
+        try:
+            return make_views(batch, config, device)
+        except torch.OutOfMemoryError:
+            return None
+
+    def remade(batch: Batch) -> Views:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()  # of the other stream, too
+        return make_views(batch, config, device)._replace(was_short=True)
+
     with closing(batches):
         if device.type != "cuda":
             for batch in batches:
-                yield make_views(batch, config, device)
+                yield remade(batch) if (views := unless_short(batch)) is None else views
             return
         # Before the step's kernels, since the next step waits for these.
         side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
-        def make(batch: Batch) -> tuple[Views, torch.cuda.Event]:
+        def make(batch: Batch) -> _Made:
             with torch.cuda.stream(side):
-                return make_views(batch, config, device), recorded(side)
+                return _Made(batch, unless_short(batch), recorded(side))
 
-        def take(made: tuple[Views, torch.cuda.Event]) -> Callable[[], None]:
-            (global_crops, local_crops, *_), end = made
+        def take(made: _Made) -> Callable[[], None]:
+            if made.views is None:
+                with torch.cuda.stream(side):
+                    made.views, made.end = remade(made.batch), recorded(side)
+            (global_crops, local_crops, *_), end = made.views, made.end
             stream = torch.cuda.current_stream(device)
             steps_before = recorded(stream)
             stream.wait_event(end)
@@ -50,7 +77,7 @@ def load_views(
 
             return wait
 
-        yield from map(itemgetter(0), made_ahead(batches, make, take))
+        yield from map(attrgetter("views"), made_ahead(batches, make, take))
 
 
 def recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

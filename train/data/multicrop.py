@@ -65,6 +65,7 @@ class Views(NamedTuple):
     local_crops: Tensor | None
     masks: NDArray[np.bool_]  # (2 B, N), on the host, True = masked
     num_replaced: int  # images that could not be read
+    was_short: bool = False  # memory ran out, and the crops were made once more, after the step before
 
 
 def make_views(batch: Batch, config: TrainConfig, device: torch.device) -> Views:

@@ -1,15 +1,14 @@
 """The student's forward and backward pass for a step: at once, or in micro-batches whose gradients add up."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from ... import console
-from ...errors import ToolkitError
 from ...models import cpu
 from ..config import TrainConfig
 from ..counter_rng import derived_seed
@@ -22,68 +21,21 @@ def forward_backward(
     accelerator: Accelerator,
     *,
     seed: int,
-    sequential_views: bool,
-    micro_batch_size: int,
-    smallest: int,
-) -> tuple[dict[str, Tensor], int]:
-    """Add the gradients of a step to the student's weights.
-
-    When a GPU runs out of memory, the step is repeated in micro-batches of half as many images; its images stay.
+    sequential_views: bool = False,
+    micro_batch_size: int = 0,
+    before_exchange: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """Add the gradients of a step to the student's weights; return its losses, detached.
 
     Args:
         wrapped: the model as Accelerate prepared it.
-        seed: of torch's random numbers, which stochastic depth draws; the same for every attempt.
+        seed: of torch's random numbers, which stochastic depth draws.
         sequential_views, micro_batch_size: as in `TrainConfig`; 0 = all images.
-        smallest: images that a micro-batch needs (2 for KoLeo, which compares them).
-
-    Returns:
-        The losses of the step, detached, and the micro-batch size that fitted.
-
-    Raises:
-        ToolkitError: if the memory does not suffice for the smallest micro-batch, or for one of several processes.
+        before_exchange: called under DDP after the last forward pass, before its backward adds up all gradients; an
+            error that it raises leaves DDP as it was.
     """
-    while True:
-        torch.manual_seed(seed)
-        batches = split_microbatches(step, sequential_views=sequential_views, num_images=micro_batch_size)
-        try:
-            return _accumulate(wrapped, batches, accelerator, seed), micro_batch_size
-        except torch.OutOfMemoryError:
-            pass  # go on below, where nothing refers to the tensors of the failed attempt
-        size = micro_batch_size or step.num_images
-        smaller = halved(size, step.num_images, smallest)
-        if smaller is None:
-            raise ToolkitError(
-                f"the GPU's memory does not suffice for {size} images at a time; "
-                "set sequential_views=true, activation_checkpointing=full, or a smaller arch"
-            )
-        if accelerator.num_processes > 1:  # the others wait for gradients that will not come
-            raise ToolkitError(  # pragma: no cover  # needs several GPUs
-                f"the GPU of process {accelerator.process_index} has too little memory for {size} images at a time; "
-                f"set micro_batch_size={smaller}"
-            )
-        console.warn(
-            f"out of GPU memory: from here on {smaller} images at a time instead of {size}; "
-            f"the batch stays {step.num_images}"
-        )
-        micro_batch_size = smaller
-        for weight in wrapped.parameters():
-            weight.grad = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def halved(micro_batch_size: int, num_images: int, smallest: int) -> int | None:
-    """Return at most half the micro-batch size that leaves no last one below `smallest`; None if there is none."""
-    for size in range(micro_batch_size // 2, smallest - 1, -1):
-        if num_images % size == 0 or num_images % size >= smallest:
-            return size
-    return None
-
-
-def _accumulate(
-    wrapped: nn.Module, microbatches: Iterable[MicroBatch], accelerator: Accelerator, seed: int
-) -> dict[str, Tensor]:
-    batches = list(microbatches)
+    torch.manual_seed(seed)
+    batches = list(split_microbatches(step, sequential_views=sequential_views, num_images=micro_batch_size))
     # FSDP reduces the gradients of every micro-batch: whole gradients would take the memory that sharding saves.
     is_sharded = isinstance(next(wrapped.parameters()), DTensor)
     outputs, num_views = [], 2
@@ -92,11 +44,27 @@ def _accumulate(
             cpu.give_back_freed_memory(
                 batch.global_crops.device
             )  # tensors of other sizes do not fit in the holes it left
-        num_views = len(batch.cls_targets)
-        with nullcontext() if is_sharded or batch is batches[-1] else accelerator.no_sync(wrapped):
+        num_views, is_last = len(batch.cls_targets), number == len(batches) - 1
+        with (
+            nullcontext() if is_sharded or is_last else accelerator.no_sync(wrapped),
+            _after_forward(wrapped, before_exchange) if is_last else nullcontext(),
+        ):
             part_seed = derived_seed(seed, "part", number)
             outputs.append(microbatch_backward(wrapped, batch, accelerator.backward, part_seed))
     return sum_outputs(outputs)
+
+
+@contextmanager
+def _after_forward(wrapped: nn.Module, function: Callable[[], None]) -> Iterator[None]:
+    """Call a function at the end of a forward pass of the model inside DDP, before DDP itself goes on."""
+    if not isinstance(wrapped, DistributedDataParallel):
+        yield
+        return
+    hook = wrapped.module.register_forward_hook(lambda *_: function())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def microbatch_backward(

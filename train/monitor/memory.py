@@ -16,8 +16,8 @@ from ...store.memory import free_memory
 from ..config import TrainConfig
 from ..data.augment import CHUNK_BYTES
 from ..data.multicrop import decoded_side_px
-from ..engine.accumulate import halved
 from ..engine.checkpoint import TrainedModel
+from ..engine.fitting import halved
 from ..engine.schedules import batch_sizes
 from ..objective.losses import GPU_CHUNK_BYTES
 from ..objective.networks import backbone_of

@@ -6,18 +6,16 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
 from ... import console
-from ...features.launch import Group
 from ...store.files import check_regular, write_text
 from ...store.json_text import json_object
 from ...store.manifest import ManifestWriter, Provenance
@@ -172,20 +170,6 @@ def progress_note(figures: Mapping[str, float]) -> str:
     texts.append("gradients " + " ".join(f"{part} {norm:.2g}" for part, norm in parts))
     note = ", ".join(texts)
     return note[: max(0, shutil.get_terminal_size().columns - BAR_COLUMNS)] if sys.stderr.isatty() else note
-
-
-def started_sum(numbers: list[int], processes: Group) -> Callable[[], list[int]]:
-    """Begin to sum some numbers of the host over all processes; return what waits for the sums, not for a GPU."""
-    if processes.count == 1:
-        return lambda: numbers
-    total = torch.tensor(numbers)
-    work = dist.all_reduce(total, group=processes.host, async_op=True)
-
-    def sums() -> list[int]:
-        work.wait()
-        return [int(number) for number in total]
-
-    return sums
 
 
 def read_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:

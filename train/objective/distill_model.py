@@ -4,6 +4,7 @@ Shapes as in `micro_batch`.
 """
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ...models.head import ProjectionHead
 from ...models.vit import Features, VisionTransformer
-from .frozen_teacher import FrozenTeacher
+from .frozen_teacher import FrozenTeacher, in_parts
 from .losses import sinkhorn_knopp
 from .masks import every_patch
 from .micro_batch import MicroBatch, whole_step
@@ -47,14 +48,26 @@ class DistillModel(nn.Module):
 
     @torch.no_grad()
     def teacher_targets(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: ArrayLike, *, teacher_temp: float
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor | None,
+        masks: ArrayLike,
+        *,
+        teacher_temp: float,
+        micro_batch_size: int = 0,
+        before_exchange: Callable[[], None] = lambda: None,
     ) -> MicroBatch:
         """Return a step's crops with the frozen teacher's probabilities for them (arguments as in SSLModel).
 
         `masks` only tells how many patch tokens there are.
         """
-        features: Features = self.frozen(global_crops, backbone_of(self.student).patch_size)
-        logits = head_logits(self.frozen.networks, features.cls_token, features.patch_tokens.flatten(0, 1))
+
+        def teacher_logits(crops: Tensor) -> tuple[Tensor, Tensor]:
+            features: Features = self.frozen(crops, backbone_of(self.student).patch_size)
+            return head_logits(self.frozen.networks, features.cls_token, features.patch_tokens.flatten(0, 1))
+
+        logits = in_parts(teacher_logits, global_crops, 2 * micro_batch_size)
+        before_exchange()
         balanced = partial(sinkhorn_knopp, overwrite_logits=True, is_compiled=self.losses.compile)
         cls_probs, patch_probs = (balanced(rows, teacher_temp) for rows in logits)
         masks_of_all = every_patch(masks, global_crops.device)

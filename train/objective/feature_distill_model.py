@@ -4,6 +4,7 @@ Shapes as in `micro_batch`; D is the student's embed_dim, K the teacher's.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ...models.vit import Features, VisionTransformer
-from .frozen_teacher import FrozenTeacher
+from .frozen_teacher import FrozenTeacher, in_parts
 from .losses import all_reduce_sum
 from .masks import every_patch
 from .micro_batch import MicroBatch, whole_step
@@ -44,16 +45,29 @@ class FeatureDistillModel(nn.Module):
 
     @torch.no_grad()
     def teacher_targets(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: ArrayLike, *, teacher_temp: float
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor | None,
+        masks: ArrayLike,
+        *,
+        teacher_temp: float,
+        micro_batch_size: int = 0,
+        before_exchange: Callable[[], None] = lambda: None,
     ) -> MicroBatch:
         """Return a step's crops with the frozen teacher's standardised tokens of the global ones.
 
         `masks` only tells how many patch tokens there are; `teacher_temp` is for teachers with prototypes.
         """
+
+        def teacher_tokens(crops: Tensor) -> tuple[Tensor, Tensor]:
+            features: Features = self.frozen(crops, backbone_of(self.student).patch_size)
+            return features.cls_token, features.patch_tokens.flatten(0, 1)
+
         with torch.inference_mode():
-            features: Features = self.frozen(global_crops, backbone_of(self.student).patch_size)
+            tokens = in_parts(teacher_tokens, global_crops, 2 * micro_batch_size)
+        before_exchange()
         # Outside inference mode, since backward needs the targets.
-        cls_tokens, patch_tokens = standardise(features.cls_token), standardise(features.patch_tokens.flatten(0, 1))
+        cls_tokens, patch_tokens = map(standardise, tokens)
         masks_of_all = every_patch(masks, global_crops.device)
         return whole_step(global_crops, local_crops, masks_of_all, cls_tokens, patch_tokens, are_probs=False)
 

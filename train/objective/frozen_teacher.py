@@ -1,6 +1,6 @@
 """The frozen teacher of a distillation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,3 +67,10 @@ class FrozenTeacher(nn.Module):
             return output.cls_token, output.register_tokens, output.patch_tokens
 
         return Features(*cpu.in_halves(features, crops * self.scale + self.shift))
+
+
+def in_parts(function: Callable[[Tensor], tuple[Tensor, Tensor]], crops: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return two results, row by row, of `size` crops at a time; 0 for all."""
+    results = [function(part) for part in torch.split(crops, size or len(crops))]
+    first, second = results[0] if len(results) == 1 else (torch.cat(rows) for rows in zip(*results, strict=True))
+    return first, second

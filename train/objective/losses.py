@@ -5,7 +5,8 @@ Functions that look at all processes' rows do so through `all_reduce_sum` and `a
 Source: Oquab et al. 2023 (DINOv2), section 4; github.com/facebookresearch/dinov2 (dinov2/loss).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import ParamSpec, TypeVar
 
@@ -28,6 +29,25 @@ MIN_KOLEO_DISTANCE = 1e-6  # chosen: well above the rounding of unit vectors in 
 MIN_SINKHORN_WEIGHT = 1e-18  # chosen: keeps K / weight finite in float32 for any K
 
 
+_is_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Have this process compute in the block as if there were no others."""
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False
+
+
+def has_others() -> bool:
+    """Tell whether there are other processes whose rows count too."""
+    return dist.is_available() and dist.is_initialized() and not _is_alone
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Return the sum of `x` over all processes, or `x` itself when there is one."""
     return _all_reduced(x, dist.ReduceOp.SUM)
@@ -39,7 +59,7 @@ def all_reduce_max(x: Tensor) -> Tensor:
 
 
 def _all_reduced(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_others():
         return x
     x = x.clone()
     dist.all_reduce(x, op=operation)
@@ -209,7 +229,7 @@ def koleo_loss(features: Tensor, *, gather: bool = False) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         normed = F.normalize(features.float(), dim=-1, eps=1e-8)
         everyone, first = normed, 0
-        if gather and dist.is_available() and dist.is_initialized():
+        if gather and has_others():
             everyone, first = _Gathered.apply(normed), dist.get_rank() * len(normed)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             similarities = normed @ everyone.T

@@ -1,6 +1,6 @@
 """Several students of one frozen teacher in one module: the teacher runs once, each student learns as if alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from numpy.typing import ArrayLike
@@ -31,11 +31,25 @@ class MultiStudent(nn.Module):
         self.frozen = next(iter(models.values())).frozen
 
     def teacher_targets(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: ArrayLike, *, teacher_temp: float
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor | None,
+        masks: ArrayLike,
+        *,
+        teacher_temp: float,
+        micro_batch_size: int = 0,
+        before_exchange: Callable[[], None] = lambda: None,
     ) -> MicroBatch:
         """Return a step's crops with the frozen teacher's targets, which are the same for every student."""
         first = next(iter(self.models.values()))
-        return first.teacher_targets(global_crops, local_crops, masks, teacher_temp=teacher_temp)
+        return first.teacher_targets(
+            global_crops,
+            local_crops,
+            masks,
+            teacher_temp=teacher_temp,
+            micro_batch_size=micro_batch_size,
+            before_exchange=before_exchange,
+        )
 
     def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Return every student's losses, by names like `vit_small_koleo`, and `total`, the sum of their totals."""

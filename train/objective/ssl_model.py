@@ -4,6 +4,7 @@ Shapes as in `micro_batch`; D is embed_dim.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -78,7 +79,14 @@ class SSLModel(nn.Module):
 
     @torch.no_grad()
     def teacher_targets(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: ArrayLike, *, teacher_temp: float
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor | None,
+        masks: ArrayLike,
+        *,
+        teacher_temp: float,
+        micro_batch_size: int = 0,
+        before_exchange: Callable[[], None] = lambda: None,
     ) -> MicroBatch:
         """Return a step's crops with the teacher's probabilities for them.
 
@@ -87,6 +95,8 @@ class SSLModel(nn.Module):
             local_crops: (L B, C, h, w), view by view likewise, or None.
             masks: (2 B, N) bool in main memory, True where the student sees the mask token and the iBOT loss reads.
             teacher_temp: temperature of the teacher's probabilities.
+            micro_batch_size: the networks see the crops of so many images at a time; 0 = of all.
+            before_exchange: called after the networks, before anything is added up over processes.
         """
         placed = placed_masks(masks, global_crops.device, self.padding)
         num_crops = len(global_crops)
@@ -97,12 +107,28 @@ class SSLModel(nn.Module):
             [(cls_tokens, patch_tokens)] = backbone_of(self.teacher).forward_selected([images], [None], [selected])
             return head_logits(self.teacher, cls_tokens, patch_tokens)
 
-        if cpu.runs_in_halves(global_crops.device) and self.padding is None:
-            halves = [range(num_crops // 2), range(num_crops // 2, num_crops)]
-            parts = zip(*cpu.in_threads(teacher_logits, halves), strict=True)
-            cls_logits, patch_logits = (torch.cat(rows) for rows in parts)
-        else:
-            cls_logits, patch_logits = teacher_logits(range(num_crops))
+        logits: tuple[Tensor, Tensor] | None = None
+        for crops in parts_of(num_crops, 2 * micro_batch_size):
+            parts = [crops]
+            if cpu.runs_in_halves(global_crops.device) and self.padding is None:
+                parts = halves(crops)
+            for part, found in zip(parts, cpu.in_threads(teacher_logits, parts), strict=True):
+                if len(part) == num_crops:
+                    logits = found
+                    continue
+                if logits is None:
+                    rows = num_crops, len(placed.patches)
+                    logits = (
+                        found[0].new_empty(rows[0], found[0].shape[1]),
+                        found[1].new_zeros(rows[1], found[1].shape[1]),
+                    )
+                [place] = placed.places([part])
+                logits[0][part.start : part.stop] = found[0]
+                logits[1][place] = found[1][: place.stop - place.start]
+                del found
+        assert logits is not None
+        cls_logits, patch_logits = logits
+        before_exchange()
         is_row = placed.is_row
         if self.centering == "sinkhorn_knopp":
             balanced = partial(sinkhorn_knopp, overwrite_logits=True, is_compiled=self.losses.compile)
@@ -126,6 +152,18 @@ class SSLModel(nn.Module):
         cls_tokens = torch.cat([cls_tokens for cls_tokens, _ in tokens])
         cls_logits, patch_logits = head_logits(self.student, cls_tokens, tokens[0][1])
         return microbatch_losses(batch, cls_logits, patch_logits, cls_tokens[: len(batch.global_crops)], self.losses)
+
+
+def parts_of(num_crops: int, size: int) -> list[range]:
+    """Return ranges of `size` crops, 0 for all."""
+    size = size or num_crops
+    return [range(start, min(start + size, num_crops)) for start in range(0, num_crops, size)]
+
+
+def halves(crops: range) -> list[range]:
+    """Return both halves of a range."""
+    middle = (crops.start + crops.stop) // 2
+    return [range(crops.start, middle), range(middle, crops.stop)]
 
 
 def microbatch_losses(
