@@ -67,7 +67,7 @@ def memory_bytes(config: TrainConfig, model: TrainedModel, num_processes: int, b
     )
     has_parts = config.sequential_views or micro_batch_size < size or config.activation_checkpointing == "full"
     of_step = _weight_bytes(config, model, keeps_gradients=has_parts or num_processes > 1) + inputs
-    stages = size * _teacher_bytes(config, model, crops[0]), targets + student
+    stages = _teacher_bytes(config, model, crops[0], size, micro_batch_size), targets + student
     augmentation = augmentation_bytes(config, size)
     if base_bytes:
         return GROWTH * (base_bytes + FIRST_STEP_BYTES + ALLOCATOR * (of_step + max(augmentation, *stages)))
@@ -107,8 +107,10 @@ def augmentation_bytes(config: TrainConfig, num_images: int) -> float:
     return config.bit_depth // 8 * pixels + max(stages)
 
 
-def _teacher_bytes(config: TrainConfig, model: TrainedModel, crops: Crops) -> float:
-    """Return the bytes of an image at the peak of the teacher's pass: one block, or the logits.
+def _teacher_bytes(
+    config: TrainConfig, model: TrainedModel, crops: Crops, num_images: int, micro_batch_size: int
+) -> float:
+    """Return the bytes at the peak of the teacher's pass: one block of a micro-batch, or the logits of all images.
 
     A block has the tokens, their norms and the feed-forward before and after its activation. Logits are in float32, on
     a CPU there are those of two halves beside the whole; a centre and softmax need one more matrix.
@@ -116,10 +118,11 @@ def _teacher_bytes(config: TrainConfig, model: TrainedModel, crops: Crops) -> fl
     networks = model.teacher if isinstance(model, SSLModel) else model.frozen.networks
     backbone, number = backbone_of(networks), _number_bytes(config)
     hidden = feed_forward(backbone)[0].out_features
-    block = crops.tokens * ((3 * 4 + 2 * number) * backbone.embed_dim + 2 * number * hidden)
+    block = micro_batch_size * crops.tokens * ((3 * 4 + 2 * number) * backbone.embed_dim + 2 * number * hidden)
     head = head_of(networks)
+    logits = 0.0 if head is None else 4 * num_images * crops.read * head.num_prototypes
     matrices = 2 if config.centering == "sinkhorn_knopp" else 3
-    return max(block, 0 if head is None else crops.read * head.num_prototypes * matrices * 4)
+    return max(block + (logits if micro_batch_size < num_images else 0.0), matrices * logits)
 
 
 def _target_bytes(crops: Crops, student: nn.ModuleDict) -> float:

@@ -109,10 +109,11 @@ class SSLModel(nn.Module):
 
         logits: tuple[Tensor, Tensor] | None = None
         for crops in parts_of(num_crops, 2 * micro_batch_size):
-            parts = [crops]
             if cpu.runs_in_halves(global_crops.device) and self.padding is None:
-                parts = halves(crops)
-            for part, found in zip(parts, cpu.in_threads(teacher_logits, parts), strict=True):
+                parts = list(zip(halves(crops), cpu.in_threads(teacher_logits, halves(crops)), strict=True))
+            else:
+                parts = [(crops, teacher_logits(crops))]
+            for part, found in parts:
                 if len(part) == num_crops:
                     logits = found
                     continue
