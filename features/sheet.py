@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from .. import console
 from ..errors import ToolkitError
@@ -17,6 +17,7 @@ from ..store.files import open_regular, replacing
 from ..store.images import UnreadableImage, decode_sized
 from ..store.json_text import json_object
 from ..store.manifest import PROVENANCE_KEY, Provenance, provenance_from, provenance_values, toolkit_version
+from .font import Font, font_for
 from .image_workers import image_workers
 
 MARGIN_PX, GAP_PX, GROUP_GAP_PX = 24, 6, 22
@@ -48,21 +49,22 @@ def draw_sheet(
     above_px = 2 * CAPTION_PX if headings else 0
     has_captions = any(tile.caption for row in rows for group in row for tile in group)
     line_px = above_px + tile_px + (2 * CAPTION_PX if has_captions else 6)
-    font = ImageFont.load_default(CAPTION_PX)
-    headings = [_shorten(text, font, LONGEST_PX) for text in headings]
-    widths = [*(round(font.getlength(text)) for text in headings), *(_row_width(row, tile_px) for row in rows)]
+    shortened = [_shorten(text, CAPTION_PX, LONGEST_PX) for text in headings]
+    widths = [*(round(font.getlength(text)) for text, font in shortened), *(_row_width(row, tile_px) for row in rows)]
     sheet, pen, head_px = titled_sheet(title, note, max(widths, default=0), len(rows) * (line_px + GAP_PX))
     for number, row in enumerate(rows):
         left, top = MARGIN_PX, head_px + number * (line_px + GAP_PX) + above_px
         if headings:
-            pen.text((left, top - round(1.5 * CAPTION_PX)), headings[number], INK, font)
+            text, font = shortened[number]
+            pen.text((left, top - round(1.5 * CAPTION_PX)), text, INK, font)
         for group in row:
             for tile in group:
                 image = fit(tile.image, tile_px)
                 corner = left, top + tile_px - image.height  # down to its caption
                 sheet.paste(image, corner)
                 pen.rectangle((left - 1, corner[1] - 1, left + image.width, top + tile_px), outline=EDGE)
-                pen.text((left, top + tile_px + 4), _shorten(tile.caption, font, tile_px), FAINT, font)
+                text, font = _shorten(tile.caption, CAPTION_PX, tile_px)
+                pen.text((left, top + tile_px + 4), text, FAINT, font)
                 left += tile_px + GAP_PX
             left += GROUP_GAP_PX - GAP_PX
     return sheet
@@ -70,14 +72,14 @@ def draw_sheet(
 
 def titled_sheet(title: str, note: str, width_px: int, height_px: int) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
     """Return a sheet with a title and a note and room for content below, its pen, and where the content begins."""
-    fonts = ImageFont.load_default(TITLE_PX), ImageFont.load_default(CAPTION_PX)
-    title, note = _shorten(title, fonts[0], LONGEST_PX), _shorten(note, fonts[1], LONGEST_PX)
+    title, title_font = _shorten(title, TITLE_PX, LONGEST_PX)
+    note, note_font = _shorten(note, CAPTION_PX, LONGEST_PX)
     head_px = MARGIN_PX + 2 * TITLE_PX + (2 * CAPTION_PX if note else 0)
-    text_px = round(max(fonts[0].getlength(title), fonts[1].getlength(note)))
+    text_px = round(max(title_font.getlength(title), note_font.getlength(note)))
     sheet = Image.new("RGB", (2 * MARGIN_PX + max(text_px, width_px), head_px + height_px + MARGIN_PX), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN_PX, MARGIN_PX), title, INK, fonts[0])
-    pen.text((MARGIN_PX, MARGIN_PX + round(1.6 * TITLE_PX)), note, FAINT, fonts[1])
+    pen.text((MARGIN_PX, MARGIN_PX), title, INK, title_font)
+    pen.text((MARGIN_PX, MARGIN_PX + round(1.6 * TITLE_PX)), note, FAINT, note_font)
     return sheet, pen, head_px
 
 
@@ -107,14 +109,15 @@ def _row_width(row: Row, tile_px: int) -> int:
     return tiles + (len(row) - 1) * GROUP_GAP_PX
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
-    """Return a text, its end cut off where it is longer than that."""
+def _shorten(text: str, size_px: int, width_px: int) -> tuple[str, Font]:
+    """Return a text, its end cut off where it is longer than that, and its font."""
     start = text[: width_px + 1]  # a letter takes a pixel at least; labels may have any length
+    font = font_for(start, size_px)
     if start == text and font.getlength(text) <= width_px:
-        return text
+        return text, font
     lengths = range(1, len(start) + 1)
     num_fitting = bisect_right(lengths, width_px, key=lambda num: math.ceil(font.getlength(f"{start[:num]}…")))
-    return f"{start[:num_fitting]}…"
+    return f"{start[:num_fitting]}…", font
 
 
 def check_picture_name(output: str) -> Path:

@@ -61,13 +61,17 @@ def lineage(name: str, as_json: bool) -> None:
     Raises ToolkitError as `show` does.
     """
     artifact, inputs = catalog.find(name), catalog.inputs()
-    by_digest = {known.digest: known for known in reversed(catalog.artifacts(table="artifacts"))}
+    known_artifacts = list(reversed(catalog.artifacts(table="artifacts")))
+    by_digest = {known.digest: known for known in known_artifacts}
+    by_place = {(known.digest, known.path): known for known in known_artifacts}  # where two have the same content
     opened = {artifact.id}
 
     def ancestors(of: Artifact) -> dict[str, Any]:
         below: list[dict[str, Any]] = []
         for source in inputs.get(of.id, []):
-            known = by_digest.get(source.content_id)
+            known = by_place.get((source.content_id, str(Path(source.path).absolute()))) or by_digest.get(
+                source.content_id
+            )
             if known is None or known.id == of.id:
                 tree: dict[str, Any] = {"path": source.path, "inputs": []}
             elif known.id in opened:

@@ -32,8 +32,9 @@ def score_sections(scores: Mapping[str, Manifest]) -> list[Section]:
     overall = [row for row in rows if row["true_class"] is None]
     made = [
         parts.text(
-            "How well frozen features suit labelled images that no training saw. Each score has its 95 % interval: that"
-            " of resampled test images. Scores whose intervals overlap may differ by chance."
+            "How well frozen features suit labelled images, which pretraining may have seen without their labels. Each"
+            " score has its 95 % interval: that of resampled test images. Scores whose intervals overlap may differ by"
+            " chance."
         ),
         *_best(overall, len(scores) > 1),
         parts.details("All scores", [_table("All scores", overall, len(scores) > 1)]),

@@ -143,7 +143,7 @@ class Verifier:
             _take_over(*self._sampled, pairs, residuals)
         missing = np.flatnonzero(~(residuals >= 0))  # not registered, or not readable then
         if 0 < len(missing) < len(pairs):
-            console.say(f"{len(pairs) - len(missing):,} of {len(pairs):,} pairs were verified before")
+            console.say(f"{len(missing):,} of {len(pairs):,} pairs are left to verify")
         if len(missing):
             self._register(pairs, missing, residuals)
         return np.array(residuals)

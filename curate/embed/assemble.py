@@ -75,6 +75,8 @@ def assemble(
     forget_work(folder)
     catalog.record(removed_path(output), removed.provenance, None)
     common = "".join(f"; {count:,} {reason}" for reason, count in reasons.most_common(3))
+    if (others := removed.num_rows - sum(count for _, count in reasons.most_common(3))) > 0:
+        common += f"; {others:,} for other reasons ({removed_path(output)})"
     reused = "" if earlier is None else f", {num_reused:,} of them reused"
     console.say(f"{embedded.num_rows:,} images embedded{reused}, {removed.num_rows:,} files removed{common}")
     return embedded.provenance

@@ -303,6 +303,17 @@ def test_an_unknown_kind_names_the_kinds(tmp_path: Path) -> None:
         commands.list_artifacts("embedding", as_json=False)
 
 
+def test_of_artifacts_with_the_same_content_lineage_names_the_one_that_was_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used = make(tmp_path / "used.parquet")
+    twin = make(tmp_path / "twin.parquet")
+    assert used.content_id == twin.content_id
+    make(tmp_path / "unique.parquet", "curate dedup", "selection", inputs=(used,), num_rows=2)
+    commands.lineage("unique", as_json=False)
+    assert capsys.readouterr().out.splitlines()[1].endswith("used.parquet  [curate embed]")
+
+
 def test_lineage_opens_everything_once_and_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pool = make(tmp_path / "pool.parquet", inputs=(Source("images", "/photos", "listing"),))
     left = make(tmp_path / "left.parquet", "curate dedup", "selection", inputs=(pool,), num_rows=2)

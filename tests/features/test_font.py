@@ -1,0 +1,28 @@
+"""Fonts of pictures."""
+
+import pytest
+from PIL import ImageFont
+
+from dinov2_toolkit.features import font
+from dinov2_toolkit.features.font import font_for
+
+
+def test_other_letters_take_a_font_of_the_system_and_ascii_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def truetype(name: str, size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+        asked.append(name)
+        if name != "Arial.ttf":
+            raise OSError
+        return ImageFont.load_default(2 * size_px)
+
+    monkeypatch.setattr(ImageFont, "truetype", truetype)
+    font._system_font.cache_clear()
+    own = ImageFont.load_default(12).getlength("x")
+    assert font_for("plain …", 12).getlength("x") == own and asked == []
+    assert font_for("Größe", 12).getlength("x") > own and asked == ["DejaVuSans.ttf", "Arial.ttf"]
+    asked.clear()
+    assert font_for("猫", 12).getlength("x") > own and asked[0] == "NotoSansCJK-Regular.ttc"
+    monkeypatch.setattr(font, "EUROPEAN", ("none.ttf",))
+    assert font_for("Größe", 12).getlength("x") == own  # a system without fonts
+    font._system_font.cache_clear()
