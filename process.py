@@ -40,6 +40,7 @@ def prepare() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="names")
     sys.unraisablehook = _unraisable
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a broken connection comes with a backtrace of C++
     take_first_signal(_interrupt)
     if (launcher := os.environ.get(LAUNCHER, "")).isdigit():
         threading.Thread(target=_end_with, args=[int(launcher)], daemon=True).start()

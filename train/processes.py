@@ -44,7 +44,7 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         torch.set_float32_matmul_precision("high")
         console.say("products of float32 matrices are computed in TF32")
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)  # all make the same ones
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # without it Accelerate ignores torchrun on a machine without GPU
         mixed_precision=precision,

@@ -9,6 +9,7 @@ from sysconfig import get_path
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ToolkitError
 from ...models.block import Block
@@ -41,6 +42,8 @@ def prepare(
     )
     if empty is None:
         wrapped, optimizer = accelerator.prepare(model, optimizer)
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.forward_sync_buffers = False  # all processes make the same ones
         return wrapped, optimizer, lambda wanted: model if wanted else None
     wrapped = accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone, and no DDP
     return wrapped, optimizer, lambda wanted: full_model(model, empty, wanted=wanted)
