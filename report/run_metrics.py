@@ -77,7 +77,9 @@ COST = {
         "Operations per second, in 1e12", "Of all processes; those the step needs, not those done twice."
     ),
     "mfu": Figure("Model FLOP utilisation", "Of the operations per second that the makers state for these GPUs."),
-    "data_wait": Figure("Share of time spent waiting for data", "Healthy: near 0; else add workers or faster disks."),
+    "data_wait": Figure(
+        "Share of time spent waiting for data", "Healthy on a GPU: near 0; else add workers or faster disks."
+    ),
     "peak_memory_mib": Figure("Peak memory, MiB", "The most held so far."),
 }
 ACCURACY = {"knn": Figure("k-NN accuracy", "Of the teacher's class tokens on labelled images, 20 neighbours.")}
