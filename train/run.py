@@ -182,7 +182,7 @@ def run_training(
             figures = train(model, run, accelerator)
             if processes.is_first:
                 loss = f", loss {figures['total']:.4f}" if "total" in figures else ""
-                console.say(f"{run.folder}: {config.steps:,} steps{loss}")
+                console.say(f"{run.folder}: {figures.get('step', config.steps):,} steps{loss}")
                 made = replace(provenance, figures=dict(figures), content_id=model_content_id(run.folder))
                 write_run_provenance(run.folder, made)
                 records.append(made)

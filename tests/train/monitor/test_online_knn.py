@@ -115,6 +115,7 @@ def test_the_best_checkpoint_is_kept_and_a_run_that_stalls_ends_with_its_model(
     pretrain(tmp_path / "a.parquet", str(run), settings(*changes, "early_stop=2"), Options(), monitor=monitor)
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-0000002", "step-0000004"]
     said = capsys.readouterr().err
+    assert "run: 4 steps, loss " in said
     assert "step 4: no better k-NN 2 times; the model is that of the best" in said and "best k-NN 0.700: " in said
     best, last = (run / "checkpoints" / f"step-000000{step}" / "teacher.safetensors" for step in (2, 4))
     assert (run / "teacher.safetensors").read_bytes() == best.read_bytes() != last.read_bytes()
