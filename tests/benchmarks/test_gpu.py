@@ -77,7 +77,7 @@ def test_a_trace_says_how_long_kernels_ran_and_which(tmp_path: Path) -> None:
     ]
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": [*events, {"ph": "M", "name": "process"}]}))
     rows = list(kernels_of(tmp_path / "trace.json", "kernel"))
-    assert [row["value"] for row in rows] == ["40.0%", "2", "80.0%", "20.0%"]
+    assert [row["value"] for row in rows] == ["66.7%", "2", "80.0%", "20.0%"]
     assert rows[2]["figure"] == "time of all kernels in `gemm/a`"
 
 

@@ -185,8 +185,7 @@ def test_the_search_for_a_gpu_proposes_the_same(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.gpu
 def test_a_gpu_finds_the_same() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
+    assert torch.cuda.is_available(), "torch finds no GPU"
     queries, pool = as_vectors(drawn(2_000, 384, 13)), as_vectors(drawn(9_000, 384, 14))
     order = shuffled(9_000)
     assert_same(nearest(queries, pool, 64, order=order), brute_force(queries, pool, 64, order))
