@@ -44,7 +44,8 @@ UNALIGNED = 10.0  # the residual where less overlaps, or no alignment is found
 def residual(one: Thumbnails, other: Thumbnails, align: Tensor | None = None) -> Tensor:
     """Return the share of variance (B,) that neither image of a pair explains in the other: 0 for the same pixels.
 
-    The smaller of the residuals of the whole images and of their contents.
+    The smaller of the residuals of the whole images and of their contents; `UNALIGNED` where one image is plain, for
+    whatever is fitted to it suits.
 
     Args:
         align: (B,) mask of the pairs whose contents are aligned too, at four times the cost; None: all.
@@ -54,10 +55,17 @@ def residual(one: Thumbnails, other: Thumbnails, align: Tensor | None = None) ->
         align = torch.ones_like(result, dtype=torch.bool)
     if align.any():
         result[align] = torch.minimum(result[align], _residual_of_contents(one.at(align), other.at(align)))
+    result[_is_plain(one) | _is_plain(other)] = UNALIGNED
     return result
 
 
 # Whole images
+
+
+def _is_plain(images: Thumbnails) -> Tensor:
+    """Return (B,) whether no block of the whole image differs from their mean."""
+    blocks = _block_means((images.whole.float() / 255).flatten(2))
+    return (blocks - blocks.mean(dim=2, keepdim=True)).abs().amax((1, 2)) < MIN_STD
 
 
 def _residual_of_wholes(one: Thumbnails, other: Thumbnails) -> Tensor:

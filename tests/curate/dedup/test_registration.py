@@ -98,6 +98,15 @@ def test_the_residual_is_the_share_of_variance_at_the_same_place() -> None:
     assert 0.5 * (rest / total).item() < found < 1.2 * (rest / total).item()
 
 
+def test_a_plain_picture_is_no_copy_of_anything() -> None:
+    white, whitish = (Image.new("RGB", (SIDE, SIDE), (level,) * 3) for level in (255, 250))
+    light = Image.new("RGB", (SIDE, SIDE), "white")
+    ImageDraw.Draw(light).rectangle((70, 70, 90, 90), fill=(200, 200, 200))
+    assert residual_of(light, reencoded(light)) < 0.02
+    for other in (white, whitish, light, scene(0)):
+        assert residual_of(white, other) == residual_of(other, white) == UNALIGNED
+
+
 def test_pictures_that_hardly_overlap_are_no_copies() -> None:
     """A detail that fills the whole of one picture and a hundredth of another is no copy of it."""
     picture = scene(3)
