@@ -157,6 +157,8 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
         RANK=environment["SLURM_PROCID"],
         WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"],
         LOCAL_RANK=environment["SLURM_LOCALID"],
+        # Such as 8(x2),4: where nodes differ, that of the first.
+        LOCAL_WORLD_SIZE=re.split(r"\D", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0],
         MASTER_ADDR=first_host(environment["SLURM_STEP_NODELIST"]),
         MASTER_PORT=environment.get("MASTER_PORT", str(port)),
     )

@@ -287,9 +287,10 @@ class Block(nn.Module):
 
 
 def normed(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
-    """Return the norm of tokens in the type of its weights: in float32 where autocast has made the tokens half."""
-    result: Tensor = norm(tokens.to(norm.weight.dtype))
-    return result
+    """Return the norm of tokens in float32, also where autocast has made the tokens half, or FSDP2 the weights."""
+    dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+    weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
+    return F.layer_norm(tokens.to(dtype), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def _keep_products(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:

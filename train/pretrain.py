@@ -30,8 +30,10 @@ from .data.images import read_batches
 from .data.loader import load_views
 from .data.multicrop import Views, decoded_side_px, preprocess_of
 from .engine.accumulate import weighted_losses
+from .engine.background import background_checkpoints, load_shards
 from .engine.build import build_model
 from .engine.checkpoint import (
+    SHARDS,
     TrainedModel,
     checkpoint_of,
     checkpoints,
@@ -112,14 +114,15 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
     config, images, labelled = run.config, run.images, run.labelled
     processes, device = run.processes, accelerator.device
     num_processes, process, is_main = processes.count, processes.rank, processes.is_first
-    wrapped, optimizer, full_model = prepare(model.train(), config, accelerator)
+    wrapped, optimizer, full_model, empty = prepare(model.train(), config, accelerator)
 
     # Resume from the latest checkpoint.
     counts = {"step": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "replaced_images": 0}
     counts["micro_batch_size"] = run.micro_batch_size
     saved = processes.decide(lambda: newest_whole(run.folder / CHECKPOINTS, config.steps))  # on the main one's disk
     if saved is not None:
-        counts |= load_checkpoint(saved, model, optimizer, processes)
+        load = load_shards if processes.decide((saved / SHARDS).is_dir) else load_checkpoint
+        counts |= load(saved, model, optimizer, processes)
         console.say(f"resuming at step {counts['step']:,} of {config.steps:,}")
     if is_main:
         rewind_metrics(run.folder, counts["step"])
@@ -131,6 +134,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
         prune_checkpoints(run.folder / CHECKPOINTS, config.keep_checkpoints, best.step)
     first_step = counts["step"]
     has_stalled = processes.decide(lambda: best.has_stalled(config.early_stop))  # when it was killed
+    background = background_checkpoints(run.folder / CHECKPOINTS, model, empty, preprocess_of(config), processes)
 
     sizes = batch_sizes(config.batch_size)
     batches = read_batches(
@@ -259,7 +263,14 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
 
             # Save; not while gradients are bad, for then the weights may be.
             if (is_due and not counts["skipped_in_a_row"]) or is_last or num_stopped or is_best or has_stalled:
-                save(run, optimizer, full_model, counts, best.step)
+                if background is None:
+                    save(run, optimizer, full_model, counts, best.step)
+                else:
+                    background.save(model, optimizer, counts, keep=config.keep_checkpoints, best_step=best.step)
+                    if is_last or num_stopped or has_stalled:
+                        background.wait()
+                if is_main:
+                    write_metrics_table(run.folder, replace(run.provenance, kind="metrics"))
                 processes.wait()
             if has_stalled:
                 break
@@ -337,11 +348,10 @@ def save(
     counts: Mapping[str, int],
     best_step: int | None,
 ) -> None:
-    """Write a checkpoint and `metrics.parquet`. All processes must call it; the main one writes."""
+    """Write a checkpoint. All processes must call it; the main one writes."""
     model = full_model(run.processes.is_first)
     optimizer_state = full_optimizer_state(optimizer, wanted=model is not None)
     if model is not None:
         preprocess, keep = preprocess_of(run.config), run.config.keep_checkpoints
         folder = run.folder / CHECKPOINTS
         save_checkpoint(folder, model, optimizer_state, counts, preprocess, keep=keep, best_step=best_step)
-        write_metrics_table(run.folder, replace(run.provenance, kind="metrics"))

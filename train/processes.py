@@ -15,7 +15,7 @@ from ..errors import ToolkitError
 from ..features.launch import PATIENCE, Group, adopt_slurm
 from ..models.cpu import keep_freed_memory
 from .config import TrainConfig
-from .engine.fsdp import sharding
+from .engine.fsdp import copies_and_shards, sharding
 from .engine.half_precision import supported
 from .engine.schedules import batch_sizes
 from .launch import check_launch
@@ -63,7 +63,8 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
     if not accelerator.is_main_process:
         console.set_verbosity(quiet=True, verbose=0)
     if in_shards:
-        console.say(f"FSDP2: weights in shards over {accelerator.num_processes} processes")
+        copies, shards = copies_and_shards(os.environ, accelerator.num_processes)
+        console.say(f"FSDP2: weights in shards over {shards} processes{f', {copies} copies' if copies > 1 else ''}")
     host = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
     processes = Group(accelerator.process_index, accelerator.num_processes, host)
     if len(found := set(processes.gather(precision))) > 1:

@@ -121,6 +121,7 @@ def test_srun_with_several_tasks_is_a_launcher_and_a_single_task_is_not() -> Non
         "SLURM_LOCALID": "1",
         "SLURM_JOB_ID": "123456",
         "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
     }
     assert is_launched(step) and is_launched({"WORLD_SIZE": "1"})
     assert not is_launched({}) and not is_launched(step | {"SLURM_STEP_NUM_TASKS": "1"})
@@ -131,6 +132,7 @@ def test_srun_with_several_tasks_is_a_launcher_and_a_single_task_is_not() -> Non
         "RANK": "3",
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "n1",
         "MASTER_PORT": str(20_000 + 123_456 % 20_000),
     }

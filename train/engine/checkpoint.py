@@ -9,6 +9,8 @@
     state.json                        steps done, and what the loop adds
     checksums.json                    BLAKE2b of the other files
 
+Of a large sharded model, `shards/` holds what student, buffers and optimizer hold here (see background.py).
+
 A folder is written under a hidden name and renamed when it is complete. A run resumes from the newest one whose files
 have their checksums; to compare them takes about a second a gigabyte. Random numbers need no state: they are a function
 of the seed and the number of samples seen (see counter_rng.py).
@@ -50,7 +52,9 @@ TrainedModel = SSLModel | DistillModel | FeatureDistillModel | MultiStudent
 
 STUDENT_FILE, BUFFERS_FILE = "student.safetensors", "buffers.safetensors"
 OPTIMIZER_FILE, STATE_FILE, CHECKSUMS_FILE = "optimizer.pt", "state.json", "checksums.json"
-FILES = (MODEL_JSON, TEACHER_FILE, STUDENT_FILE, BUFFERS_FILE, OPTIMIZER_FILE, STATE_FILE)
+SHARDS = "shards"  # a folder, in the place of the next three
+FILES_OF_MAIN = (STUDENT_FILE, BUFFERS_FILE, OPTIMIZER_FILE)
+FILES = (MODEL_JSON, TEACHER_FILE, *FILES_OF_MAIN, STATE_FILE)
 DAMAGED = ".damaged-"  # before the name of a checkpoint that is none, until that step is saved again, or a later one
 
 
@@ -99,17 +103,27 @@ def save_checkpoint(
             save_file(student, temporary / STUDENT_FILE)
             save_file(buffers, temporary / BUFFERS_FILE)
             torch.save(optimizer_state, temporary / OPTIMIZER_FILE)
-            (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
-            (temporary / CHECKSUMS_FILE).write_text(json.dumps(checksums(temporary), indent=1, sort_keys=True))
-            for path in [*temporary.rglob("*"), temporary]:
-                flush(path)
-            os.rename(temporary, final)
-        flush(folder)
-    for damaged in folder.glob(f"{DAMAGED}step-*"):
+            complete(temporary, final, state)
+    remove_older(final, keep, best_step)
+    return final
+
+
+def complete(temporary: Path, final: Path, state: Mapping[str, int]) -> None:
+    """Write a checkpoint's state and checksums beside its other files, flush all, and rename the folder to `final`."""
+    (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
+    (temporary / CHECKSUMS_FILE).write_text(json.dumps(checksums(temporary), indent=1, sort_keys=True))
+    for path in [*temporary.rglob("*"), temporary]:
+        flush(path)
+    os.rename(temporary, final)
+    flush(final.parent)
+
+
+def remove_older(final: Path, keep: int, best_step: int | None) -> None:
+    """Remove what a new checkpoint replaces: damaged ones up to its step, and all but the last `keep`."""
+    for damaged in final.parent.glob(f"{DAMAGED}step-*"):
         if damaged.name <= f"{DAMAGED}{final.name}":
             remove(damaged)
-    prune_checkpoints(folder, keep, best_step)
-    return final
+    prune_checkpoints(final.parent, keep, best_step)
 
 
 def prune_checkpoints(folder: Path, keep: int, best_step: int | None = None) -> None:
@@ -179,7 +193,10 @@ def damage(path: Path, num_steps: int) -> str | None:
 
     One that an earlier version wrote, without checksums, is whole if all its files can be read.
     """
-    if missing := next((name for name in FILES if not (path / name).is_file()), None):
+    is_in_shards = (path / SHARDS).is_dir()
+    needed = [name for name in FILES if not (is_in_shards and name in FILES_OF_MAIN)]
+    needed += [CHECKSUMS_FILE] if is_in_shards else []
+    if missing := next((name for name in needed if not (path / name).is_file()), None):
         return f"it has no {missing}"
     try:
         state = json_object((path / STATE_FILE).read_text())
@@ -232,7 +249,7 @@ def load_checkpoint(
         tensors.update(_weights(path, own))
         saved = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         moments.update(saved["state"])
-        return list(tensors), list(moments), saved["param_groups"], json.loads((path / STATE_FILE).read_text())
+        return list(tensors), list(moments), saved["param_groups"], read_state(path)
 
     names, numbers, param_groups, state = processes.decide(read)
     placed = {}
@@ -257,11 +274,22 @@ def _weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = load_file(path / BUFFERS_FILE)
     for side, file in (("student", STUDENT_FILE), ("teacher", TEACHER_FILE)):
         tensors |= {f"{side}.{name}": value for name, value in load_file(path / file).items()}
-    wanted, found = ({name: tuple(value.shape) for name, value in state.items()} for state in (own, tensors))
+    check_same_model(path, own, {name: tuple(value.shape) for name, value in tensors.items()})
+    return tensors
+
+
+def check_same_model(path: Path, own: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ToolkitError where a checkpoint's tensors, by their shapes, are not those of the model."""
+    wanted = {name: tuple(value.shape) for name, value in own.items()}
     if wanted != found:
         name = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ToolkitError(
             f"checkpoint {path} is of another model: {name} is {found.get(name, 'missing')}, wanted "
             f"{wanted.get(name, 'missing')}; resume with the run's own config.toml"
         )
-    return tensors
+
+
+def read_state(path: Path) -> dict[str, int]:
+    """Return the loop's counts of a checkpoint."""
+    state: dict[str, int] = json.loads((path / STATE_FILE).read_text())
+    return state

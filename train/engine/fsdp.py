@@ -3,6 +3,9 @@
 Accelerate's settings turn it on (`accelerate launch --use_fsdp --fsdp_version 2`, or its configuration file). We call
 torch's `fully_shard`: Accelerate shards only on GPUs, and only a model with one forward, while the teacher here runs
 separately. Names of weights, parameter groups and files are the same with shards and without.
+
+The processes of a node share one copy of the weights, and each node has a copy (HSDP): weights are gathered within a
+node, and only gradients, a shard each, go between nodes.
 """
 
 import copy
@@ -14,13 +17,15 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...errors import ToolkitError
 from ...models.vit import VisionTransformer
 
 Model = TypeVar("Model", bound=nn.Module)
+
+SHARD_SIZE = "FSDP_SHARD_SIZE"  # environment variable: processes that share one copy of the weights
 
 
 def sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin | None:
@@ -36,7 +41,7 @@ def sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin |
     for name, instead in {
         "FSDP_OFFLOAD_PARAMS": "weights stay on the GPU",
         "FSDP_ACTIVATION_CHECKPOINTING": "--set activation_checkpointing=full does that here",
-        "ACCELERATE_USE_PARALLELISM_CONFIG": "all processes share one copy of the weights",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": f"{SHARD_SIZE} says how many processes share one copy of the weights",
     }.items():
         if environment.get(name, "").lower() == "true":
             raise ToolkitError(f"{name} is true, which this training does not do; set it to false: {instead}")
@@ -51,22 +56,64 @@ def sharding(environment: Mapping[str, str]) -> FullyShardedDataParallelPlugin |
     return FullyShardedDataParallelPlugin()
 
 
-def shard(student: nn.ModuleDict, teacher: nn.ModuleDict, device: torch.device, *, keep_gathered: bool) -> None:
-    """Shard backbones, block by block, and heads over all processes, in place.
+def copies_and_shards(environment: Mapping[str, str], num_processes: int) -> tuple[int, int]:
+    """Return how many copies of the weights there are, and how many processes share each.
 
-    Weights are gathered in float32, whatever the autocast, so that results are those of an unsharded model. Under
-    `keep_gathered` the student's stay gathered from forward to backward, for less traffic. The teacher's never do:
-    without a backward pass they would stay gathered, and miss the next update.
+    FSDP_SHARD_SIZE says the second; by default the processes of a node do (LOCAL_WORLD_SIZE), or all where a node has
+    one, or not as many as the others.
+
+    Raises:
+        ToolkitError: when FSDP_SHARD_SIZE does not divide the processes into groups of two or more.
+    """
+    local = environment.get("LOCAL_WORLD_SIZE", "")
+    size = int(local) if local.isdigit() else num_processes
+    if size < 2 or num_processes % size:
+        size = num_processes
+    if SHARD_SIZE in environment:
+        given = environment[SHARD_SIZE]
+        size = int(given) if given.isdigit() else 0
+        if size < 2 or num_processes % size:
+            raise ToolkitError(
+                f"{SHARD_SIZE} is {given!r}, which does not divide {num_processes} processes into groups of two or "
+                "more; change it, or leave it out"
+            )
+    return num_processes // size, size
+
+
+def shard(
+    student: nn.ModuleDict,
+    teacher: nn.ModuleDict,
+    device: torch.device,
+    *,
+    copies_and_shards: tuple[int, int],
+    half: torch.dtype | None,
+    keep_gathered: bool,
+) -> None:
+    """Shard backbones, block by block, and heads, in place.
+
+    Args:
+        copies_and_shards: as the function of that name returns them.
+        half: the type in which blocks, and the student's heads, are gathered; their gradients are added up in float32.
+            The rest is gathered in float32: embeddings and last norm, which are small, and the teacher's heads, whose
+            last product is in float32. None: all in float32, so that results are those of an unsharded model.
+        keep_gathered: keep the student's weights gathered from forward to backward, for less traffic. The teacher's
+            never are: without a backward pass they would stay gathered, and miss the next update.
     """
     # Features are views of one tensor, which nothing changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    copies, shards = copies_and_shards
+    shape, names = ((shards,), ("shards",)) if copies == 1 else ((copies, shards), ("copies", "shards"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    whole = MixedPrecisionPolicy()
+    # Autocast chooses the type of what goes in and out, as it does without shards.
+    in_half = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for side in (student, teacher):
         reshard = side is teacher or not keep_gathered
         for network in side.values():
             for block in network.blocks if isinstance(network, VisionTransformer) else []:
-                fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-            fully_shard(network, mesh=mesh, reshard_after_forward=reshard)
+                fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=in_half)
+            policy = whole if isinstance(network, VisionTransformer) or side is teacher else in_half
+            fully_shard(network, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
             if isinstance(network, VisionTransformer):
                 register_fsdp_forward_method(network, "forward_selected")
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from sysconfig import get_path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -17,18 +18,22 @@ from ...models.head import ProjectionHead
 from ..config import TrainConfig
 from ..objective.losses import COMPILED_SHAPES
 from .checkpoint import TrainedModel
-from .fsdp import full_model, meta_copy, shard, sharding
+from .fsdp import copies_and_shards, full_model, meta_copy, shard, sharding
+from .half_precision import HALF, supported
 from .optimizer import build_optimizer
 
 
-def prepare(
-    model: TrainedModel, config: TrainConfig, accelerator: Accelerator
-) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[bool], TrainedModel | None]]:
-    """Return the module to call forward on, the student's optimizer, and a function that returns the full model.
+class Prepared(NamedTuple):
+    """A model that is ready to be trained."""
 
-    Where Accelerate's settings ask for FSDP2, `model` is sharded in place. All processes must call that function, with
-    whether they want the model; it returns None in those that do not.
-    """
+    wrapped: nn.Module  # to call forward on
+    optimizer: torch.optim.Optimizer  # of the student
+    full_model: Callable[[bool], TrainedModel | None]  # all must call it, with whether they want it
+    empty: TrainedModel | None  # the model on the meta device, where it is sharded
+
+
+def prepare(model: TrainedModel, config: TrainConfig, accelerator: Accelerator) -> Prepared:
+    """Compile, shard or wrap a model as the settings say; under Accelerate's FSDP2, in place."""
     settings = sharding(os.environ)
     device = accelerator.device
     empty = None if settings is None else meta_copy(model)
@@ -36,7 +41,14 @@ def prepare(
         compile_networks(model)
     if settings is not None:
         model.to(device)
-        shard(model.student, model.teacher, device, keep_gathered=not settings.reshard_after_forward)
+        shard(
+            model.student,
+            model.teacher,
+            device,
+            copies_and_shards=copies_and_shards(os.environ, accelerator.num_processes),
+            half=HALF[supported(config.mixed_precision)],
+            keep_gathered=not settings.reshard_after_forward,
+        )
     optimizer: torch.optim.Optimizer = build_optimizer(
         model.student, layerwise_decay=config.layerwise_decay, patch_embed_lr_mult=config.patch_embed_lr_mult
     )
@@ -44,9 +56,9 @@ def prepare(
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         if isinstance(wrapped, DistributedDataParallel):
             wrapped.forward_sync_buffers = False  # all processes make the same ones
-        return wrapped, optimizer, lambda wanted: model if wanted else None
+        return Prepared(wrapped, optimizer, lambda wanted: model if wanted else None, None)
     wrapped = accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone, and no DDP
-    return wrapped, optimizer, lambda wanted: full_model(model, empty, wanted=wanted)
+    return Prepared(wrapped, optimizer, lambda wanted: full_model(model, empty, wanted=wanted), empty)
 
 
 def compile_networks(model: TrainedModel) -> None:

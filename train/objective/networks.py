@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ...models.vit import VisionTransformer
 
@@ -45,13 +46,18 @@ def update_teacher(
 ) -> None:
     """Move every weight of the teacher to momentum * teacher + (1 - momentum) * student.
 
-    Where `is_skipped`, a scalar on the device, is 1, the teacher stays as it is.
+    Where `is_skipped`, a scalar on the device, is 1, the teacher stays as it is. Each process moves its own shards.
     """
     for name, network in teacher.items():
-        weights: list[Tensor] = list(network.parameters())
-        targets: list[Tensor] = list(student[name].parameters())
+        weights = [own_shard(weight) for weight in network.parameters()]
+        targets = [own_shard(weight) for weight in student[name].parameters()]
         if is_skipped is None:
             torch._foreach_lerp_(weights, targets, 1 - momentum)
         else:
             share = (1 - momentum) * (1 - is_skipped)
             torch._foreach_lerp_(weights, targets, [share] * len(weights))
+
+
+def own_shard(weight: Tensor) -> Tensor:
+    """Return this process's shard of a weight, which shares its memory, or all of one that is not sharded."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -1,8 +1,10 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +15,20 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import dinov2_toolkit
 from dinov2_toolkit.errors import ToolkitError
-from dinov2_toolkit.models.head import ProjectionHead
+from dinov2_toolkit.models.block import Block
+from dinov2_toolkit.models.head import ProjectionHead, WeightNormLinear
 from dinov2_toolkit.models.preprocess import Preprocess
-from dinov2_toolkit.models.vit import VisionTransformer
+from dinov2_toolkit.models.vit import PatchEmbed, VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone
 from dinov2_toolkit.train.config import TrainConfig
 from dinov2_toolkit.train.engine.checkpoint import TrainedModel, load_checkpoint, save_checkpoint
-from dinov2_toolkit.train.engine.fsdp import full_optimizer_state, sharding
-from dinov2_toolkit.train.engine.optimizer import apply_schedules, clip_gradients
+from dinov2_toolkit.train.engine.fsdp import copies_and_shards, full_optimizer_state, shard, sharding
+from dinov2_toolkit.train.engine.optimizer import apply_schedules, build_optimizer, clip_gradients
 from dinov2_toolkit.train.engine.parallelize import prepare
 from dinov2_toolkit.train.monitor.metrics import read_metrics
 from dinov2_toolkit.train.objective.distill_model import DistillModel
@@ -33,7 +36,7 @@ from dinov2_toolkit.train.objective.feature_distill_model import FeatureDistillM
 from dinov2_toolkit.train.objective.frozen_teacher import FrozenTeacher
 from dinov2_toolkit.train.objective.multi_student import MultiStudent
 from dinov2_toolkit.train.objective.networks import update_teacher
-from dinov2_toolkit.train.objective.ssl_model import SSLModel
+from dinov2_toolkit.train.objective.ssl_model import LossSettings, SSLModel
 from dinov2_toolkit.train.processes import start_processes
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -97,6 +100,18 @@ def test_unsupported_settings_of_accelerate_are_refused() -> None:
             sharding(FSDP2 | unfit)
 
 
+def test_a_copy_of_the_weights_lies_in_each_node_unless_said_otherwise() -> None:
+    assert copies_and_shards({}, 6) == (1, 6)
+    assert copies_and_shards({"LOCAL_WORLD_SIZE": "8"}, 8) == (1, 8)
+    assert copies_and_shards({"LOCAL_WORLD_SIZE": "8"}, 32) == (4, 8)
+    assert copies_and_shards({"LOCAL_WORLD_SIZE": "1"}, 4) == (1, 4)
+    assert copies_and_shards({"LOCAL_WORLD_SIZE": "4"}, 6) == (1, 6)
+    assert copies_and_shards({"LOCAL_WORLD_SIZE": "8", "FSDP_SHARD_SIZE": "16"}, 32) == (2, 16)
+    for given in ("1", "3", "none", ""):
+        with pytest.raises(ToolkitError, match=f"FSDP_SHARD_SIZE is '{given}', which does not divide 8 processes"):
+            copies_and_shards({"FSDP_SHARD_SIZE": given}, 8)
+
+
 def test_sharding_over_one_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in FSDP2.items():
         monkeypatch.setenv(name, value)
@@ -132,20 +147,76 @@ MODELS: dict[str, Callable[[], TrainedModel]] = {
 }
 
 
-def test_two_sharded_processes_train_as_two_unsharded_ones(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # not used: they meet by a file
+def start(folder: Path, what: str, *, count: int, in_node: int) -> None:
+    """Run this file in several processes, which meet by a file in the folder."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(in_node)}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)], env=environment | {"RANK": rank, "LOCAL_RANK": rank}
+            [sys.executable, __file__, what, str(folder)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank % in_node)},
         )
-        for rank in "01"
+        for rank in range(count)
     ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0] * count
+
+
+def test_two_sharded_processes_train_as_two_unsharded_ones(tmp_path: Path) -> None:
+    start(tmp_path, "models", count=2, in_node=2)
     for name in MODELS:
         whole, shards = (torch.load(tmp_path / f"{name}-{shards}.pt") for shards in (False, True))
         assert list(shards) == list(whole)
         torch.testing.assert_close(shards, whole, rtol=1e-5, atol=1e-5)  # an update is about 1e-3
+
+
+@pytest.mark.parametrize(
+    ("what", "count"),
+    [
+        ("plain", 2),
+        pytest.param("compiled", 2, marks=pytest.mark.slow),
+        pytest.param("plain", 4, marks=pytest.mark.slow),
+    ],
+    ids=["2", "2 compiled", "2 nodes of 2"],
+)
+def test_sharded_processes_train_as_one_process(tmp_path: Path, what: str, count: int) -> None:
+    start(tmp_path, what, count=count, in_node=2)
+    torch.testing.assert_close(torch.load(tmp_path / "shards.pt"), train_on_shares(None), rtol=1e-5, atol=1e-5)
+
+
+def train_on_shares(accelerator: Accelerator | None, *, compiled: bool = False) -> dict[str, Tensor]:
+    """Return the losses of three steps and all weights: of one process, or of several with a share of each batch."""
+    torch.manual_seed(0)
+    backbone = VisionTransformer(patch_size=4, embed_dim=18, depth=3, num_heads=2, img_size=8, layer_scale=1.0)
+    heads = [ProjectionHead(18, number, hidden_dim=9, bottleneck_dim=5) for number in (13, 7)]
+    model = SSLModel(backbone, *heads, losses=LossSettings(koleo_distributed=True)).train()
+    names = list(model.state_dict())
+    rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    wrapped: nn.Module = model
+    optimizer: torch.optim.Optimizer = build_optimizer(model.student)
+    if accelerator is not None:
+        config = TrainConfig(mixed_precision="no", compile=compiled)
+        wrapped, optimizer, full_model, _ = prepare(model, config, accelerator)
+        assert list(model.state_dict()) == names
+        weight = next(model.teacher.parameters())
+        assert isinstance(weight, DTensor) and weight.device_mesh.ndim == (2 if count == 4 else 1)
+        assert len(weight.to_local()) <= -(-len(weight) // 2)
+    results = {}
+    for step in range(3):
+        torch.manual_seed(step)
+        # (views, images, ...) -> the rows of this process, view by view
+        shapes = ((2, 8, 3, 8, 8), (2, 8, 3, 4, 4), (2, 8, 4))
+        crops, small_crops, noise = (torch.randn(shape)[:, rank::count].flatten(0, 1) for shape in shapes)
+        losses = wrapped(model.teacher_targets(crops, small_crops, noise < 0.0, teacher_temp=0.1))
+        losses["total"].backward()
+        clip_gradients(model.student, 3.0)
+        apply_schedules(optimizer, lr=1e-3, last_layer_lr=1e-3, weight_decay=0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_teacher(model.teacher, model.student, 0.9, torch.tensor(0.0))
+        loss = losses["total"].detach()
+        results[f"loss {step}"] = loss if accelerator is None else accelerator.reduce(loss, reduction="mean")
+    full = model if accelerator is None else full_model(rank == 0)
+    return results | ({} if full is None else {name: value.detach() for name, value in full.state_dict().items()})
 
 
 def train_three_steps(build: Callable[[], TrainedModel], accelerator: Accelerator, folder: Path) -> dict[str, Tensor]:
@@ -155,7 +226,7 @@ def train_three_steps(build: Callable[[], TrainedModel], accelerator: Accelerato
     for start, stop in ((0, 2), (2, 3)):
         torch.manual_seed(start)  # the second model begins otherwise, and becomes the first by its checkpoint
         model = build().train()
-        wrapped, optimizer, full_model = prepare(model, TrainConfig(mixed_precision="no"), accelerator)
+        wrapped, optimizer, full_model, _ = prepare(model, TrainConfig(mixed_precision="no"), accelerator)
         assert all(isinstance(weight, DTensor) == in_shards for weight in model.student.parameters())
         assert all(isinstance(weight, DTensor) == in_shards for weight in model.teacher.parameters())
         if start:
@@ -184,17 +255,61 @@ def train_three_steps(build: Callable[[], TrainedModel], accelerator: Accelerato
     return results
 
 
-def main(folder: Path) -> None:
-    """Be one of two processes: train each kind of model, whole and in shards, and leave what came of it."""
-    meeting = (folder / "meeting").as_uri()
-    torch.distributed.init_process_group("gloo", meeting, rank=int(os.environ["RANK"]), world_size=2)
+def main(what: str, folder: Path) -> None:
+    """Be one of several processes that train, and leave what came of it."""
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo", (folder / "meeting").as_uri(), rank=rank, world_size=count)
     accelerator = Accelerator(cpu=True)
-    for name, build in MODELS.items():
-        for shards in (False, True):
-            os.environ.update(FSDP2 | {"ACCELERATE_USE_FSDP": str(shards)})
-            results = train_three_steps(build, accelerator, folder / f"{name}-{shards}")
-            if accelerator.is_main_process:
-                torch.save(results, folder / f"{name}-{shards}.pt")
+    if what == "models":  # each kind, whole and in shards
+        for name, build in MODELS.items():
+            for shards in (False, True):
+                os.environ.update(FSDP2 | {"ACCELERATE_USE_FSDP": str(shards)})
+                results = train_three_steps(build, accelerator, folder / f"{name}-{shards}")
+                if accelerator.is_main_process:
+                    torch.save(results, folder / f"{name}-{shards}.pt")
+    else:
+        os.environ.update(FSDP2)
+        results = train_on_shares(accelerator, compiled=what == "compiled")
+        if accelerator.is_main_process:
+            torch.save(results, folder / "shards.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_blocks_are_gathered_in_half_precision_and_gradients_added_up_in_float32(alone: None) -> None:
+    model = pretraining().train()
+    shard(
+        model.student,
+        model.teacher,
+        torch.device("cpu"),
+        copies_and_shards=(1, 1),
+        half=torch.bfloat16,
+        keep_gathered=False,
+    )
+    types: dict[str, set[torch.dtype]] = {}
+
+    def note(name: str, module: nn.Module, inputs: tuple[object, ...]) -> None:
+        types[name] = {weight.dtype for weight in module.parameters()}
+
+    for name, module in model.named_modules():
+        if isinstance(module, Block | PatchEmbed | WeightNormLinear):
+            module.register_forward_pre_hook(partial(note, name))
+    with torch.autocast("cpu", torch.bfloat16):
+        crops, masks = (torch.randn(6, 3, 8, 8), torch.randn(3, 3, 4, 4)), torch.rand(6, 4) < 0.4
+        losses = model(model.teacher_targets(*crops, masks, teacher_temp=0.1))
+    losses["total"].backward()
+    in_half = {name for name, dtypes in types.items() if dtypes == {torch.bfloat16}}
+    whole = {name for name, dtypes in types.items() if dtypes == {torch.float32}}
+    assert in_half | whole == types.keys()
+    assert whole == {name for name in types if "patch_embed" in name or re.match("teacher.*head", name)}
+    assert len(in_half) == 2 * 3 + 2 and len(whole) == 2 + 2
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in model.student.parameters())
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", (tmp_path / "meeting").as_uri(), rank=0, world_size=1)
+    yield
     torch.distributed.destroy_process_group()
 
 
@@ -299,4 +414,4 @@ def test_the_settings_file_of_the_documentation_starts_a_sharded_run(manifest: P
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))
