@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ... import console
 from ...errors import ToolkitError
@@ -66,11 +67,13 @@ def step_that_fits(
     exchanges = bool(config.koleo_distributed and config.koleo_weight)  # in the student's forward pass
     buffers = [buffer.clone() for buffer in wrapped.buffers()]
 
-    def attempt(micro_batch_size: int, agreement: _Agreement) -> tuple[MicroBatch, dict[str, Tensor], int]:
+    def attempt(
+        module: nn.Module, micro_batch_size: int, agreement: _Agreement
+    ) -> tuple[MicroBatch, dict[str, Tensor], int]:
         step = make_step(micro_batch_size, agreement.ready)
         agreement.is_open = not is_sharded and not exchanges
         outputs = forward_backward(
-            wrapped,
+            module,
             step,
             accelerator,
             seed=seed,
@@ -81,8 +84,10 @@ def step_that_fits(
         return step, outputs, micro_batch_size
 
     def try_alone(micro_batch_size: int) -> None:
-        with alone(), accelerator.no_sync(wrapped):
-            _, outputs, _ = attempt(micro_batch_size, _Agreement(ALONE, is_open=True))
+        # Not by way of DDP, which may exchange what it has learnt of the order of gradients.
+        module = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+        with alone():
+            _, outputs, _ = attempt(module, micro_batch_size, _Agreement(ALONE, is_open=True))
             step_unless(torch.ones_like(outputs["total"]), optimizer)  # makes room for the moments, and changes nothing
 
     while True:
@@ -95,7 +100,7 @@ def step_that_fits(
                 agreement.ready()
                 agreement.is_open = True
                 _undo(wrapped, buffers)
-            return attempt(micro_batch_size, agreement)
+            return attempt(wrapped, micro_batch_size, agreement)
         except torch.OutOfMemoryError as problem:
             is_agreed = agreement.tell(problem)
         # Nothing refers to the tensors of the failed attempt any more.
