@@ -9,6 +9,7 @@ def main() -> None:
     process.prepare()
     cores.prepare()
     try:
+        process.check_environment()
         from .cli import run
 
         code = run()

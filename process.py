@@ -13,8 +13,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from .errors import ToolkitError
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAUNCHER = "DINOV2_LAUNCHED"  # the id of the process that started this one as one of several
+LAUNCHER_NUMBERS = (
+    *("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"),
+)
 DEBUG = "--debug"
 END_AFTER_S = 30.0  # chosen: what has not ended so long after its launcher is killed
 EXIT_INTERRUPTED = 130
@@ -31,7 +37,7 @@ def prepare() -> None:
         try:
             os.fstat(number)
         except OSError:  # else the first file to be opened would take this number, and the messages of C libraries
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # or it would be closed in other processes
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))
     if is_debugging():
@@ -49,6 +55,15 @@ def prepare() -> None:
 def is_debugging() -> bool:
     """Tell whether errors are to show where they come from: --debug anywhere, or $DINOV2_DEBUG."""
     return DEBUG in sys.argv or os.environ.get("DINOV2_DEBUG", "0") not in ("", "0")
+
+
+def check_environment() -> None:
+    """Raise ToolkitError where a launcher's variables are no numbers, or there is a rank without a launcher."""
+    for name in LAUNCHER_NUMBERS:
+        if not (value := os.environ.get(name, "0")).isdigit():
+            raise ToolkitError(f"{name} is {value!r}, and a launcher sets it to a whole number; unset it")
+    if "WORLD_SIZE" not in os.environ and os.environ.get("RANK", "0") != "0":
+        raise ToolkitError(f"RANK is {os.environ['RANK']} but WORLD_SIZE is not set; unset it, or start with torchrun")
 
 
 def is_main_process() -> bool:

@@ -124,6 +124,7 @@ def join_group() -> Group:
     from accelerate import PartialState
 
     adopt_slurm(os.environ)
+    check_launcher(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     state = PartialState(cpu=True, timeout=PATIENCE)
     if state.num_processes != int(os.environ["WORLD_SIZE"]):
@@ -141,6 +142,16 @@ def join_group() -> Group:
 def is_launched(environment: Mapping[str, str]) -> bool:
     """Tell whether a launcher (ours, torchrun, srun) started this process, so that it works in place."""
     return "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Raise ToolkitError where a launcher did not set all that processes need to meet."""
+    missing = sorted({"RANK", "MASTER_ADDR", "MASTER_PORT"} - environment.keys())
+    if "WORLD_SIZE" in environment and missing:
+        raise ToolkitError(
+            f"WORLD_SIZE is {environment['WORLD_SIZE']} but {', '.join(missing)} is not set; start with torchrun, "
+            "srun or --num-processes, or unset WORLD_SIZE"
+        )
 
 
 def prints_result() -> bool:

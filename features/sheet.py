@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from .. import console
 from ..errors import ToolkitError
-from ..store.artifact import Options, is_up_to_date
+from ..store.artifact import Options, check_not_input, is_up_to_date
 from ..store.files import open_regular, replacing
 from ..store.images import UnreadableImage, decode_sized
 from ..store.json_text import json_object
@@ -132,9 +132,10 @@ def check_picture_name(output: str) -> Path:
     return Path(output)
 
 
-def check_sheet(sheet: Path, options: Options) -> None:
-    """Raise ToolkitError when a step cannot draw its --sheet there."""
+def check_sheet(sheet: Path, provenance: Provenance, options: Options) -> None:
+    """Raise ToolkitError when a step with this provenance cannot draw its --sheet there."""
     check_picture_name(str(sheet))
+    check_not_input(sheet, provenance, picture_provenance)
     if sheet.exists() and not options.force:
         raise ToolkitError(f"{sheet} exists; choose another --sheet, or --force to overwrite it")
 

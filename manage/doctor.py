@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 from .. import console
 from ..errors import ToolkitError, nearest
-from ..store.files import abandoned
+from ..store.files import abandoned, open_regular
 from ..store.lock import is_held
 from ..store.places import cache_path, catalog_path
 from .machine import Finding, folder_findings, gpu_findings, limit_findings
@@ -152,7 +152,9 @@ def _left() -> Iterator[Finding]:
     runs = []
     for status in sorted([*Path().glob("*/status.json"), *Path().glob("runs/*/status.json")]):
         with suppress(OSError, ValueError, AttributeError):
-            if json.loads(status.read_text()).get("exit_code") != 0 and not is_held(status.with_name(".lock")):
+            with open_regular(status) as file:
+                has_ended_well = json.load(file).get("exit_code") == 0
+            if not has_ended_well and not is_held(status.with_name(".lock")):
                 runs.append(str(status.parent))
     to_do = f"go on with `dinov2 train ... -o {runs[0]} --resume`" if runs else ""
     yield Finding("unfinished runs", ", ".join(runs) or "none here", to_do, figures={"paths": runs})

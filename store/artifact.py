@@ -8,14 +8,27 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from .. import console
 from ..errors import ToolkitError
 from . import catalog
 from .cache import touch
 from .files import sweep, write_text
+from .image_columns import image_batches
 from .json_text import json_object
 from .lock import writing
-from .manifest import Provenance, Source, open_manifest, part_paths, provenance_from, provenance_values, toolkit_version
+from .manifest import (
+    Provenance,
+    Source,
+    is_manifest_name,
+    open_manifest,
+    part_paths,
+    provenance_from,
+    provenance_values,
+    toolkit_version,
+)
 from .progress import forget_progress
 
 RUN_PROVENANCE = "provenance.json"  # in a run folder
@@ -150,18 +163,32 @@ def check_side_file(side: Path, kind: str, output: Path, provenance: Provenance,
 def check_not_input(output: Path, provenance: Provenance, find: Find = provenance_at) -> None:
     """Raise ToolkitError where a step would overwrite what it reads, --force or not.
 
-    That is an input by whatever name, a part of one, or somebody's file in a folder that is one.
+    That is an input by whatever name, a part of one, or somebody's file in a folder or a manifest that is one.
     """
     if not output.exists():
         return
-    place = Path(os.path.realpath(output))
+    place, is_foreign = Path(os.path.realpath(output)), find(output) is None
     for source in (*provenance.inputs, *([] if provenance.base is None else [provenance.base])):
         read = Path(source.path)
         if not read.exists():
             continue
         is_part = any(part.exists() and part.samefile(output) for part in (read, *part_paths(read)))
-        if is_part or (place.is_relative_to(os.path.realpath(read)) and find(output) is None):
+        if is_part or (is_foreign and (place.is_relative_to(os.path.realpath(read)) or _is_named_in(read, place))):
             raise ToolkitError(f"output {output} is what the step reads; choose another -o")
+
+
+def _is_named_in(manifest: Path, place: Path) -> bool:
+    """Tell whether a file is one of a manifest's images."""
+    if not is_manifest_name(str(manifest)):
+        return False
+    pieces = image_batches(open_manifest(manifest), ["uri"])
+    return any(os.path.realpath(uri) == str(place) for piece in pieces for uri in _ending_in(piece, place.name))
+
+
+def _ending_in(images: pa.Table, name: str) -> list[str]:
+    uris = images.column("uri")
+    found: list[str] = uris.filter(pc.ends_with(uris, name)).to_pylist()
+    return found
 
 
 def difference(there: Provenance, wanted: Provenance) -> str:

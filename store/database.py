@@ -23,7 +23,7 @@ OFFLINE: dict[str, bool | int | float | str | list[str]] = {
 LOCK_PATIENCE_S = 60.0  # chosen: DuckDB lets one process write at a time; a transaction here takes milliseconds
 CORRUPT = re.compile(
     "not a valid DuckDB database|Corrupt database file|Could not read enough bytes|replaying WAL|erializ|INTERNAL Error"
-    "|FATAL Error|(Binder|Catalog) Error"
+    "|FATAL Error|(Binder|Catalog) Error|sqlite"
 )
 MAGIC = b"DUCK"  # of every DuckDB file, behind its first checksum
 NEWER_DUCKDB = re.compile("version number|newer version of DuckDB")
@@ -114,8 +114,9 @@ def opened(
 
 def _lockable_folder(path: Path) -> int:
     """Return the open folder of a catalog, which is made when missing."""
-    if path.exists() and not path.is_file():
-        raise ToolkitError(f"the catalog {path} is no regular file; set DINOV2_CATALOG to another")
+    for file in (path, path.with_name(f"{path.name}.wal")):
+        if file.exists() and not file.is_file():
+            raise ToolkitError(f"the catalog's {file} is no regular file; set DINOV2_CATALOG to another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path.parent, os.O_RDONLY)

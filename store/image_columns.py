@@ -121,7 +121,8 @@ def column_uris(manifest: Manifest, name: str | None, piece: Piece) -> pa.Array:
     kind = manifest.schema.field(name).type
     if pa.types.is_struct(kind):
         return _struct_uris(manifest, name, piece)
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
+    held = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(held) or pa.types.is_large_string(held)):
         raise ToolkitError(f"the `{name}` column of {manifest.path} is {kind}; it must hold names or encoded images")
     column = pc.cast(piece.batch.column(name), pa.string())
     return absolute_uris(column, manifest.path) if manifest.provenance is None else column  # ours are absolute already

@@ -6,6 +6,9 @@ Queries may name a list of names as `lines('names.txt')`: a table of its lines, 
 import hashlib
 import os
 import re
+import signal
+import socket
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import glob
@@ -64,7 +67,8 @@ def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
         connection.execute("set temp_directory = ?", [str(spill)])
         connection.execute(LINES)
         connection.execute("set python_enable_replacements = false")
-        yield connection
+        with _interrupted_by_signals(connection):
+            yield connection
     except duckdb.Error:
         if stopped:
             raise stopped.pop() from None
@@ -72,6 +76,31 @@ def connect(memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     finally:
         connection.close()
         remove(spill)
+
+
+@contextmanager
+def _interrupted_by_signals(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Have a signal end the query that runs, for which Python's own handlers wait."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may ask for it
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def interrupt() -> None:
+        while ours.recv(1):
+            connection.interrupt()
+
+    watch = threading.Thread(target=interrupt, name="interrupt", daemon=True)
+    watch.start()
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()
+        watch.join()
+        ours.close()
 
 
 def select(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRelation:

@@ -98,6 +98,37 @@ def test_closed_streams_are_no_files_of_others(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b""
 
 
+def test_streams_that_were_closed_are_open_in_processes_that_are_started(tmp_path: Path) -> None:
+    work = "import subprocess\nsubprocess.run([sys.executable, '-c', 'import os; os.fstat(2)'], check=True)"
+    subprocess.run(["bash", "-c", '"$@" 2>&-', "-", *program(PREPARE + work)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("WORLD_SIZE", "x", "WORLD_SIZE is 'x', and a launcher sets it to a whole number; unset it"),
+        ("SLURM_PROCID", "-1", "SLURM_PROCID is '-1', and a launcher sets it to a whole number; unset it"),
+        ("RANK", "1", "RANK is 1 but WORLD_SIZE is not set; unset it, or start with torchrun"),
+    ],
+)
+def test_variables_of_no_launcher_are_one_line(name: str, value: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dinov2_toolkit", "--version"], env=os.environ | {name: value}, capture_output=True
+    )
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (1, b"", f"error: {said}\n")
+
+
+def test_a_signal_ends_a_query_that_runs(tmp_path: Path) -> None:
+    query = "select sum(a.range * b.range) from range(10000000) a, range(10000000) b"
+    work = "from dinov2_toolkit.store import tables\n"
+    work += f"    with tables.connect() as c: tables.select(c, {query!r}).fetchall()"
+    running = started(work)
+    time.sleep(3)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=20)
+    assert (running.returncode, said) == (130, b"error: interrupted; nothing more was saved\n")
+
+
 @pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "é\\udcff".encode()), ("ascii", b"\\xe9")])
 def test_any_name_can_be_printed(encoding: str, shown: bytes) -> None:
     command = program(PREPARE + "print('\\u00e9\\udcff')")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import Stopped, ToolkitError
-from ..features.launch import adopt_slurm, is_launched
+from ..features.launch import adopt_slurm, check_launcher, is_launched
 from ..process import is_main_process
 from ..store.files import write_text
 from ..store.json_text import json_object
@@ -34,13 +34,8 @@ DONE = json.dumps({"exit_code": 0})  # its text when the run is done
 
 def check_launch(environment: Mapping[str, str]) -> None:
     """Raise ToolkitError where Accelerate would silently train with fewer processes, or by other means, than asked."""
+    check_launcher(environment)
     started = "WORLD_SIZE" in environment
-    missing = sorted({"RANK", "MASTER_ADDR", "MASTER_PORT"} - environment.keys())
-    if started and missing:
-        raise ToolkitError(
-            f"WORLD_SIZE is {environment['WORLD_SIZE']} but {', '.join(missing)} is not set; start with torchrun, "
-            "srun or --num-processes, or unset WORLD_SIZE"
-        )
     # `accelerate launch --cpu --num_processes 2` starts one process, which this shows.
     if not started and environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in environment:
         raise ToolkitError(

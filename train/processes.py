@@ -45,13 +45,17 @@ def start_processes(config: TrainConfig, track: Sequence[str], run_folder: Path)
         torch.set_float32_matmul_precision("high")
         console.say("products of float32 matrices are computed in TF32")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # without it Accelerate ignores torchrun on a machine without GPU
-        mixed_precision=precision,
-        log_with=list(track) or None,
-        project_dir=run_folder,
-        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # without it Accelerate ignores torchrun on a machine without GPU
+            mixed_precision=precision,
+            log_with=list(track) or None,
+            project_dir=run_folder,
+            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        )
+    except ValueError as problem:  # of one of its variables
+        names = ", ".join(name for name in sorted(os.environ) if name.startswith("ACCELERATE_"))
+        raise ToolkitError(f"Accelerate refuses the environment ({problem}); correct or unset {names}") from None
     # Its own scaler would be another for each shard; `LossScale` takes its place. And it leaves fp16 out on CPUs.
     accelerator.scaler, accelerator.native_amp = None, precision != "no"
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from ..errors import ToolkitError
 from ..models.saved import MODEL_JSON, TEACHER_FILE
 from ..models.weights import model_content_id
 from ..store.artifact import (
-    RUN_PROVENANCE,
     Options,
     Result,
     difference,
@@ -24,13 +23,13 @@ from ..store.files import TEMPORARY, remove, sweep, write_text
 from ..store.lock import held
 from ..store.manifest import Provenance, Source
 from .config import CONFIG_FILE, COST_KEYS, HEADING, TrainConfig, write_config
-from .engine.checkpoint import checkpoints
+from .engine.checkpoint import checkpoints, remove_checkpoints
 from .launch import DONE, STATUS
 from .monitor.metrics import METRICS_FILE, METRICS_TABLE, read_metrics
 
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
 # What a run writes into its folder, and removes under --force; students of several have folders with MODEL_JSON.
-WRITTEN = (CONFIG_FILE, CHECKPOINTS, METRICS_FILE, METRICS_TABLE, STATUS, RUN_PROVENANCE, MODEL_JSON, TEACHER_FILE)
+WRITTEN = (CONFIG_FILE, METRICS_FILE, METRICS_TABLE, STATUS, MODEL_JSON, TEACHER_FILE)
 
 
 def run_provenance(command: str, config: TrainConfig, options: Options, sources: tuple[Source, ...]) -> Provenance:
@@ -88,7 +87,8 @@ def _is_unbegun(folder: Path) -> bool:
     """Tell whether a folder is empty, or has only what a run writes before its provenance."""
     names = {entry.name for entry in folder.iterdir() if not TEMPORARY.fullmatch(entry.name)}
     config = folder / CONFIG_FILE
-    return names <= {LOCK} or (names == {LOCK, CONFIG_FILE} and config.read_bytes().startswith(HEADING.encode()))
+    is_only_config = names == {LOCK, CONFIG_FILE} and config.is_file()
+    return names <= {LOCK} or (is_only_config and config.read_bytes().startswith(HEADING.encode()))
 
 
 def complete_record(folder: Path, provenance: Provenance) -> None:
@@ -113,16 +113,30 @@ def own_folder(folder: Path, config: TrainConfig, provenance: Provenance, option
     """
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / LOCK, f"training into {folder}"):
-        for entry in folder.iterdir() if options.force else ():
-            # Its provenance stays until the new one replaces it: without it the folder would be no run's after a kill.
-            if entry.name != RUN_PROVENANCE and (entry.name in WRITTEN or (entry / MODEL_JSON).is_file()):
-                remove(entry)
+        if options.force:
+            remove_run(folder)
         sweep(folder)
         (folder / MODEL_JSON).unlink(missing_ok=True)  # of a finished run that goes on: its checkpoint has it too
         # The settings first: a run that is resumed without --recipe takes them from there.
         write_config(config, folder / CONFIG_FILE)
         write_run_provenance(folder, provenance)
         yield
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else.
+
+    Its provenance stays until the new one replaces it: without it the folder would be no run's after a kill.
+    """
+    if (folder / CHECKPOINTS).is_dir():
+        remove_checkpoints(folder / CHECKPOINTS)
+    for name in WRITTEN:
+        remove(folder / name)
+    for student in [entry for entry in folder.iterdir() if (entry / MODEL_JSON).is_file()]:
+        for name in (MODEL_JSON, TEACHER_FILE):
+            remove(student / name)
+        with suppress(OSError):  # something else is in it
+            student.rmdir()
 
 
 def kept_steps(folder: Path) -> str:

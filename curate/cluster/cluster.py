@@ -58,11 +58,11 @@ def cluster_images(manifest: Path | None, output: str, settings: ClusterSettings
     num_rows = pool.num_rows(options.limit)
     num_clusters = parse_num_clusters(settings.num_clusters, num_rows)
     _check(settings, num_rows)
-    if settings.sheet is not None and not path.exists():  # what was made differently ends the step below
-        check_sheet(settings.sheet, options)
     parameters = {name: value for name, value in asdict(settings).items() if name not in NOT_PARAMETERS}
     parameters |= {"num_clusters": num_clusters, **FORMER_OPTIONS}
     provenance = selection_provenance("curate cluster", parameters, path, options, pool)
+    if settings.sheet is not None and not (path.exists() and not options.force):  # else the step below ends, or rests
+        check_sheet(settings.sheet, provenance, options)
 
     def describe_work() -> None:
         warn_of_plain_features(pool)

@@ -53,12 +53,12 @@ def dedup_images(manifest: Path | None, output: str, settings: DedupSettings, op
 
     def describe_work() -> None:
         if settings.sheet is not None:
-            check_sheet(settings.sheet, options)
+            check_sheet(settings.sheet, provenance, options)
         _describe(path, inputs, settings, options)
 
     def work() -> Provenance:
         if settings.sheet is not None:
-            check_sheet(settings.sheet, options)
+            check_sheet(settings.sheet, provenance, options)
         if settings.exact is not None:
             decisions = find_exact_duplicates(settings.exact, inputs, len(known), keep, options.limit, memory)
         else:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import duckdb
@@ -279,7 +281,16 @@ def test_what_is_wrong_with_a_catalog_is_told_as_it_is(tmp_path: Path, monkeypat
     assert catalog.artifacts() == []
     os.mkfifo(tmp_path / "pipe.duckdb")
     monkeypatch.setenv("DINOV2_CATALOG", str(tmp_path / "pipe.duckdb"))
-    with pytest.raises(ToolkitError, match="is no regular file"):
+    with pytest.raises(ToolkitError, match="pipe.duckdb is no regular file"):
+        catalog.artifacts()
+    os.mkfifo(tmp_path / "other.duckdb.wal")
+    monkeypatch.setenv("DINOV2_CATALOG", str(tmp_path / "other.duckdb"))
+    with pytest.raises(ToolkitError, match="other.duckdb.wal is no regular file"):
+        make(tmp_path / "pool.parquet")
+    with closing(sqlite3.connect(tmp_path / "lite.db")) as other:
+        other.execute("create table a (b)")
+    monkeypatch.setenv("DINOV2_CATALOG", str(tmp_path / "lite.db"))
+    with pytest.raises(ToolkitError, match="lite.db is no catalog; set DINOV2_CATALOG to another, or move it away"):
         catalog.artifacts()
     (tmp_path / "file").touch()
     monkeypatch.setenv("DINOV2_CATALOG", str(tmp_path / "file" / "catalog.duckdb"))

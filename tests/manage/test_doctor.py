@@ -287,6 +287,8 @@ def test_leftovers_and_unfinished_runs(tmp_path: Path, monkeypatch: pytest.Monke
     for name, status in (("killed", {"pid": DEAD}), ("stopped", {"exit_code": 75}), ("done", {"exit_code": 0})):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "status.json").write_text(json.dumps(status))
+    (tmp_path / "runs" / "pipe").mkdir()
+    os.mkfifo(tmp_path / "runs" / "pipe" / "status.json")
     (tmp_path / "live").mkdir()
     (tmp_path / "live" / "status.json").write_text(json.dumps({"pid": os.getpid()}))
     with lock.held(tmp_path / "live" / ".lock", "training"):

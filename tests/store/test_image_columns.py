@@ -43,3 +43,11 @@ def test_bare_bytes_and_number_labels_are_understood(tmp_path: Path) -> None:
 def test_an_image_column_of_numbers_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ToolkitError, match="must hold names or encoded images"):
         read(tmp_path / "a.parquet", pa.table({"image": [1, 2]}))
+
+
+def test_encoded_images_in_a_dictionary_are_an_error(tmp_path: Path) -> None:
+    indices = pa.array([0, 0], pa.int32())
+    column = pa.DictionaryArray.from_arrays(indices, pa.array([b"\xff\xd8\xff"], pa.binary()))
+    pq.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
+    with pytest.raises(ToolkitError, match=r"the `image` column of .* is dictionary<.*binary.*must hold names or enc"):
+        read_images(open_manifest(tmp_path / "a.parquet"))

@@ -16,6 +16,7 @@ from dinov2_toolkit.curate.dedup.settings import DedupSettings
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.curate.union import Part, UnionSettings, union_manifests
 from dinov2_toolkit.errors import ToolkitError
+from dinov2_toolkit.evaluate.neighbors import NeighborSettings, draw_neighbors
 from dinov2_toolkit.manage.query import sql
 from dinov2_toolkit.store.artifact import Options, check_not_input, make, write_provenance
 from dinov2_toolkit.store.manifest import Provenance, Source, open_manifest
@@ -68,6 +69,22 @@ def test_a_foreign_side_file_asks_for_force(tmp_path: Path, pool: Path, step: St
     made = open_manifest(side).provenance
     assert made is not None
     assert made.kind == kind
+
+
+def test_a_picture_in_the_place_of_one_of_the_images_is_refused(tmp_path: Path, pool: Path) -> None:
+    image = tmp_path / "images" / "1.png"
+    (tmp_path / "link.png").symlink_to(image)
+    before = image.read_bytes()
+    for place in (image, tmp_path / "link.png"):
+        with pytest.raises(ToolkitError, match="is what the step reads; choose another -o"):
+            draw_neighbors(str(pool), str(place), NeighborSettings(pool), Options(force=True))
+        with pytest.raises(ToolkitError, match="is what the step reads; choose another -o"):
+            settings = ClusterSettings("2", sheet=place)
+            cluster_images(pool, str(tmp_path / "clusters.parquet"), settings, Options(force=True))
+        with pytest.raises(ToolkitError, match="is what the step reads; choose another -o"):
+            dedup_settings = DedupSettings(threshold=0.9, sheet=place)
+            dedup_images(pool, str(tmp_path / "unique.parquet"), dedup_settings, Options(force=True))
+    assert image.read_bytes() == before
 
 
 @STEPS

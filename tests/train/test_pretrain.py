@@ -28,6 +28,7 @@ from dinov2_toolkit.train.engine.schedules import scaled_lr
 from dinov2_toolkit.train.launch import read_status
 from dinov2_toolkit.train.monitor.metrics import append_metrics, read_metrics
 from dinov2_toolkit.train.pretrain import pretrain, rates_at
+from dinov2_toolkit.train.run import MonitorOptions
 from dinov2_toolkit.train.run_folder import LOCK
 
 
@@ -162,12 +163,21 @@ def test_a_finished_run_is_up_to_date_and_others_are_not_overwritten(
     with pytest.raises(ToolkitError, match="unfinished run \\(step-0000002\\); resume with --resume"):
         run(manifest, "a", "steps=2")
     (manifest.parent / "a" / "notes.txt").write_text("mine")
+    (manifest.parent / "a" / "checkpoints" / "mine").mkdir()
+    (manifest.parent / "a" / "exported").mkdir()
+    for name in ("model.json", "mine.txt"):
+        (manifest.parent / "a" / "exported" / name).write_text("mine")
     run(manifest, "a", "steps=2", "momentum=[0.9, 1.0]", force=True)
+    assert sorted(path.name for path in (manifest.parent / "a" / "checkpoints").iterdir()) == ["mine", "step-0000002"]
+    assert (manifest.parent / "a" / "exported" / "mine.txt").exists()
     assert (manifest.parent / "a" / "teacher.safetensors").read_bytes() != weights
     assert (manifest.parent / "a" / "notes.txt").read_text() == "mine"
     a = str(manifest.parent / "a")
     with pytest.raises(ToolkitError, match="a is what the step reads; choose another -o"):
         pretrain(manifest, a, settings("steps=2"), Options(force=True), init_from=a)
+    image = pq.read_table(manifest).column("uri")[0].as_py()
+    with pytest.raises(ToolkitError, match="is what the step reads; choose another -o"):
+        pretrain(manifest, a, settings("steps=2"), Options(force=True), monitor=MonitorOptions(preview=image))
     assert (manifest.parent / "a" / "teacher.safetensors").exists()
 
 
@@ -230,6 +240,11 @@ def test_a_folder_that_is_no_run_is_never_touched(manifest: Path) -> None:
         with pytest.raises(ToolkitError, match="exists and is no run folder"):
             run(manifest, "photos", force=force)
     assert [path.name for path in photos.iterdir()] == ["a.jpg"]
+    (manifest.parent / "pipes").mkdir()
+    (manifest.parent / "pipes" / ".lock").touch()
+    os.mkfifo(manifest.parent / "pipes" / "config.toml")
+    with pytest.raises(ToolkitError, match="exists and is no run folder"):
+        run(manifest, "pipes")
 
 
 def test_a_dry_run_says_what_it_would_train_and_writes_nothing(

@@ -11,8 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...features.sheet import Tile, check_picture_name, draw_sheet, is_picture_up_to_date, write_picture
-from ...store.artifact import Options
+from ...features.sheet import (
+    Tile,
+    check_picture_name,
+    draw_sheet,
+    is_picture_up_to_date,
+    picture_provenance,
+    write_picture,
+)
+from ...store.artifact import Options, check_not_input
 from ...store.images import shown
 from ...store.lock import writing
 from ...store.manifest import Provenance
@@ -33,6 +40,7 @@ def draw_preview(output: str, images: ImageSet, config: TrainConfig, provenance:
     """
     path = check_picture_name(output)
     provenance = replace(provenance, kind="picture", command=f"{provenance.command} --preview")
+    check_not_input(path, provenance, picture_provenance)
     if is_picture_up_to_date(path, provenance, options):
         return
     note = f"image; two global crops of {config.global_crop_size_px} px, violet where the student's patches are masked"

@@ -22,6 +22,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from hashlib import blake2b, file_digest
 from pathlib import Path
@@ -140,6 +141,15 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None = None) -> 
             continue
         with temporary_beside(old) as temporary:
             os.rename(old, temporary)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints, damaged ones too, and the folder where nothing else is in it."""
+    for old in [*checkpoints(folder), *folder.glob(f"{DAMAGED}step-*")]:
+        remove(old)
+    sweep(folder)
+    with suppress(OSError):  # something else is in it
+        folder.rmdir()
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
