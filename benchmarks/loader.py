@@ -3,17 +3,16 @@
     python benchmarks/loader.py --folder out/loader
 
 bare: processes that read their share of the files, decode them as training does, and drop the pixels.
-loader: `read_batches`, which brings the pixels here and packs every batch. Rates are medians of the rounds.
+loader: `read_batches`, which brings the pixels here and packs every batch. Figures are medians of the rounds.
 """
 
 import argparse
 import multiprocessing
 import os
-import statistics
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
+from itertools import islice
 from multiprocessing.pool import Pool
 from pathlib import Path
 
@@ -29,7 +28,10 @@ from dinov2_toolkit.train.data.multicrop import decoded_side_px
 from dinov2_toolkit.train.data.pixels import decode_pixels
 
 SIZES = ((500, 400), (1024, 768))
+WARM_BATCHES, AHEAD = 6, 3  # before those that are timed, and after them, so that the loader is as busy as before
 SIDE_PX = decoded_side_px(resolve(TrainConfig, "vits16-1gpu"))
+
+Cost = tuple[float, float]  # images a second, and CPU milliseconds an image of all processes
 
 
 def make_images(folder: Path, size: tuple[int, int], count: int) -> list[str]:
@@ -57,38 +59,57 @@ def decode_files(paths: list[str]) -> None:
         decode_pixels(Path(path).read_bytes(), SIDE_PX)
 
 
-def bare_rate(pool: Pool, paths: list[str], num_processes: int) -> float:
-    """Return the images a second that the processes of a pool decode."""
-    shares = [paths[process::num_processes] for process in range(num_processes)]
-    start = time.perf_counter()
-    pool.map(decode_files, shares, chunksize=1)
-    return len(paths) / (time.perf_counter() - start)
+def bare(pool: Pool, paths: list[str], num_processes: int) -> Cost:
+    """Return what it costs that the processes of a pool decode each file once."""
+    cost = started_cost()
+    pool.map(decode_files, [paths[process::num_processes] for process in range(num_processes)], chunksize=1)
+    return cost(len(paths))
 
 
-def loader_rate(paths: list[str], batch_size: int, num_workers: int) -> float:
-    """Return the images a second that the loader brings."""
-    start = time.perf_counter()
-    for batch in batches_of(paths, len(paths), batch_size, num_workers):
+def loaded(paths: list[str], batch_size: int, num_workers: int) -> Cost:
+    """Return what it costs that the loader brings as many images, once its first batches have taken their memory."""
+    num_batches = len(paths) // batch_size
+    batches = batches_of(paths, (WARM_BATCHES + num_batches + AHEAD) * batch_size, batch_size, num_workers)
+    for _ in islice(batches, WARM_BATCHES):
+        pass
+    cost = started_cost()
+    for batch in islice(batches, num_batches):
         assert not batch.num_replaced
-    return len(paths) / (time.perf_counter() - start)
+    return cost(num_batches * batch_size)
+
+
+def started_cost() -> Callable[[int], Cost]:
+    """Start to count; return a function of a number of images that returns what they cost."""
+
+    def now() -> tuple[float, float]:
+        return time.perf_counter(), gauges(os.getpid(), Path("/nowhere"))["cpu_s"]  # of all processes below this one
+
+    start_s, start_cpu_s = now()
+
+    def cost(num_images: int) -> Cost:
+        end_s, end_cpu_s = now()
+        return num_images / (end_s - start_s), 1000 * (end_cpu_s - start_cpu_s) / num_images
+
+    return cost
 
 
 def rates(folder: Path, num_images: int, batch_size: int, rounds: int) -> list[list[object]]:
     """Return a row for each size of image and number of processes."""
     rows: list[list[object]] = []
-    for size in SIZES:
-        paths = make_images(folder / f"{size[0]}x{size[1]}", size, num_images)
+    for width, height in SIZES:
+        paths = make_images(folder / f"{width}x{height}", (width, height), num_images)
         for num_processes in (1, 2):
             with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-                bare = partial(bare_rate, pool, paths, num_processes)
-                loader = partial(loader_rate, paths, batch_size, num_processes)
-                bare(), loader()  # both are warm
-                found = [(bare(), loader()) for _ in range(rounds)]
-            bare_images, loader_images = (statistics.median(column) for column in zip(*found, strict=True))
-            ratios = [loaded / alone for alone, loaded in found]
-            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            name = f"{size[0]} x {size[1]}"
-            rows.append([name, num_processes, bare_images, loader_images, statistics.median(ratios), spread])
+                bare(pool, paths[: 4 * num_processes], num_processes)  # what it takes is there
+                in_turn = (
+                    (bare(pool, paths, num_processes), loaded(paths, batch_size, num_processes)) for _ in range(rounds)
+                )
+                costs = np.array(list(in_turn))  # (rounds, bare and loader, rate and CPU)
+            (bare_rate, bare_ms), (loader_rate, loader_ms) = np.median(costs, axis=0)
+            ratios = costs[:, 1, 0] / costs[:, 0, 0]
+            spread = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+            name = f"{width} x {height}"
+            rows.append([name, num_processes, bare_rate, loader_rate, spread, bare_ms, loader_ms, bare_ms / loader_ms])
     return rows
 
 
@@ -116,10 +137,11 @@ def main() -> None:
     """Measure, print and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=made_folder, required=True, help="where the images are kept")
-    for flag, default in (("images", 512), ("batch", 64), ("rounds", 5), ("steady", 20_000)):
+    for flag, default in (("images", 512), ("batch", 32), ("rounds", 5), ("steady", 20_000)):
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default:,}")
     args = parser.parse_args()
-    header = ["JPEG files", "processes", "bare, images/s", "loader, images/s", "loader over bare", "from to"]
+    header = ["JPEG files", "processes", "bare, images/s", "loader, images/s", "loader over bare"]
+    header += ["bare, CPU ms an image", "loader, CPU ms an image", "bare over loader"]
     rows = rates(args.folder, args.images, args.batch, args.rounds)
     paths = make_images(args.folder / "500x400", SIZES[0], args.images)
     digests = {workers: digest(paths, args.images, args.batch, workers) for workers in (0, 1, 2, 4)}
