@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import console
 from ..models.block import SwiGlu
+from ..models.build import ARCHITECTURES, build_vit
 from ..models.released import RELEASED, cached_weights, find_released, pull
-from ..models.vit import ARCHITECTURES, VisionTransformer, build_vit
+from ..models.vit import VisionTransformer
 from ..store.artifact import Result
 
 IMAGE_SIZE = 224  # pixels a side, cut into patches of 14

@@ -30,7 +30,7 @@ class ReleasedWeights:
     """A file of weights that anyone can fetch."""
 
     name: str
-    arch: str  # in models.vit.ARCHITECTURES
+    arch: str  # in models.build.ARCHITECTURES
     num_register_tokens: int
     address: str
     size: int  # bytes

@@ -7,35 +7,15 @@ Source: Oquab et al. 2023 (DINOv2), Darcet et al. 2023 (registers), github.com/f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ToolkitError, nearest
+from ..errors import ToolkitError
 from .block import Block, Ffn, Groups, normed, split
+from .pos_embed import interpolated
 from .selected import SelectedPatches, selection
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The four numbers that `--arch` names; everything else about a model (patch size, registers, ...) is apart."""
-
-    embed_dim: int
-    depth: int
-    num_heads: int
-    ffn: Ffn
-
-
-ARCHITECTURES = {
-    "vit_tiny": Architecture(embed_dim=192, depth=12, num_heads=3, ffn="mlp"),
-    "vit_small": Architecture(embed_dim=384, depth=12, num_heads=6, ffn="mlp"),
-    "vit_base": Architecture(embed_dim=768, depth=12, num_heads=12, ffn="mlp"),
-    "vit_large": Architecture(embed_dim=1024, depth=24, num_heads=16, ffn="mlp"),
-    "vit_giant2": Architecture(embed_dim=1536, depth=40, num_heads=24, ffn="swiglu"),
-}
 
 
 @dataclass(frozen=True)
@@ -134,19 +114,8 @@ class VisionTransformer(nn.Module):
 
     def interpolated_pos_embed(self, rows: int, columns: int) -> Tensor:
         """Return the position embedding (1, 1 + rows * columns, D) of a patch grid, bicubic and in float32."""
-        if rows == columns == self.pos_grid:
-            return self.pos_embed
-        stored = self.pos_embed.float()
-        # (1, M * M, D) -> (1, D, M, M)
-        grid = stored[:, 1:].reshape(1, self.pos_grid, self.pos_grid, -1).permute(0, 3, 1, 2)
-        if self.pos_embed_offset:
-            offset = self.pos_embed_offset
-            scale = ((rows + offset) / self.pos_grid, (columns + offset) / self.pos_grid)
-            grid = _bicubic(grid, self.pos_embed_antialias, scale_factor=scale)
-        else:
-            grid = _bicubic(grid, self.pos_embed_antialias, size=(rows, columns))
-        # (1, D, rows, columns) -> (1, rows * columns, D)
-        return torch.cat([stored[:, :1], grid.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
+        antialias, offset = self.pos_embed_antialias, self.pos_embed_offset
+        return interpolated(self.pos_embed, rows, columns, antialias=antialias, offset=offset)
 
     def embed(self, images: Tensor, masks: Tensor | None) -> Tensor:
         """Return the tokens (B, n, D) that enter the first block; masked patches keep their position."""
@@ -304,65 +273,3 @@ class VisionTransformer(nn.Module):
         if return_class_token:
             return tuple((tokens, output[:, 0]) for tokens, output in zip(patches, outputs, strict=True))
         return tuple(patches)
-
-
-def build_vit(
-    arch: str,
-    *,
-    patch_size: int = 14,
-    depth: int | None = None,
-    embed_dim: int | None = None,
-    num_heads: int | None = None,
-    ffn: Ffn | None = None,
-    num_register_tokens: int = 0,
-    in_chans: int = 3,
-    img_size: int | None = None,
-    layer_scale: float = 1e-5,
-    drop_path: float = 0.0,
-    pos_embed_antialias: bool = False,
-    pos_embed_offset: float = 0.1,
-) -> VisionTransformer:
-    """Return a freshly initialised ViT of a named architecture (arguments as in `VisionTransformer`).
-
-    `depth`, `embed_dim`, `num_heads` and `ffn` None mean the architecture's own; `img_size` None means 37 patches a
-    side, as the released weights have.
-
-    Raises:
-        ToolkitError: if there is no such architecture.
-    """
-    if arch not in ARCHITECTURES:
-        near = nearest(arch, ARCHITECTURES)
-        raise ToolkitError(f"no architecture named {arch!r}{near}; choose one of {', '.join(ARCHITECTURES)}")
-    chosen = ARCHITECTURES[arch]
-    return VisionTransformer(
-        patch_size=patch_size,
-        embed_dim=chosen.embed_dim if embed_dim is None else embed_dim,
-        depth=chosen.depth if depth is None else depth,
-        num_heads=chosen.num_heads if num_heads is None else num_heads,
-        ffn=ffn or chosen.ffn,
-        num_register_tokens=num_register_tokens,
-        in_chans=in_chans,
-        img_size=37 * patch_size if img_size is None else img_size,
-        layer_scale=layer_scale,
-        drop_path=drop_path,
-        pos_embed_antialias=pos_embed_antialias,
-        pos_embed_offset=pos_embed_offset,
-    )
-
-
-def _bicubic(
-    grid: Tensor,
-    antialias: bool,
-    *,
-    size: tuple[int, int] | None = None,
-    scale_factor: tuple[float, float] | None = None,
-) -> Tensor:
-    """Resize (1, D, H, W). Where torch is to be deterministic, by a matrix: its own gradient on a GPU is not."""
-    resize = partial(F.interpolate, size=size, scale_factor=scale_factor, mode="bicubic", antialias=antialias)
-    if not torch.are_deterministic_algorithms_enabled():
-        return resize(grid)
-    height, width = grid.shape[2:]
-    with torch.autocast(grid.device.type, enabled=False):
-        one_hot = torch.eye(height * width, device=grid.device).view(-1, 1, height, width)
-        weights = resize(one_hot)  # (H W, 1, rows, columns)
-        return (grid.flatten(2) @ weights.flatten(1)).view(*grid.shape[:2], *weights.shape[2:])

@@ -20,12 +20,13 @@ from .architecture import (
     inferred_head_settings,
     load_strictly,
 )
+from .build import ARCHITECTURES, build_vit
 from .formats import MODEL_METADATA, official_names, read_description, read_json, read_tensors
 from .head import ProjectionHead
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from .released import RELEASED, cached_weights
 from .saved import MODEL_JSON, TEACHER_FILE, SavedModel, read_model_json, saved_model
-from .vit import ARCHITECTURES, VisionTransformer, build_vit
+from .vit import VisionTransformer
 
 DEFAULT_SIZE = 224  # pixels a side, as the released models were evaluated
 CROP_RATIO = 224 / 256  # centre crop / short side, as the released models were evaluated

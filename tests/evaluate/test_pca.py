@@ -16,9 +16,9 @@ from dinov2_toolkit.evaluate.pca import (
     principal_directions,
 )
 from dinov2_toolkit.evaluate.pictures import PictureSettings, open_patch_model
+from dinov2_toolkit.models.build import build_vit
 from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import save_model
-from dinov2_toolkit.models.vit import build_vit
 from dinov2_toolkit.store.artifact import Options
 
 SMALL_VIT = PictureSettings("random:vit_tiny/14", image_size=56)

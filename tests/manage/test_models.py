@@ -22,8 +22,9 @@ from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.features.extract.extract import open_model
 from dinov2_toolkit.manage.models import architecture_cost, kept_activations, list_models, pull_model
 from dinov2_toolkit.models.block import Ffn
+from dinov2_toolkit.models.build import ARCHITECTURES
 from dinov2_toolkit.models.released import RELEASED, cached_weights
-from dinov2_toolkit.models.vit import ARCHITECTURES, VisionTransformer
+from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone
 from dinov2_toolkit.store.artifact import Options
 from dinov2_toolkit.store.manifest import open_manifest

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.architecture import backbone_settings
+from dinov2_toolkit.models.build import ARCHITECTURES
 from dinov2_toolkit.models.released import RELEASED, ReleasedWeights, cached_weights, find_released, pull
-from dinov2_toolkit.models.vit import ARCHITECTURES
 from dinov2_toolkit.models.weights import load_backbone, load_model
 
 CONTENT = bytes(range(256)) * 9000  # 2.3 MB: more than two chunks

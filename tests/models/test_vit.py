@@ -6,8 +6,9 @@ from torch import Tensor
 
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.block import Ffn
+from dinov2_toolkit.models.build import ARCHITECTURES, build_vit
 from dinov2_toolkit.models.selected import selected_patches
-from dinov2_toolkit.models.vit import ARCHITECTURES, Features, VisionTransformer, build_vit
+from dinov2_toolkit.models.vit import Features, VisionTransformer
 
 
 def tiny_vit(

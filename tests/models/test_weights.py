@@ -14,11 +14,12 @@ from torch import Tensor
 from dinov2_toolkit.errors import ToolkitError
 from dinov2_toolkit.models.architecture import backbone_settings
 from dinov2_toolkit.models.block import Attention, Ffn
+from dinov2_toolkit.models.build import ARCHITECTURES, build_vit
 from dinov2_toolkit.models.formats import MODEL_METADATA
 from dinov2_toolkit.models.head import ProjectionHead
 from dinov2_toolkit.models.preprocess import Preprocess
 from dinov2_toolkit.models.saved import read_model_json, save_model
-from dinov2_toolkit.models.vit import ARCHITECTURES, VisionTransformer, build_vit
+from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_backbone, load_heads, load_model, model_content_id
 
 DEEP = Preprocess(28, 1.0, (0.1, 0.2), (0.3, 0.4), bit_depth=16)

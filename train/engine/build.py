@@ -9,8 +9,9 @@ from torch import Tensor
 from ... import console
 from ...errors import ToolkitError
 from ...models.block import Block
+from ...models.build import build_vit
 from ...models.head import ProjectionHead
-from ...models.vit import VisionTransformer, build_vit
+from ...models.vit import VisionTransformer
 from ...models.weights import load_backbone, load_heads
 from ..config import TrainConfig
 from ..objective.masks import Padding
