@@ -287,8 +287,10 @@ class Block(nn.Module):
 
 
 def normed(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
-    """Return the norm of tokens in float32, also where autocast has made the tokens half, or FSDP2 the weights."""
-    dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+    """Return the norm of tokens: under autocast in float32, also where the tokens are half, or by FSDP2 the weights."""
+    dtype = norm.weight.dtype
+    if not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type):
+        dtype = torch.promote_types(dtype, torch.float32)
     weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
     return F.layer_norm(tokens.to(dtype), norm.normalized_shape, weight, bias, norm.eps)
 
