@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import torch
 from accelerate import Accelerator
@@ -48,16 +48,9 @@ from .engine.checkpoint import (
 from .engine.fitting import is_tried_first, step_that_fits
 from .engine.fsdp import full_optimizer_state, trained_state
 from .engine.half_precision import LossScale
-from .engine.optimizer import apply_schedules, clip_gradients, not_finite, step_unless
+from .engine.optimizer import clip_gradients, not_finite, step_unless
 from .engine.parallelize import prepare
-from .engine.schedules import (
-    batch_sizes,
-    last_layer_lr,
-    linear_then_constant,
-    scaled_lr,
-    thawing_lr,
-    warmup_then_cosine,
-)
+from .engine.schedules import batch_sizes
 from .monitor.flop import throughput_of
 from .monitor.health import PATIENCE_STEPS, RANK_STEPS, collapse_reason, health_figures, teacher_figures
 from .monitor.metrics import (
@@ -74,6 +67,7 @@ from .monitor.online_knn import BestKnn, knn_figures
 from .monitor.trace import traced
 from .objective.micro_batch import MicroBatch
 from .objective.networks import update_teacher
+from .rates import apply_rates, rates_at
 from .run import LaunchOptions, Run, run_training
 from .run_folder import CHECKPOINTS
 
@@ -165,15 +159,7 @@ def train(model: TrainedModel, run: Run, accelerator: Accelerator) -> dict[str, 
     ):
         for step in range(first_step, first_step if has_stalled else config.steps):
             rates = rates_at(step, config)
-            apply_schedules(
-                optimizer,
-                lr=rates.lr,
-                last_layer_lr=last_layer_lr(step, rates.lr, freeze_steps=config.freeze_last_layer_steps),
-                weight_decay=rates.weight_decay,
-                backbone_lr=thawing_lr(
-                    step, rates.lr, freeze_steps=config.freeze_backbone_steps, warmup_steps=config.warmup_steps
-                ),
-            )
+            apply_rates(optimizer, step, rates, config)
 
             # Data.
             with throughput.waiting():
@@ -316,29 +302,6 @@ def last_good(run: Run) -> str:
     """Say which checkpoint is the newest."""
     saved = checkpoints(run.folder / CHECKPOINTS)
     return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-
-
-class Rates(NamedTuple):
-    """What the schedules say of a step."""
-
-    lr: float
-    weight_decay: float
-    momentum: float  # of the teacher's average
-    teacher_temp: float
-
-
-def rates_at(step: int, config: TrainConfig) -> Rates:
-    """Return a step's learning rate, weight decay, teacher momentum and teacher temperature."""
-    peak_lr = scaled_lr(config.base_lr, batch_sizes(config.batch_size).at(0))
-    final_lr = peak_lr if config.hold_lr else config.min_lr
-    cosine = partial(warmup_then_cosine, step, num_steps=config.steps)
-    (first_temp, last_temp), temp_steps = config.teacher_temp, config.teacher_temp_warmup_steps
-    return Rates(
-        lr=cosine(base=peak_lr, final=final_lr, warmup_steps=config.warmup_steps),
-        weight_decay=cosine(base=config.weight_decay[0], final=config.weight_decay[1]),
-        momentum=cosine(base=config.momentum[0], final=config.momentum[1]),
-        teacher_temp=linear_then_constant(step, start=first_temp, final=last_temp, num_steps=temp_steps),
-    )
 
 
 def save(

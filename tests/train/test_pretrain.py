@@ -27,7 +27,8 @@ from dinov2_toolkit.train.engine.checkpoint import checkpoints
 from dinov2_toolkit.train.engine.schedules import scaled_lr
 from dinov2_toolkit.train.launch import read_status
 from dinov2_toolkit.train.monitor.metrics import append_metrics, read_metrics
-from dinov2_toolkit.train.pretrain import pretrain, rates_at
+from dinov2_toolkit.train.pretrain import pretrain
+from dinov2_toolkit.train.rates import rates_at
 from dinov2_toolkit.train.run import MonitorOptions
 from dinov2_toolkit.train.run_folder import LOCK
 
