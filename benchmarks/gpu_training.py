@@ -128,15 +128,15 @@ def run(bench: Bench) -> Iterator[Row]:
     pq.write_table(pa.table({"uri": [str(path) for path in images]}), bench.scratch / "images.parquet")
     num_done, places = 0, dict[str, int]()
     pretraining: Any = loop  # whose name for what begins a step is replaced
-    schedule = pretraining.apply_schedules
+    apply_rates = pretraining.apply_rates
 
-    def beginning(*arguments: object, **rates: float) -> None:
+    def beginning(*arguments: object) -> None:
         nonlocal num_done
         is_counted = FIRST_COUNTED <= num_done < FIRST_COUNTED + NUM_COUNTED
         if not bench.is_rehearsal:
             torch.cuda.set_sync_debug_mode("warn" if is_counted else "default")
         num_done += 1
-        schedule(*arguments, **rates)
+        apply_rates(*arguments)
 
     def noticed(message: Warning | str, category: type[Warning], file: str, line: int, *_: object) -> None:
         if "called a synchronizing" in str(message):  # torch also warns, once, that it may not see all
@@ -145,7 +145,7 @@ def run(bench: Bench) -> Iterator[Row]:
         else:
             console.detail(str(message))
 
-    pretraining.apply_schedules = beginning
+    pretraining.apply_rates = beginning
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = noticed  # type: ignore[assignment]

@@ -173,11 +173,11 @@ def loop(config: TrainConfig, images: ImageSet, folder: Path, steps: int) -> dic
         probs = torch.full((len(masks), 16), 1 / 16)
         return whole_step(global_crops, local_crops, placed, probs, probs.new_zeros(len(placed.patches), 16))
 
-    def apply_schedules(*arguments: Any, **named: Any) -> None:
+    def apply_rates(*arguments: Any) -> None:
         marks.append([now(), *spent.values()])
         if len(marks) > steps:
             raise _OverError
-        schedules(*arguments, **named)
+        rates(*arguments)
 
     def load_views(batches: Any, config: TrainConfig, _: torch.device) -> Generator[multicrop.Views, None, None]:
         def make(batch: Batch) -> multicrop.Views:
@@ -190,14 +190,14 @@ def loop(config: TrainConfig, images: ImageSet, folder: Path, steps: int) -> dic
 
     sides = [(2, config.global_crop_size_px), (config.num_local_crops, config.local_crop_size_px)]
     pixels = sum(views * side**2 for views, side in sides)  # of the crops of an image
-    schedules, model.forward, model.teacher_targets = (
-        loops.apply_schedules,
+    rates, model.forward, model.teacher_targets = (
+        loops.apply_rates,
         counted("model", forward),
         teacher_targets,
     )
     accelerator.backward = counted("model", accelerator.backward)
     replaced: dict[str, Any] = {
-        "apply_schedules": apply_schedules,
+        "apply_rates": apply_rates,
         "load_views": load_views,
         "decoded_side_px": lambda _: SIDE_PX,
     }

@@ -104,7 +104,7 @@ def _changed_metadata(metadata: dict[bytes, bytes], random: Random) -> dict[byte
         return {other: value for other, value in metadata.items() if other != key}
     try:
         text = mutated_json(metadata[key].decode(), random)
-    except ValueError:
+    except (ValueError, RecursionError):  # it has been changed before
         text = random.choice(TEXTS)
     return {**metadata, key: text.encode("utf-8", "replace")}
 

@@ -115,8 +115,8 @@ def test_decoding_goes_on_while_the_model_computes(uris: list[str], monkeypatch:
     second_batch_decoded = threading.Event()
     read, forward = Worker.read, extract_module.forward
 
-    def announced(worker: Worker[Any], names: Sequence[str]) -> list[Any]:
-        found = read(worker, names)
+    def announced(worker: Worker[Any], names: Sequence[str], take: Any) -> list[Any]:
+        found = read(worker, names, take)
         if uris[15] in names:
             second_batch_decoded.set()
         return found
