@@ -211,7 +211,7 @@ class Block(nn.Module):
     ) -> list[DropPathSubset] | None:
         """Draw the sequences that each branch is computed for while training; None where that is all.
 
-        With a generator this is not part of what torch.compile compiles, which takes torch's own alone.
+        Not part of what torch.compile compiles, which would draw in another order and knows no generator.
         """
         if not self.training or self.drop_path == 0.0:
             return None

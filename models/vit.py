@@ -214,7 +214,7 @@ class VisionTransformer(nn.Module):
             start += group[0] * group[1]
         for number, block in enumerate(self.blocks, start=1):
             assert isinstance(block, Block)
-            subsets = None if generator is None else block.drop_path_subsets(tokens, groups, generator)
+            subsets = block.drop_path_subsets(tokens, groups, generator)
             tokens = block(tokens, groups, selections if number == self.depth else None, subsets)
         rows = normed(self.norm, tokens)  # (R, D)
         parts = torch.split(rows, [len(chosen.rows) for chosen in selections])
