@@ -122,8 +122,19 @@ def _as_manifest(
     for batch in batches:
         absent = {field.name: pa.nulls(batch.num_rows, field.type) for field in fields}
         columns = {**absent, **dict(zip(batch.schema.names, batch.columns, strict=True))}
-        made = pa.table(columns).select(list(absent)).cast(pa.schema(fields))
+        made = _as_fields(pa.table(columns).select(list(absent)), fields)
         yield _with_fixed_vectors(made, sources) if "embedding" in made.column_names else made
+
+
+def _as_fields(table: pa.Table, fields: list[pa.Field]) -> pa.Table:
+    for place, field in enumerate(fields):
+        column = table.column(place)
+        try:
+            table = table.set_column(place, field, pc.cast(column, field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
+            what = f"the column `{field.name}` of the answer is {column.type}, and of a manifest {field.type}"
+            raise ToolkitError(f"{what}; cast or rename it in the query") from None
+    return table
 
 
 def _with_fixed_vectors(table: pa.Table, sources: list[Manifest]) -> pa.Table:

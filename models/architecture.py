@@ -87,6 +87,9 @@ def inferred_backbone_settings(tensors: Mapping[str, Tensor], name: str, num_hea
     """
     needed = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.norm1.weight": 1}
     unusable = [name for name, ndim in needed.items() if name not in tensors or tensors[name].ndim != ndim]
+    unusable = unusable or [name for name in needed if not tensors[name].numel()]
+    if not unusable and tensors["pos_embed"].shape[1] < 2:  # the class token's, and a patch's at least
+        unusable = ["pos_embed"]
     if unusable:
         raise ToolkitError(
             f"{name} holds no DINOv2 backbone: {listed(unusable)} missing or not of its form among "

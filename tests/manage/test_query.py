@@ -167,6 +167,14 @@ def test_an_answer_without_rows_is_a_manifest_without_rows(tmp_path: Path, pool:
     assert open_manifest(tmp_path / "none.parquet").num_rows == 0
 
 
+def test_an_answer_that_no_manifest_can_hold_names_the_column(tmp_path: Path, pool: Path) -> None:
+    query = f"select * exclude (image_id), [image_id] as image_id from '{pool}'"
+    with pytest.raises(
+        ToolkitError, match=r"column `image_id` of the answer is list<.*>, and of a manifest string; cast"
+    ):
+        sql(query, str(tmp_path / "x.parquet"), False, False)
+
+
 def test_the_catalog_can_be_asked_and_is_not_held_meanwhile(tmp_path: Path, pool: Path) -> None:
     sql(f"select uri from '{pool}'", str(tmp_path / "some.parquet"), False, False)
     query = f"select a.* from '{pool}' a where a.width >= (select count(*) + 104 from artifacts)"

@@ -254,6 +254,9 @@ def write_bad_files(folder: Path) -> dict[str, str]:
     torch.save({"cls_token": torch.zeros(1), "settings": Evil()}, folder / "settings.pth")
     torch.save([torch.zeros(2)], folder / "list.pth")
     torch.save({name: weights[name] for name in weights if "blocks" not in name}, folder / "no_blocks.pth")
+    torch.save({**weights, "pos_embed": weights["pos_embed"][:, :0]}, folder / "no_positions.pth")
+    torch.save({**weights, "pos_embed": weights["pos_embed"][:, :1]}, folder / "one_position.pth")
+    torch.save({**weights, "patch_embed.proj.weight": torch.zeros(24, 3, 0, 0)}, folder / "no_pixels.pth")
     torch.save({"weight": torch.zeros(10, 20), "bias": torch.zeros(10)}, folder / "linear_head.pth")
     return {
         "cut-whole.pth": "is cut off or no weights file",
@@ -268,6 +271,9 @@ def write_bad_files(folder: Path) -> dict[str, str]:
         "settings.pth": r"holds a Python object \(posix.mkdir\)",
         "list.pth": "holds a list, not a state dict",
         "no_blocks.pth": "holds no DINOv2 backbone: blocks.0.norm1.weight missing",
+        "no_positions.pth": "holds no DINOv2 backbone: pos_embed missing or not of its form",
+        "one_position.pth": "holds no DINOv2 backbone: pos_embed missing or not of its form",
+        "no_pixels.pth": "holds no DINOv2 backbone: patch_embed.proj.weight missing or not of its form",
         "linear_head.pth": "holds no DINOv2 backbone: cls_token, pos_embed, patch_embed.proj.weight, blocks.0.norm1",
         "absent.pth": "no model .*absent.pth'; give a run folder, a weights file, a Hugging Face folder or random:ARCH",
         ".": "holds no model: no model.json",

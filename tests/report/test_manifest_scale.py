@@ -31,13 +31,13 @@ from dinov2_toolkit.tests.browser import OpenPage, scrolls_sideways
 
 NUM, SLICE = 1_000_000, 100_000
 REPORT = """
-import json, resource, sys, time
+import json, sys, time
+from dinov2_toolkit.benchmarks.measured import peak_mb
 start = time.perf_counter()
 from dinov2_toolkit.report.report import report
 from dinov2_toolkit.store.artifact import Options
 report(sys.argv[1:], "page.html", Options())
-usage = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": usage.ru_maxrss / 1024}))
+print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": peak_mb()}))
 """
 
 
