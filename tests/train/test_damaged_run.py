@@ -95,6 +95,18 @@ def test_a_state_that_is_none_is_no_end_of_the_run(run: Path, whole: Path, state
         resume(run, whole)
 
 
+def test_without_a_whole_checkpoint_the_run_starts_anew_and_says_so(
+    run: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = checkpoints(run / "checkpoints")
+    for path in saved:
+        (path / "state.json").write_text("")
+    resume(run, whole)
+    said = capsys.readouterr().err
+    assert said.count("going back to the one before") == len(saved) - 1
+    assert f"{saved[0].name} is damaged (" in said and "there is none before it, so the run starts anew" in said
+
+
 def test_checkpoints_that_are_none_at_all_are_passed_over(
     run: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -188,11 +188,13 @@ def newest_whole(folder: Path, num_steps: int) -> Path | None:
 
     It says which are damaged, and puts them aside under a hidden name. One process decides for all.
     """
-    for path in reversed(checkpoints(folder)):
+    saved = checkpoints(folder)
+    for number, path in reversed(list(enumerate(saved))):
         if (problem := damage(path, num_steps)) is None:
             return path
         aside = path.with_name(f"{DAMAGED}{path.name}")
-        console.warn(f"checkpoint {path} is damaged ({problem}): going back to the one before; kept as {aside.name}")
+        back = "going back to the one before" if number else "there is none before it, so the run starts anew"
+        console.warn(f"checkpoint {path} is damaged ({problem}): {back}; kept as {aside.name}")
         remove(aside)
         os.rename(path, aside)
     return None
