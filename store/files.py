@@ -79,8 +79,13 @@ def replacing(path: Path) -> Iterator[Path]:
     was. Raises OSError when the disk refuses.
     """
     with temporary_beside(path) as temporary:
-        yield temporary
-        flush(temporary)
+        try:
+            yield temporary
+            flush(temporary)
+        except OSError as problem:
+            if problem.filename is None and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                problem.filename = str(path)
+            raise
         os.replace(temporary, path)
 
 

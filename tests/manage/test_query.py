@@ -241,6 +241,11 @@ def test_every_statement_that_reads_is_answered(
     assert len(capsys.readouterr().out.splitlines()) > 1
 
 
+def test_nobody_is_told_to_load_an_extension(pool: Path) -> None:
+    with pytest.raises(ToolkitError, match=r"requires the extension httpfs to be loaded\); correct it"):
+        sql("select * from 'http://127.0.0.1:1/x.parquet'", None, False, False)
+
+
 @pytest.mark.parametrize("name", ["'s3://b/x.parquet'", "'https://host.invalid/x.parquet'", "read_xlsx('x')"])
 def test_a_query_needs_no_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []

@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import time
@@ -16,6 +17,13 @@ def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> No
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_is_known_by_the_file_that_was_written(tmp_path: Path) -> None:
+    for number, name in ((errno.ENOSPC, str(tmp_path / "a")), (errno.EIO, None)):
+        with pytest.raises(OSError) as raised, replacing(tmp_path / "a"):
+            raise OSError(number, os.strerror(number))
+        assert raised.value.filename == name
 
 
 def test_an_exception_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
