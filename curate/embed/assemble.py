@@ -23,6 +23,7 @@ from .parts import finished_parts, forget_work, read_arrow
 from .plan import match_listing, versions_path
 
 OPEN_GROUPS = 2  # chosen: row groups of the earlier manifest that are kept decoded
+MOST_REASONS = 5  # chosen: of removed files, that are said
 
 
 def assemble(
@@ -74,8 +75,9 @@ def assemble(
     seal(versions_path(source))
     forget_work(folder)
     catalog.record(removed_path(output), removed.provenance, None)
-    common = "".join(f"; {count:,} {reason}" for reason, count in reasons.most_common(3))
-    if (others := removed.num_rows - sum(count for _, count in reasons.most_common(3))) > 0:
+    shown = reasons.most_common(MOST_REASONS)
+    common = "".join(f"; {count:,} {reason}" for reason, count in shown)
+    if (others := removed.num_rows - sum(count for _, count in shown)) > 0:
         common += f"; {others:,} for other reasons ({removed_path(output)})"
     reused = "" if earlier is None else f", {num_reused:,} of them reused"
     console.say(f"{embedded.num_rows:,} images embedded{reused}, {removed.num_rows:,} files removed{common}")

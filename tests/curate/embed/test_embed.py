@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dinov2_toolkit import cli
 from dinov2_toolkit.curate.embed import listing, settings
+from dinov2_toolkit.curate.embed import assemble
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.curate.embed.filters import Filters
 from dinov2_toolkit.errors import ToolkitError
@@ -82,6 +83,18 @@ def test_every_entry_is_a_row_or_a_removed_row_with_its_reason(source: Path) -> 
         (f"{source}/cat/notes.txt", "not an image of a known format"),
         (f"{source}/link", "a link to a folder, not followed"),
     ]
+
+
+def test_the_reasons_that_are_said_add_up(
+    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed_images(["images"], "pool.parquet", PIXELS, Options())
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "files removed" in line]
+    assert sum(int(part.split()[0]) for part in said.split("; ")[1:]) == 4 and "other reasons" not in said
+    monkeypatch.setattr(assemble, "MOST_REASONS", 3)
+    embed_images(["images"], "again.parquet", PIXELS, Options())
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "files removed" in line]
+    assert said.endswith("; 1 for other reasons (again.removed.parquet)")
 
 
 def test_the_columns_are_those_of_an_embedding_manifest(source: Path) -> None:
