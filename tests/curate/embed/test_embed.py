@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov2_toolkit import cli
-from dinov2_toolkit.curate.embed import listing, settings
-from dinov2_toolkit.curate.embed import assemble
+from dinov2_toolkit.curate.embed import assemble, listing, settings
 from dinov2_toolkit.curate.embed.embed import EmbedSettings, embed_images
 from dinov2_toolkit.curate.embed.filters import Filters
 from dinov2_toolkit.errors import ToolkitError
