@@ -34,8 +34,8 @@ audit: .venv/installed  ## known vulnerabilities of what is installed; asks pypi
 	.venv/bin/pip install --quiet --upgrade pip
 	.venv/bin/pip-audit --skip-editable
 
-unreached: .venv/installed  ## error lines that no fast test reaches (half an hour)
-	.venv/bin/pytest -q -n auto --dist worksteal --cov --cov-report=
+unreached: .venv/installed  ## error lines that no fast test reaches (seven minutes)
+	.venv/bin/pytest -q -n auto --dist worksteal --ignore tests/test_killed_anywhere.py --cov --cov-report=
 	.venv/bin/python tests/unreached.py
 
 clean:

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from dinov2_toolkit.evaluate.pictures import PictureSettings
 from dinov2_toolkit.evaluate.probe import ProbeSettings, probe
 from dinov2_toolkit.features import image_server, image_workers
 from dinov2_toolkit.features.extract.reading import Reading, load
+from dinov2_toolkit.features.launch import Group
 from dinov2_toolkit.manage import catalog as catalog_commands
 from dinov2_toolkit.manage.query import sql
 from dinov2_toolkit.models.architecture import inferred_head_settings
 from dinov2_toolkit.models.preprocess import Preprocess
+from dinov2_toolkit.models.released import find_released
 from dinov2_toolkit.models.saved import save_model
 from dinov2_toolkit.models.vit import VisionTransformer
 from dinov2_toolkit.models.weights import load_model
@@ -47,10 +50,13 @@ from dinov2_toolkit.store.vectors import open_vectors
 from dinov2_toolkit.tests.embedded import write_embeddings
 from dinov2_toolkit.tests.models.test_weights import to_hugging_face
 from dinov2_toolkit.tests.train.small_run import settings
+from dinov2_toolkit.train import launch
 from dinov2_toolkit.train.config import TrainConfig
 from dinov2_toolkit.train.engine import parallelize
+from dinov2_toolkit.train.engine.background import load_shards
+from dinov2_toolkit.train.engine.build import build_model
 from dinov2_toolkit.train.monitor.online_knn import knn_accuracy, labelled_sets
-from dinov2_toolkit.train.processes import check_batch
+from dinov2_toolkit.train.processes import check_batch, start_processes
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +221,29 @@ def test_a_launcher_whose_processes_do_not_find_each_other() -> None:
         "2 processes were launched, but 1 found one another; start them by --num-processes or torchrun",
         "the launcher started 2 processes and Accelerate sees 1; start them with --num-processes, torchrun or srun",
     ], done.stderr
+
+
+def test_processes_that_cannot_train_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Group, "gather", lambda self, value: ["bf16", "fp16"])
+    with error("the GPUs compute in bf16 and fp16; set mixed_precision=fp16 for all"):
+        start_processes(settings(), (), tmp_path)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "x")
+    with error(r"Accelerate refuses the environment \(.*\); correct or unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
+        start_processes(settings(), (), tmp_path)
+    monkeypatch.setattr(Group, "gather", lambda self, value: [value])
+    with error("not all processes see step-1/shards; resume on a disk that all share"):
+        load_shards(Path("step-1"), build_model(settings()), torch.optim.AdamW([torch.zeros(1)]))
+    monkeypatch.setattr(launch, "MEETING", timedelta(seconds=1))
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with error(r"process 1 of 2 cannot meet the others at 127.0.0.1:1 \(.*\); check MASTER_ADDR and MASTER_PORT, and"):
+        launch._Failures()
+
+
+def test_the_address_of_a_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINOV2_MIRROR", "ftp://mirror")
+    with error("DINOV2_MIRROR is 'ftp://mirror'; give an address that begins with https:// or http://"):
+        find_released("dinov2_vits14")
 
 
 def test_models(tmp_path: Path) -> None:

@@ -93,6 +93,15 @@ def test_out_of_memory_halves_the_images_at_a_time_and_changes_nothing_else(
         gradients(SmallMemory(model, 1, backward=backward), step, 0)
 
 
+def test_memory_that_runs_out_where_the_others_cannot_be_told_names_what_to_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build_model(settings())
+    monkeypatch.setattr(fitting._Agreement, "tell", lambda self, problem: False)
+    with pytest.raises(ToolkitError, match="process 0 has too little memory for 8 images .*micro_batch_size=4"):
+        gradients(SmallMemory(model, 4, backward=False), step_of(model), 0)
+
+
 def test_half_as_many_images_leave_no_micro_batch_too_small() -> None:
     assert halved(8, 8, 2) == 4
     assert halved(9, 9, 2) == 3  # 4 would leave one
